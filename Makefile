@@ -1,0 +1,39 @@
+# make pretrain   build .venv, pre-train the embedded default under DeepSpeed ZeRO-2, export it, fill some masks
+# make test       everything that needs no GPU
+# make check      ruff, format, mypy, import-linter
+# PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
+
+SHELL := /bin/bash
+BIN := .venv/bin
+RUN_DIR := runs/default
+DEEPSPEED_CONFIG := ds_configs/zero2.json
+
+.PHONY: pretrain test check format env env-dev clean
+
+env:
+	@.ci/make_env.sh
+
+env-dev:
+	@.ci/make_env.sh dev
+
+pretrain: env
+	@[[ -f $(RUN_DIR)/DONE ]] || $(BIN)/deepspeed bert_ds/pretrain.py --deepspeed_config $(DEEPSPEED_CONFIG) --run_dir $(RUN_DIR) --resume auto
+	@[[ -f $(RUN_DIR)/DONE ]] || { echo "the run did not finish: see $(RUN_DIR)/logs"; exit 1; }
+	@[[ -f $(RUN_DIR)/hf/model.safetensors ]] || $(BIN)/python bert_ds/export_hf.py --run_dir $(RUN_DIR)
+	@$(BIN)/python bert_ds/show_masks.py --model $(RUN_DIR)/hf
+
+test: env-dev
+	$(BIN)/python -m pytest -m "not campaign and not gpu"
+
+check: env-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: env-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,57 @@
+"""The `bert-ds VERB` command of an installed package.
+
+Each verb is a script of this folder. It runs in a child process, exactly as when it is started by path, so that a
+script has one way to start and is never imported.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+TRAINING_VERBS = ("pretrain",)
+"""Verbs that run on every rank, through the DeepSpeed launcher."""
+
+SINGLE_VERBS = ("train_wordpiece", "build_shards", "check_run", "export_hf", "show_masks")
+"""Verbs that run once, on one machine."""
+
+USAGE = """usage: bert-ds VERB [arguments]
+       bert-ds pretrain [launcher arguments --] [arguments]
+
+verbs that train (started through the deepspeed launcher): {training}
+other verbs: {single}
+
+bert-ds VERB --help shows the arguments of a verb."""
+
+
+def verb_command(verb: str, arguments: list[str]) -> list[str]:
+    """Return the command line that runs one verb in a child process.
+
+    Arguments of a training verb that stand before a lone "--" go to the DeepSpeed launcher.
+    """
+    script = str(Path(__file__).resolve().parent / f"{verb}.py")
+    if verb not in TRAINING_VERBS or arguments in (["-h"], ["--help"]):
+        return [sys.executable, script, *arguments]
+    split = arguments.index("--") if "--" in arguments else 0
+    launcher_arguments = arguments[:split]
+    script_arguments = arguments[split + 1 :] if "--" in arguments else arguments
+    return [sys.executable, "-m", "deepspeed.launcher.runner", *launcher_arguments, script, *script_arguments]
+
+
+def main() -> int:
+    """Run the verb named on the command line and return its exit code."""
+    usage = USAGE.format(training=", ".join(TRAINING_VERBS), single=", ".join(SINGLE_VERBS))
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage)
+        return 0 if arguments else 2
+    verb = arguments[0].replace("-", "_")
+    if verb not in TRAINING_VERBS + SINGLE_VERBS:
+        print(f"bert-ds: unknown verb {arguments[0]!r}\n{usage}", file=sys.stderr)
+        return 2
+    return subprocess.run(verb_command(verb, arguments[1:]), check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

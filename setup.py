@@ -1,0 +1,75 @@
+"""Packaging of bert_ds and bert_kernels; tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+SHIPPED = ("ds_configs", "slurm")
+"""Top-level folders of JSON and shell files that a wheel carries as data of bert_ds._shipped."""
+
+
+def shipped_packages() -> dict[str, str]:
+    """Map each data package name to its folder."""
+    mapping = {}
+    for top in SHIPPED:
+        for folder in [Path(top), *sorted(path for path in Path(top).rglob("*") if path.is_dir())]:
+            if folder.is_dir() and "__pycache__" not in folder.parts:
+                mapping["bert_ds._shipped." + ".".join(folder.parts)] = str(folder)
+    return mapping
+
+
+data_packages = shipped_packages()
+
+setup(
+    name="bert-ds",
+    version="0.1.0",
+    description="Pre-train BERT-class encoders with DeepSpeed ZeRO, exact LAMB and fused Triton kernels",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[
+        *find_packages(include=["bert_ds", "bert_ds.*"]),
+        *find_packages("kernels", include=["bert_kernels", "bert_kernels.*"]),
+        *data_packages,
+    ],
+    package_dir={"bert_kernels": "kernels/bert_kernels", **data_packages},
+    package_data={name: ["*.json", "*.sh", "*.example", "*.md"] for name in data_packages} | {"bert_ds": ["*.json"]},
+    # The tested ranges; constraints-cpu.txt and constraints-cuda.txt pin one tested set.
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "deepspeed>=0.19.8,<0.20",
+        "triton>=3.6; platform_system == 'Linux'",
+        "tokenizers>=0.22,<0.24",
+        "transformers>=5.3,<6",
+        "safetensors>=0.5",
+        "pydantic>=2.11,<3",
+        "numpy>=1.26",
+        "psutil>=5.9",
+        "rich>=13",
+    ],
+    extras_require={
+        "data": ["pyarrow>=15", "zstandard>=0.22"],
+        "zh": ["jieba>=0.42"],
+        "plots": ["matplotlib>=3.8"],
+        "tensorboard": ["tensorboard>=2.16"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "ruff==0.17.5",
+            "mypy==2.4.1",
+            "import-linter>=2.0",
+            "pyarrow>=15",
+            "zstandard>=0.22",
+            "matplotlib>=3.8",
+            "tensorboard>=2.16",
+        ],
+    },
+    entry_points={"console_scripts": ["bert-ds = bert_ds.console:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Operating System :: POSIX :: Linux",
+    ],
+)
