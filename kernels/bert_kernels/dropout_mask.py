@@ -1,0 +1,137 @@
+"""The one definition of the dropout masks: counter-based, so that any tile size and any recomputation agree.
+
+The 16 elements (row t, columns 16 c .. 16 c + 15, head h, site s) take the 16 bytes of one Philox 4x32 call:
+
+    counter = (c, t, h, s)      key = (low 32 bits of the seed, high 32 bits of the seed)
+    byte of column j = byte j % 4 (little endian) of output word (j % 16) // 4
+    keep iff byte < keep_threshold(p) = round((1 - p) * 256);  kept values are scaled by 256 / keep_threshold(p)
+
+The scale is the inverse of the probability that is really drawn, so the expectation is exact although p is rounded to
+1/256. The number of rounds is 7, the fewest that pass BigCrush (Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", SC11, table 2).
+
+For a hidden tensor row t is the packed token, h is 0. For attention t is the packed query token, column j the position
+of the key inside its sequence, h the head. The site tells the places of one model apart; the seed tells the rank, the
+step and the micro-step apart.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NUM_ROUNDS = 7
+COLUMNS_PER_CALL = 16
+_MULTIPLIER_A = 0xD2511F53
+_MULTIPLIER_B = 0xCD9E8D57
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_LOW_32 = 0xFFFFFFFF
+# Calls per chunk: the six int64 work arrays of a chunk stay in a core's second-level cache.
+_CALLS_PER_CHUNK = 16384
+
+
+def keep_threshold(dropout_p: float) -> int:
+    """Return how many of the 256 byte values keep an element: 256 for no dropout.
+
+    Raises:
+        ValueError: dropout_p is outside [0, 1), or so near to 0 or 1 that no byte value tells it apart.
+    """
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    threshold = round((1.0 - dropout_p) * 256)
+    if threshold == 0 or (threshold == 256 and dropout_p > 0.0):
+        raise ValueError(f"dropout_p {dropout_p} is nearer to 0 or 1 than the mask's resolution of 1/256 can tell")
+    return threshold
+
+
+def keep_scale(dropout_p: float) -> float:
+    """Return the factor of kept values, the inverse of the probability with which they are really kept."""
+    return 256.0 / keep_threshold(dropout_p)
+
+
+def check_dropout(dropout_p: float, dropout_seed: Tensor | None, device: torch.device) -> None:
+    """Raise ValueError unless the seed that this dropout_p needs is there: an int64 tensor of shape [1] on `device`."""
+    if keep_threshold(dropout_p) == 256:
+        return
+    if dropout_seed is None:
+        raise ValueError(f"dropout_p is {dropout_p} but dropout_seed is None: give an int64 tensor of shape [1]")
+    if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
+        found = f"{dropout_seed.dtype} of shape {list(dropout_seed.shape)}"
+        raise ValueError(f"dropout_seed must be torch.int64 of shape [1], got {found}")
+    if dropout_seed.device != device:
+        raise ValueError(f"dropout_seed is on {dropout_seed.device}, the input on {device}: put both on one device")
+
+
+def philox_words(counters: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor, num_rounds: int = NUM_ROUNDS) -> Tensor:
+    """Return the four output words of Philox 4x32 as int64 values in [0, 2^32).
+
+    Args:
+        counters: four int64 tensors of the same shape (...), values in [0, 2^32), overwritten where that saves memory.
+        seed: int64 of shape [1].
+
+    Returns:
+        int64 (4, ...).
+    """
+    key_0, key_1 = seed & _LOW_32, (seed >> 32) & _LOW_32
+    c0, c1, c2, c3 = counters
+    for step in range(num_rounds):
+        # The products wrap to a negative int64; the final mask of a word removes what the sign extension brought.
+        product_a, product_b = c0 * _MULTIPLIER_A, c2 * _MULTIPLIER_B
+        c0 = (product_b >> 32).bitwise_xor_(c1).bitwise_xor_(key_0).bitwise_and_(_LOW_32)
+        c2 = (product_a >> 32).bitwise_xor_(c3).bitwise_xor_(key_1).bitwise_and_(_LOW_32)
+        c1, c3 = product_b, product_a
+        if step + 1 < num_rounds:
+            key_0, key_1 = (key_0 + _KEY_STEPS[0]) & _LOW_32, (key_1 + _KEY_STEPS[1]) & _LOW_32
+    return torch.stack((c0, c1 & _LOW_32, c2, c3 & _LOW_32))
+
+
+def keep_mask_reference(
+    rows: Tensor, num_columns: int, *, dropout_p: float, dropout_seed: Tensor, site: int, heads: Tensor | None = None
+) -> Tensor:
+    """Return True where an element is kept.
+
+    Args:
+        rows: int64 (...), packed token index of each row.
+        num_columns: columns 0 .. num_columns - 1 of each row are drawn.
+        dropout_p: probability in [0, 1) of being dropped, rounded to 1/256.
+        dropout_seed: int64 of shape [1].
+        site: which dropout of the model this is, in [0, 2^32).
+        heads: int64 broadcastable with rows, None for 0.
+
+    Returns:
+        bool (..., num_columns), of the broadcast shape of rows and heads.
+    """
+    check_dropout(dropout_p, dropout_seed, rows.device)
+    heads = torch.zeros_like(rows) if heads is None else heads
+    rows, heads = torch.broadcast_tensors(rows, heads)
+    shape = rows.shape
+    rows, heads = rows.reshape(-1, 1), heads.reshape(-1, 1)
+    calls_per_row = -(-num_columns // COLUMNS_PER_CALL)
+    call = torch.arange(calls_per_row, device=rows.device)
+    keep = torch.empty(rows.shape[0], calls_per_row * COLUMNS_PER_CALL, dtype=torch.bool, device=rows.device)
+    rows_per_chunk = max(1, _CALLS_PER_CHUNK // max(1, calls_per_row)) if rows.device.type == "cpu" else len(rows)
+    threshold = keep_threshold(dropout_p)
+    for start in range(0, len(rows), max(1, rows_per_chunk)):
+        part = slice(start, start + rows_per_chunk)
+        counters = torch.broadcast_tensors(call, rows[part], heads[part], torch.full_like(call, site))
+        words = philox_words(counters, dropout_seed)
+        # int64 -> int32 keeps the low 32 bits; their four bytes in memory order are the little-endian ones.
+        drawn = words.to(torch.int32).permute(1, 2, 0).contiguous().view(torch.uint8)
+        torch.lt(drawn, threshold, out=keep[part].view(drawn.shape))
+    return keep[:, :num_columns].reshape(*shape, num_columns)
+
+
+def dropout_reference(
+    x: Tensor, *, dropout_p: float, dropout_seed: Tensor | None, site: int, residual: Tensor | None = None
+) -> Tensor:
+    """Return dropout(x), plus the residual where one is given, for hidden tensors x (rows, columns) in x's dtype."""
+    check_dropout(dropout_p, dropout_seed, x.device)
+    if keep_threshold(dropout_p) == 256:
+        return x if residual is None else residual + x
+    assert dropout_seed is not None
+    rows = torch.arange(x.shape[0], device=x.device)
+    keep = keep_mask_reference(rows, x.shape[1], dropout_p=dropout_p, dropout_seed=dropout_seed, site=site)
+    # The scale stays a Python number: as a bf16 tensor it would be off by up to 0.2 %.
+    if residual is None:
+        return x * keep * keep_scale(dropout_p)
+    return torch.addcmul(residual, x, keep.to(x.dtype), value=keep_scale(dropout_p))
