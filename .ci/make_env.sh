@@ -21,9 +21,8 @@ if [[ -f $venv/installed-$stamp-dev || ( -z $extra && -f $venv/installed-$stamp-
 fi
 
 if ! command -v c++ >/dev/null && ! command -v g++ >/dev/null; then
-  echo "note: no C++ compiler (c++ or g++) found. DeepSpeed builds its CPU optimizer and its shared-memory"
-  echo "      collectives with one; without it training works, but not CPU offload, and several CPU ranks talk"
-  echo "      through gloo alone. On Debian and Ubuntu: apt-get install g++"
+  echo "note: no C++ compiler (c++ or g++) found. DeepSpeed builds its own CPU optimizer with one: without it, CPU"
+  echo "      offload with deepspeed_cpu_adam does not work, everything else does. Debian, Ubuntu: apt-get install g++"
 fi
 
 torch_in_range='
