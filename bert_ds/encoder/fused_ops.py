@@ -1,0 +1,81 @@
+"""The table of fused operations, and the model's only door to `bert_kernels`.
+
+Each operation exists twice with one signature: `<op>_reference` in plain torch and `<op>` in Triton. The run's
+`kernels` setting chooses; the weights, and so the checkpoints, do not depend on the choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from bert_kernels import attention, bias_gelu, embedding, layer_norm, mlm_cross_entropy
+from torch import Tensor
+
+TRITON_OPS: frozenset[str] = frozenset()
+"""The operations that have a Triton version; "auto" takes the torch one for the others."""
+
+_REFERENCES: dict[str, Callable[..., Any]] = {
+    "attention": attention.attention_reference,
+    "layer_norm": layer_norm.layer_norm_reference,
+    "dropout_add_layer_norm": layer_norm.dropout_add_layer_norm_reference,
+    "bias_gelu": bias_gelu.bias_gelu_reference,
+    "mlm_cross_entropy": mlm_cross_entropy.mlm_cross_entropy_reference,
+    "embedding": embedding.embedding_reference,
+}
+_TRITON: dict[str, Callable[..., Any]] = {
+    "attention": attention.attention,
+    "layer_norm": layer_norm.layer_norm,
+    "dropout_add_layer_norm": layer_norm.dropout_add_layer_norm,
+    "bias_gelu": bias_gelu.bias_gelu,
+    "mlm_cross_entropy": mlm_cross_entropy.mlm_cross_entropy,
+    "embedding": embedding.embedding,
+}
+
+
+@dataclass(frozen=True)
+class FusedOps:
+    """One callable per operation; signatures, shapes and dtypes are those of `bert_kernels`."""
+
+    attention: Callable[..., Tensor]
+    layer_norm: Callable[..., Tensor]
+    dropout_add_layer_norm: Callable[..., Tensor]
+    bias_gelu: Callable[..., Tensor]
+    mlm_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
+    embedding: Callable[..., Tensor]
+
+
+def fused_ops(kernels: str) -> FusedOps:
+    """Return the operations that a run's `training.kernels` asks for.
+
+    Args:
+        kernels: "torch" for the plain references; "triton" for the kernels, on a CPU only with TRITON_INTERPRET=1;
+            "auto" for the kernels on CUDA tensors and the references elsewhere.
+
+    Raises:
+        ValueError: another word, or "triton" while an operation has no Triton version.
+    """
+    names = [field.name for field in fields(FusedOps)]
+    if kernels == "torch":
+        return FusedOps(**{name: _REFERENCES[name] for name in names})
+    if kernels == "triton":
+        missing = [name for name in names if name not in TRITON_OPS]
+        if missing:
+            raise ValueError(
+                f'kernels "triton": no Triton version of {", ".join(missing)} exists yet; wanted "torch" or "auto"'
+            )
+        return FusedOps(**{name: _TRITON[name] for name in names})
+    if kernels == "auto":
+        return FusedOps(**{name: _by_device(name) if name in TRITON_OPS else _REFERENCES[name] for name in names})
+    raise ValueError(f'kernels is "{kernels}", wanted "auto", "triton" or "torch"')
+
+
+def _by_device(name: str) -> Callable[..., Any]:
+    """Return the operation that looks where its first tensor lies."""
+    triton, reference = _TRITON[name], _REFERENCES[name]
+
+    def call(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (triton if first.is_cuda else reference)(first, *args, **kwargs)
+
+    return call
