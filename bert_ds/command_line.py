@@ -1,0 +1,137 @@
+"""What every verb's command line has in common: spelling of options, exit codes, one-line errors, progress."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+from bert_ds.ranks import (
+    EXIT_CHECKPOINT,
+    EXIT_CONFIG,
+    EXIT_DATA,
+    EXIT_DIVERGED,
+    EXIT_DONE,
+    CheckpointError,
+    DataError,
+    DivergedError,
+)
+from bert_ds.run_config import ConfigError
+
+Report = Callable[[int, str], None]
+"""Called with the amount done so far and a short text about it."""
+
+_EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
+    (ConfigError, EXIT_CONFIG),
+    (DataError, EXIT_DATA),
+    (CheckpointError, EXIT_CHECKPOINT),
+    (DivergedError, EXIT_DIVERGED),
+)
+_PLAIN_LINE_EVERY_S = 10.0
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser whose options are spelled with underscores and understood with hyphens too.
+
+    Options cannot be abbreviated. A mistake ends the process with exit code 2 and one line on stderr.
+    """
+    return _Parser(description=description, allow_abbrev=False)
+
+
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """Run a verb and end the process with the documented exit code.
+
+    Errors that the user can act upon become one message on stderr without a traceback; anything else is a defect of
+    this program and keeps its traceback.
+    """
+    try:
+        code = main() or EXIT_DONE
+    except tuple(kind for kind, _ in _EXIT_CODES) as error:
+        print(f"{_program_name()}: error: {error}", file=sys.stderr)
+        code = next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
+    except KeyboardInterrupt:
+        print(f"{_program_name()}: interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+@contextmanager
+def show_progress(label: str, *, total: int | None = None) -> Iterator[Report]:
+    """Yield a function that shows how far a long piece of work is.
+
+    A bar on a terminal; elsewhere a plain line every ten seconds, so that log files stay readable.
+    `total` is in the unit the reports use, None where it is not known.
+    """
+    if sys.stderr.isatty():
+        with _progress_bar(label, total) as report:
+            yield report
+    else:
+        yield _plain_lines(label, total)
+
+
+class _Parser(argparse.ArgumentParser):
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_with_underscores(word) for word in given], namespace)
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(name, self._option_string_actions, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unknown argument {unknown[0]}{hint}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_CONFIG, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def _with_underscores(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return "--" + name.replace("-", "_") + equals + value
+
+
+def _program_name() -> str:
+    return os.path.basename(sys.argv[0])
+
+
+@contextmanager
+def _progress_bar(label: str, total: int | None) -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(label, total=total, text="")
+        yield lambda done, text: progress.update(task, completed=done, text=text)
+
+
+def _plain_lines(label: str, total: int | None) -> Report:
+    last = time.monotonic()
+
+    def report(done: int, text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _PLAIN_LINE_EVERY_S:
+            last = time.monotonic()
+            share = f" {100 * done / total:.0f} %" if total else ""
+            print(f"{label}:{share} {text}", file=sys.stderr, flush=True)
+
+    return report

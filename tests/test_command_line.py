@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bert_ds.command_line import make_parser, run_main, show_progress
+from bert_ds.ranks import CheckpointError, DataError, DivergedError
+from bert_ds.run_config import ConfigError
+
+
+def test_options_are_understood_with_underscores_and_with_hyphens() -> None:
+    parser = make_parser("a verb")
+    parser.add_argument("--vocab_size", type=int)
+    assert parser.parse_args(["--vocab_size", "7"]).vocab_size == 7
+    assert parser.parse_args(["--vocab-size", "8"]).vocab_size == 8
+    assert parser.parse_args(["--vocab-size=9"]).vocab_size == 9
+
+
+def test_values_keep_their_hyphens() -> None:
+    parser = make_parser("a verb")
+    parser.add_argument("--run_dir")
+    parser.add_argument("input", nargs="*")
+    parsed = parser.parse_args(["--run-dir=my-run-1", "a-b.txt"])
+    assert (parsed.run_dir, parsed.input) == ("my-run-1", ["a-b.txt"])
+
+
+def test_options_are_never_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = make_parser("a verb")
+    parser.add_argument("--vocab_size", type=int)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--vocab", "7"])
+    assert ended.value.code == 2
+
+
+def test_an_unknown_option_ends_with_two_and_one_line_that_names_the_nearest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parser = make_parser("a verb")
+    parser.add_argument("--vocab_size", type=int)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--vocab_sise", "7"])
+    message = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "unknown argument --vocab_sise; did you mean --vocab_size?" in message
+    assert message.count("\n") == 1
+
+
+def test_a_value_of_the_wrong_type_ends_with_two_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = make_parser("a verb")
+    parser.add_argument("--vocab_size", type=int)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--vocab_size", "many"])
+    message = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "'many'" in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("seed is -1, wanted 0 or more"), 2),
+        (DataError("a.txt is empty"), 3),
+        (CheckpointError("step 4 is damaged"), 4),
+        (DivergedError("loss is nan since step 9"), 5),
+    ],
+)
+def test_errors_become_exit_codes_and_one_line(error: Exception, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(main)
+    message = capsys.readouterr().err
+    assert ended.value.code == code
+    assert message.endswith(f"error: {error}\n")
+    assert message.count("\n") == 1
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    def main() -> None:
+        raise KeyError("a defect")
+
+    with pytest.raises(KeyError):
+        run_main(main)
+
+
+def test_a_main_that_returns_ends_with_its_code_or_zero() -> None:
+    for returned, code in ((None, 0), (0, 0), (75, 75)):
+        with pytest.raises(SystemExit) as ended:
+            run_main(lambda returned=returned: returned)
+        assert ended.value.code == code
+
+
+def test_progress_off_a_terminal_writes_no_control_characters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bert_ds.command_line._PLAIN_LINE_EVERY_S", 0.0)
+    with show_progress("shards", total=200) as report:
+        report(50, "3 documents")
+    assert capsys.readouterr().err == "shards: 25 % 3 documents\n"
+
+
+def test_importing_it_imports_neither_torch_nor_rich() -> None:
+    code = "import sys, bert_ds.command_line; assert not {'torch', 'rich', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
