@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from bert_kernels import attention, bias_gelu, embedding, layer_norm, mlm_cross_entropy
 from torch import Tensor
+
+from bert_kernels import attention, bias_gelu, embedding, layer_norm, mlm_cross_entropy
 
 TRITON_OPS: frozenset[str] = frozenset()
 """The operations that have a Triton version; "auto" takes the torch one for the others."""
