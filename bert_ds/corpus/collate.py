@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,8 +72,9 @@ class PackedBatch:
         return {name: getattr(self, name) for name in names}
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
-        tensors = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return replace(self, **{name: function(value) for name, value in tensors if isinstance(value, Tensor)})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
     def __reduce__(self) -> tuple[Callable[..., PackedBatch], tuple]:
         """Pickle as arrays: torch would send each tensor as a file descriptor, and a step of many micro-batches that
