@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bert_kernels.dropout_mask import check_dropout, keep_mask_reference, keep_scale, keep_threshold
+from bert_kernels.dropout_mask import ATTENTION, check_dropout, keep_mask_reference, keep_scale, keep_threshold
 
 # Sequences whose length is at least this fraction of the longest of their group are padded to it and done together.
 _MIN_FILL = 0.85
@@ -63,7 +63,13 @@ def attention_reference(
             assert dropout_seed is not None
             heads = torch.arange(q.shape[1], device=q.device)[:, None]
             keep = keep_mask_reference(
-                offsets[:, None], size, dropout_p=dropout_p, dropout_seed=dropout_seed, site=site, heads=heads
+                offsets[:, None],
+                size,
+                dropout_p=dropout_p,
+                dropout_seed=dropout_seed,
+                site=site,
+                heads=heads,
+                layout=ATTENTION,
             )
             out_NHSK = _softmax_dropout(q, k, v, mask, keep, scale, keep_scale(dropout_p))
         out_NSHK = out_NHSK.transpose(1, 2)
