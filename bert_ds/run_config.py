@@ -10,37 +10,65 @@ Validators check and never change a value; derived numbers are properties.
 
 from __future__ import annotations
 
-import math
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-IGNORE_INDEX = -100
-"""Label of a position or sequence that has no target."""
+from bert_ds.config_files import (
+    ConfigError,
+    ConfigFile,
+    apply_overrides,
+    raise_problems,
+    read_config_file,
+    resolve_paths,
+    shipped_file,
+)
+from bert_ds.config_problems import section_problems
+from bert_ds.config_section import (
+    DropoutProbability,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+from bert_ds.corpus_config import (
+    IGNORE_INDEX,
+    EmbeddedCorpus,
+    MaskingConfig,
+    SequenceConfig,
+    ShardCorpus,
+    ShardSource,
+)
+from bert_ds.optimizer_config import AdamWConfig, LambConfig, OptimizerConfig, ScheduleConfig
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-DropoutProbability = Annotated[float, Field(ge=0.0, lt=1.0)]
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+__all__ = [
+    "IGNORE_INDEX",
+    "AdamWConfig",
+    "CheckpointConfig",
+    "ConfigError",
+    "EmbeddedCorpus",
+    "EvaluationConfig",
+    "LambConfig",
+    "MaskingConfig",
+    "ModelConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "SequenceConfig",
+    "ShardCorpus",
+    "ShardSource",
+    "TrainingConfig",
+    "dump_run_config",
+    "load_run_config",
+    "parse_run_config",
+    "shipped_file",
+]
 
-
-class ConfigError(ValueError):
-    """A setting is missing, unknown or contradictory; the message names file, field, value found and value wanted."""
-
-
-class Section(BaseModel):
-    """Strictness shared by every part of a recipe: no unknown key, no coercion, no mutation."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        validate_default=True,
-        use_attribute_docstrings=True,
-    )
+RECIPE_PATHS = ("init_from", "corpus.tokenizer", "corpus.sources.*.path", "masking.word_list", "$schema")
+"""Settings that name a file or folder; `*` stands for every item of a list."""
 
 
 class ModelConfig(Section):
@@ -93,131 +121,6 @@ class ModelConfig(Section):
         return self.hidden_size // self.num_attention_heads
 
 
-class ShardSource(Section):
-    """One folder of token shards, made by build_shards.py."""
-
-    path: Annotated[str, Field(min_length=1)]
-    """Folder with manifest.json. A relative path is taken from the recipe's own folder."""
-    weight: PositiveFloat = 1.0
-    """How many times the source's examples are seen in one epoch; 2.5 means two and a half times."""
-
-
-class EmbeddedCorpus(Section):
-    """The text every machine already has: docstrings of the installed packages and the standard library."""
-
-    type: Literal["embedded"] = "embedded"
-    vocab_size: Annotated[int, Field(ge=8)]
-    """Word pieces of the tokenizer trained on this text; equals model.vocab_size."""
-    lowercase: bool = True
-    """Uncased tokenizer."""
-    max_bytes: PositiveInt = 20_000_000
-    """Upper bound on the text that is read, in bytes of UTF-8."""
-    validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.02
-    """Share of the documents held out for validation."""
-
-
-class ShardCorpus(Section):
-    """Token shards, one or several weighted folders."""
-
-    type: Literal["shards"] = "shards"
-    sources: Annotated[tuple[ShardSource, ...], Field(min_length=1)]
-    """The shard folders."""
-    tokenizer: Annotated[str, Field(min_length=1)]
-    """Tokenizer folder; its fingerprint must be the one stored in every manifest."""
-
-
-class SequenceConfig(Section):
-    """How documents become examples."""
-
-    max_seq_length: Annotated[int, Field(ge=8)] = 128
-    """Longest example in tokens, [CLS] and [SEP] included."""
-    sentence_pair: Literal["nsp", "sop", "none"] = "nsp"
-    """nsp: next sentence or a random one (BERT). sop: two segments in order or swapped (ALBERT). none: no pair."""
-    short_seq_prob: Probability = 0.1
-    """Share of examples whose target length is drawn from 2..max_seq_length instead of being the maximum."""
-    cross_documents: bool = False
-    """With sentence_pair "none": fill an example from several documents, separated by [SEP]."""
-
-    @model_validator(mode="after")
-    def _check(self) -> SequenceConfig:
-        if self.cross_documents and self.sentence_pair != "none":
-            raise ValueError(f'cross_documents needs sentence_pair "none", not "{self.sentence_pair}"')
-        return self
-
-
-class MaskingConfig(Section):
-    """The masked language modelling objective."""
-
-    mlm_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
-    """Share of the tokens that are predicted."""
-    mask_token_fraction: Probability = 0.8
-    """Share of the predicted tokens replaced by [MASK]."""
-    random_token_fraction: Probability = 0.1
-    """Share of the predicted tokens replaced by a random piece; the rest stays as it is."""
-    whole_word_mask: bool = False
-    """Mask all pieces of a word together."""
-    word_segmenter: Literal["wordpiece", "jieba", "word_list"] = "wordpiece"
-    """What a word is: "##" pieces, Chinese words by jieba (extra "zh"), or the longest match in word_list."""
-    word_list: str | None = None
-    """Text file with one word per line, for word_segmenter "word_list"."""
-    max_predictions_per_seq: PositiveInt | None = None
-    """Upper bound on predicted tokens per example; null means no bound."""
-
-    @model_validator(mode="after")
-    def _check(self) -> MaskingConfig:
-        total = self.mask_token_fraction + self.random_token_fraction
-        if total > 1.0 + 1e-9:
-            raise ValueError(
-                f"mask_token_fraction {self.mask_token_fraction} + random_token_fraction "
-                f"{self.random_token_fraction} is {total}, more than 1"
-            )
-        if (self.word_segmenter == "word_list") != (self.word_list is not None):
-            raise ValueError(f'word_list is for word_segmenter "word_list", which is "{self.word_segmenter}" here')
-        if self.word_segmenter != "wordpiece" and not self.whole_word_mask:
-            raise ValueError(f'word_segmenter "{self.word_segmenter}" needs whole_word_mask: true')
-        return self
-
-
-class AdamWConfig(Section):
-    """AdamW with decoupled decay (Loshchilov and Hutter 2019), torch's fused implementation."""
-
-    type: Literal["adamw"] = "adamw"
-    lr: PositiveFloat
-    """Peak learning rate."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Decay rates of the two moments."""
-    eps: PositiveFloat = 1e-6
-    """Added to the root of the second moment."""
-    weight_decay: NonNegativeFloat = 0.01
-    """Decoupled decay of every weight except biases and LayerNorm."""
-
-
-class LambConfig(Section):
-    """LAMB (You et al. 2020, arXiv 1904.00962), exact per tensor at any ZeRO stage."""
-
-    type: Literal["lamb"] = "lamb"
-    lr: PositiveFloat
-    """Peak learning rate."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Decay rates of the two moments."""
-    eps: PositiveFloat = 1e-6
-    """Added to the root of the second moment."""
-    weight_decay: NonNegativeFloat = 0.01
-    """Decay inside the update of every weight except biases and LayerNorm."""
-    bias_correction: bool = True
-    """Divide the moments by 1 - beta^t (paper v1 and apex); false is the paper's v3."""
-    grad_averaging: bool = True
-    """Weigh the gradient by 1 - beta1 in the first moment."""
-    adam_w_mode: bool = True
-    """Decay in the update (true) or added to the gradient (false)."""
-    use_nvlamb: bool = False
-    """Apply the trust ratio to tensors without decay too."""
-    min_trust: NonNegativeFloat = 0.0
-    """Lower clamp of the trust ratio."""
-    max_trust: PositiveFloat | None = None
-    """Upper clamp of the trust ratio; 1.0 is LAMBC, null is none."""
-
-
 class TrainingConfig(Section):
     """Steps, global batch and precision."""
 
@@ -235,36 +138,6 @@ class TrainingConfig(Section):
     """Steps between two lines of the log and rows of metrics.jsonl."""
     num_workers: NonNegativeInt = 1
     """Loader processes per rank; 0 loads in the training process."""
-
-
-class ScheduleConfig(Section):
-    """Learning rate over the run: warm-up, then a published decay to min_lr_fraction x lr."""
-
-    type: Literal["constant", "linear", "polynomial", "cosine", "wsd"] = "linear"
-    """wsd: warm-up, stable, then decay over the last decay_fraction."""
-    warmup_steps: NonNegativeInt | None = None
-    """Steps of linear warm-up from 0; give this or warmup_fraction."""
-    warmup_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    """Share of total_steps spent in warm-up."""
-    power: PositiveFloat = 1.0
-    """Exponent of the polynomial decay; 0.5 in NVIDIA's LAMB recipe."""
-    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
-    """wsd only: share of total_steps in the final decay."""
-    min_lr_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Final learning rate as a share of the peak."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ScheduleConfig:
-        if (self.warmup_steps is None) == (self.warmup_fraction is None):
-            raise ValueError("give exactly one of warmup_steps and warmup_fraction")
-        return self
-
-    def num_warmup_steps(self, total_steps: int) -> int:
-        """Steps of warm-up in a run of total_steps."""
-        if self.warmup_steps is not None:
-            return self.warmup_steps
-        assert self.warmup_fraction is not None
-        return math.floor(self.warmup_fraction * total_steps)
 
 
 class EvaluationConfig(Section):
@@ -294,20 +167,60 @@ class RunConfig(Section):
 
     schema_: Annotated[str | None, Field(alias="$schema")] = None
     """Path of schema.json, for editors."""
-    format: Literal[1] = 1
+    format: Annotated[int, Field(ge=1, le=1)] = 1
     """Version of this file format."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     """Name of the run; part of file names."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of initialisation, data order, masks and dropout."""
-    init_from: str | None = None
+    init_from: Annotated[str, Field(min_length=1)] | None = None
     """Folder of an exported or Hugging Face BERT, or of a run, whose weights start this run."""
     model: ModelConfig
     corpus: Annotated[EmbeddedCorpus | ShardCorpus, Field(discriminator="type")]
     sequences: SequenceConfig = SequenceConfig()
     masking: MaskingConfig = MaskingConfig()
-    optimizer: Annotated[AdamWConfig | LambConfig, Field(discriminator="type")]
+    optimizer: OptimizerConfig
     schedule: ScheduleConfig
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override and validate a recipe.
+
+    Relative paths in the file are taken from the file's folder, those in overrides from the current folder; in the
+    result all are absolute.
+
+    Args:
+        path: a JSON file.
+        overrides: "section.name=value" each; value is JSON, or else a plain string.
+
+    Raises:
+        ConfigError: with one line per problem of the file, all at once.
+    """
+    file = read_config_file(path)
+    apply_overrides(file, overrides)
+    return parse_run_config(file)
+
+
+def parse_run_config(file: ConfigFile) -> RunConfig:
+    """Validate a recipe that has been read.
+
+    Raises:
+        ConfigError: with one line per problem of the file, all at once.
+    """
+    data = resolve_paths(file, RECIPE_PATHS)
+    run, problems = None, []
+    try:
+        run = RunConfig.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        problems = section_problems(error, RunConfig)
+    raise_problems(file, problems)
+    assert run is not None, "no problem was raised and nothing was validated"
+    return run
+
+
+def dump_run_config(run: RunConfig) -> str:
+    """Return the recipe as JSON with every default written out; load_run_config gives the same object back."""
+    return json.dumps(run.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False) + "\n"

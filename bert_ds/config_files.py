@@ -1,0 +1,294 @@
+"""Reading the JSON files of a run: strict, bounded, and with every mistake of a file reported at once.
+
+`json.loads` alone takes duplicate keys (the last one wins), NaN and endless nesting; a FIFO would block it and
+/dev/zero would fill the memory. Here all of these are errors that name the file and the setting.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bert_ds.config_problems import Problem, describe
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 16
+MAX_PROBLEMS = 50
+SECRET_NAME = re.compile(
+    r"(^|[_-])(api_?key|access_?key|private_?key|token|password|passwd|secret|credentials?)$", re.IGNORECASE
+)
+
+
+class ConfigError(ValueError):
+    """A setting is missing, unknown or contradictory; the message names file, field, value found and value wanted."""
+
+
+@dataclass
+class ConfigFile:
+    """A JSON file as read, before its content is judged."""
+
+    name: str
+    """As the user spelled it."""
+    folder: str
+    """Absolute; relative paths in the file start here."""
+    data: dict[str, Any]
+    """The value with problems cut out: the last of duplicate keys, null for what is not a number."""
+    problems: list[Problem] = field(default_factory=list)
+    """What is wrong with the JSON itself."""
+    overridden: set[str] = field(default_factory=set)
+    """Dotted paths that an option on the command line has set."""
+
+    def source_of(self, path: str) -> str:
+        """The file or the option that a setting comes from."""
+        given = [name for name in self.overridden if path == name or path.startswith(name + ".")]
+        return f"--set {given[0]}" if given else self.name
+
+
+def shipped_file(name: str) -> Path:
+    """Return the path of a file of ds_configs, in a checkout or in an installed package.
+
+    Args:
+        name: as in "recipes/embedded_default.json".
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / "ds_configs", package / "_shipped/ds_configs"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(f"{name} is neither in {package.parent / 'ds_configs'} nor in the installed package")
+
+
+def read_config_file(path: str | Path) -> ConfigFile:
+    """Read a JSON object from a file.
+
+    Raises:
+        ConfigError: the file cannot be read, is too large, or is not one JSON object. Mistakes inside the object are
+            kept in `problems`.
+    """
+    name = str(path)
+    text = _read_text(name)
+    file = ConfigFile(name, os.path.dirname(os.path.abspath(name)), {})
+    try:
+        value = parse_json(text)
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deeply, at most {MAX_DEPTH} levels are read") from None
+    except ValueError as error:
+        raise ConfigError(f"{name}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name}: found {describe(_outer(value))}, wanted one JSON object")
+    file.data = _plain(value, (), file.problems)
+    return file
+
+
+def apply_overrides(file: ConfigFile, overrides: Sequence[str]) -> None:
+    """Set "section.name=value" in the data of a file; mistakes join the problems of the file.
+
+    The value is JSON where it parses as such, else a plain string. A number in the path is a list index.
+    """
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        parts = tuple(path.strip().split("."))
+        if not equals or not all(parts) or len(parts) > MAX_DEPTH:
+            file.problems.append(Problem("", f"--set {describe(override)}: wanted section.name=value"))
+            continue
+        dotted = ".".join(parts)
+        file.overridden.add(dotted)
+        try:
+            value = _override_value(text)
+        except (ValueError, RecursionError) as error:
+            file.problems.append(Problem(dotted, f"not JSON: {error}"))
+            continue
+        found: list[Problem] = []
+        value = _plain({parts[-1]: value}, parts[:-1], found)[parts[-1]]
+        file.problems = [one for one in file.problems if one.path != dotted] + found
+        if not _put(file.data, parts, value):
+            file.problems.append(Problem(dotted, "there is no such section or list item"))
+
+
+def resolve_paths(file: ConfigFile, patterns: Sequence[str]) -> dict[str, Any]:
+    """Return the data with the named settings made absolute.
+
+    A path from the file starts at the file's folder, one from an override at the current folder.
+    """
+    data = json.loads(json.dumps(file.data))
+    for pattern in patterns:
+        for holder, key, dotted in _matches(data, tuple(pattern.split(".")), ()):
+            value = holder[key]
+            if not isinstance(value, str) or not value or "://" in value:
+                continue
+            base = file.folder if file.source_of(dotted) == file.name else os.getcwd()
+            holder[key] = os.path.abspath(os.path.join(base, os.path.expanduser(value)))
+    return data
+
+
+def raise_problems(file: ConfigFile, problems: Sequence[Problem]) -> None:
+    """Raise one ConfigError with a line per problem of the file, if there is any.
+
+    `problems` are those of the content. A setting whose JSON is wrong was judged with null in its place, so that only
+    its name can be wrong too.
+    """
+    broken = {problem.path for problem in file.problems if problem.path}
+    every = [*file.problems, *(one for one in problems if one.path not in broken or one.is_about_the_name)]
+    if not every:
+        return
+    lines = list(dict.fromkeys(problem.line(file.source_of(problem.path)) for problem in every))
+    if len(lines) > MAX_PROBLEMS:
+        lines = [*lines[:MAX_PROBLEMS], f"{file.name}: and {len(lines) - MAX_PROBLEMS} problems more"]
+    raise ConfigError("\n".join(lines))
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON, marking duplicate keys and numbers that are none instead of taking them.
+
+    Raises:
+        ValueError: the text is not JSON.
+        RecursionError: it is nested too deeply for the parser.
+    """
+    return json.loads(
+        text,
+        object_pairs_hook=_Object,
+        parse_constant=_NotANumber,
+        parse_float=_finite_float,
+        parse_int=_bounded_int,
+    )
+
+
+class _Object(dict[str, Any]):
+    """A JSON object that remembers which keys came twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        seen: set[str] = set()
+        self.duplicates = {key for key, _ in pairs if key in seen or seen.add(key)}  # type: ignore[func-returns-value]
+
+
+class _NotANumber(str):
+    """The spelling of a number that is not finite or too large to compute with."""
+
+
+def _finite_float(text: str) -> float | _NotANumber:
+    value = float(text)
+    return value if math.isfinite(value) else _NotANumber(text)
+
+
+def _bounded_int(text: str) -> int | _NotANumber:
+    return int(text) if len(text) <= 18 else _NotANumber(text)
+
+
+def _read_text(name: str) -> str:
+    try:
+        # A FIFO without a writer would block an ordinary open.
+        descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ConfigError(f"{name}: not a regular file")
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{name}: {error.strerror}") from None
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{describe(name)}: not a file name ({error})") from None
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{name}: more than {MAX_BYTES} bytes, a configuration file is smaller")
+    if content.startswith(b"\xef\xbb\xbf"):
+        raise ConfigError(f"{name}: starts with a byte order mark; save it as UTF-8 without one")
+    if b"\0" in content:
+        raise ConfigError(f"{name}: byte {content.index(0)} is NUL, wanted text")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: byte {error.start} is not UTF-8") from None
+
+
+def _outer(value: Any) -> Any:
+    return str(value) if isinstance(value, _NotANumber) else value
+
+
+def _plain(value: Any, path: tuple[str, ...], problems: list[Problem]) -> Any:
+    """Return the value without markers, adding what they stand for to the problems."""
+    where = ".".join(path)
+    if len(path) > MAX_DEPTH:
+        problems.append(Problem(where, f"nested too deeply, at most {MAX_DEPTH} levels are read"))
+        return None
+    if isinstance(value, _NotANumber):
+        problems.append(Problem(where, f"found {value[:20]}, wanted a finite number of less than 19 digits"))
+        return None
+    if isinstance(value, str) and (not value.isprintable() or "\ufffd" in value):
+        problems.append(Problem(where, f"found {describe(value)}, wanted printable text"))
+        return None
+    if isinstance(value, list):
+        return [_plain(item, (*path, str(index)), problems) for index, item in enumerate(value)]
+    if isinstance(value, dict):
+        return _plain_object(value, path, problems)
+    return value
+
+
+def _plain_object(value: dict[str, Any], path: tuple[str, ...], problems: list[Problem]) -> dict[str, Any]:
+    result = {}
+    for key, inner in value.items():
+        where = (*path, key)
+        if key in getattr(value, "duplicates", ()):
+            problems.append(Problem(".".join(where), "is given twice"))
+        if not key.isprintable():
+            problems.append(Problem(".".join(path), f"found the name {describe(key)}, wanted printable text"))
+        elif SECRET_NAME.search(key):
+            problems.append(
+                Problem(".".join(where), "looks like a secret; secrets are read from the environment, never from files")
+            )
+        else:
+            result[key] = _plain(inner, where, problems)
+    return result
+
+
+def _override_value(text: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError:
+        if text.lstrip()[:1] in ("{", "[", '"'):
+            raise
+        return text
+
+
+def _put(data: Any, parts: tuple[str, ...], value: Any) -> bool:
+    """Set the value at a path, making missing sections on the way; False where the path leads nowhere."""
+    *outer, last = parts
+    for part in outer:
+        if isinstance(data, list):
+            data = data[int(part)] if _is_index(part, data) else None
+        elif isinstance(data, dict):
+            if data.get(part) is None:
+                data[part] = {}
+            data = data[part]
+        else:
+            return False
+    if isinstance(data, dict):
+        data[last] = value
+    elif isinstance(data, list) and _is_index(last, data):
+        data[int(last)] = value
+    else:
+        return False
+    return True
+
+
+def _is_index(part: str, items: list[Any]) -> bool:
+    return part.isascii() and part.isdigit() and len(part) < 6 and int(part) < len(items)
+
+
+def _matches(data: Any, parts: tuple[str, ...], path: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
+    head, *rest = parts
+    keys: list[Any] = list(range(len(data))) if head == "*" and isinstance(data, list) else [head]
+    for key in keys:
+        if not (isinstance(data, list) or (isinstance(data, dict) and key in data)):
+            continue
+        here = (*path, str(key))
+        if not rest:
+            yield data, key, ".".join(here)
+        else:
+            yield from _matches(data[key], tuple(rest), here)
