@@ -176,9 +176,11 @@ def _plan_next_sentence(
         target_lengths(pairs[rows, 0], table.config, seed=table.seed) - (pairs[rows, 1] - pairs[rows, 0]),
         pairs[rows, 3] - pairs[rows, 2],
     )
-    begin, end = _random_sentences(table, first[rows], wanted, bits=bits(Draw.RANDOM_NEXT, rows))
-    pairs[rows, 2], pairs[rows, 3] = tokens[begin], tokens[end]
-    _truncate_pairs(pairs, rows, table.config.max_seq_length - num_special_tokens(table.config), bits=bits)
+    longest = table.config.max_seq_length - num_special_tokens(table.config)
+    room = longest - (pairs[rows, 1] - pairs[rows, 0])
+    begin = _random_unit(table, first[rows], bits=bits(Draw.RANDOM_NEXT, rows))
+    pairs[rows, 2], pairs[rows, 3] = tokens[begin], tokens[_end_near(table, begin, wanted, room=room)]
+    _truncate_pairs(pairs, rows, longest, bits=bits)
     return _pair_spans(pairs), is_random.astype(np.int64)
 
 
@@ -188,21 +190,24 @@ def _random_boundary(first: np.ndarray, last: np.ndarray, *, bits: Bits) -> np.n
     return np.where(inner > 0, first + 1 + below(bits(Draw.SPLIT, slice(None)), np.maximum(inner, 1)), last)
 
 
-def _random_sentences(
-    table: ExampleTable, own_units: np.ndarray, wanted: np.ndarray, *, bits: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Consecutive units of a document other than that of own_units: at least one, as near to `wanted` tokens as whole
-    units come, and not beyond the end of the document."""
-    tokens, documents = table.unit_tokens, table.document_units
+def _random_unit(table: ExampleTable, own_units: np.ndarray, *, bits: np.ndarray) -> np.ndarray:
+    """A unit of a document other than that of own_units, all of them equally likely."""
+    documents = table.document_units
     own = np.searchsorted(documents, own_units, side="right")
-    own_first, own_last = documents[own - 1], documents[own]
-    begin = below(bits, documents[-1] - (own_last - own_first))
-    begin += np.where(begin >= own_first, own_last - own_first, 0)
+    own_first, own_size = documents[own - 1], documents[own] - documents[own - 1]
+    begin = below(bits, documents[-1] - own_size)
+    return begin + np.where(begin >= own_first, own_size, 0)
+
+
+def _end_near(table: ExampleTable, begin: np.ndarray, wanted: np.ndarray, *, room: np.ndarray) -> np.ndarray:
+    """Where units from `begin` on end so that their tokens come nearest to `wanted` without exceeding `room`: after at
+    least one unit, even too large a one, and not beyond the document."""
+    tokens, documents = table.unit_tokens, table.document_units
     goal = tokens[begin] + wanted
     end = np.minimum(np.searchsorted(tokens, goal), len(tokens) - 1)
-    end -= goal - tokens[end - 1] < tokens[end] - goal
+    is_too_far = (tokens[end] - goal > goal - tokens[end - 1]) | (tokens[end] - tokens[begin] > room)
     document_end = documents[np.searchsorted(documents, begin, side="right")]
-    return begin, np.minimum(np.maximum(end, begin + 1), document_end)
+    return np.minimum(np.maximum(end - is_too_far, begin + 1), document_end)
 
 
 def _truncate_pairs(pairs: np.ndarray, rows: np.ndarray, longest: int, *, bits: Bits) -> None:

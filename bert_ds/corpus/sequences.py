@@ -27,16 +27,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bert_ds.corpus.keyed_random import Draw, below, fraction, keyed_bits
+from bert_ds.corpus.shards import KINDS, ShardSplit, read_manifest
 from bert_ds.ranks import DataError
 from bert_ds.run_config import SequenceConfig
-
-if TYPE_CHECKING:
-    from bert_ds.corpus.shards import ShardSplit
 
 _FORMAT = 1
 _CHUNK_SENTENCES = 1 << 20
@@ -121,8 +118,15 @@ def build_examples(
     unit_tokens, example_units, document_units = words
     table = ExampleTable(split, config, seed, unit_tokens, example_units, document_units)
     if config.sentence_pair == "nsp" and np.count_nonzero(np.diff(document_units)) < 2:
-        raise DataError('sentence_pair "nsp" draws random next sentences: at least 2 documents are wanted, found 1')
+        raise DataError(f'{split.folder} {split.split}: sentence_pair "nsp" wants at least 2 documents, found 1')
     return table
+
+
+def content_hash(split: ShardSplit) -> str:
+    """Identify what a split holds, wherever it lies: sha256 over the tokenizer and the files' checksums."""
+    shards = read_manifest(split.folder).splits[split.split].shards
+    checksums = [shard.files[kind].sha256 for shard in shards for kind in KINDS]
+    return hashlib.sha256(repr((split.fingerprint, checksums)).encode()).hexdigest()
 
 
 def _find_examples(split: ShardSplit, config: SequenceConfig, seed: int) -> list[np.ndarray]:
@@ -142,7 +146,7 @@ def _find_examples(split: ShardSplit, config: SequenceConfig, seed: int) -> list
         num_units += len(unit_lengths)
         num_tokens += int(units[-1])
     if not num_tokens:
-        raise DataError("the split holds no token: nothing can be made into examples")
+        raise DataError(f"{split.folder} {split.split}: holds no token, nothing can be made into examples")
     return [np.concatenate(parts) for parts in (unit_parts, example_parts, document_parts)]
 
 
@@ -207,12 +211,8 @@ def _chain(ends: np.ndarray, roots: np.ndarray) -> np.ndarray:
 
 def _cache_key(split: ShardSplit, config: SequenceConfig, seed: int) -> str:
     longest = config.max_seq_length - num_special_tokens(config)
-    settings = (_FORMAT, seed, longest, config.short_seq_prob, config.cross_documents, _CHUNK_SENTENCES)
-    digest = hashlib.sha256(repr(settings).encode())
-    for array in (split.sentence_lengths(), split.document_starts()):
-        digest.update(len(array).to_bytes(8, "little"))
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()[:24]
+    settings = (_FORMAT, _CHUNK_SENTENCES, seed, longest, config.short_seq_prob, config.cross_documents)
+    return hashlib.sha256(repr((settings, content_hash(split))).encode()).hexdigest()[:24]
 
 
 def _write_cache(arrays: list[np.ndarray], folders: tuple[Path, ...], name: str) -> Path:

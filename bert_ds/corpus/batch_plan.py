@@ -1,0 +1,41 @@
+"""The plan of a batch that draws from several sources: exact lengths first, tokens only where they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from bert_ds.corpus.collate import PackedBatch, collate
+from bert_ds.corpus.examples import Plan, make_example, plan_examples
+from bert_ds.corpus.mlm_masking import Masker
+from bert_ds.corpus.sequences import ExampleTable
+
+
+class BatchPlan:
+    """What the examples of a batch consist of, grouped by source.
+
+    Attributes:
+        plans: one plan per source that occurs, by source number.
+        lengths: int64 [n], tokens of every example with its special tokens.
+    """
+
+    def __init__(self, tables: Sequence[ExampleTable], triples: np.ndarray, *, seed: int) -> None:
+        """Plan examples.
+
+        Args:
+            tables: the examples of every source.
+            triples: int64 [n, 3], n >= 1: (source, epoch, example).
+            seed: of the run.
+        """
+        self.plans: dict[int, Plan] = {}
+        for source in np.unique(triples[:, 0]).tolist():
+            rows = triples[triples[:, 0] == source]
+            self.plans[source] = plan_examples(tables[source], rows[:, 2], epochs=rows[:, 1], source=source, seed=seed)
+        self._places = [(plan, row) for plan in self.plans.values() for row in range(len(plan.lengths))]
+        self.lengths = np.concatenate([plan.lengths for plan in self.plans.values()])
+
+    def pack(self, rows: np.ndarray, masker: Masker) -> PackedBatch:
+        """Read, mask and pack the examples at some rows of the batch, at least one."""
+        examples = [make_example(*self._places[row]) for row in rows.tolist()]
+        return collate(masker.mask(examples))
