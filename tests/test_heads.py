@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import os
+from fnmatch import fnmatchcase
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from encoder_cases import encoder_inputs, packed_inputs, padded_inputs, small_config, spread_weights
+from ranks_harness import run_ranks
 
 from bert_ds.encoder.heads import BertForPreTraining
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
@@ -140,6 +143,55 @@ def test_padding_rows_of_the_vocabulary_are_never_predicted_and_get_no_gradient(
     assert loss_sums[0].item() < 3 * 10
     assert (model.bert.embeddings.word_weight.grad[101:] == 0.0).all()
     assert (model.predictions.bias.grad[101:] == 0.0).all()
+
+
+def test_the_no_decay_patterns_are_the_biases_and_layer_norms() -> None:
+    model = BertForPreTraining(small_config())
+    for name, parameter in model.named_parameters():
+        matched = any(fnmatchcase(name, pattern) for pattern in BertForPreTraining.no_decay_patterns)
+        assert matched == (parameter.dim() == 1), name
+
+
+def _train_at_stages(rank: int, world_size: int) -> list[dict]:
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    config = small_config(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    batch = packed_inputs(config, [4, 0, 6, 1], masked=5 * rank, seed=rank)
+    results = []
+    for stage, activation_checkpointing in ((0, False), (3, False), (3, True)):
+        model = BertForPreTraining(config, kernels="torch", activation_checkpointing=activation_checkpointing)
+        spread_weights(model, config)
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+                "zero_allow_untested_optimizer": True,
+            },
+        )
+        losses, gradients = [], {}
+        for step in range(2):
+            loss = engine(**batch, dropout_seed=torch.tensor([10 * step + rank]))[0].sum()
+            losses.append(loss.item())
+            engine.backward(loss)
+            for name, parameter in model.named_parameters():
+                gradients[name] = safe_get_full_grad(parameter).clone().numpy()
+            engine.step()
+        external = [name for name, module in model.named_modules() if getattr(module, "_external_params", None)]
+        results.append({"losses": losses, "gradients": gradients, "external": external})
+    return results
+
+
+def test_zero_3_gives_the_losses_and_gradients_of_stage_0_with_and_without_checkpointing() -> None:
+    for stage_0, *stages_3 in run_ranks(_train_at_stages, 2):
+        for stage_3 in stages_3:
+            assert stage_3["losses"] == pytest.approx(stage_0["losses"], rel=1e-6)
+            for name, gradient in stage_0["gradients"].items():
+                np.testing.assert_allclose(stage_3["gradients"][name], gradient, atol=1e-6, rtol=1e-5, err_msg=name)
+            # The tied decoder is the only parameter that is read outside its module.
+            assert stage_3["external"] == ["predictions"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

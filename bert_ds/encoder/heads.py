@@ -39,6 +39,7 @@ class BertForPreTraining(nn.Module):
     loss_names = ("mlm", "pair")
     metric_names = ("mlm_correct", "pair_correct")
     loss_weights = (1.0, 1.0)
+    no_decay_patterns = ("*bias", "*layer_norm_weight")
 
     def __init__(
         self,
@@ -124,14 +125,15 @@ class BertForPreTraining(nn.Module):
     def _tied_decoder(self) -> Tensor:
         """Return the word embedding, which the masked-word head reads although another module owns it.
 
-        Under ZeRO-3 (the parameter carries a `ds_id`) it is registered with the head, which makes DeepSpeed gather it
-        for the head's forward and backward too. Registering again changes nothing.
+        Under ZeRO-3 (the parameter carries a `ds_id`) it is registered with the head, so that DeepSpeed gathers it for
+        the head's forward and backward too. Registering again changes nothing. It is not read as an attribute: that
+        would gather it here and now, and register it with the whole model.
         """
-        word_weight_VD = self.bert.embeddings.word_weight
+        word_weight_VD = dict(self.bert.embeddings.named_parameters(recurse=False))["word_weight"]
         if hasattr(word_weight_VD, "ds_id"):
-            from deepspeed.zero import register_external_parameter
+            import deepspeed
 
-            register_external_parameter(self.predictions, word_weight_VD)
+            deepspeed.zero.register_external_parameter(self.predictions, word_weight_VD)
         return word_weight_VD
 
 
