@@ -1,0 +1,268 @@
+"""What a run says: metrics.jsonl, a log per rank, step lines or a progress bar, and the facts of the machine.
+
+Only rank 0 writes metrics and the console; every rank writes its own `logs/rank_K.log`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bert_ds.ranks import Ranks
+
+_PACKAGES = ("bert-ds", "torch", "deepspeed", "triton", "transformers", "tokenizers", "numpy", "pydantic")
+_ENVIRONMENT_NAMES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+
+
+class RunLog:
+    """The log of one rank of one attempt at a run.
+
+    Args:
+        run_dir: the run folder; `logs/` and `metrics.jsonl` are made in it.
+        ranks: place of this process in the job.
+        total_steps: length of the progress bar.
+    """
+
+    def __init__(self, run_dir: Path, ranks: Ranks, *, total_steps: int) -> None:
+        self.run_dir = run_dir
+        self.is_main = ranks.is_main
+        self.total_steps = total_steps
+        self.attempt = 1
+        self._logger = _rank_logger(run_dir, ranks)
+        self._file = -1
+        self._line_end = b""
+        self._bar: Any = None
+        if self.is_main:
+            path = run_dir / "metrics.jsonl"
+            repair_metrics(path)
+            self.attempt = 1 + max((row.get("attempt", 0) for row in _rows(path)), default=0)
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def start(self, step: int, facts: Mapping[str, Any]) -> None:
+        """Write the row that opens this attempt at the step it continues from."""
+        self.row("start", step, facts)
+        if self.is_main and sys.stdout.isatty():
+            self._bar = _Bar(self.total_steps, step)
+
+    def info(self, message: str) -> None:
+        """Log a message in this rank's file and, on rank 0, on the console."""
+        self._say(logging.INFO, message)
+
+    def warning(self, message: str) -> None:
+        """Log a warning; every rank shows its own on the console."""
+        self._say(logging.WARNING, message)
+
+    def row(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one row to metrics.jsonl with a single write; a number that is not finite becomes null."""
+        if self._file < 0:
+            return
+        row = {"kind": kind, "step": step, "attempt": self.attempt, "time": round(time.time(), 3), **values}
+        line = self._line_end + json.dumps(_finite(row)).encode() + b"\n"
+        try:
+            self._line_end = b"" if os.write(self._file, line) == len(line) else b"\n"
+        except OSError as error:
+            self.warning(f"a row of metrics.jsonl is lost: {error}")
+
+    def train_row(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append a training row and show it: a line each time, and on a terminal a bar below the lines."""
+        self.row("train", step, values)
+        self.info(step_line(step, self.total_steps, values=values))
+        if self._bar:
+            self._bar.update(step)
+
+    def evaluation_row(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append an evaluation row and show it."""
+        self.row("evaluation", step, values)
+        self.info(f"evaluation at step {step}: " + "  ".join(f"{name} {_short(v)}" for name, v in values.items()))
+
+    def close(self) -> None:
+        """Close the files and the progress bar; a second call does nothing."""
+        if self._bar:
+            self._bar.close()
+            self._bar = None
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        for handler in list(self._logger.handlers):
+            self._logger.removeHandler(handler)
+            logging.getLogger("DeepSpeed").removeHandler(handler)
+            handler.close()
+
+    def _say(self, level: int, message: str) -> None:
+        self._logger.log(level, message)
+        if self.is_main or level >= logging.WARNING:
+            if self._bar:
+                self._bar.print(message)
+            else:
+                print(message, flush=True)
+
+
+class _Bar:
+    """A rich progress bar that stays below the printed lines."""
+
+    def __init__(self, total: int, done: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, transient=True)
+        self._task = self._progress.add_task("step", total=total, completed=done)
+        self._progress.start()
+
+    def update(self, step: int) -> None:
+        self._progress.update(self._task, completed=step)
+
+    def print(self, message: str) -> None:
+        self._progress.console.print(message, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def step_line(step: int, total_steps: int, *, values: Mapping[str, Any]) -> str:
+    """Return the one-line summary of a training row; values that are missing or unknown are left out."""
+    terms = "  ".join(f"{key[5:]} {_short(value)}" for key, value in values.items() if key.startswith("loss_"))
+    parts = [f"step {step}/{total_steps}", f"loss {_short(values['loss'])}" + (f" ({terms})" if terms else "")]
+    for label, key, text in (
+        ("lr", "lr", "{:.3g}"),
+        ("grad", "grad_norm", "{:.3g}"),
+        ("", "tokens_per_s", "{:,.0f} tokens/s"),
+        ("padding avoided", "padding_avoided", "{:.0%}"),
+        ("MFU", "mfu", "{:.1%}"),
+        ("data wait", "data_wait_share", "{:.0%}"),
+    ):
+        if values.get(key) is not None:
+            parts.append(f"{label} {text.format(values[key])}".strip())
+    if values.get("eta_s") is not None:
+        minutes, seconds = divmod(round(values["eta_s"]), 60)
+        parts.append(f"ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}")
+    return "  ".join(parts)
+
+
+def read_metrics(path: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Return the rows of one kind in the order of their steps, the newest row for each step.
+
+    A later attempt continues from the step of its `start` row: what earlier attempts wrote beyond that step is
+    superseded, even where the later attempt has not come as far yet. A line torn by a kill or a full disk is ignored.
+    """
+    newest: dict[int, dict[str, Any]] = {}
+    for row in _rows(path):
+        if row.get("kind") == "start":
+            newest = {step: old for step, old in newest.items() if step <= row["step"]}
+        if row.get("kind") == kind:
+            newest[row["step"]] = row
+    return [newest[step] for step in sorted(newest)]
+
+
+def repair_metrics(path: Path) -> None:
+    """Cut a last line that a kill left without its end; a file that does not exist is left alone."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        content = file.read()
+        if content and not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def write_environment(run_dir: Path, ranks: Ranks, *, devices: Sequence[str]) -> None:
+    """Write environment.json: versions, commit and host; no argument list and no variable that could hold a secret."""
+    names = [name for name in os.environ if name in _ENVIRONMENT_NAMES or name.startswith("SLURM_JOB_")]
+    facts = {
+        "format": 1,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "hostname": platform.node(),
+        "num_cpus": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "devices": list(devices),
+        "world_size": ranks.world_size,
+        "versions": library_versions(),
+        "commit": _commit(),
+        "variables": {name: os.environ[name] for name in sorted(names)},
+    }
+    write_json(run_dir / "environment.json", facts)
+
+
+def library_versions() -> dict[str, str]:
+    """Return the installed versions of the libraries a run depends on."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that a reader sees the old one or the whole new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _rank_logger(run_dir: Path, ranks: Ranks) -> logging.Logger:
+    """Return a logger into logs/rank_K.log that also receives DeepSpeed's messages."""
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(run_dir / "logs" / f"rank_{ranks.rank}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger(f"bert_ds.run_log.{id(handler)}")
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logging.getLogger("DeepSpeed").addHandler(handler)
+    return logger
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _commit() -> str | None:
+    """Return the commit of this source tree, with "+changes" where files differ; None outside a git tree."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain"])
+        commit, changes = (
+            subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+            for command in commands
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changes else "")

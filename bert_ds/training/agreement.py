@@ -1,0 +1,73 @@
+"""What the ranks agree on: small host-side collectives that never touch the device.
+
+They run over gloo, on CUDA too: numbers that steer the loop (counts, stop flags, damage reports) then never wait for
+queued kernels. Every function here is a collective: all ranks call it, in the same order. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@lru_cache(maxsize=1)
+def _gloo(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    return world if dist.get_backend(world) == "gloo" else dist.new_group(backend="gloo")
+
+
+def host_group() -> dist.ProcessGroup:
+    """Return the gloo group of all ranks; made on the first call, which is a collective."""
+    assert dist.group.WORLD is not None, "the process group is not initialised"
+    return _gloo(dist.group.WORLD)
+
+
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """Return the elementwise sum of a short list of numbers over all ranks, in fp64."""
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, group=host_group())
+    return total.tolist()
+
+
+def max_over_ranks(value: float) -> float:
+    """Return the largest value of any rank."""
+    largest = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=host_group())
+    return float(largest[0])
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Return every rank's JSON value, in rank order."""
+    text = _encode(value)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(text)]), group=host_group())
+    longest = int(max(int(size) for size in sizes))
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: len(text)] = text
+    gathered = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(gathered, padded, group=host_group())
+    return [_decode(part[: int(size)]) for part, size in zip(gathered, sizes, strict=True)]
+
+
+def broadcast_json(value: Any) -> Any:
+    """Return rank 0's JSON value on every rank."""
+    text = _encode(value)
+    size = torch.tensor([len(text)])
+    dist.broadcast(size, src=0, group=host_group())
+    if dist.get_rank() != 0:
+        text = torch.zeros(int(size), dtype=torch.uint8)
+    dist.broadcast(text, src=0, group=host_group())
+    return _decode(text)
+
+
+def _encode(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _decode(text: Tensor) -> Any:
+    return json.loads(bytes(text.tolist()))

@@ -1,0 +1,93 @@
+"""What DeepSpeed saves and loads through: files that are hashed while they are written, and never unpickled freely.
+
+`checkpoints.py` drives it. A failed write is remembered, not raised: DeepSpeed has barriers between the files, and a
+rank that raised there would leave the others waiting. All ranks agree on what went wrong once every rank is through.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, BinaryIO, cast, IO
+
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+_ALLOWED = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
+"""Plain data classes that DeepSpeed's files hold beside tensors and containers."""
+
+
+class VerifiedCheckpointEngine(CheckpointEngine):
+    """Writes with fsync and sha256, loads with `weights_only=True` and a short allow-list.
+
+    Args:
+        parameter_names: names of the parameters of each optimizer group, stored with stage 0's unnamed masters.
+    """
+
+    def __init__(self, *, parameter_names: list[list[str]]) -> None:
+        super().__init__()
+        self.name = "VerifiedCheckpointEngine"
+        self.parameter_names = parameter_names
+        self.written: dict[str, dict[str, Any]] = {}
+        self.error: str | None = None
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """Forget the files of an earlier save."""
+        self.written, self.error = {}, None
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Do nothing: the folder was made, and agreed on, before DeepSpeed was called."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Write one file to the disk itself; its size and sha256 are in `written`, or the reason is in `error`."""
+        name = os.path.basename(path)
+        try:
+            with open(path, "wb", buffering=0) as file:
+                stream = _HashingStream(file)
+                torch.save(state_dict, cast(IO[bytes], stream))
+                os.fsync(file.fileno())
+            if os.path.getsize(path) != stream.num_bytes:
+                raise OSError(f"{os.path.getsize(path)} bytes are on the disk, {stream.num_bytes} were written")
+        except (OSError, RuntimeError) as error:
+            self.error = self.error or f"{name}: {error}"
+        else:
+            self.written[name] = {"bytes": stream.num_bytes, "sha256": stream.digest.hexdigest()}
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Load one file of tensors, containers and the allowed classes."""
+        return load_safely(Path(path), map_location=map_location)
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        """Answer DeepSpeed; publishing is the caller's."""
+        return True
+
+
+def load_safely(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> Any:
+    """Load a checkpoint file without unpickling anything but tensors, containers and `_ALLOWED`."""
+    with torch.serialization.safe_globals(list(_ALLOWED)):
+        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+
+
+class _HashingStream:
+    """A write-only file object: hashes what passes, writes all of it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.digest.update(view)
+        self.num_bytes += len(view)
+        done = 0
+        while done < len(view):
+            done += self._file.write(view[done:])
+        return len(view)
+
+    def flush(self) -> None:
+        self._file.flush()

@@ -1,0 +1,70 @@
+"""The one place that builds a DeepSpeed engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+from deepspeed import DeepSpeedEngine
+from torch import nn
+from torch.optim import Optimizer
+
+from bert_ds.training.checkpoint_engine import VerifiedCheckpointEngine
+from bert_ds.training.optimizers import StepGuard
+
+
+def make_engine(model: nn.Module, optimizer: Optimizer, ds_config: dict[str, Any]) -> DeepSpeedEngine:
+    """Return the engine; every rank calls this, after `deepspeed.init_distributed`.
+
+    Weights, optimizer state and step count are the same before and after. The engine saves and loads through
+    `VerifiedCheckpointEngine` only.
+
+    Args:
+        model: on the CPU, or already partitioned by `deepspeed.zero.Init`.
+        optimizer: over the model's parameters.
+        ds_config: the resolved configuration, every value written out.
+
+    Raises:
+        ValueError: the configuration switches off what keeps a NaN out of the weights.
+    """
+    _refuse_unguarded(ds_config)
+    names = parameter_names(model, optimizer)
+    guard = StepGuard(optimizer)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    engine.checkpoint_engine = VerifiedCheckpointEngine(parameter_names=names)
+    # DeepSpeed copies zero_to_fp32.py beside every checkpoint: a script that unpickles, and a write that may fail on
+    # rank 0 alone, inside a collective.
+    engine._copy_recovery_script = lambda save_path: None
+    guard.armed = True
+    return engine
+
+
+def step_guard(engine: DeepSpeedEngine) -> StepGuard:
+    """Return the guard that `make_engine` put in front of the optimizer."""
+    guard = engine.basic_optimizer.step
+    assert isinstance(guard, StepGuard), "the engine was not built by make_engine"
+    return guard
+
+
+def has_own_nan_guard(engine: DeepSpeedEngine) -> bool:
+    """Whether DeepSpeed's optimizer wrapper drops a step with gradients that are not finite, on all ranks alike."""
+    return hasattr(engine.optimizer, "overflow")
+
+
+def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    """Return the names of the parameters of each group, in the optimizer's order."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def _refuse_unguarded(ds_config: dict[str, Any]) -> None:
+    zero = ds_config.get("zero_optimization", {})
+    if zero.get("compute_grad_norm", True) is False:
+        raise ValueError("zero_optimization.compute_grad_norm is false: a NaN would reach the weights; wanted true")
+    bf16 = ds_config.get("bf16", {})
+    if bf16.get("enabled") and bf16.get("check_grad_overflow", True) is False:
+        raise ValueError("bf16.check_grad_overflow is false: a NaN would reach the weights; wanted true")
+    if ds_config.get("fp16", {}).get("enabled") and zero.get("stage", 0) == 0:
+        raise ValueError(
+            "fp16 with zero_optimization.stage 0: DeepSpeed never scales that loss; wanted stage 1, 2 or 3"
+        )

@@ -1,0 +1,80 @@
+"""Loss and accuracy over held-out batches, as sums over all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from bert_ds.ranks import DataError
+from bert_ds.training.agreement import max_over_ranks, sum_over_ranks
+from bert_ds.training.train_state import MicroBatch
+
+
+@torch.no_grad()
+def evaluate(engine: DeepSpeedEngine, batches: Iterable[MicroBatch]) -> dict[str, float]:
+    """Return means over all targets of all ranks' batches, without dropout; a collective.
+
+    Every rank makes the same number of forward passes, because a forward of a ZeRO-3 model is itself a collective: a
+    rank with fewer batches repeats its last one with weight zero.
+
+    Returns:
+        See `named_means`.
+
+    Raises:
+        DataError: a rank has no batch at all.
+    """
+    local = list(batches)
+    if max_over_ranks(float(not local)):
+        raise DataError("a rank has no validation batch: the validation split is smaller than the number of ranks")
+    num_forwards = int(max_over_ranks(float(len(local))))
+    totals: Tensor | None = None
+    engine.eval()
+    for index in range(num_forwards):
+        sums = forward_sums(engine, local[min(index, len(local) - 1)])
+        if index < len(local):
+            totals = sums if totals is None else totals + sums
+    engine.train()
+    assert totals is not None
+    counts = [sum(column) for column in zip(*(batch.loss_counts for batch in local), strict=True)]
+    agreed = sum_over_ranks([*totals.tolist(), *counts])  # host sync: once per evaluation
+    return named_means(engine.module, agreed[: len(totals)], counts=agreed[len(totals) :])
+
+
+def forward_sums(engine: DeepSpeedEngine, batch: MicroBatch) -> Tensor:
+    """Return loss sums and metric sums of one batch in fp64, on the device, without dropout."""
+    inputs = batch.to(engine.device).model_inputs()
+    loss_sums_L, metric_sums_M = engine(**inputs, dropout_seed=None)
+    return torch.cat([loss_sums_L, metric_sums_M]).double()
+
+
+def named_means(model: Any, sums: Sequence[float], *, counts: Sequence[float]) -> dict[str, float]:
+    """Return the figures of a step or an evaluation by name.
+
+    The model names its terms: `loss_names` and `loss_weights`, one per loss sum, and `metric_names`, the k-th of which
+    is counted over the targets of the k-th loss. A term without targets is left out.
+
+    Returns:
+        `loss` (the weighted total), `loss_<name>`, `perplexity` of the first term, and for a metric `<name>_correct`
+        `<name>_accuracy`, for any other its mean under its own name.
+    """
+    num_losses = len(model.loss_names)
+    means = {"loss": 0.0}
+    for name, weight, total, count in zip(model.loss_names, model.loss_weights, sums, counts, strict=False):
+        if count:
+            means[f"loss_{name}"] = total / count
+            means["loss"] += weight * total / count
+    if counts[0]:
+        means["perplexity"] = _exp(sums[0] / counts[0])
+    for name, total, count in zip(model.metric_names, sums[num_losses:], counts, strict=False):
+        if count:
+            means[name.removesuffix("_correct") + "_accuracy" if name.endswith("_correct") else name] = total / count
+    return means
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700.0 else math.inf

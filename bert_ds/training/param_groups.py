@@ -1,0 +1,65 @@
+"""Which parameters are decayed, decided by name.
+
+Names, never `ndim`: under ZeRO-3's `zero.Init` every parameter looks one-dimensional. LAMB takes one group and asks
+for the decay of each tensor; AdamW takes the usual two groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+NO_DECAY_PATTERNS = ("*.bias", "*LayerNorm.weight")
+"""Biases and LayerNorm, as in the BERT paper's code. `fnmatch` patterns over the full parameter name."""
+
+NamedParameters = Iterable[tuple[str, nn.Parameter]]
+
+
+def without_decay(names: Sequence[str], patterns: Sequence[str] = NO_DECAY_PATTERNS) -> frozenset[str]:
+    """Return the names that match at least one pattern.
+
+    Raises:
+        ValueError: a pattern matches no name at all, which is a misspelling or a renamed layer.
+    """
+    matches = {pattern: {name for name in names if fnmatchcase(name, pattern)} for pattern in patterns}
+    unused = [pattern for pattern, found in matches.items() if not found]
+    if unused:
+        raise ValueError(
+            f"no parameter matches the no-decay pattern {unused[0]!r}; the model has {len(names)} parameters, "
+            f"for example {', '.join(names[:3])}"
+        )
+    return frozenset().union(*matches.values())
+
+
+def decay_groups(
+    named_parameters: NamedParameters, weight_decay: float, *, patterns: Sequence[str] = NO_DECAY_PATTERNS
+) -> list[dict[str, Any]]:
+    """Split trainable parameters into a decayed group and one without decay, each in the model's order.
+
+    Returns:
+        Parameter groups for a torch optimizer; an empty group is left out.
+    """
+    trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    exempt = without_decay([name for name, _ in trainable], patterns)
+    groups = [
+        {"params": [p for name, p in trainable if name not in exempt], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable if name in exempt], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def decay_per_tensor(
+    named_parameters: NamedParameters, weight_decay: float, *, patterns: Sequence[str] = NO_DECAY_PATTERNS
+) -> Callable[[nn.Parameter], float]:
+    """Return the decay of each parameter as a function, for an optimizer that holds all of them in one group.
+
+    Raises:
+        KeyError: the returned function is asked for a parameter that is not among named_parameters.
+    """
+    trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    exempt = without_decay([name for name, _ in trainable], patterns)
+    decays = {parameter: 0.0 if name in exempt else weight_decay for name, parameter in trainable}
+    return decays.__getitem__

@@ -1,0 +1,44 @@
+"""From sums over one micro-batch to its share of the loss of a whole optimizer step.
+
+The loss of a step is sum_k weight_k * (sum of term k over all ranks and micro-steps) / (count of term k over all of
+them). Both are known before the first backward except the sums themselves, so every micro-batch back-propagates
+weight_k * sum_k / global_count_k and the gradients merely add up: how the step is cut into ranks and micro-steps does
+not matter, however unequal the counts are.
+
+DeepSpeed averages gradients over ranks (`engine.allreduce_bucket`, `stage_1_and_2.average_tensor`, stage 3's
+`_avg_scatter_grads`); multiplying by the world size undoes it. Its division by the accumulation steps is switched off
+at its source: `engine.backward(loss, scale_wrt_gas=False)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def step_loss(loss_sums_L: Tensor, global_counts: Sequence[float], *, weights: Sequence[float]) -> Tensor:
+    """Return this micro-batch's share of the step's loss.
+
+    Args:
+        loss_sums_L: fp32, one sum per loss term over this micro-batch.
+        global_counts: number of targets of each term in the whole step; a term without targets counts for nothing.
+        weights: weight of each term.
+
+    Returns:
+        fp32 scalar; the shares of all micro-batches of all ranks add up to the loss of the step.
+    """
+    if not len(loss_sums_L) == len(global_counts) == len(weights):
+        raise ValueError(f"{len(loss_sums_L)} loss sums, {len(global_counts)} counts and {len(weights)} weights")
+    factors = [weight / count if count else 0.0 for weight, count in zip(weights, global_counts, strict=True)]
+    return (loss_sums_L * loss_sums_L.new_tensor(factors)).sum()
+
+
+def poison_if_not_finite(loss: Tensor) -> Tensor:
+    """Return the loss unchanged if it is finite, else one whose gradient is NaN everywhere.
+
+    An infinite loss can have finite gradients. With this, one guard on the reduced gradients sees every bad loss on
+    every rank, without a collective and without a host sync per micro-step.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))

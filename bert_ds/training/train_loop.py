@@ -1,0 +1,169 @@
+"""The training loop: it gets an engine and an iterator of batches, and knows nothing of either's inside.
+
+What one rank decides for all (how many targets the step has, whether to stop) travels in one small host-side
+all-reduce per step. Losses that are reported are those of the very step, so a resumed run repeats them exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deepspeed import DeepSpeedEngine
+
+from bert_ds.ranks import CheckpointError, DivergedError
+from bert_ds.run_log import RunLog
+from bert_ds.training.evaluation import evaluate, named_means
+from bert_ds.training.lr_schedule import learning_rate
+from bert_ds.training.optimizers import set_learning_rate
+from bert_ds.training.restart import StopRequest
+from bert_ds.training.throughput import Throughput
+from bert_ds.training.train_state import MicroBatch, TrainPlan, TrainState
+from bert_ds.training.train_step import Step, agree_on_totals, fetch, forward_backward, sum_of_ranks, take_step
+
+
+@dataclass(frozen=True)
+class Services:
+    """What surrounds the loop."""
+
+    log: RunLog
+    stop: StopRequest
+    throughput: Throughput
+    save: Callable[[TrainState], bool] | None = None
+    """Saves a checkpoint; a collective. False, on all ranks alike, where it could not be written."""
+    validation: Callable[[], Iterable[MicroBatch]] | None = None
+    """Makes this rank's validation batches, the same every time."""
+    row_facts: Callable[[int], Mapping[str, Any]] | None = None
+    """What the caller adds to the training row of a step, on rank 0."""
+
+
+def train(
+    engine: DeepSpeedEngine,
+    batches: Iterator[Sequence[MicroBatch]],
+    *,
+    state: TrainState,
+    plan: TrainPlan,
+    services: Services,
+) -> TrainState:
+    """Train from the state's step to the plan's last, or until a rank is asked to stop; a collective.
+
+    Args:
+        engine: from `make_engine`.
+        batches: yields this rank's micro-batches of one step, starting after the state's step; never ends early.
+        state: advanced in place and returned; `state.step == plan.total_steps` says that the run is complete.
+
+    Raises:
+        DivergedError: plan.max_bad_steps steps in a row had gradients that are not finite.
+        CheckpointError: the checkpoint at the end, or at a requested stop, could not be written.
+    """
+    engine.train()
+    saved_step, evaluated_step = state.step, -1
+    while state.step < plan.last_step:
+        step = _take_one(engine, batches, state=state, plan=plan, services=services)
+        if step is None:
+            services.log.warning(f"asked to stop ({services.stop.reason}), saving at step {state.step}")
+            break
+        if not step.applied:
+            _log_bad_step(engine, step, state=state, plan=plan, services=services)
+        elif step.number % plan.log_every_steps == 0 or step.number in (1, plan.last_step):
+            _log_step(engine, step, plan=plan, services=services)
+        if _is_due(state.step, plan.evaluate_every_steps):
+            evaluated_step = _evaluate(engine, state.step, services=services)
+        if _is_due(state.step, plan.checkpoint_every_steps):
+            saved_step = _save(state, services=services, must=False)
+    if state.step == plan.total_steps and evaluated_step != state.step:
+        _evaluate(engine, state.step, services=services)
+    if saved_step != state.step:
+        _save(state, services=services, must=True)
+    return state
+
+
+def _take_one(
+    engine: DeepSpeedEngine,
+    batches: Iterator[Sequence[MicroBatch]],
+    *,
+    state: TrainState,
+    plan: TrainPlan,
+    services: Services,
+) -> Step | None:
+    """Take the next optimizer step and count it, or return None if a rank is asked to stop."""
+    micro_batches, data_wait_s = fetch(batches)
+    totals = agree_on_totals(micro_batches, data_wait_s=data_wait_s, stop=services.stop.requested)
+    if totals.stop:
+        return None
+    number = state.step + 1
+    lr = learning_rate(number, peak=plan.peak_lr, schedule=plan.schedule, total_steps=plan.total_steps)
+    set_learning_rate(engine.optimizer, lr)
+    sums = forward_backward(engine, micro_batches, counts=totals.loss_counts, seed=plan.seed, step=number)
+    applied, grad_norm = take_step(engine)
+    state.advance(applied, examples=engine.train_batch_size())
+    services.throughput.add(
+        num_tokens=totals.num_tokens, padded_tokens=totals.padded_tokens, data_wait_s=totals.data_wait_s
+    )
+    return Step(number, lr, totals, sums, applied, grad_norm)
+
+
+def _log_step(engine: DeepSpeedEngine, step: Step, *, plan: TrainPlan, services: Services) -> None:
+    """Write the row of a step; its losses are this step's, over all ranks."""
+    means = named_means(engine.module, sum_of_ranks(step.sums), counts=step.totals.loss_counts)
+    row = {
+        **means,
+        "lr": step.lr,
+        "grad_norm": float(step.grad_norm),  # host sync: once per logged step
+        "num_tokens": step.totals.num_tokens,
+        **services.throughput.report(steps_left=plan.total_steps - step.number),
+    }
+    if services.row_facts and services.log.is_main:
+        row.update(services.row_facts(step.number))
+    services.log.train_row(step.number, row)
+    _write_monitor(engine, "train", {**means, "grad_norm": row["grad_norm"], "tokens_per_s": row["tokens_per_s"]})
+
+
+def _log_bad_step(
+    engine: DeepSpeedEngine, step: Step, *, state: TrainState, plan: TrainPlan, services: Services
+) -> None:
+    """Write the row of a step that was not applied; raise after too many of them in a row."""
+    means = named_means(engine.module, sum_of_ranks(step.sums), counts=step.totals.loss_counts)
+    services.log.row("skipped", step.number, {**means, "lr": step.lr, "skipped_steps": state.skipped_steps})
+    services.log.info(
+        f"step {step.number} skipped: loss {means['loss']:.4g}, gradient norm {float(step.grad_norm):.4g}"
+    )
+    if engine.fp16_enabled() and abs(means["loss"]) < float("inf"):
+        state.bad_streak = 0  # fp16 looks for its loss scale by overflowing; its own lower bound ends a futile search
+    if state.bad_streak >= plan.max_bad_steps:
+        raise DivergedError(
+            f"{state.bad_streak} steps in a row, up to step {step.number}, had a loss or gradients that are not finite"
+        )
+
+
+def _evaluate(engine: DeepSpeedEngine, step: int, *, services: Services) -> int:
+    if services.validation is not None:
+        with services.throughput.paused():
+            means = evaluate(engine, services.validation())
+        services.log.evaluation_row(step, means)
+        _write_monitor(engine, "evaluation", means)
+    return step
+
+
+def _save(state: TrainState, *, services: Services, must: bool) -> int:
+    """Save and return the step that is now safe, -1 if it is not; at the end of a launch a failure is final."""
+    if services.save is None:
+        return state.step
+    with services.throughput.paused():
+        saved = services.save(state)
+    if must and not saved:
+        raise CheckpointError(f"the last checkpoint, at step {state.step}, could not be written")
+    return state.step if saved else -1
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _write_monitor(engine: DeepSpeedEngine, section: str, values: Mapping[str, float | None]) -> None:
+    """Write values to the monitors that the DeepSpeed configuration asks for; DeepSpeed itself writes the rate only."""
+    if engine.monitor.enabled:
+        engine.monitor.write_events(
+            [(f"{section}/{name}", v, engine.global_samples) for name, v in values.items() if v is not None]
+        )

@@ -1,0 +1,106 @@
+"""What the training loop knows of its own progress, and what it is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+
+from bert_ds.run_config import ScheduleConfig
+
+
+class MicroBatch(Protocol):
+    """What the loop needs of a batch; the corpus and fine-tuning each bring their own."""
+
+    @property
+    def loss_counts(self) -> tuple[float, ...]:
+        """Number of targets of each loss term."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        ...
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens the batch would have if it were padded to its longest sequence."""
+        ...
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Keyword arguments of the model's forward, without the dropout seed."""
+        ...
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same batch on a device."""
+        ...
+
+
+@dataclass
+class TrainState:
+    """Progress of a run; with weights and optimizer it is all that a checkpoint holds."""
+
+    step: int = 0
+    """Optimizer steps taken, skipped ones included."""
+    consumed_examples: int = 0
+    """Examples seen over all ranks."""
+    attempt: int = 1
+    """How many times the run has been started."""
+    skipped_steps: int = 0
+    """Steps whose gradients were not finite."""
+    bad_streak: int = 0
+    """Skipped steps since the last good one."""
+
+    def advance(self, applied: bool, *, examples: int) -> None:
+        """Count one optimizer step over `examples` examples, applied or skipped."""
+        self.step += 1
+        self.consumed_examples += examples
+        self.bad_streak = 0 if applied else self.bad_streak + 1
+        self.skipped_steps += not applied
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the fields as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, int]) -> TrainState:
+        """Return the state stored by `to_dict`.
+
+        Raises:
+            ValueError: a field is missing, unknown or not a non-negative whole number.
+        """
+        fields = set(cls.__dataclass_fields__)
+        if set(values) != fields:
+            raise ValueError(f"training state has the fields {sorted(values)}, wanted {sorted(fields)}")
+        for name, value in values.items():
+            if type(value) is not int or value < 0:
+                raise ValueError(f"training state field {name} is {value!r}, wanted a non-negative whole number")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What the loop is asked to do."""
+
+    total_steps: int
+    """Steps of the whole run; the schedule ends here."""
+    seed: int
+    peak_lr: float
+    schedule: ScheduleConfig
+    log_every_steps: int = 10
+    evaluate_every_steps: int | None = None
+    """None evaluates at the end only."""
+    checkpoint_every_steps: int | None = None
+    """None saves at the end only."""
+    max_steps: int | None = None
+    """Stop, as if asked to, once this many steps have been taken in all."""
+    max_bad_steps: int = 10
+    """Consecutive skipped steps after which the run has diverged."""
+    flops_per_token: float | None = None
+    """Model FLOPs of forward and backward per non-pad token, for the MFU."""
+
+    @property
+    def last_step(self) -> int:
+        """Step at which this launch ends."""
+        return self.total_steps if self.max_steps is None else min(self.total_steps, self.max_steps)

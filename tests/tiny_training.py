@@ -1,0 +1,134 @@
+"""A model of a few parameters, its batches and an engine: what the tests of the training station share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bert_ds.ranks import Ranks
+from bert_ds.run_config import AdamWConfig, ScheduleConfig
+from bert_ds.run_log import RunLog
+from bert_ds.training.engine import make_engine
+from bert_ds.training.optimizers import make_optimizer
+from bert_ds.training.restart import StopRequest
+from bert_ds.training.throughput import Throughput
+from bert_ds.training.train_loop import Services
+from bert_ds.training.train_state import TrainPlan
+
+WIDTH = 7
+
+
+class TinyModel(nn.Module):
+    """Regression with two loss terms; dropout by the given seed."""
+
+    loss_names = ("square", "pair")
+    metric_names = ("square_correct", "pair_correct")
+    loss_weights = (1.0, 0.5)
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.dense = nn.Linear(WIDTH, WIDTH)
+        self.LayerNorm = nn.LayerNorm(WIDTH)
+        self.pair = nn.Linear(WIDTH, 2)
+        with torch.no_grad():
+            for linear in (self.dense, self.pair):
+                linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * 0.3)
+                linear.bias.zero_()
+
+    def forward(self, *, x_TD: Tensor, y_T: Tensor, pair_N: Tensor, dropout_seed: Tensor | None) -> tuple:
+        hidden_TD = self.LayerNorm(torch.tanh(self.dense(x_TD.to(self.dense.weight.dtype))))
+        if dropout_seed is not None:
+            generator = torch.Generator().manual_seed(int(dropout_seed) % 2**31)
+            hidden_TD = hidden_TD * (torch.rand(hidden_TD.shape, generator=generator) > 0.1)
+        error_T = hidden_TD.float().sum(dim=1) - y_T
+        logits_N2 = self.pair(hidden_TD[: len(pair_N)]).float()
+        losses = torch.stack([error_T.square().sum(), nn.functional.cross_entropy(logits_N2, pair_N, reduction="sum")])
+        correct = torch.stack([(error_T.abs() < 0.5).sum(), (logits_N2.argmax(1) == pair_N).sum()]).float()
+        return losses, correct
+
+
+@dataclass(frozen=True)
+class TinyBatch:
+    """T rows, N pairs."""
+
+    x_TD: Tensor
+    y_T: Tensor
+    pair_N: Tensor
+
+    @property
+    def loss_counts(self) -> tuple[float, ...]:
+        return float(len(self.y_T)), float(len(self.pair_N))
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.y_T)
+
+    @property
+    def padded_tokens(self) -> int:
+        return 2 * len(self.y_T)
+
+    def model_inputs(self) -> dict[str, Any]:
+        return {"x_TD": self.x_TD, "y_T": self.y_T, "pair_N": self.pair_N}
+
+    def to(self, device: Any) -> TinyBatch:
+        return TinyBatch(self.x_TD.to(device), self.y_T.to(device), self.pair_N.to(device))
+
+
+def micro_batch(step: int, part: int) -> TinyBatch:
+    """The micro-batch at a place of a step's global batch; sizes differ from place to place."""
+    generator = torch.Generator().manual_seed(1000 * step + part)
+    rows = 3 + (5 * part + step) % 6
+    return TinyBatch(
+        torch.randn(rows, WIDTH, generator=generator),
+        torch.randn(rows, generator=generator),
+        torch.randint(0, 2, (1 + part % 3,), generator=generator),
+    )
+
+
+def step_batches(start_step: int, rank: int, accumulation: int) -> Iterator[Sequence[TinyBatch]]:
+    """This rank's micro-batches of every step after start_step."""
+    step = start_step
+    while True:
+        step += 1
+        yield [micro_batch(step, rank * accumulation + micro) for micro in range(accumulation)]
+
+
+def ds_config(stage: int, *, precision: str = "fp32", accumulation: int = 1, world_size: int = 1) -> dict[str, Any]:
+    """A DeepSpeed configuration with what the tests rely on written out."""
+    return {
+        "train_batch_size": 2 * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 1.0,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": False},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+
+
+def tiny_engine(config: dict[str, Any], *, weight_decay: float = 0.1) -> Any:
+    """An engine over a TinyModel with AdamW."""
+    model = TinyModel()
+    optimizer = make_optimizer(AdamWConfig(lr=1e-2, weight_decay=weight_decay), model.named_parameters())
+    return make_engine(model, optimizer, config)
+
+
+def tiny_plan(total_steps: int, **changes: Any) -> TrainPlan:
+    """A plan with a constant rate that logs every step."""
+    schedule = ScheduleConfig(type="constant", warmup_steps=0)
+    settings = {"seed": 3, "peak_lr": 1e-2, "schedule": schedule, "log_every_steps": 1, **changes}
+    return TrainPlan(total_steps=total_steps, **settings)
+
+
+def tiny_services(run_dir: Path, rank: int, world_size: int, **changes: Any) -> Services:
+    """Log, stop flag and meter of one rank."""
+    log = RunLog(run_dir, Ranks(rank, rank, world_size), total_steps=10)
+    parts = {"log": log, "stop": StopRequest(), "throughput": Throughput(world_size=world_size), **changes}
+    return Services(**parts)
