@@ -284,7 +284,7 @@ def _need(holder: Any, attribute: str, what: str) -> Any:
     """Return holder.attribute, or raise LayoutError naming what is missing."""
     if not hasattr(holder, attribute):
         raise LayoutError(
-            f"{what} has no attribute {attribute!r}, by which DeepSpeed's layout is found; DeepSpeed 0.19.8 has it, this "
+            f"{what} has no attribute {attribute!r}, by which DeepSpeed's layout is found; 0.19.8 has it, this "
             "one may have renamed it"
         )
     return getattr(holder, attribute)
