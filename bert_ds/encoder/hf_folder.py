@@ -1,0 +1,232 @@
+"""Hugging Face model folders: write one that is never half there, and read one without executing anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bert_ds.encoder.hf_mapping import model_config_from_hf
+from bert_ds.ranks import CheckpointError, DataError
+from bert_ds.run_config import ConfigError, ModelConfig
+
+MAX_JSON_BYTES = 64 * 2**20
+_OUR_KEY = "sentence_pair_objective"
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+class HfModel(NamedTuple):
+    """A Hugging Face folder as read: our model section, and its tensors under the names they have in the file."""
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+
+
+def load_hf_folder(folder: Path, *, pad_vocab_size_to_multiple_of: int = 64) -> HfModel:
+    """Read config.json and the weights, safetensors before pytorch_model.bin, each in one file or in several.
+
+    Nothing is executed: a .bin file is unpickled with weights_only.
+
+    Raises:
+        ConfigError: config.json is missing, unreadable, or no BERT that this model can be.
+        CheckpointError: the weights are missing, unreadable, or hold a value that is not finite.
+    """
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json: wanted the folder of a Hugging Face BERT")
+    try:
+        facts = read_json(folder / "config.json")
+        config = model_config_from_hf(facts, pad_vocab_size_to_multiple_of=pad_vocab_size_to_multiple_of)
+    except ValueError as error:
+        raise ConfigError(f"{folder}: {error}") from None
+    found = [folder / name for name in _WEIGHT_FILES if (folder / name).is_file()]
+    if not found:
+        raise CheckpointError(f"{folder} has no weights: wanted one of {', '.join(_WEIGHT_FILES)}")
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_parts(found[0]):
+        tensors.update(_read_tensors(path))
+    refuse_broken_tensors(tensors, where=str(found[0]))
+    return HfModel(config, tensors)
+
+
+def refuse_broken_tensors(tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Raise CheckpointError naming every tensor that is empty or holds NaN or infinity."""
+    problems = [
+        f"{name} is empty, shape {list(tensor.shape)}" for name, tensor in tensors.items() if not tensor.numel()
+    ]
+    problems += [
+        f"{name} has {int((~torch.isfinite(tensor)).sum())} values that are not finite"
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if problems:
+        raise CheckpointError(f"{where}: " + "; ".join(problems))
+
+
+@contextmanager
+def staged_folder(output: Path) -> Iterator[Path]:
+    """Give an empty folder that takes the name `output` when the block ends well, and vanishes when it does not.
+
+    An older export of ours under that name is replaced.
+
+    Raises:
+        ConfigError: `output` exists and is neither empty nor an export of ours.
+    """
+    output = output.absolute()
+    if output.exists() and not _is_ours(output):
+        raise ConfigError(f"{output} exists and is not an export of ours: wanted another --output, or an empty folder")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        staged = work / "new"
+        staged.mkdir()
+        yield staged
+        for path in [*staged.iterdir(), staged]:
+            _fsync(path)
+        if output.exists():
+            output.rename(work / "old")
+        staged.rename(output)
+        _fsync(output.parent)
+    finally:
+        shutil.rmtree(work)
+
+
+def write_hf_folder(
+    folder: Path, *, config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Path, model_card: str
+) -> None:
+    """Write config.json, model.safetensors, the tokenizer's files and README.md into an existing folder.
+
+    Args:
+        folder: where to; see `staged_folder`.
+        config: content of config.json, from `hf_config`.
+        tensors: fp32, from `to_hf`.
+        tokenizer: folder with tokenizer.json, vocab.txt and tokenizer_config.json.
+        model_card: text of README.md, from `model_card_text`.
+
+    Raises:
+        CheckpointError: a tensor is empty or not finite.
+        DataError: a file of the tokenizer is missing.
+    """
+    refuse_broken_tensors(tensors, where=f"export to {folder}")
+    missing = [
+        name for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json") if not (tokenizer / name).is_file()
+    ]
+    if missing:
+        raise DataError(f"tokenizer folder {tokenizer} lacks {', '.join(missing)}")
+    _write_json(folder / "config.json", config)
+    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(tokenizer / "tokenizer.json", folder / "tokenizer.json")
+    shutil.copyfile(tokenizer / "vocab.txt", folder / "vocab.txt")
+    # Without these two, transformers makes no [CLS] and [SEP], or lets 600 tokens run into an index error.
+    facts = {"tokenizer_class": "BertTokenizer", "model_max_length": config["max_position_embeddings"]}
+    _write_json(folder / "tokenizer_config.json", {**read_json(tokenizer / "tokenizer_config.json"), **facts})
+    (folder / "README.md").write_text(model_card, encoding="utf-8")
+
+
+def pad_token_id(tokenizer: Path) -> int:
+    """Return the id of [PAD], read from a tokenizer folder's vocab.txt; DataError when it has none."""
+    path = tokenizer / "vocab.txt"
+    pieces = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    if "[PAD]" not in pieces:
+        raise DataError(f"{path} has no piece [PAD]: wanted the vocabulary of a BERT tokenizer")
+    return pieces.index("[PAD]")
+
+
+def model_card_text(name: str, facts: Mapping[str, object]) -> str:
+    """Return README.md: what the model is, how to load it, and the run's facts as a table."""
+    rows = [f"| {key} | {str(value).replace('|', '/').replace(chr(10), ' ')} |" for key, value in facts.items()]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: fill-mask",
+        "tags: [bert, fill-mask]",
+        "---",
+        f"# {name}",
+        "",
+        "A BERT encoder pre-trained from scratch.",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        'fill_mask = pipeline("fill-mask", model="path/to/this/folder")',
+        'print(fill_mask(f"The function returns a new {fill_mask.tokenizer.mask_token}."))',
+        "```",
+        "",
+        "Index 0 of the pair classifier, where there is one, means: b follows a (nsp), or a and b are in order (sop).",
+        "",
+        "| fact | value |",
+        "|---|---|",
+        *rows,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _weight_parts(path: Path) -> list[Path]:
+    """Return the files that an index names, or the one file itself."""
+    if path.suffix != ".json":
+        return [path]
+    names = sorted(set(read_json(path)["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name or not (path.parent / name).is_file():
+            raise CheckpointError(f"{path} names the file {name!r}, which is not in its folder")
+    return [path.parent / name for name in names]
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or holds more than tensors: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise CheckpointError(f"{path} is not a table of tensors")
+    return tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; ConfigError when it is something else or larger than MAX_JSON_BYTES."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ConfigError(f"{path} has {path.stat().st_size} bytes, wanted at most {MAX_JSON_BYTES}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is not a JSON object")
+    return value
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _is_ours(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    if not any(folder.iterdir()):
+        return True
+    return (folder / "config.json").is_file() and _OUR_KEY in read_json(folder / "config.json")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,148 @@
+"""Prove that an exported folder is the model it was made of.
+
+"It loads" proves nothing: transformers fills a missing tensor with noise and says so in a warning. So the folder is
+loaded again by transformers, and its tensors, its settings, its scores and its tokenizer are compared with ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.encoder.hf_folder import read_json
+from bert_ds.encoder.hf_mapping import from_hf, model_config_from_hf
+from bert_ds.ranks import CheckpointError
+from bert_ds.run_config import ModelConfig
+
+MAX_RELATIVE_DIFFERENCE = 1e-4
+_PROBE_TEXTS = (
+    "The quick brown fox jumps over the lazy dog, again and again.",
+    "naïve café, Zürich, ΑΒΓ αβγ, Привет мир, İstanbul",
+    "中文分詞測試，東京タワー 한국어 العربية",
+    "don't\tsplit\u00a0me — “quoted” 3.14 x_y #tag user@host 🙂 \u200bzero\u0301",
+    "[CLS] already [SEP] special [MASK] [PAD] [UNK]",
+    "",
+)
+
+
+class ExportCheck(NamedTuple):
+    """What `verify_export` measured: the largest difference of any score, and the largest score."""
+
+    max_difference: float
+    scale: float
+
+
+def verify_export(
+    folder: Path, config: ModelConfig, *, state_dict: Mapping[str, Tensor], tokenizer: Path | None = None
+) -> ExportCheck:
+    """Load the folder with transformers, offline, and compare it with the model it was made of.
+
+    Args:
+        folder: the exported folder.
+        config: the model section of the recipe.
+        state_dict: of our `BertForPreTraining`, fp32.
+        tokenizer: folder of the tokenizer the model was trained with; None leaves the tokenizer unchecked.
+
+    Raises:
+        CheckpointError: the settings, a tensor, a score or a token id differs, or transformers had to improvise.
+    """
+    facts = read_json(folder / "config.json")
+    exported = model_config_from_hf(facts, pad_vocab_size_to_multiple_of=config.pad_vocab_size_to_multiple_of)
+    if exported != config:
+        different = [key for key, value in config.model_dump().items() if getattr(exported, key) != value]
+        raise CheckpointError(f"{folder}/config.json differs from the run in {', '.join(different)}")
+    has_pair_head = "seq_relationship.weight" in state_dict
+    theirs = _load_with_transformers(folder, facts, has_pair_head=has_pair_head)
+    loaded = from_hf(theirs.state_dict(), config, has_pair_head=has_pair_head)
+    changed = [name for name, tensor in state_dict.items() if not torch.equal(loaded[name], tensor.float().cpu())]
+    if changed:
+        raise CheckpointError(f"{folder}: transformers loads other values for {', '.join(changed)}")
+    ours = BertForPreTraining(config, kernels="torch", has_pair_head=has_pair_head).eval()
+    ours.load_state_dict(state_dict)
+    check = _compare_scores(ours, theirs)
+    if not check.max_difference <= MAX_RELATIVE_DIFFERENCE * check.scale:
+        raise CheckpointError(
+            f"{folder}: scores differ from transformers' by {check.max_difference:.3e}, "
+            f"wanted at most {MAX_RELATIVE_DIFFERENCE} of the largest score {check.scale:.3e}"
+        )
+    if tokenizer is not None:
+        _verify_tokenizer(folder, config, tokenizer)
+    return check
+
+
+def _load_with_transformers(folder: Path, facts: Mapping[str, Any], *, has_pair_head: bool) -> Any:
+    """Return transformers' model of the folder; anything missing, unexpected or misshapen is refused."""
+    # Importing transformers takes seconds, which only an export should pay.
+    import transformers
+
+    architectures = ["BertForPreTraining" if has_pair_head else "BertForMaskedLM"]
+    if facts.get("architectures") != architectures:
+        raise CheckpointError(
+            f"{folder}/config.json: architectures is {facts.get('architectures')}, wanted {architectures}"
+        )
+    try:
+        model, report = getattr(transformers, architectures[0]).from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, dtype=torch.float32, attn_implementation="eager"
+        )
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
+    problems = [f"{kind}: {', '.join(map(str, names))}" for kind, names in report.items() if names]
+    if problems:
+        raise CheckpointError(f"{folder}: transformers reports " + "; ".join(problems))
+    return model.eval()
+
+
+@torch.no_grad()
+def _compare_scores(ours: BertForPreTraining, theirs: Any) -> ExportCheck:
+    """Compare all scores on random sequences from one token to the longest possible, segments included."""
+    config = ours.config
+    longest = config.max_position_embeddings
+    lengths = [longest, 1, -(-longest // 2), -(-longest // 3)]
+    generator = torch.Generator().manual_seed(0)
+    mask_NS = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    ids_NS = torch.randint(config.vocab_size, mask_NS.shape, generator=generator) * mask_NS
+    types_NS = torch.randint(config.type_vocab_size, mask_NS.shape, generator=generator) * mask_NS
+    wanted = theirs(input_ids=ids_NS, token_type_ids=types_NS, attention_mask=mask_NS.long())
+    found = ours.logits(
+        input_ids_T=ids_NS[mask_NS],
+        token_type_ids_T=types_NS[mask_NS],
+        position_ids_T=torch.arange(longest).expand_as(ids_NS)[mask_NS],
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        max_seqlen=longest,
+        masked_positions_P=torch.arange(sum(lengths)),
+    )
+    pairs = [(found.mlm_PV, (wanted.logits if found.pair_N2 is None else wanted.prediction_logits)[mask_NS])]
+    if found.pair_N2 is not None:
+        pairs.append((found.pair_N2, wanted.seq_relationship_logits))
+    differences = [(a - b).abs().max().item() for a, b in pairs]
+    return ExportCheck(max(differences), max(b.abs().max().item() for _, b in pairs))
+
+
+def _verify_tokenizer(folder: Path, config: ModelConfig, tokenizer: Path) -> None:
+    """Raise CheckpointError unless AutoTokenizer gives the ids that the training tokenizer gave."""
+    import transformers
+    from tokenizers import Tokenizer
+
+    trained = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    exported = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    problems = []
+    if exported.model_max_length != config.max_position_embeddings:
+        problems.append(f"model_max_length is {exported.model_max_length}, wanted {config.max_position_embeddings}")
+    if len(exported) > config.vocab_size:
+        problems.append(f"it has {len(exported)} pieces, the model {config.vocab_size}")
+    if exported.mask_token is None:
+        problems.append("it has no mask token")
+    for text in _PROBE_TEXTS:
+        wanted = trained.encode(text, add_special_tokens=False).ids
+        found = exported(text, add_special_tokens=False)["input_ids"]
+        if found != wanted:
+            problems.append(f"{text!r} gives {found}, wanted {wanted}")
+        if exported(text)["input_ids"] != [exported.cls_token_id, *wanted, exported.sep_token_id]:
+            problems.append(f"{text!r} is not wrapped in [CLS] and [SEP]")
+    if problems:
+        raise CheckpointError(f"{folder}: wrong tokenizer: " + "; ".join(problems))

@@ -1,0 +1,68 @@
+"""Turn a checkpoint of any ZeRO stage into a Hugging Face folder, and prove the folder right before saying done."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Nothing here may reach for the network; transformers reads this when it is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from bert_ds.command_line import make_parser, run_main
+from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, staged_folder, write_hf_folder
+from bert_ds.encoder.hf_mapping import hf_config, to_hf
+from bert_ds.encoder.hf_verify import verify_export
+from bert_ds.run_config import RunConfig, load_run_config
+from bert_ds.training.checkpoints import find_checkpoint, load_fp32_state_dict
+
+
+def main() -> None:
+    parser = make_parser("Export a checkpoint as a Hugging Face folder.")
+    parser.add_argument("--run_dir", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--checkpoint", metavar="global_stepN", help="name of the checkpoint (default: the newest)")
+    parser.add_argument("--output", type=Path, help="folder to write (default: RUN_DIR/hf)")
+    args = parser.parse_args()
+
+    run = load_run_config(args.run_dir / "run_config.json")
+    checkpoint = find_checkpoint(args.run_dir, args.checkpoint)
+    state_dict = load_fp32_state_dict(checkpoint)
+    tokenizer = args.run_dir / "tokenizer"
+    output = args.output or args.run_dir / "hf"
+
+    sentence_pair = run.sequences.sentence_pair
+    config = hf_config(run.model, sentence_pair=sentence_pair, pad_token_id=pad_token_id(tokenizer))
+    with staged_folder(output) as folder:
+        write_hf_folder(
+            folder,
+            config=config,
+            tensors=to_hf(state_dict, run.model),
+            tokenizer=tokenizer,
+            model_card=model_card_text(run.name, _facts(run, checkpoint)),
+        )
+        check = verify_export(folder, run.model, state_dict=state_dict, tokenizer=tokenizer)
+    print(
+        f"exported {checkpoint.name} to {output}: transformers' scores differ by at most "
+        f"{check.max_difference:.1e} (largest score {check.scale:.1f}), tokenizer equal"
+    )
+
+
+def _facts(run: RunConfig, checkpoint: Path) -> dict[str, object]:
+    """What the model card says of the run; no paths, which are nobody else's business."""
+    return {
+        "checkpoint": checkpoint.name,
+        "planned steps": run.training.total_steps,
+        "examples per step": run.training.train_batch_size,
+        "longest sequence in training": run.sequences.max_seq_length,
+        "sentence pair objective": run.sequences.sentence_pair,
+        "masked share of the tokens": run.masking.mlm_probability,
+        "whole words masked": run.masking.whole_word_mask,
+        "optimizer": f"{run.optimizer.type}, peak learning rate {run.optimizer.lr:g}",
+        "schedule": run.schedule.type,
+        "precision of training": run.training.precision,
+        "text": "docstrings of installed Python packages" if run.corpus.type == "embedded" else "token shards",
+        "seed": run.seed,
+    }
+
+
+if __name__ == "__main__":
+    run_main(main)
