@@ -177,22 +177,18 @@ def _tensors(config: ModelConfig, *, has_pair_head: bool) -> Iterator[_Tensor]:
 def _layer_tensors(name: str, hf_name: str, config: ModelConfig) -> Iterator[_Tensor]:
     """Yield the tensors of one transformer layer."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
-    dense = (
-        ("attention.output", "attention.output.dense", hidden, hidden),
-        ("feed_forward.intermediate", "intermediate.dense", intermediate, hidden),
-        ("feed_forward.output", "output.dense", hidden, intermediate),
-    )
     for kind, columns in (("weight", (hidden,)), ("bias", ())):
         parts = tuple(f"{hf_name}.attention.self.{part}.{kind}" for part in ("query", "key", "value"))
         yield _Tensor(f"{name}.attention.qkv_{kind}", (3 * hidden, *columns), parts, hidden)
-    for ours, theirs, rows, width in dense:
-        for kind, shape in (("weight", (rows, width)), ("bias", (rows,))):
-            yield _Tensor(f"{name}.{ours}_{kind}", shape, (f"{hf_name}.{theirs}.{kind}",), rows)
-    for ours, theirs in (("attention", "attention.output"), ("feed_forward", "output")):
-        for kind in ("weight", "bias"):
-            yield _Tensor(
-                f"{name}.{ours}.layer_norm_{kind}", (hidden,), (f"{hf_name}.{theirs}.LayerNorm.{kind}",), hidden
-            )
+    for ours, theirs, rows, columns in (
+        ("attention.output", "attention.output.dense", hidden, (hidden,)),
+        ("attention.layer_norm", "attention.output.LayerNorm", hidden, ()),
+        ("feed_forward.intermediate", "intermediate.dense", intermediate, (hidden,)),
+        ("feed_forward.output", "output.dense", hidden, (intermediate,)),
+        ("feed_forward.layer_norm", "output.LayerNorm", hidden, ()),
+    ):
+        yield _Tensor(f"{name}.{ours}_weight", (rows, *columns), (f"{hf_name}.{theirs}.weight",), rows)
+        yield _Tensor(f"{name}.{ours}_bias", (rows,), (f"{hf_name}.{theirs}.bias",), rows)
 
 
 def _modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from bert_ds.encoder.heads import BertForPreTraining
@@ -89,7 +90,7 @@ def _load_with_transformers(folder: Path, facts: Mapping[str, Any], *, has_pair_
         model, report = getattr(transformers, architectures[0]).from_pretrained(
             folder, output_loading_info=True, local_files_only=True, dtype=torch.float32, attn_implementation="eager"
         )
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
     problems = [f"{kind}: {', '.join(map(str, names))}" for kind, names in report.items() if names]
     if problems:
