@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ Documents = list[list[list[int]]]
 FIRST_TEXT_ID = len(SPECIAL_PIECES)
 
 
+@cache
 def tiny_tokenizer(num_words: int = 995, extra: tuple[str, ...] = ()) -> WordPieceTokenizer:
     """Special pieces 0 to 4, then words w5, w6, ..., then the extra pieces."""
     words = [f"w{index}" for index in range(FIRST_TEXT_ID, FIRST_TEXT_ID + num_words)]
