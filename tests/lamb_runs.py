@@ -17,21 +17,26 @@ import torch
 import torch.distributed as dist
 from lamb_reference import (
     NUM_MICRO_BATCHES,
+    Formula,
     PlainLamb,
     Settings,
     State,
+    adamw,
     decay_of,
+    lans,
+    lion,
     make_model,
     micro_batch,
     norm,
     paper,
     relative_error,
+    stable_adamw,
 )
 from torch import Tensor, nn
 
 from bert_ds.training.elementwise_optimizers import AdamW, Lion, StableAdamW
 from bert_ds.training.lamb import Lamb, Lans, lamb_preset
-from bert_ds.training.sharded_optimizer import GroupStep
+from bert_ds.training.sharded_optimizer import GroupStep, ShardedOptimizer
 from bert_kernels.lamb import Segment, SegmentTable
 
 SETTINGS = Settings(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-6)
@@ -47,6 +52,8 @@ class Case:
     precision: str = "fp32"
     optimizer: str = "lamb"
     num_steps: int = 20
+    num_micro_batches: int = NUM_MICRO_BATCHES
+    """Per step, over all ranks."""
     zero: dict[str, Any] = field(default_factory=dict)
     """Further keys of zero_optimization."""
     top: dict[str, Any] = field(default_factory=dict)
@@ -90,12 +97,14 @@ class Report:
         return {name: torch.from_numpy(array) for name, array in self.arrays.items()}
 
 
-class ShadowedLamb(Lamb):
-    """The optimizer under test, which also applies the plain formula to whole tensors.
+class Shadowed(ShardedOptimizer):
+    """Mixed into an optimizer under test: also applies the published formula to whole tensors.
 
     Whole gradients are put together from the shards by DeepSpeed's own order (storage offset, sub-group order), not by
     the layout under test.
     """
+
+    formula: Formula
 
     def watch(self, named_parameters: Sequence[tuple[str, nn.Parameter]], dtype: torch.dtype) -> None:
         self.params = dict(named_parameters)
@@ -110,7 +119,7 @@ class ShadowedLamb(Lamb):
             masters = self._whole([shard.flat.param_E for shard in group.shards], group)
             for name, gradient in whole.items():
                 settings = SETTINGS._replace(decay=decay_of(name), lr=group.settings["lr"])
-                new = paper(self.shadow[name].view(-1), gradient, self._flat_state(name), settings)
+                new = type(self).formula(self.shadow[name].view(-1), gradient, self._flat_state(name), settings)
                 self.shadow[name] = new.view(self.shadow[name].shape)
                 self.worst = max(self.worst, relative_error(masters[name], new))
 
@@ -121,7 +130,8 @@ class ShadowedLamb(Lamb):
 
     def _whole(self, locals_: list[Tensor], group: GroupStep) -> dict[str, Tensor]:
         if group.layout.process_group is None:
-            return {n: t.clone() for n, t in zip(group.layout.names, locals_, strict=True)}
+            names = [n for n, (t, _) in zip(group.layout.names, group.layout.shards, strict=True) if t.grad is not None]
+            return {n: t.clone() for n, t in zip(names, locals_, strict=True)}
         (local,) = locals_
         world_size = dist.get_world_size(group.layout.process_group)
         parts = [torch.empty_like(local) for _ in range(world_size)]
@@ -140,6 +150,11 @@ class ShadowedLamb(Lamb):
             found[by_param[p]] = torch.cat([part[offset : offset + size] for part in parts])[: p.ds_numel].clone()
             offset += size
         return found
+
+
+def shadowed(optimizer: type[ShardedOptimizer], formula: Formula) -> type[ShardedOptimizer]:
+    """Return the optimizer with its shadow."""
+    return type(f"Shadowed{optimizer.__name__}", (Shadowed, optimizer), {"formula": staticmethod(formula)})
 
 
 class DroppedReduction(Lamb):
@@ -184,14 +199,14 @@ def _reverse_rows(table: SegmentTable) -> SegmentTable:
 
 OPTIMIZERS: dict[str, Any] = {
     "lamb": Lamb,
-    "shadowed": ShadowedLamb,
+    "shadowed": shadowed(Lamb, paper),
     "dropped_reduction": DroppedReduction,
     "counted_padding": CountedPadding,
     "permuted_layout": PermutedLayout,
-    "lans": Lans,
-    "stable_adamw": StableAdamW,
-    "adamw": AdamW,
-    "lion": Lion,
+    "lans": shadowed(Lans, lans),
+    "stable_adamw": shadowed(StableAdamW, stable_adamw),
+    "adamw": shadowed(AdamW, adamw),
+    "lion": shadowed(Lion, lion),
 }
 
 
@@ -240,11 +255,11 @@ class OneGroupPerTensor(PlainLamb):
 
 def ds_config(case: Case, world_size: int) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a case."""
-    accumulation = NUM_MICRO_BATCHES // world_size
+    accumulation = case.num_micro_batches // world_size
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": 2 * NUM_MICRO_BATCHES,
+        "train_batch_size": 2 * accumulation * world_size,
         "gradient_clipping": CLIP,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -274,7 +289,7 @@ def quiet_deepspeed() -> None:
 def run_case(case: Case, world_size: int) -> Report:
     """Train, and report."""
     engine, optimizer, model = build(case, world_size)
-    if isinstance(optimizer, ShadowedLamb):
+    if isinstance(optimizer, Shadowed):
         optimizer.watch(list(model.named_parameters()), DTYPES[case.precision])
     if case.poison_padding:
         poison_padding(engine, optimizer, case.stage)
@@ -340,7 +355,7 @@ def make_report(case: Case, optimizer: Any, model: nn.Module) -> Report:
     )
     if isinstance(optimizer, Lamb):
         report.trust = {name: one.trust_ratio for name, one in optimizer.trust_statistics().items()}
-    if isinstance(optimizer, ShadowedLamb):
+    if isinstance(optimizer, Shadowed):
         dtype = DTYPES[case.precision]
         report.shadow_error = optimizer.worst
         report.model_error = max(
@@ -365,7 +380,7 @@ def padding(engine: Any, optimizer: Any, stage: int) -> list[Tensor]:
         return []
     if stage < 3:
         (flat,) = engine.optimizer.single_partition_of_fp32_groups
-        used = sum(p.numel() for p in optimizer.params_given if p.requires_grad)
+        used = sum(entry.param.numel() for entry in optimizer._owned)
         begin = max(0, used - dist.get_rank() * flat.numel())
         return [flat.detach()[begin:]]
     found = []
@@ -381,6 +396,5 @@ def padding(engine: Any, optimizer: Any, stage: int) -> list[Tensor]:
 
 def poison_padding(engine: Any, optimizer: Any, stage: int) -> None:
     """Fill the padding of the master weights with NaN."""
-    optimizer.params_given = [entry.param for entry in optimizer._owned]
     for part in padding(engine, optimizer, stage):
         part.fill_(math.nan)

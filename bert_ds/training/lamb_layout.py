@@ -34,7 +34,7 @@ class LayoutError(RuntimeError):
 
 
 class OwnedParameter(NamedTuple):
-    """A parameter of the user's model, as given to the optimizer's constructor."""
+    """A parameter of the user's model that was trainable when it was given to the optimizer's constructor."""
 
     name: str
     param: Tensor
@@ -96,9 +96,7 @@ def _find_layout(group: GroupToFind) -> Layout:
     owned_ids = {id(entry.param) for entry in group.owned}
     if all(id(tensor) in owned_ids for tensor in group.tensors):
         return _whole(group)
-    trainable = [entry for entry in group.owned if entry.param.requires_grad and _full_numel(entry.param) > 0]
-    if not trainable:
-        raise LayoutError("the optimizer was given tensors to update, but none of the user's parameters is trainable")
+    trainable = [entry for entry in group.owned if _full_numel(entry.param) > 0]
     _refuse_model_parallel(trainable)
     if any(hasattr(entry.param, "_z3_optimizer") or hasattr(entry.param, "ds_tensor") for entry in trainable):
         return _zero3(group, trainable)

@@ -66,7 +66,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         weight_decay: float,
         weight_decay_of: Callable[[nn.Parameter], float] | None,
     ) -> None:
-        """Take `model.named_parameters()`; frozen parameters may be among them.
+        """Take `model.named_parameters()`; the frozen ones among them are left out for good, as DeepSpeed does.
 
         Args:
             named_parameters: the parameters, all in one group.
@@ -77,6 +77,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         entries = list(named_parameters)
         if not entries or not all(isinstance(entry, tuple) and len(entry) == 2 for entry in entries):
             raise ValueError("give (name, parameter) pairs, as model.named_parameters() does")
+        entries = [(name, param) for name, param in entries if param.requires_grad]
+        if not entries:
+            raise ValueError("no parameter is trainable")
         self._owned = [
             OwnedParameter(name, param, _decay(name, param, weight_decay, weight_decay_of)) for name, param in entries
         ]
@@ -107,8 +110,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         groups = [group for group in self.param_groups if group["params"]]
         layouts = self._find(groups)
-        for layout in layouts:
-            self._make_state(layout)
         if self._is_initialisation(layouts):
             return loss
         self._update([self._group_step(group, layout) for group, layout in zip(groups, layouts, strict=True)])
@@ -125,22 +126,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._layouts.update({id(group["params"][0]): layout for group, layout in zip(unknown, found, strict=True)})
         return [self._layouts[id(group["params"][0])] for group in groups]
 
-    def _make_state(self, layout: Layout) -> None:
-        for tensor, _ in layout.shards:
-            state = self.state[tensor]
-            for name in self.moment_names:
-                if name not in state:
-                    state[name] = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-            # A universal checkpoint brings the step as a tensor or a float.
-            state["step"] = int(state.get("step", 0))
-
     def _is_initialisation(self, layouts: Sequence[Layout]) -> bool:
         """Whether this is the step with zero gradients by which DeepSpeed's wrapper without ZeRO allocates state."""
         if any(layout.kind != "master" for layout in layouts):
             return False
         tensors = [tensor for layout in layouts for tensor, _ in layout.shards]
         # Host sync, on the first step only.
-        return all(self.state[tensor]["step"] == 0 for tensor in tensors) and not any(
+        return not any(tensor in self.state for tensor in tensors) and not any(
             tensor.grad is not None and tensor.grad.any() for tensor in tensors
         )
 
@@ -152,7 +144,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if tensor.grad.is_sparse:
                 raise ValueError("sparse gradients are not supported; build the embedding with sparse=False")
             state = self.state[tensor]
-            state["step"] += 1
+            for name in self.moment_names:
+                if name not in state:
+                    state[name] = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+            # A universal checkpoint brings the step back as a tensor.
+            state["step"] = int(state.get("step", 0)) + 1
             buffers = (tensor, tensor.grad, *(state[name] for name in self.moment_names))
             shards.append(ShardStep(_flat_shard(buffers, table), state["step"]))
         return GroupStep(group, layout, tuple(shards))
@@ -175,8 +171,6 @@ def sum_over_ranks(groups: Sequence[GroupStep], sums: Sequence[Tensor]) -> None:
 def _decay(
     name: str, param: nn.Parameter, weight_decay: float, weight_decay_of: Callable[[nn.Parameter], float] | None
 ) -> float:
-    if not param.requires_grad:
-        return 0.0
     decay = float(weight_decay_of(param)) if weight_decay_of is not None else float(weight_decay)
     if not decay >= 0.0:
         raise ValueError(f"weight decay of {name} is {decay}, must be at least 0")
