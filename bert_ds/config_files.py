@@ -42,13 +42,13 @@ class ConfigFile:
     """The value with problems cut out: the last of duplicate keys, null for what is not a number."""
     problems: list[Problem] = field(default_factory=list)
     """What is wrong with the JSON itself."""
-    overridden: set[str] = field(default_factory=set)
-    """Dotted paths that an option on the command line has set."""
+    overridden: dict[str, str] = field(default_factory=dict)
+    """Dotted paths that something else has set, and what: an option of the command line or another file."""
 
     def source_of(self, path: str) -> str:
         """The file or the option that a setting comes from."""
-        given = [name for name in self.overridden if path == name or path.startswith(name + ".")]
-        return f"--set {given[0]}" if given else self.name
+        given = [who for name, who in self.overridden.items() if path == name or path.startswith(name + ".")]
+        return given[-1] if given else self.name
 
 
 def shipped_file(name: str) -> Path:
@@ -98,7 +98,7 @@ def apply_overrides(file: ConfigFile, overrides: Sequence[str]) -> None:
             file.problems.append(Problem("", f"--set {describe(override)}: wanted section.name=value"))
             continue
         dotted = ".".join(parts)
-        file.overridden.add(dotted)
+        file.overridden[dotted] = "--set"
         try:
             value = _override_value(text)
         except (ValueError, RecursionError) as error:
@@ -107,8 +107,13 @@ def apply_overrides(file: ConfigFile, overrides: Sequence[str]) -> None:
         found: list[Problem] = []
         value = _plain({parts[-1]: value}, parts[:-1], found)[parts[-1]]
         file.problems = [one for one in file.problems if one.path != dotted] + found
-        if not _put(file.data, parts, value):
-            file.problems.append(Problem(dotted, "there is no such section or list item"))
+        set_value(file, dotted, value)
+
+
+def set_value(file: ConfigFile, dotted: str, value: Any) -> None:
+    """Set one setting in the data of a file, making missing sections on the way."""
+    if not _put(file.data, tuple(dotted.split(".")), value):
+        file.problems.append(Problem(dotted, "there is no such section or list item"))
 
 
 def resolve_paths(file: ConfigFile, patterns: Sequence[str]) -> dict[str, Any]:
@@ -178,7 +183,7 @@ def _finite_float(text: str) -> float | _NotANumber:
 
 
 def _bounded_int(text: str) -> int | _NotANumber:
-    return int(text) if len(text) <= 18 else _NotANumber(text)
+    return int(text) if len(text) <= 20 and abs(int(text)) < 2**63 else _NotANumber(text)
 
 
 def _read_text(name: str) -> str:
@@ -218,7 +223,7 @@ def _plain(value: Any, path: tuple[str, ...], problems: list[Problem]) -> Any:
         problems.append(Problem(where, f"nested too deeply, at most {MAX_DEPTH} levels are read"))
         return None
     if isinstance(value, _NotANumber):
-        problems.append(Problem(where, f"found {value[:20]}, wanted a finite number of less than 19 digits"))
+        problems.append(Problem(where, f"found {value[:20]}, wanted a finite number below 2^63"))
         return None
     if isinstance(value, str) and (not value.isprintable() or "\ufffd" in value):
         problems.append(Problem(where, f"found {describe(value)}, wanted printable text"))

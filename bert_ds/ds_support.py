@@ -1,0 +1,128 @@
+"""What of DeepSpeed this project does not do: refused with a reason, never ignored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bert_ds.config_problems import Problem, describe, found_wanted, one_of
+from bert_ds.ds_keys import default_of, leaves
+
+_ELSEWHERE = "this project does not do that"
+_OWN_CHECKPOINTS = "checkpoints are written and verified by this project's own engine"
+_FP32_STATE = "master weights and optimizer state are fp32 here"
+_NAN_GUARD = "without it a NaN would reach the weights"
+_QUANTIZED = "quantised communication is not supported here"
+_UNUSED = "nothing here would read it"
+_OWN_LOADER = "batches come from this project's own loader"
+_RECOMPUTE = "number_checkpoints alone is understood: layers are recomputed by torch.utils.checkpoint"
+
+ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "activation_checkpointing.contiguous_memory_optimization": ((False,), _RECOMPUTE),
+    "activation_checkpointing.cpu_checkpointing": ((False,), _RECOMPUTE),
+    "activation_checkpointing.partition_activations": ((False,), _RECOMPUTE),
+    "activation_checkpointing.profile": ((False,), _RECOMPUTE),
+    "activation_checkpointing.synchronize_checkpoint_boundary": ((False,), _RECOMPUTE),
+    "bf16.bf16_master_weights_and_grads": ((False,), _FP32_STATE),
+    "bf16.bf16_optimizer_states": ((False,), _FP32_STATE),
+    "bf16.check_grad_overflow": ((True,), _NAN_GUARD),
+    "checkpoint.checkpoint_serialization": ((True,), _OWN_CHECKPOINTS),
+    "checkpoint.load_universal": ((False,), "pretrain.py --resume does this where it is needed"),
+    "checkpoint.parallel_write.pipeline_stage": ((False,), _OWN_CHECKPOINTS),
+    "checkpoint.use_node_local_storage": ((False,), _OWN_CHECKPOINTS),
+    "data_parallel_size": ((), "the launcher decides it"),
+    "data_types.buffer_dtype": ((None,), "the model has no buffers"),
+    "data_types.keep_in_fp32_modules": (([], "auto"), "the model has no buffers"),
+    "dataloader_drop_last": ((False,), _OWN_LOADER),
+    "disable_allgather": ((False,), _UNUSED),
+    "fp16.auto_cast": ((False,), "the inputs are integers"),
+    "fp16.fp16_master_weights_and_grads": ((False,), _FP32_STATE),
+    "gradient_allreduce_op": (("mean",), "the loss is scaled for the mean over ranks"),
+    "managed_gradient_accumulation": ((True,), "the loop relies on DeepSpeed's counting of micro-steps"),
+    "optimizer.legacy_fusion": ((False,), "the optimizer is built by this project"),
+    "sequence_parallel_size": ((1,), "sequence parallelism is not supported here"),
+    "seq_parallel_communication_data_type": (("fp32",), "sequence parallelism is not supported here"),
+    "use_data_before_expert_parallelism": ((False,), "there are no experts"),
+    "zero_allow_untested_optimizer": ((True, "auto"), "this project sets it for the optimizers it has tested"),
+    "zero_force_ds_cpu_optimizer": ((False, "auto"), "the optimizer is the recipe's, offloaded or not"),
+    "zero_optimization.compute_grad_norm": ((True,), _NAN_GUARD),
+    "zero_optimization.elastic_checkpoint": ((False,), _OWN_CHECKPOINTS),
+    "zero_optimization.legacy_stage1": ((False,), "DeepSpeed has removed it"),
+    "zero_optimization.offload_optimizer.ratio": (
+        (1, 1.0),
+        "all of the state is offloaded or none",
+    ),
+    "zero_optimization.offload_optimizer.super_offload": ((False,), "it steps DeepSpeed's own Adam, not the recipe's"),
+    "zero_optimization.save_muon_momentum_buffer_in_memory": ((False,), "Muon is not supported here"),
+    "zero_optimization.zero_quantized_gradients": ((False,), _QUANTIZED),
+    "zero_optimization.zero_quantized_nontrainable_weights": ((False,), _QUANTIZED),
+    "zero_optimization.zero_quantized_weights": ((False,), _QUANTIZED),
+}
+"""Setting -> the values it may have here, and why no other."""
+
+SWITCHED_OFF = {
+    "autotuning": "pretrain.py --find_micro_batch finds the micro-batch",
+    "compile": _ELSEWHERE,
+    "data_efficiency": _OWN_LOADER,
+    "datastates_ckpt": _OWN_CHECKPOINTS,
+    "expert_parallel": "there are no experts",
+    "hybrid_engine": "it is for reinforcement learning",
+    "pipeline": "pipeline parallelism is not supported here",
+    "tensor_parallel": "tensor parallelism is not supported here",
+    "torch_autocast": "training.precision of the recipe sets the dtypes",
+    "weight_quantization": "it is for inference",
+    "checkpoint.writer": _OWN_CHECKPOINTS,
+    "zero_optimization.zenflow": "it steps selected weights past the recipe's optimizer",
+}
+"""Blocks that may only be present switched off, and why."""
+
+
+def unsupported_settings(settings: dict[str, Any]) -> list[Problem]:
+    """Return one problem per setting that this project cannot honour."""
+    given = dict(leaves(settings))
+    problems = []
+    for path, (allowed, reason) in ALLOWED.items():
+        if path in given and given[path] not in allowed:
+            wanted = one_of(allowed) if allowed and allowed[0] != [] else "nothing"
+            problems.append(Problem(path, f"{found_wanted(given[path], wanted)}: {reason}"))
+    for path, reason in SWITCHED_OFF.items():
+        problems += _switched_on(path, settings, reason)
+    return problems + _combinations(settings, given)
+
+
+def _switched_on(path: str, settings: dict[str, Any], reason: str) -> list[Problem]:
+    block: Any = settings
+    for part in path.split("."):
+        block = block.get(part) if isinstance(block, dict) else None
+    if block is None or (isinstance(block, dict) and block.get("enabled") is False):
+        return []
+    changed = [name for name, value in leaves(block, path + ".") if value != default_of(name)]
+    if path == "weight_quantization" or (path.endswith(("zenflow", "writer")) and not changed):
+        changed = [path]
+    return [Problem(name, f"is not supported: {reason}; leave it out") for name in changed]
+
+
+def _combinations(settings: dict[str, Any], given: dict[str, Any]) -> list[Problem]:
+    zero = settings.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    problems = []
+    for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+        path, block = f"zero_optimization.{name}", zero.get(name) or {}
+        device = block.get("device", "none")
+        if device != "none" and stage < lowest:
+            problems.append(Problem(path, f"needs zero_optimization.stage >= {lowest}, which is {stage}"))
+        if device == "nvme" and stage < 3:
+            problems.append(Problem(f"{path}.device", f'"nvme" needs zero_optimization.stage 3, which is {stage}'))
+        if device == "nvme" and not block.get("nvme_path"):
+            problems.append(Problem(f"{path}.nvme_path", 'is missing, wanted a folder: device is "nvme"'))
+    if given.get("bf16.immediate_grad_update") and stage != 1:
+        problems.append(Problem("bf16.immediate_grad_update", f"is for stage 1, the stage is {stage}: {_UNUSED}"))
+    if zero.get("allgather_bucket_size", 0) % 2:
+        text = f"found {zero['allgather_bucket_size']}, wanted an even number"
+        problems.append(Problem("zero_optimization.allgather_bucket_size", text))
+    for monitor in ("tensorboard", "csv_monitor"):
+        name = given.get(f"{monitor}.job_name", "")
+        if "/" in name or name.startswith("."):
+            problems.append(
+                Problem(f"{monitor}.job_name", f"found {describe(name)}, wanted the name of a folder, no path")
+            )
+    return problems
