@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from ranks_harness import run_ranks
-from tiny_training import ds_config, step_batches, tiny_engine, tiny_plan, tiny_services
+from tiny_training import ds_config, full_weights, step_batches, tiny_engine, tiny_plan, tiny_services
 
 from bert_ds.run_log import read_metrics
 from bert_ds.training.train_loop import train
 from bert_ds.training.train_state import TrainState
-
-
-def full_weights(engine: Any) -> torch.Tensor:
-    """All fp32 master weights as one vector, whatever the stage."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    parts = []
-    for parameter in engine.module.parameters():
-        full = safe_get_full_fp32_param(parameter) if engine.zero_optimization() else parameter
-        parts.append(full.detach().float().flatten().clone())
-    return torch.cat(parts)
 
 
 def train_tiny(rank: int, world_size: int, run_dir: str, stage: int, accumulation: int) -> list[float]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bert_ds.ranks import Ranks
@@ -24,7 +27,7 @@ WIDTH = 7
 
 
 class TinyModel(nn.Module):
-    """Regression with two loss terms; dropout by the given seed."""
+    """Regression with two loss terms and one tied weight; dropout by the given seed."""
 
     loss_names = ("square", "pair")
     metric_names = ("square_correct", "pair_correct")
@@ -36,13 +39,15 @@ class TinyModel(nn.Module):
         self.dense = nn.Linear(WIDTH, WIDTH)
         self.LayerNorm = nn.LayerNorm(WIDTH)
         self.pair = nn.Linear(WIDTH, 2)
+        self.tied = nn.Linear(WIDTH, WIDTH, bias=False)
         with torch.no_grad():
             for linear in (self.dense, self.pair):
                 linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * 0.3)
                 linear.bias.zero_()
+        self.tied.weight = self.dense.weight
 
     def forward(self, *, x_TD: Tensor, y_T: Tensor, pair_N: Tensor, dropout_seed: Tensor | None) -> tuple:
-        hidden_TD = self.LayerNorm(torch.tanh(self.dense(x_TD.to(self.dense.weight.dtype))))
+        hidden_TD = self.LayerNorm(self.tied(torch.tanh(self.dense(x_TD.to(self.dense.weight.dtype)))))
         if dropout_seed is not None:
             generator = torch.Generator().manual_seed(int(dropout_seed) % 2**31)
             hidden_TD = hidden_TD * (torch.rand(hidden_TD.shape, generator=generator) > 0.1)
@@ -107,6 +112,7 @@ def ds_config(stage: int, *, precision: str = "fp32", accumulation: int = 1, wor
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
+        "data_types": {"grad_accum_dtype": "fp32" if stage else precision},
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": False},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
@@ -125,6 +131,43 @@ def tiny_plan(total_steps: int, **changes: Any) -> TrainPlan:
     schedule = ScheduleConfig(type="constant", warmup_steps=0)
     settings = {"seed": 3, "peak_lr": 1e-2, "schedule": schedule, "log_every_steps": 1, **changes}
     return TrainPlan(total_steps=total_steps, **settings)
+
+
+def join_alone() -> None:
+    """Make this process the only rank of a gloo group; the group stays for the rest of the test session."""
+    import deepspeed
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not dist.is_initialized():
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False, dist_init_required=False)
+
+
+def full_weights(engine: Any, *, flat: bool = True) -> Any:
+    """All fp32 master weights, whatever the stage, as one vector or in the model's order."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    parts = []
+    masters = [p for group in getattr(engine.optimizer, "fp32_groups", []) for p in group]
+    names = [name for group in engine.checkpoint_engine.parameter_names for name in group]
+    by_name = dict(zip(names, masters, strict=False))
+    for name, parameter in engine.module.named_parameters():
+        if engine.zero_optimization():
+            full = safe_get_full_fp32_param(parameter)
+        else:
+            full = by_name.get(name, parameter)
+        parts.append(full.detach().float().clone())
+    return torch.cat([part.flatten() for part in parts]) if flat else parts
+
+
+def optimizer_digest(engine: Any) -> str:
+    """A hash of this rank's optimizer state, step counts included."""
+    digest = hashlib.sha256()
+    for state in engine.basic_optimizer.state.values():
+        for name, value in sorted(state.items()):
+            digest.update(f"{name} {value.double().tolist() if torch.is_tensor(value) else value}".encode())
+    return digest.hexdigest()
 
 
 def tiny_services(run_dir: Path, rank: int, world_size: int, **changes: Any) -> Services:

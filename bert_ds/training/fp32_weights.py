@@ -1,0 +1,103 @@
+"""The fp32 weights of a whole model out of one checkpoint, for export; no engine, no process group.
+
+DeepSpeed's `zero_to_fp32` unpickles freely, so the merge of its flat partitions is done here, on files loaded with
+`weights_only=True` after the manifest has been verified. Layouts: `stage_1_and_2.state_dict` (each group one flat
+vector cut over the ranks, tensors in order, padding at the end), `stage3._rigid_state_dict` (each tensor cut over the
+ranks into equal, padded parts), `unfused_optimizer.state_dict` (stage 0 in low precision: a list of masters).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bert_ds.ranks import CheckpointError
+from bert_ds.training.checkpoint_engine import load_safely
+from bert_ds.training.checkpoint_folder import verify_checkpoint
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def load_fp32_state_dict(checkpoint: Path) -> dict[str, Tensor]:
+    """Return the fp32 weights and the buffers of a checkpoint under the names of `module.state_dict()`.
+
+    Shared weights are there under each of their names, as one tensor. Frozen parameters are refused.
+
+    Args:
+        checkpoint: `checkpoints/global_stepN`, of any ZeRO stage and world size.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or its layout is not one of the four.
+    """
+    manifest = verify_checkpoint(checkpoint)
+    stage, world_size = manifest["zero_stage"], manifest["world_size"]
+    name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+    model = load_safely(checkpoint / name)
+    if model.get("frozen_param_shapes"):
+        raise CheckpointError(f"{checkpoint} holds frozen parameters, which are not merged")
+    buffers = {name: model["module"][name] for name in model["buffer_names"]}
+    if stage == 0:
+        return {**model["module"], **_stage_0_masters(model), **buffers}
+    prefix = "bf16_" if manifest["precision"] == "bfloat16" else ""
+    files = [f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(world_size)]
+    shards = [load_safely(checkpoint / file, mmap=True)["optimizer_state_dict"] for file in files]
+    if stage == 3:
+        weights = dict(_merge_stage_3(model["param_shapes"], shards))
+    else:
+        weights = dict(_merge_stage_1_2(model["param_shapes"], shards))
+    for alias, name in model["shared_params"].items():
+        weights[alias] = weights[name]
+    if missing := set(model["module"]) - set(weights) - set(buffers):
+        raise CheckpointError(f"{checkpoint} has no fp32 weights of {min(missing)}")
+    return {**weights, **buffers}
+
+
+def _stage_0_masters(model: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the masters by name; without low precision the module itself holds them."""
+    groups = model["optimizer"].get("fp32_groups")
+    if groups is None:
+        return {}
+    masters = {
+        name: master.detach()
+        for names, group in zip(model["parameter_names"], groups, strict=True)
+        for name, master in zip(names, group, strict=True)
+    }
+    by_place = {_place(model["module"][name]): master for name, master in masters.items()}
+    return {name: by_place[_place(tensor)] for name, tensor in model["module"].items() if _place(tensor) in by_place}
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor's storage lies: equal for the names of one shared weight."""
+    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset())
+
+
+def _merge_stage_1_2(groups: Sequence[Shapes], shards: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    paddings = shards[0].get("param_alignment_paddings")
+    for index, shapes in enumerate(groups):
+        flat = torch.cat([shard["single_partition_of_fp32_groups"][index].detach() for shard in shards])
+        after = paddings[index] if paddings else [0] * len(shapes)
+        offset = 0
+        for (name, shape), padding in zip(shapes.items(), after, strict=True):
+            numel = math.prod(shape)
+            yield name, flat[offset : offset + numel].view(tuple(shape)).clone()
+            offset += numel + padding
+        if not 0 <= len(flat) - offset < 4 * len(shards):
+            raise CheckpointError(f"group {index} has {len(flat)} weights on {len(shards)} ranks, wanted {offset}")
+
+
+def _merge_stage_3(groups: Sequence[Shapes], shards: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    flats = [torch.cat([part.detach() for part in shard["fp32_flat_groups"]]) for shard in shards]
+    offset = 0
+    for name, shape in ((name, shape) for shapes in groups for name, shape in shapes.items()):
+        numel = math.prod(shape)
+        part = math.ceil(numel / len(shards))
+        whole = torch.cat([flat[offset : offset + part] for flat in flats])
+        yield name, whole[:numel].view(tuple(shape)).clone()
+        offset += part
+    if any(len(flat) != offset for flat in flats):
+        raise CheckpointError(f"a rank has {len(flats[0])} weights, wanted {offset}")
