@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from itertools import islice, pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from corpus_fixtures import random_documents, tiny_tokenizer, write_shards
+
+from bert_ds.corpus.collate import PackedBatch
+from bert_ds.corpus.loader import DataSettings, PretrainingData, Source
+from bert_ds.ranks import DataError
+from bert_ds.run_config import MaskingConfig, SequenceConfig
+
+Sequence = tuple[tuple[int, ...], ...]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"), random_documents(60), random_documents(9, seed=1))
+
+
+@pytest.fixture(scope="module")
+def more_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("more"), random_documents(20, seed=2), random_documents(5, seed=3))
+
+
+def open_data(
+    *folders: Path,
+    weights: tuple[float, ...] = (1.0, 1.0),
+    sequences: SequenceConfig | None = None,
+    masking: MaskingConfig | None = None,
+    seed: int = 0,
+    train_batch_size: int = 16,
+) -> PretrainingData:
+    sources = [Source(folder, f"s{index}", weights[index]) for index, folder in enumerate(folders)]
+    config = sequences or SequenceConfig(max_seq_length=64)
+    settings = DataSettings(config, masking or MaskingConfig(), seed, train_batch_size)
+    return PretrainingData(sources, folders[0] / "tokenizer", settings=settings)
+
+
+def read(
+    data: PretrainingData,
+    num_steps: int,
+    *,
+    start: int = 0,
+    world: tuple[int, int] = (0, 1),
+    micro: int = 4,
+    workers: int = 0,
+):
+    rank, world_size = world
+    batches = data.step_batches(start, rank=rank, world_size=world_size, micro_batch_size=micro, num_workers=workers)
+    return list(islice(batches, num_steps))
+
+
+def sequences_of(batches: Iterable[PackedBatch]) -> list[Sequence]:
+    """Everything the model sees of each sequence, sorted, however the sequences were dealt."""
+    found = []
+    for batch in batches:
+        targets = dict(zip(batch.masked_positions_P.tolist(), batch.masked_labels_P.tolist(), strict=True))
+        bounds = batch.cu_seqlens.tolist()
+        for row, (start, stop) in enumerate(pairwise(bounds)):
+            found.append(
+                (
+                    tuple(batch.example_ids[row].tolist()),
+                    tuple(batch.input_ids_T[start:stop].tolist()),
+                    tuple(batch.token_type_ids_T[start:stop].tolist()),
+                    tuple(targets.get(position, -1) for position in range(start, stop)),
+                    (int(batch.pair_labels_N[row]),),
+                )
+            )
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 4), (2, 4), (4, 4), (2, 2), (8, 1)])
+def test_a_step_is_the_same_however_it_is_spread(shards: Path, more_shards: Path, world_size: int, micro: int) -> None:
+    data = open_data(shards, more_shards, weights=(1.0, 2.5))
+    whole = read(data, 3, micro=16)
+    parts = [read(data, 3, world=(rank, world_size), micro=micro) for rank in range(world_size)]
+    for step in range(3):
+        spread = [batch for rank in range(world_size) for batch in parts[rank][step]]
+        assert len(spread) == 16 // micro
+        assert {batch.num_sequences for batch in spread} == {micro}
+        assert sequences_of(spread) == sequences_of(whole[step])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(shards: Path, workers: int) -> None:
+    data = open_data(shards)
+    alone, helped = read(data, 7), read(data, 7, workers=workers)
+    for step in range(7):
+        for one, other in zip(alone[step], helped[step], strict=True):
+            assert one.input_ids_T.tolist() == other.input_ids_T.tolist()
+            assert one.masked_positions_P.tolist() == other.masked_positions_P.tolist()
+            assert one.example_ids.tolist() == other.example_ids.tolist()
+
+
+def test_a_resumed_run_reads_what_the_uninterrupted_one_read(shards: Path) -> None:
+    long = read(open_data(shards), 60)
+    resumed = read(open_data(shards), 3, start=57, world=(0, 2), workers=1)
+    other_rank = read(open_data(shards), 3, start=57, world=(1, 2))
+    for step in range(3):
+        assert sequences_of([*resumed[step], *other_rank[step]]) == sequences_of(long[57 + step])
+
+
+def test_an_epoch_shows_every_example_once_and_the_next_one_differs(shards: Path) -> None:
+    data = open_data(shards, train_batch_size=1)
+    size = data.mixture.epoch_size
+    steps = read(data, 2 * size, micro=1)
+    ids = [step[0].example_ids[0].tolist() for step in steps]
+    assert sorted(ids) == [[0, epoch, example] for epoch in range(2) for example in range(size)]
+    seen = [sequences_of(step)[0][1] for step in steps]
+    assert len(set(seen[:size]) & set(seen[size:])) < 0.2 * size
+
+
+def test_reading_leaves_the_random_state_of_the_run_alone(shards: Path) -> None:
+    before = torch.get_rng_state()
+    read(open_data(shards), 2, workers=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_micro_batches_of_a_step_hold_equal_counts_and_similar_tokens(shards: Path) -> None:
+    (step,) = read(open_data(shards, train_batch_size=128), 1, micro=16)
+    assert {batch.num_sequences for batch in step} == {16}
+    tokens = [batch.num_tokens for batch in step]
+    assert max(tokens) / (sum(tokens) / len(tokens)) < 1.02
+
+
+def test_a_batch_size_that_does_not_divide_is_refused(shards: Path) -> None:
+    with pytest.raises(ValueError, match="train_batch_size 16 is not a multiple of micro_batch_size 3 x 2 ranks"):
+        read(open_data(shards), 1, world=(0, 2), micro=3)
+
+
+def test_shards_of_another_tokenizer_are_refused(shards: Path, tmp_path: Path) -> None:
+    foreign = write_shards(tmp_path, random_documents(4), tokenizer=tiny_tokenizer(994))
+    with pytest.raises(DataError, match=r"manifest\.json.*tokenizer"):
+        open_data(shards, foreign)
+
+
+def test_two_sources_of_one_name_are_refused(shards: Path) -> None:
+    settings = DataSettings(SequenceConfig(), MaskingConfig(), 0, 16)
+    with pytest.raises(ValueError, match="every name once"):
+        PretrainingData([Source(shards, "a"), Source(shards, "a")], shards / "tokenizer", settings=settings)
+
+
+def test_sources_are_counted_over_all_ranks(shards: Path, more_shards: Path) -> None:
+    data = open_data(shards, more_shards, weights=(1.0, 0.5))
+    steps = read(data, 8, start=2)
+    counts = data.source_counts(2, 10)
+    for source, name in enumerate(("s0", "s1")):
+        own = [one for step in steps for one in sequences_of(step) if one[0][0] == source]
+        assert counts[name] == (len(own), sum(len(one[1]) for one in own))
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 32), (1, 7), (2, 4), (3, 4), (3, 32)])
+def test_evaluation_is_spread_over_the_ranks_without_an_empty_batch(
+    shards: Path, more_shards: Path, world_size: int, batch_size: int
+) -> None:
+    data = open_data(shards, more_shards)
+    whole = list(data.evaluation_batches(20, batch_size=64, rank=0, world_size=1))
+    ranks = [
+        list(data.evaluation_batches(20, batch_size=batch_size, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    everything = [batch for batches in ranks for batch in batches]
+    assert {batch.num_sequences for batch in everything} <= set(range(1, batch_size + 1))
+    assert sequences_of(everything) == sequences_of(whole)
+    assert sum(batch.num_sequences for batch in whole) == 20
+
+
+def test_evaluation_batches_of_one_leave_out_what_does_not_go_round(shards: Path) -> None:
+    ranks = [list(open_data(shards).evaluation_batches(8, batch_size=1, rank=rank, world_size=3)) for rank in range(3)]
+    assert [len(batches) for batches in ranks] == [2, 2, 2]
+
+
+def test_evaluation_does_not_depend_on_the_seed_of_the_run(shards: Path) -> None:
+    first, second = (
+        sequences_of(open_data(shards, seed=seed).evaluation_batches(12, batch_size=4, rank=0, world_size=1))
+        for seed in (0, 1)
+    )
+    assert first == second
+
+
+def test_evaluation_takes_what_there_is(shards: Path) -> None:
+    batches = list(open_data(shards).evaluation_batches(10**6, batch_size=32, rank=0, world_size=1))
+    ids = [one[0] for one in sequences_of(batches)]
+    assert len(ids) == len(set(ids)) > 9
+
+
+def test_fewer_validation_examples_than_ranks_are_an_error(shards: Path) -> None:
+    with pytest.raises(DataError, match="3 validation examples are too few for 4 ranks"):
+        list(open_data(shards).evaluation_batches(3, batch_size=2, rank=0, world_size=4))
+
+
+def test_no_batch_is_longer_than_the_longest(shards: Path) -> None:
+    data = open_data(shards)
+    longest = data.longest_batch(4)
+    assert longest.num_tokens == longest.padded_tokens == 4 * 64
+    assert longest.loss_counts == (4 * 10.0, 4.0)
+    for step in read(data, 30):
+        assert all(batch.num_tokens <= longest.num_tokens for batch in step)
+        assert all(batch.loss_counts[0] <= longest.loss_counts[0] for batch in step)
+
+
+def test_the_longest_batch_respects_the_bound_on_predictions(shards: Path) -> None:
+    data = open_data(shards, masking=MaskingConfig(max_predictions_per_seq=5))
+    assert data.longest_batch(2).loss_counts[0] == 10.0
+
+
+def test_the_fingerprint_is_of_the_content_not_of_the_place(shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path / "copy")
+    assert open_data(tmp_path / "copy").fingerprint == open_data(shards).fingerprint
+
+
+def test_whatever_changes_the_batches_changes_the_fingerprint(shards: Path, more_shards: Path) -> None:
+    variants = [
+        open_data(shards),
+        open_data(more_shards),
+        open_data(shards, more_shards),
+        open_data(shards, weights=(2.0,)),
+        open_data(shards, seed=1),
+        open_data(shards, train_batch_size=32),
+        open_data(shards, sequences=SequenceConfig(max_seq_length=65)),
+        open_data(shards, masking=MaskingConfig(mlm_probability=0.2)),
+    ]
+    assert len({data.fingerprint for data in variants}) == len(variants)
+
+
+def test_facts_describe_the_data(shards: Path, more_shards: Path) -> None:
+    data = open_data(shards, more_shards, weights=(1.0, 2.0))
+    facts = data.facts(num_parts=4)
+    assert facts["examples_per_epoch_by_source"] == dict(zip(("s0", "s1"), data.mixture.draws_per_epoch, strict=True))
+    assert facts["examples_per_epoch"] == sum(data.mixture.draws_per_epoch)
+    assert facts["padding_avoided_fraction"] == 1 - facts["mean_length"] / 64
+    assert 1.0 <= facts["tokens_max_over_mean"] < 1.3
