@@ -113,6 +113,9 @@ class Shadowed(ShardedOptimizer):
         self.worst = 0.0
 
     def _update(self, groups: Sequence[GroupStep]) -> None:
+        if not hasattr(self, "params"):
+            super()._update(groups)
+            return
         gradients = [self._whole([shard.flat.grad_E for shard in group.shards], group) for group in groups]
         super()._update(groups)
         for group, whole in zip(groups, gradients, strict=True):

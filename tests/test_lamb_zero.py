@@ -1,0 +1,207 @@
+"""LAMB and its siblings under DeepSpeed ZeRO 0-3 are what they are on one process with whole tensors.
+
+Two independent comparisons: trajectories against unsharded training of the same small BERT (tied decoder, undecayed
+tensors, clipping that fires, accumulation), and a shadow: the published formula applied to whole tensors put together
+from the gradients that the optimizer was really given, compared with the masters and with the model's own parameters.
+The same comparisons must fail for a plain LAMB, a forgotten reduction, counted padding and a permuted layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lamb_checkpoints import run_same_world_size
+from lamb_reference import Trajectory, paper, train_unsharded, worst_error
+from lamb_runs import CLIP, SETTINGS, Case, Report, run_cases
+from ranks_harness import run_ranks
+
+Long = partial(Case, num_steps=12)
+Short = partial(Case, num_steps=5)
+Shadow = partial(Case, optimizer="shadowed", num_steps=4, num_micro_batches=4)
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 20, "hysteresis": 1}}
+GRAD_ACCUM_FP32 = {"data_types": {"grad_accum_dtype": "fp32"}}
+AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+CPU = {"device": "cpu"}
+
+TRAJECTORIES = [Long(stage) for stage in (0, 1, 2, 3)]
+PADDED = [Short(2, poison_padding=True), Short(3, poison_padding=True)]
+WRONG = [
+    (Short(1, optimizer="plain"), 0.1),
+    (Short(3, optimizer="plain"), 0.1),
+    (Short(2, optimizer="dropped_reduction"), 1e-4),
+    (Short(3, optimizer="dropped_reduction"), 1e-2),
+    (Short(3, optimizer="counted_padding", poison_padding=True), 0.1),
+    (Short(2, optimizer="permuted_layout"), 0.1),
+]
+SHADOWS = [
+    Shadow(0),
+    Shadow(0, "bf16", with_unused=True),
+    Shadow(0, with_unused=True),
+    Shadow(1, "bf16", top=GRAD_ACCUM_FP32),
+    Shadow(1, "bf16", zero={"contiguous_gradients": False}),
+    Shadow(1, zero={"round_robin_gradients": True}),
+    Shadow(2, "bf16", zero={"overlap_comm": True, "round_robin_gradients": True}),
+    Shadow(2, "bf16", zero={"parameter_alignment": True}),
+    Shadow(2, zero={"parameter_alignment": True, "round_robin_gradients": True, "reduce_scatter": False}),
+    Shadow(2, "bf16", zero={"offload_optimizer": CPU}, with_unused=True),
+    Shadow(2, "bf16", top=GRAD_ACCUM_FP32),
+    Shadow(2, "bf16", zero={"compute_grad_norm": False}, top={"gradient_clipping": 0.0}),
+    Shadow(3, "bf16", zero={"offload_optimizer": CPU, "offload_param": CPU}),
+    Shadow(3, "bf16", zero={"sub_group_size": 1}, with_unused=True),
+    Shadow(3, zero={"sub_group_size": 2000}),
+    Shadow(3, "bf16", zero_init=True),
+    Shadow(3, "bf16", zero={"zero_hpz_partition_size": 2}),
+    Shadow(3, top=AUTOCAST),
+    *[Shadow(stage, optimizer=name) for stage in (1, 3) for name in ("lans", "stable_adamw", "adamw", "lion")],
+]
+OVERFLOWS = [Shadow(stage, "fp16", top=FP16, num_steps=9) for stage in (1, 2, 3)]
+ORACLE = Short(2, optimizer="one_group_per_tensor")
+
+
+def by_label(cases: Sequence[Case], world_size: int) -> dict[str, list[Report]]:
+    """Run the cases on ranks that are started once; return the reports of all ranks by label."""
+    per_rank = run_ranks(run_cases, world_size, list(cases), timeout_s=400)
+    return {case.label: [reports[i] for reports in per_rank] for i, case in enumerate(cases)}
+
+
+@pytest.fixture(scope="module")
+def unsharded() -> dict[int, Trajectory]:
+    """Unsharded runs by number of steps."""
+    return {n: train_unsharded(paper, n, settings=SETTINGS, clip=CLIP) for n in (5, 12)}
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> dict[str, list[Report]]:
+    cases = [*TRAJECTORIES, *PADDED, *[case for case, _ in WRONG], *SHADOWS, *OVERFLOWS, ORACLE]
+    return by_label(cases, 2)
+
+
+@pytest.fixture(scope="module")
+def other_world_sizes() -> dict[tuple[int, str], list[Report]]:
+    cases = {1: [Short(1), Short(3)], 3: [Short(2), Short(3)], 4: [Short(1), Short(3, poison_padding=True)]}
+    return {(n, label): reports for n in cases for label, reports in by_label(cases[n], n).items()}
+
+
+@pytest.mark.parametrize("case", TRAJECTORIES, ids=lambda case: case.label)
+def test_twelve_steps_on_two_ranks_are_those_of_whole_tensors(case: Case, two_ranks: Any, unsharded: Any) -> None:
+    error, name = worst_error(two_ranks[case.label][0].weights, unsharded[12].weights)
+    assert error <= 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("world_size", "case"),
+    [(1, Short(1)), (1, Short(3)), (3, Short(2)), (3, Short(3)), (4, Short(1)), (4, Short(3, poison_padding=True))],
+    ids=lambda value: getattr(value, "label", str(value)),
+)
+def test_other_world_sizes_are_those_of_whole_tensors(
+    world_size: int, case: Case, other_world_sizes: Any, unsharded: Any
+) -> None:
+    error, name = worst_error(other_world_sizes[world_size, case.label][0].weights, unsharded[5].weights)
+    assert error <= 1e-6, name
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_tensor_straddles_the_ranks(stage: int, two_ranks: Any) -> None:
+    first, second = two_ranks[Long(stage).label]
+    assert set(first.straddling) & set(second.straddling)
+
+
+def test_clipping_fires_and_later_does_not(two_ranks: Any, unsharded: Any) -> None:
+    norms = two_ranks[Long(2).label][0].grad_norms
+    assert norms[0] > 2 * CLIP
+    assert norms[-1] < CLIP
+    assert norms == pytest.approx(unsharded[12].grad_norms, rel=1e-4)
+
+
+def test_the_tied_decoder_is_one_tensor(two_ranks: Any) -> None:
+    trust = two_ranks[Long(3).label][0].trust
+    assert len(trust) == 37
+    assert "word_embeddings.weight" in trust
+
+
+@pytest.mark.parametrize("case", TRAJECTORIES, ids=lambda case: case.label)
+def test_trust_ratios_are_the_same_on_all_ranks_bit_for_bit(case: Case, two_ranks: Any) -> None:
+    first, second = two_ranks[case.label]
+    assert first.trust == second.trust
+
+
+@pytest.mark.parametrize("case", PADDED, ids=lambda case: case.label)
+def test_padding_full_of_nan_changes_nothing_and_stays(case: Case, two_ranks: Any, unsharded: Any) -> None:
+    reports = two_ranks[case.label]
+    assert worst_error(reports[0].weights, unsharded[5].weights)[0] <= 1e-6
+    assert all(report.padding_is_nan for report in reports)
+
+
+@pytest.mark.parametrize(("case", "at_least"), WRONG, ids=lambda value: getattr(value, "label", ""))
+def test_these_comparisons_catch_a_wrong_optimizer(case: Case, at_least: float, two_ranks: Any, unsharded: Any) -> None:
+    assert worst_error(two_ranks[case.label][0].weights, unsharded[5].weights)[0] > at_least
+
+
+@pytest.mark.parametrize("case", SHADOWS, ids=lambda case: case.label)
+def test_masters_follow_the_formula_on_whole_gradients(case: Case, two_ranks: Any) -> None:
+    assert max(report.shadow_error for report in two_ranks[case.label]) <= 5e-7
+
+
+@pytest.mark.parametrize("case", SHADOWS, ids=lambda case: case.label)
+def test_model_parameters_are_the_rounded_formula(case: Case, two_ranks: Any) -> None:
+    # One bf16 element at a rounding tie moves a tensor of this size by 1e-4 at most.
+    limit = 5e-7 if case.precision == "fp32" else 1e-4
+    assert two_ranks[case.label][0].model_error <= limit
+
+
+@pytest.mark.parametrize("case", OVERFLOWS, ids=lambda case: case.label)
+def test_a_step_that_fp16_overflow_skips_leaves_no_trace(case: Case, two_ranks: Any) -> None:
+    for report in two_ranks[case.label]:
+        assert 0 < report.num_skipped < 9
+        assert report.steps == {9 - report.num_skipped}
+        assert report.shadow_error <= 5e-7
+        assert report.model_error <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [(Long(0), "whole"), (SHADOWS[1], "master"), (Long(1), "flat"), (SHADOWS[3], "flat"), (Long(3), "zero3")],
+    ids=lambda value: getattr(value, "label", value),
+)
+def test_each_way_of_laying_out_is_met(case: Case, kind: str, two_ranks: Any) -> None:
+    assert two_ranks[case.label][0].kinds == {kind}
+
+
+@pytest.mark.parametrize("case", [*TRAJECTORIES, SHADOWS[3]], ids=lambda case: case.label)
+def test_the_state_has_the_names_that_universal_checkpoints_know(case: Case, two_ranks: Any) -> None:
+    assert two_ranks[case.label][0].state_keys == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_one_group_per_tensor_inside_deepspeed_is_the_same_run(two_ranks: Any, unsharded: Any) -> None:
+    assert worst_error(two_ranks[ORACLE.label][0].weights, unsharded[5].weights)[0] <= 1e-6
+
+
+RESUMED = [
+    Shadow(0, "bf16", optimizer="lamb"),
+    Shadow(1, "bf16", optimizer="lamb", top=GRAD_ACCUM_FP32),
+    Shadow(2, optimizer="lamb", zero={"round_robin_gradients": True}),
+    Shadow(3, "bf16", optimizer="lamb", zero={"sub_group_size": 2000}),
+    Shadow(3, optimizer="stable_adamw"),
+    Shadow(2, "bf16", optimizer="lion"),
+]
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[bool, bool, bool]]]:
+    folder: Path = tmp_path_factory.mktemp("checkpoints")
+    per_rank = run_ranks(run_same_world_size, 2, RESUMED, str(folder), timeout_s=240)
+    return {case.label: [found[i] for found in per_rank] for i, case in enumerate(RESUMED)}
+
+
+@pytest.mark.parametrize("case", RESUMED, ids=lambda case: case.label)
+def test_a_loaded_checkpoint_is_the_saved_state_bit_for_bit(case: Case, resumed: Any) -> None:
+    assert all(loaded and differed for loaded, _, differed in resumed[case.label])
+
+
+@pytest.mark.parametrize("case", RESUMED, ids=lambda case: case.label)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(case: Case, resumed: Any) -> None:
+    assert all(continued for _, continued, _ in resumed[case.label])
