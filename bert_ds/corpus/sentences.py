@@ -10,11 +10,9 @@ import re
 
 _CLOSERS = "\"'”’」』）》】〉〕)\\]»"
 _CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_STOP = re.compile(
-    rf"[。！？；｡]+[{_CLOSERS}]*\s*"
-    rf"|[!?]+[{_CLOSERS}]*(?=[{_CHINESE}])"
-    rf"|[.!?…]+[{_CLOSERS}]*(?:\[\d+\])*\s+"
-)
+_CHINESE_STOPS = "。！？；｡"
+_STOP = re.compile(rf"[.!?…{_CHINESE_STOPS}]+[{_CLOSERS}]*(?:\[\d+\])*(\s*)")
+_CHINESE_CHARACTER = re.compile(f"[{_CHINESE}]")
 _LAST_WORD = re.compile(r"([^\s\"'“‘(\[—–-]+)\.$")
 _ACRONYM = re.compile(r"(?:[^\W\d_]\.)*[^\W\d_]")
 _OPENERS = "\"'“‘([「『（《【«¿¡"
@@ -63,13 +61,16 @@ def _split_line(line: str) -> list[str]:
 
 
 def _ends_sentence(line: str, start: int, stop: re.Match[str]) -> bool:
-    first = line[stop.start()]
-    if first in "。！？；｡":
+    first, following = line[stop.start()], line[stop.end()]
+    if first in _CHINESE_STOPS:
         return _titles_are_closed(line, start, stop.end())
-    following = line[stop.end() :].lstrip(_OPENERS)[:1] if line[stop.end()] in _OPENERS else line[stop.end()]
+    if not stop.group(1):
+        return first in "!?" and _CHINESE_CHARACTER.match(following) is not None
+    if following in _OPENERS:
+        following = line[stop.end() :].lstrip(_OPENERS)[:1]
     if following.islower():
         return False
-    if first != "." or line[stop.start() + 1 : stop.start() + 2] == ".":
+    if first != "." or line[stop.start() + 1] == ".":
         return True
     return not _is_abbreviation(line, start, stop, following)
 

@@ -54,6 +54,7 @@ class ShardRecord(_Record):
     num_documents: int
     num_sentences: int
     num_tokens: int
+    num_unknown: int = 0
     files: dict[Kind, FileRecord]
 
 
@@ -63,6 +64,7 @@ class SplitRecord(_Record):
     num_documents: int
     num_sentences: int
     num_tokens: int
+    num_unknown: int = 0
     shards: list[ShardRecord]
 
 

@@ -81,7 +81,8 @@ class WordPieceTokenizer:
 
         "[MASK]" and the like inside the text are text here: they become brackets and letters, never special ids.
         """
-        return b"".join(map(self._cache.__getitem__, self._parts.findall(sentence)))
+        parts = _PARTS if sentence.isascii() else self._parts
+        return b"".join(map(self._cache.__getitem__, parts.findall(sentence)))
 
     def encode_sentences(self, sentences: list[str]) -> list[np.ndarray]:
         """Return the ids of each sentence, without special tokens, as arrays of `dtype`."""
@@ -168,7 +169,7 @@ class _PartCache(dict[str, bytes]):
     def __missing__(self, part: str) -> bytes:
         if len(self) >= _MAX_CACHED_PARTS:
             self.clear()
-        ids = self._backend.encode_batch_fast([part], add_special_tokens=False)[0].ids
+        ids = self._backend.encode(part, add_special_tokens=False).ids
         self[part] = found = np.array(ids, dtype=self._dtype).tobytes()
         return found
 

@@ -1,0 +1,50 @@
+"""Train a WordPiece tokenizer on text files; the same text always gives the same tokenizer.
+
+Writes tokenizer.json, vocab.txt and tokenizer_config.json, which transformers.AutoTokenizer loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from bert_ds.command_line import make_parser, run_main, show_progress
+from bert_ds.corpus.documents import DocumentTexts
+from bert_ds.corpus.input_files import KNOWN_NAMES, find_input_files
+from bert_ds.corpus.wordpiece_training import train_wordpiece
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = make_parser(__doc__ or "")
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help=f"files or folders; {KNOWN_NAMES}")
+    add("--output", required=True, metavar="DIR", help="tokenizer folder to make; new or empty")
+    add("--vocab_size", type=int, required=True, metavar="N", help="number of pieces, the five special ones included")
+    add("--cased", action="store_true", help="keep capitals and accents (default: neither)")
+    add("--text_field", default="text", metavar="NAME", help="field of JSON lines, column of parquet (default text)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, and print what was trained."""
+    args = parse_arguments()
+    found = find_input_files(args.input)
+    for path in found.skipped:
+        print(f"skipped {path}", file=sys.stderr)
+    texts = DocumentTexts(args.input, text_field=args.text_field)
+    start = time.monotonic()
+    # The text is read twice: for its characters, then for its pieces.
+    with show_progress("tokenizer", total=2 * sum(file.num_bytes for file in found.files)) as report:
+        tokenizer = train_wordpiece(
+            texts, vocab_size=args.vocab_size, lowercase=not args.cased, output=args.output, report=report
+        )
+    print(
+        f"{args.output}: {tokenizer.vocab_size:,} pieces in {time.monotonic() - start:.1f} s, "
+        f"fingerprint {tokenizer.fingerprint}"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
