@@ -190,6 +190,14 @@ class ScheduleConfig(Section):
     def _check(self) -> ScheduleConfig:
         if (self.warmup_steps is None) == (self.warmup_fraction is None):
             raise ValueError("give exactly one of warmup_steps and warmup_fraction")
+        for name, default, owners in (
+            ("power", 1.0, ("polynomial",)),
+            ("decay_fraction", 0.1, ("wsd",)),
+            ("min_lr_fraction", 0.0, ("linear", "polynomial", "cosine", "wsd")),
+        ):
+            if getattr(self, name) != default and self.type not in owners:
+                wanted = " or ".join(owners)
+                raise ValueError(f'{name} {getattr(self, name)} is for type {wanted}, the type is "{self.type}"')
         return self
 
     def num_warmup_steps(self, total_steps: int) -> int:

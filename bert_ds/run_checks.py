@@ -1,0 +1,208 @@
+"""Every check of a recipe that needs more than one section, the DeepSpeed file, or a file the recipe names.
+
+A problem stops the run; a warning is something that works and that the user may not want.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bert_ds.config_problems import Problem, describe
+from bert_ds.run_config import EmbeddedCorpus, ModelConfig, RunConfig, ShardCorpus
+
+MAX_JSON_BYTES = 64_000_000
+MODEL_SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"),
+    *("max_position_embeddings", "type_vocab_size"),
+)
+"""What must be equal for weights of another model to fit."""
+
+
+def recipe_problems(run: RunConfig) -> list[Problem]:
+    """Return contradictions inside the recipe."""
+    model, sequences, training = run.model, run.sequences, run.training
+    problems = []
+    if sequences.max_seq_length > model.max_position_embeddings:
+        text = f"{sequences.max_seq_length} is more than model.max_position_embeddings {model.max_position_embeddings}"
+        problems.append(Problem("sequences.max_seq_length", text))
+    if isinstance(run.corpus, EmbeddedCorpus) and run.corpus.vocab_size != model.vocab_size:
+        text = f"{run.corpus.vocab_size} differs from model.vocab_size {model.vocab_size}"
+        problems.append(Problem("corpus.vocab_size", text))
+    if sequences.sentence_pair != "none" and model.type_vocab_size < 2:
+        text = f'{model.type_vocab_size} segment is too few for sentence_pair "{sequences.sentence_pair}", wanted 2'
+        problems.append(Problem("model.type_vocab_size", text))
+    predictions = run.masking.max_predictions_per_seq
+    if predictions is not None and predictions > sequences.max_seq_length:
+        text = f"{predictions} is more than sequences.max_seq_length {sequences.max_seq_length}"
+        problems.append(Problem("masking.max_predictions_per_seq", text))
+    checkpoints = run.checkpoints
+    if checkpoints.keep_every_steps is not None and checkpoints.keep_every_steps % (checkpoints.every_steps or 1):
+        text = f"{checkpoints.keep_every_steps} is not a multiple of checkpoints.every_steps {checkpoints.every_steps}"
+        problems.append(Problem("checkpoints.keep_every_steps", text))
+    if checkpoints.keep_every_steps is not None and checkpoints.every_steps is None:
+        problems.append(Problem("checkpoints.keep_every_steps", "needs checkpoints.every_steps"))
+    return problems + _schedule_problems(run, training.total_steps)
+
+
+def spread_problems(run: RunConfig, *, stage: int, offloaded: bool) -> list[Problem]:
+    """Return optimizers that do not compute what they claim, or do not run, at this ZeRO stage.
+
+    Args:
+        run: the recipe.
+        stage: of the DeepSpeed file.
+        offloaded: optimizer state lies on the host.
+    """
+    kind = run.optimizer.type
+    if kind in ("deepspeed_fused_lamb", "apex_fused_lamb") and stage != 0:
+        text = f'"{kind}" takes one trust ratio per shard at stage {stage}: wanted stage 0, or "lamb"'
+        return [Problem("optimizer.type", text)]
+    if kind == "deepspeed_cpu_adam" and not offloaded:
+        text = f'"{kind}" works on the host: wanted zero_optimization.offload_optimizer, or "adamw"'
+        return [Problem("optimizer.type", text)]
+    if kind == "deepspeed_fused_adam" and offloaded:
+        text = f'"{kind}" works on the GPU and the state is offloaded: wanted "deepspeed_cpu_adam" or "adamw"'
+        return [Problem("optimizer.type", text)]
+    return []
+
+
+def recipe_warnings(run: RunConfig) -> list[str]:
+    """Return what works in the recipe and may not be meant."""
+    masking, training = run.masking, run.training
+    warnings = []
+    expected = masking.mlm_probability * run.sequences.max_seq_length
+    if masking.max_predictions_per_seq is not None and masking.max_predictions_per_seq < int(expected):
+        warnings.append(
+            f"masking.max_predictions_per_seq {masking.max_predictions_per_seq} cuts the {expected:.0f} predictions "
+            f"of a full sequence"
+        )
+    for name, every in (("evaluation", run.evaluation.every_steps), ("checkpoints", run.checkpoints.every_steps)):
+        if every is not None and every > training.total_steps:
+            warnings.append(f"{name}.every_steps {every} is more than training.total_steps {training.total_steps}")
+    if masking.word_segmenter == "jieba" and importlib.util.find_spec("jieba") is None:
+        warnings.append('masking.word_segmenter is "jieba", which is not installed here: pip install bert-ds[zh]')
+    return warnings
+
+
+def named_files(run: RunConfig) -> tuple[list[Problem], list[str]]:
+    """Compare the recipe with the tokenizer, shards and weights it names, as far as they exist here.
+
+    Returns:
+        problems, and a warning per file that is not there.
+    """
+    problems: list[Problem] = []
+    missing = []
+    checks: list[tuple[str, str | None, Callable[[Path], str | None]]] = [
+        ("masking.word_list", run.masking.word_list, lambda path: None),
+        ("init_from", run.init_from, lambda path: _weights_problem(path, run.model)),
+    ]
+    if isinstance(run.corpus, ShardCorpus):
+        vocab_size = run.model.vocab_size
+        checks.append(("corpus.tokenizer", run.corpus.tokenizer, lambda path: _tokenizer_problem(path, vocab_size)))
+        for index, source in enumerate(run.corpus.sources):
+            where = f"corpus.sources.{index}.path"
+            checks.append((where, source.path, lambda path: _manifest_problem(path, vocab_size)))
+    for where, name, check in checks:
+        if name is None:
+            continue
+        if not Path(name).exists():
+            missing.append(f"{where}: {name} does not exist here")
+            continue
+        text = check(Path(name))
+        if text is not None:
+            problems.append(Problem(where, text))
+    return problems + _fingerprint_problems(run.corpus), missing
+
+
+def corpus_tokens(run: RunConfig) -> int | None:
+    """Return the training tokens of one epoch, weights applied; None where a manifest is not there."""
+    if not isinstance(run.corpus, ShardCorpus):
+        return None
+    total = 0.0
+    for source in run.corpus.sources:
+        found = _read_json(Path(source.path) / "manifest.json")
+        tokens = (found.get("splits", {}).get("train") or {}).get("num_tokens") if isinstance(found, dict) else None
+        if not isinstance(tokens, int):
+            return None
+        total += tokens * source.weight
+    return int(total)
+
+
+def _schedule_problems(run: RunConfig, total_steps: int) -> list[Problem]:
+    schedule = run.schedule
+    warmup = schedule.num_warmup_steps(total_steps)
+    if warmup > total_steps:
+        text = f"{warmup} is more than training.total_steps {total_steps}"
+        return [Problem("schedule.warmup_steps", text)]
+    decay = round(schedule.decay_fraction * total_steps)
+    if schedule.type == "wsd" and warmup + decay > total_steps:
+        text = f"{decay} steps of decay and {warmup} of warm-up are more than training.total_steps {total_steps}"
+        return [Problem("schedule.decay_fraction", text)]
+    return []
+
+
+def _tokenizer_problem(folder: Path, vocab_size: int) -> str | None:
+    vocab = folder / "vocab.txt"
+    if vocab.is_file() and vocab.stat().st_size <= MAX_JSON_BYTES:
+        found = sum(1 for line in vocab.read_bytes().split(b"\n") if line.strip(b"\r"))
+        return _vocab_text(found, vocab_size)
+    content = _read_json(folder / "tokenizer.json")
+    pieces = content.get("model", {}).get("vocab") if isinstance(content, dict) else None
+    if not isinstance(pieces, dict):
+        return f"{folder} holds neither vocab.txt nor tokenizer.json"
+    return _vocab_text(len(pieces), vocab_size)
+
+
+def _vocab_text(found: int, vocab_size: int) -> str | None:
+    return None if found == vocab_size else f"holds {found} pieces, model.vocab_size is {vocab_size}"
+
+
+def _manifest_problem(folder: Path, vocab_size: int) -> str | None:
+    content = _read_json(folder / "manifest.json")
+    if not isinstance(content, dict):
+        return f"{folder} holds no manifest.json of a finished build"
+    found = content.get("vocab_size")
+    return None if found == vocab_size else f"was built with {describe(found)} pieces, model.vocab_size is {vocab_size}"
+
+
+def _fingerprint_problems(corpus: EmbeddedCorpus | ShardCorpus) -> list[Problem]:
+    if not isinstance(corpus, ShardCorpus):
+        return []
+    found = {}
+    for index, source in enumerate(corpus.sources):
+        content = _read_json(Path(source.path) / "manifest.json")
+        if isinstance(content, dict):
+            found[index] = content.get("tokenizer_fingerprint")
+    return [
+        Problem(
+            f"corpus.sources.{index}.path", f"was built with another tokenizer than corpus.sources.{min(found)}.path"
+        )
+        for index, fingerprint in found.items()
+        if fingerprint != found[min(found)]
+    ]
+
+
+def _weights_problem(folder: Path, model: ModelConfig) -> str | None:
+    """Say what keeps the weights of a Hugging Face folder or of a run from fitting."""
+    content = _read_json(folder / "run_config.json")
+    content = content.get("model") if isinstance(content, dict) else _read_json(folder / "config.json")
+    if not isinstance(content, dict):
+        return f"{folder} holds neither config.json nor run_config.json"
+    wrong = [
+        f"{name} {describe(content[name])} (here {getattr(model, name)})"
+        for name in MODEL_SIZES
+        if name in content and content[name] != getattr(model, name)
+    ]
+    return f"the weights have {', '.join(wrong)}" if wrong else None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

@@ -1,0 +1,227 @@
+"""What a run will be: batches, steps, size, memory and disk, and every cross-check of its two files.
+
+Used by check_run, pretrain and submit alike. Standard library and pydantic only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from bert_ds.config_files import ConfigError
+from bert_ds.config_problems import Problem
+from bert_ds.ds_batch import MicroBatch, split_batch
+from bert_ds.ds_config import DsConfig, pair_problems
+from bert_ds.run_checks import (
+    corpus_tokens,
+    named_files,
+    recipe_problems,
+    recipe_warnings,
+    spread_problems,
+)
+from bert_ds.run_config import RunConfig
+from bert_ds.run_size import (
+    FLOPS_SOURCE,
+    MemoryEstimate,
+    activation_bytes,
+    checkpoint_bytes,
+    count_parameters,
+    flops_per_token,
+    kept_checkpoints,
+    memory_estimate,
+)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run whose files agree, on a number of ranks."""
+
+    run: RunConfig
+    ds: DsConfig
+    world_size: int
+    micro_batch_size: int
+    """Examples per rank and micro-step."""
+    accumulation: int
+    """Micro-steps per step."""
+    warnings: tuple[str, ...] = ()
+    """What works and may not be meant."""
+    corpus_tokens: int | None = None
+    """Tokens of one epoch, where the shards are there."""
+
+    @property
+    def zero_stage(self) -> int:
+        """0, 1, 2 or 3."""
+        return self.ds.zero_stage
+
+    @property
+    def train_batch_size(self) -> int:
+        """Examples per step over all ranks."""
+        return self.run.training.train_batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.run.training.total_steps
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        return self.run.schedule.num_warmup_steps(self.total_steps)
+
+    @property
+    def examples_seen(self) -> int:
+        """Examples of the whole run, repetitions counted."""
+        return self.train_batch_size * self.total_steps
+
+    @property
+    def max_tokens_per_step(self) -> int:
+        """Tokens of a step if every example is full."""
+        return self.train_batch_size * self.run.sequences.max_seq_length
+
+    @property
+    def has_pair_head(self) -> bool:
+        """Whether the model has pooler and two-class head."""
+        return self.run.sequences.sentence_pair != "none"
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable parameters, padded vocabulary rows included."""
+        return count_parameters(self.run.model, has_pair_head=self.has_pair_head)
+
+    def flops_per_token(self, mean_length: float) -> float:
+        """FLOPs of forward and backward per token that is no padding, for sequences of this mean length."""
+        return flops_per_token(self.run, mean_length)
+
+    def tokens_per_step(self, mean_length: float) -> float:
+        """Tokens of a step for examples of this mean length."""
+        return self.train_batch_size * mean_length
+
+    def memory(self, stage: int | None = None) -> MemoryEstimate:
+        """Estimated memory of a rank, at the DeepSpeed file's ZeRO stage or at another."""
+        stage = self.zero_stage if stage is None else stage
+        activations = activation_bytes(self.run, self.micro_batch_size, recompute=self.ds.activation_checkpointing)
+        offload = self.ds.offload_optimizer != "none" and stage > 0
+        return memory_estimate(
+            self.run, stage=stage, world_size=self.world_size, offload=offload, activations=activations
+        )
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Estimated size of one checkpoint."""
+        return checkpoint_bytes(self.run, stage=self.zero_stage)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Estimated space that the checkpoints of the run need at a time."""
+        return self.checkpoint_bytes * kept_checkpoints(self.run)
+
+
+def make_plan(run: RunConfig, ds: DsConfig, world_size: int, *, gpu_memory_bytes: int | None = None) -> RunPlan:
+    """Check the two files against each other and derive the numbers.
+
+    Args:
+        run: the recipe.
+        ds: the DeepSpeed file.
+        world_size: number of ranks, at least 1.
+        gpu_memory_bytes: memory of one GPU, for a warning where the estimate is larger.
+
+    Raises:
+        ConfigError: with one line per problem, all at once.
+    """
+    if world_size < 1:
+        raise ConfigError(f"world size: found {world_size}, wanted >= 1")
+    file_problems, missing = named_files(run)
+    in_recipe = [*recipe_problems(run), *file_problems]
+    in_recipe += spread_problems(run, stage=ds.zero_stage, offloaded=ds.offload_optimizer != "none")
+    in_ds = [*pair_problems(run, ds), *_rank_problems(ds, world_size)]
+    batch = split_batch(run, world_size, micro=ds.micro_batch_size, accumulation=ds.accumulation)
+    if isinstance(batch, Problem):
+        in_ds.append(batch)
+    lines = [problem.line(ds.recipe_name) for problem in in_recipe] + [problem.line(ds.name) for problem in in_ds]
+    if lines:
+        raise ConfigError("\n".join(lines))
+    assert isinstance(batch, MicroBatch)
+    warnings = (*missing, *recipe_warnings(run), *_spread_warnings(run, ds, batch))
+    plan = RunPlan(run, ds, world_size, batch.size, batch.accumulation, warnings, corpus_tokens(run))
+    return _with_memory_warning(plan, gpu_memory_bytes)
+
+
+def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
+    """Return the derived numbers as rows of name and text."""
+    run, length = plan.run, plan.run.sequences.max_seq_length
+    flops = plan.flops_per_token(length)
+    rows = [
+        ("run", f"{run.name}: {run.optimizer.type}, {run.training.precision}, ZeRO stage {plan.zero_stage}"),
+        (
+            "global batch",
+            f"{plan.train_batch_size:,} = {plan.micro_batch_size} micro-batch x {plan.accumulation} accumulation "
+            f"x {plan.world_size} ranks",
+        ),
+        ("tokens per step", f"at most {plan.max_tokens_per_step:,} ({plan.train_batch_size:,} x {length})"),
+        ("steps", f"{plan.total_steps:,}, the first {plan.warmup_steps:,} of them warm-up"),
+        ("examples", f"{plan.examples_seen:,}, at most {plan.examples_seen * length:,} tokens{_epochs(plan)}"),
+        ("parameters", f"{plan.num_parameters:,} ({run.model.padded_vocab_size:,} rows in the vocabulary)"),
+        ("FLOPs per token", f"{flops:.3e} at length {length}; {FLOPS_SOURCE}"),
+        ("FLOPs of the run", f"at most {flops * plan.examples_seen * length:.3e}"),
+    ]
+    rows += [_memory_row(plan, stage) for stage in (0, 1, 2, 3)]
+    kept = kept_checkpoints(run)
+    disk = f"{_size(plan.checkpoint_bytes)} each, {_size(plan.disk_bytes)} for {kept} at a time (estimate)"
+    return [*rows, ("checkpoints", disk)]
+
+
+def _rank_problems(ds: DsConfig, world_size: int) -> list[Problem]:
+    secondary = ds.settings.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    if world_size % secondary:
+        text = f"{secondary} does not divide {world_size} ranks"
+        return [Problem("zero_optimization.zero_hpz_partition_size", text)]
+    return []
+
+
+def _spread_warnings(run: RunConfig, ds: DsConfig, batch: MicroBatch) -> list[str]:
+    warnings = []
+    if ds.zero_stage == 0 and run.training.precision == "bf16" and batch.accumulation > 1:
+        warnings.append(
+            f"stage 0 accumulates {batch.accumulation} micro-steps in bf16, which costs precision; stages 1 to 3 "
+            "accumulate in fp32"
+        )
+    if ds.settings.get("zero_optimization", {}).get("round_robin_gradients"):
+        warnings.append("with round_robin_gradients a run cannot be continued on another number of ranks")
+    if "nvme" in (ds.offload_optimizer, ds.offload_param):
+        warnings.append(f"offload to NVMe has not been tried with {run.optimizer.type}")
+    return warnings
+
+
+def _with_memory_warning(plan: RunPlan, gpu_memory_bytes: int | None) -> RunPlan:
+    needed = plan.memory().device
+    if gpu_memory_bytes is None or needed <= gpu_memory_bytes:
+        return plan
+    text = f"a rank needs about {_size(needed)}, a GPU has {_size(gpu_memory_bytes)}: try a smaller micro-batch"
+    return replace(plan, warnings=(*plan.warnings, text))
+
+
+def _epochs(plan: RunPlan) -> str:
+    if not plan.corpus_tokens:
+        return ""
+    epochs = plan.examples_seen * plan.run.sequences.max_seq_length / plan.corpus_tokens
+    return f", {epochs:.1f} epochs of {plan.corpus_tokens:,}"
+
+
+def _memory_row(plan: RunPlan, stage: int) -> tuple[str, str]:
+    found = plan.memory(stage)
+    parts = [
+        f"weights {_size(found.weights)}",
+        f"gradients {_size(found.gradients)}",
+        f"optimizer {_size(found.optimizer)}",
+        f"activations {_size(found.activations)}",
+    ]
+    host = f"; {_size(found.host)} on the host" if found.host else ""
+    mark = " <- this run" if stage == plan.zero_stage else ""
+    return f"memory at stage {stage}", f"{_size(found.device)} per rank (estimate): {', '.join(parts)}{host}{mark}"
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if number >= 100 or unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"

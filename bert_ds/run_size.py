@@ -1,0 +1,146 @@
+"""How large a run is: parameters exactly, FLOPs by a published formula, memory and disk as estimates.
+
+Letters: D hidden size, F intermediate size, L layers, H heads, V padded vocabulary, N parameters, S tokens of a
+sequence, T tokens of a micro-batch, R ranks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from bert_ds.run_config import ModelConfig, RunConfig
+
+FLOPS_SOURCE = (
+    "6 per matrix weight and token for forward and backward (Kaplan et al. 2020, arXiv 2001.08361), 12 L D S for "
+    "attention scores and values, vocabulary head on masked positions only"
+)
+
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+class MemoryEstimate(NamedTuple):
+    """Bytes of one rank while it trains, an estimate: allocator, kernels' workspace and libraries come on top."""
+
+    weights: int
+    """Weights in the training precision; at stage 3 a rank's share and what is gathered at a time."""
+    gradients: int
+    """Gradients and the buffers they are accumulated and reduced in."""
+    optimizer: int
+    """fp32 master weights and moments that lie with the weights."""
+    activations: int
+    """What the backward pass needs, for a micro-batch of sequences of full length."""
+    host: int
+    """Offloaded to the memory of the host, per rank."""
+
+    @property
+    def device(self) -> int:
+        """Bytes beside the model, on the GPU where there is one."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def count_parameters(model: ModelConfig, *, has_pair_head: bool) -> int:
+    """Return the trainable parameters, padded vocabulary rows included; the decoder is tied and counts once.
+
+    Args:
+        model: sizes.
+        has_pair_head: with pooler and two-class head, that is, with a sentence pair objective.
+    """
+    hidden, inner, vocab = model.hidden_size, model.intermediate_size, model.padded_vocab_size
+    embeddings = (vocab + model.max_position_embeddings + model.type_vocab_size) * hidden + 2 * hidden
+    attention = 4 * (hidden * hidden + hidden) + 2 * hidden
+    feed_forward = 2 * hidden * inner + inner + hidden + 2 * hidden
+    mlm_head = hidden * hidden + hidden + 2 * hidden + vocab
+    pair_head = hidden * hidden + hidden + 2 * hidden + 2 if has_pair_head else 0
+    return embeddings + model.num_hidden_layers * (attention + feed_forward) + mlm_head + pair_head
+
+
+def flops_per_token(run: RunConfig, mean_length: float) -> float:
+    """Return FLOPs of forward and backward per token that is no padding: FLOPS_SOURCE.
+
+    Args:
+        run: the recipe.
+        mean_length: tokens of a sequence; sequences of unequal length cost a little more, attention being quadratic.
+    """
+    model, masking = run.model, run.masking
+    hidden, layers = model.hidden_size, model.num_hidden_layers
+    layer_weights = 4 * hidden * hidden + 2 * hidden * model.intermediate_size
+    predictions = masking.mlm_probability * mean_length
+    if masking.max_predictions_per_seq is not None:
+        predictions = min(predictions, masking.max_predictions_per_seq)
+    per_prediction = 6 * (hidden * hidden + model.padded_vocab_size * hidden)
+    pooler = 6 * (hidden * hidden + 2 * hidden) if run.sequences.sentence_pair != "none" else 0
+    encoder = 6 * layers * layer_weights + 12 * layers * hidden * mean_length
+    return encoder + (per_prediction * predictions + pooler) / mean_length
+
+
+def activation_bytes(run: RunConfig, micro_batch_size: int, *, recompute: bool) -> int:
+    """Estimate what the forward pass keeps: T (8 D + 2 F) values per layer and T mlm_probability V logits.
+
+    8 D: input, q, k, v, attention output, sum and output of the first LayerNorm, sum of the second; 2 F: before and
+    after GELU. Dropout masks are computed again, not kept. The torch attention keeps T H S scores twice as well.
+
+    Args:
+        run: the recipe.
+        micro_batch_size: sequences, taken as max_seq_length long.
+        recompute: with activation checkpointing only T D per layer is kept, and one layer in full.
+    """
+    model, width = run.model, _BYTES[run.training.precision]
+    tokens = micro_batch_size * run.sequences.max_seq_length
+    layer = tokens * (8 * model.hidden_size + 2 * model.intermediate_size)
+    if run.training.kernels == "torch":
+        layer += 2 * tokens * model.num_attention_heads * run.sequences.max_seq_length
+    kept = tokens * model.hidden_size * model.num_hidden_layers + layer
+    layers = kept if recompute else layer * model.num_hidden_layers
+    logits = int(tokens * run.masking.mlm_probability) * model.padded_vocab_size
+    return (layers + logits) * width
+
+
+def memory_estimate(run: RunConfig, *, stage: int, world_size: int, offload: bool, activations: int) -> MemoryEstimate:
+    """Estimate the memory of one rank under a ZeRO stage (Rajbhandari et al. 2020, arXiv 1910.02054).
+
+    Low precision p = 2 bytes: weights 2 N, gradients 2 N and fp32 accumulation 4 N where the stage has it, master 4 N,
+    moments 8 N (Lion 4 N). Stage 1 divides master and moments by R, stage 2 the accumulated gradients too, stage 3 the
+    weights too, where the word embedding is the largest thing gathered at a time.
+
+    Args:
+        run: the recipe.
+        stage: 0, 1, 2 or 3.
+        world_size: ranks.
+        offload: master weights, moments and accumulated gradients lie in the memory of the host.
+        activations: bytes of `activation_bytes`.
+    """
+    number = count_parameters(run.model, has_pair_head=run.sequences.sentence_pair != "none")
+    width = _BYTES[run.training.precision]
+    shard = -(-number // world_size)
+    low = width == 2
+    moments = 4 if run.optimizer.type == "lion" else 8
+    # In fp32, stages 1 and 2 still clone their shard of the weights; stages 0 and 3 use the weights themselves.
+    master = 4 if low or stage in (1, 2) else 0
+    owned = number if stage == 0 else shard
+    optimizer = owned * (moments + master)
+    embedding = run.model.padded_vocab_size * run.model.hidden_size
+    weights = number * width if stage < 3 else (shard + 2 * embedding) * width
+    whole = {0: width + (4 if low else 0), 1: width + (4 if low else 0), 2: 0, 3: 0}[stage]
+    accumulated = shard * 4 if stage >= 2 else 0
+    buckets = 2 * min(number, 50_000_000) * width if stage >= 1 else 0
+    if offload:
+        return MemoryEstimate(weights, number * whole + buckets, 0, activations, optimizer + accumulated)
+    return MemoryEstimate(weights, number * whole + accumulated + buckets, optimizer, activations, 0)
+
+
+def checkpoint_bytes(run: RunConfig, *, stage: int) -> int:
+    """Estimate one checkpoint of all ranks: weights in the training precision, fp32 master and moments."""
+    number = count_parameters(run.model, has_pair_head=run.sequences.sentence_pair != "none")
+    width = _BYTES[run.training.precision]
+    moments = 4 if run.optimizer.type == "lion" else 8
+    master = 4 if width == 2 or stage > 0 else 0
+    weights = 0 if stage == 3 else width
+    return number * (weights + master + moments)
+
+
+def kept_checkpoints(run: RunConfig) -> int:
+    """Return the most checkpoints that lie on disk at a time: keep_last, the next one, and those kept for good."""
+    plan, steps = run.checkpoints, run.training.total_steps
+    saved = steps // plan.every_steps + 1 if plan.every_steps is not None else 1
+    for_good = steps // plan.keep_every_steps if plan.keep_every_steps is not None else 0
+    return min(plan.keep_last + 1 + for_good, saved)
