@@ -12,8 +12,10 @@ from bert_ds.command_line import make_parser, run_main
 from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, staged_folder, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
 from bert_ds.encoder.hf_verify import verify_export
+from bert_ds.ranks import CheckpointError
 from bert_ds.run_config import RunConfig, load_run_config
-from bert_ds.training.checkpoints import find_checkpoint, load_fp32_state_dict
+from bert_ds.training.checkpoint_folder import find_checkpoint, read_manifest
+from bert_ds.training.fp32_weights import load_fp32_state_dict
 
 
 def main() -> None:
@@ -25,6 +27,8 @@ def main() -> None:
 
     run = load_run_config(args.run_dir / "run_config.json")
     checkpoint = find_checkpoint(args.run_dir, args.checkpoint)
+    if checkpoint is None:
+        raise CheckpointError(f"{args.run_dir} has no checkpoint yet")
     state_dict = load_fp32_state_dict(checkpoint)
     tokenizer = args.run_dir / "tokenizer"
     output = args.output or args.run_dir / "hf"
@@ -48,9 +52,10 @@ def main() -> None:
 
 def _facts(run: RunConfig, checkpoint: Path) -> dict[str, object]:
     """What the model card says of the run; no paths, which are nobody else's business."""
+    state = read_manifest(checkpoint)["state"]
     return {
-        "checkpoint": checkpoint.name,
-        "planned steps": run.training.total_steps,
+        "steps": f"{state['step']} of {run.training.total_steps} planned",
+        "examples seen": state["consumed_examples"],
         "examples per step": run.training.train_batch_size,
         "longest sequence in training": run.sequences.max_seq_length,
         "sentence pair objective": run.sequences.sentence_pair,

@@ -6,14 +6,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
 import pickle
+import runpy
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from encoder_cases import small_config, spread_weights
+from encoder_cases import packed_inputs, small_config, spread_weights
 from safetensors.torch import load_file, save_file
+from tiny_training import ds_config, join_alone, tiny_services
 from torch import Tensor
 
 from bert_ds.corpus.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
@@ -22,7 +26,21 @@ from bert_ds.encoder.hf_folder import load_hf_folder, model_card_text, pad_token
 from bert_ds.encoder.hf_mapping import from_hf, hf_config, to_hf
 from bert_ds.encoder.hf_verify import verify_export
 from bert_ds.ranks import CheckpointError, DataError
-from bert_ds.run_config import ConfigError, ModelConfig
+from bert_ds.run_config import (
+    AdamWConfig,
+    ConfigError,
+    EmbeddedCorpus,
+    ModelConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    dump_run_config,
+)
+from bert_ds.training.checkpoints import CheckpointPolicy, save_checkpoint
+from bert_ds.training.engine import make_engine
+from bert_ds.training.fp32_weights import load_fp32_state_dict
+from bert_ds.training.optimizers import make_optimizer
+from bert_ds.training.train_state import TrainState
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PIECES = [*SPECIAL_PIECES, *LETTERS, *(f"##{letter}" for letter in LETTERS), ".", ",", "中", "文", "the", "##ing"]
@@ -212,7 +230,7 @@ class _Payload:
 def test_a_pickle_that_runs_code_is_refused_and_not_run(right_export: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((right_export / "config.json").read_bytes())
     canary = tmp_path / "canary"
-    for payload in (pickle.dumps(_Payload(canary)), b""):
+    for payload in (pickle.dumps(_Payload(canary), protocol=2), b""):
         (tmp_path / "pytorch_model.bin").write_bytes(payload)
         with pytest.raises(CheckpointError, match="damaged or holds more than tensors"):
             load_hf_folder(tmp_path)
@@ -261,3 +279,72 @@ def test_an_older_export_is_replaced_and_a_foreign_folder_is_not(right_export: P
     with pytest.raises(ConfigError, match="is not an export of ours"), staged_folder(output):
         pass
     assert [path.name for path in output.iterdir()] == ["new"]
+
+
+def _saved_run(run_dir: Path, tokenizer: Path, *, stage: int, precision: str) -> None:
+    """A run folder as pretrain.py leaves it after one step."""
+    join_alone()
+    run = RunConfig(
+        name="small",
+        model=CONFIG,
+        corpus=EmbeddedCorpus(vocab_size=CONFIG.vocab_size),
+        optimizer=AdamWConfig(lr=1e-2),
+        schedule=ScheduleConfig(type="constant", warmup_steps=0),
+        training=TrainingConfig(total_steps=1, train_batch_size=2),
+    )
+    shutil.copytree(tokenizer, run_dir / "tokenizer")
+    (run_dir / "run_config.json").write_text(dump_run_config(run))
+    model = BertForPreTraining(CONFIG, kernels="torch")
+    spread_weights(model, CONFIG)
+    optimizer = make_optimizer(
+        run.optimizer, model.named_parameters(), no_decay_patterns=BertForPreTraining.no_decay_patterns
+    )
+    engine = make_engine(model, optimizer, ds_config(stage, precision=precision))
+    engine.backward(engine(**packed_inputs(CONFIG, [5, 9]))[0].sum())
+    engine.step()
+    log = tiny_services(run_dir, 0, 1).log
+    saved = save_checkpoint(engine, run_dir, state=TrainState(step=1), policy=CheckpointPolicy(), log=log)
+    log.close()
+    assert saved is not None
+
+
+def _run_verb(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the script as a command line would, in this process, and return its exit code."""
+    script = Path(__file__).parents[1] / "bert_ds" / "export_hf.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    return int(end.value.code or 0)
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "fp32")])
+def test_a_checkpoint_of_any_stage_becomes_a_folder_with_its_fp32_weights(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, stage: int, precision: str
+) -> None:
+    _saved_run(tmp_path, tokenizer, stage=stage, precision=precision)
+    assert _run_verb(monkeypatch, "--run_dir", str(tmp_path)) == 0
+    names = ["README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == names
+    wanted = to_hf(load_fp32_state_dict(tmp_path / "checkpoints" / "global_step1"), CONFIG)
+    found = load_hf_folder(tmp_path / "hf").tensors
+    assert all(torch.equal(found[name], wanted[name]) and found[name].dtype == torch.float32 for name in wanted)
+    # One step of Adam has moved the weights by the learning rate.
+    before = to_hf(_state_dict(), CONFIG)[QUERY]
+    assert (found[QUERY] - before).abs().median().item() == pytest.approx(1e-2, rel=0.3)
+
+
+def test_the_verb_ends_with_the_documented_exit_codes(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _saved_run(tmp_path, tokenizer, stage=0, precision="fp32")
+    run_dir = ["--run_dir", str(tmp_path)]
+    assert _run_verb(monkeypatch, *run_dir, "--checkpoint", "global_step7") == 4
+    assert "global_step7" in capsys.readouterr().err
+    assert _run_verb(monkeypatch, *run_dir, "--output", str(tmp_path / "tokenizer")) == 2
+    assert "is not an export of ours" in capsys.readouterr().err
+    (tmp_path / "tokenizer" / "vocab.txt").unlink()
+    assert _run_verb(monkeypatch, *run_dir) == 3
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert _run_verb(monkeypatch, *run_dir) == 4
+    assert "has no checkpoint yet" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()

@@ -7,7 +7,7 @@ from encoder_cases import encoder_inputs, packed_inputs, small_config, spread_we
 
 from bert_ds.encoder.fused_ops import TRITON_OPS, fused_ops
 from bert_ds.encoder.heads import BertForPreTraining
-from bert_ds.encoder.modeling_bert import BertEncoder, BertLayer
+from bert_ds.encoder.modeling_bert import BertEncoder, BertLayer, initialise_weights
 from bert_kernels.dropout_mask import keep_mask_reference
 
 SEED = torch.tensor([1234567])
@@ -65,6 +65,13 @@ def test_initial_weights_depend_on_the_seed_only() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = BertForPreTraining(config, init_seed=8).state_dict()
     assert not torch.equal(first["bert.embeddings.word_weight"], other["bert.embeddings.word_weight"])
+
+
+def test_partitioned_parameters_are_not_initialised_in_vain() -> None:
+    model = BertForPreTraining(small_config())
+    model.predictions.bias.ds_id = 0
+    with pytest.raises(ValueError, match=r"built under deepspeed.zero.Init"):
+        initialise_weights(model, small_config(), seed=0)
 
 
 def test_the_pair_head_does_not_change_the_initial_encoder() -> None:

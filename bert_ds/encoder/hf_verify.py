@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from bert_ds.encoder.heads import BertForPreTraining
-from bert_ds.encoder.hf_folder import read_json
+from bert_ds.encoder.hf_folder import read_json, refuse_broken_tensors
 from bert_ds.encoder.hf_mapping import from_hf, model_config_from_hf
 from bert_ds.ranks import CheckpointError
 from bert_ds.run_config import ModelConfig
@@ -59,6 +59,7 @@ def verify_export(
         raise CheckpointError(f"{folder}/config.json differs from the run in {', '.join(different)}")
     has_pair_head = "seq_relationship.weight" in state_dict
     theirs = _load_with_transformers(folder, facts, has_pair_head=has_pair_head)
+    refuse_broken_tensors(theirs.state_dict(), where=f"{folder}, as transformers loads it")
     loaded = from_hf(theirs.state_dict(), config, has_pair_head=has_pair_head)
     changed = [name for name, tensor in state_dict.items() if not torch.equal(loaded[name], tensor.float().cpu())]
     if changed:

@@ -252,7 +252,12 @@ def initialise_weights(module: nn.Module, config: ModelConfig, *, seed: int) -> 
         module: a BertEncoder or a model that holds one.
         config: gives initializer_range and vocab_size.
         seed: of a generator of its own; torch's global random state is neither read nor changed.
+
+    Raises:
+        ValueError: the parameters are partitioned already (`deepspeed.zero.Init`), so there is nothing here to fill.
     """
+    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        raise ValueError("the model is built under deepspeed.zero.Init; wanted a whole model, partitioned afterwards")
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         if name.endswith("layer_norm_weight"):

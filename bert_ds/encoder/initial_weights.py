@@ -1,0 +1,38 @@
+"""Weights that a run starts from: another run of this project, or a Hugging Face BERT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.encoder.hf_folder import load_hf_folder
+from bert_ds.encoder.hf_mapping import from_hf
+from bert_ds.ranks import CheckpointError
+
+
+def load_initial_weights(
+    model: BertForPreTraining, folder: Path, *, read_run: Callable[[Path], Mapping[str, Tensor]]
+) -> None:
+    """Copy the weights of `folder` into a new model.
+
+    Args:
+        model: on the CPU, not yet wrapped by DeepSpeed.
+        folder: a run folder (its newest checkpoint is taken) or the folder of a Hugging Face BERT.
+        read_run: returns the fp32 weights of a run folder, in this model's names.
+
+    Raises:
+        ConfigError: the folder is neither, or of a BERT that this model cannot be.
+        CheckpointError: a tensor is missing, unknown, of another shape, or damaged.
+    """
+    if (folder / "checkpoints").is_dir():
+        tensors = read_run(folder)
+    else:
+        source = load_hf_folder(folder, pad_vocab_size_to_multiple_of=model.config.pad_vocab_size_to_multiple_of)
+        tensors = from_hf(source.tensors, model.config, has_pair_head=model.has_pair_head)
+    try:
+        model.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        raise CheckpointError(f"init_from {folder} does not fit the recipe's model: {error}") from None
