@@ -8,7 +8,7 @@ from encoder_cases import encoder_inputs, packed_inputs, small_config, spread_we
 from bert_ds.encoder.fused_ops import TRITON_OPS, fused_ops
 from bert_ds.encoder.heads import BertForPreTraining
 from bert_ds.encoder.modeling_bert import BertEncoder, BertLayer, initialise_weights
-from bert_kernels.dropout_mask import keep_mask_reference
+from bert_kernels.dropout_mask import ATTENTION, HIDDEN, keep_mask_reference
 
 SEED = torch.tensor([1234567])
 
@@ -136,9 +136,9 @@ def test_a_layer_drops_where_the_paper_does() -> None:
     rows = torch.arange(6)
 
     def keep(site: int, width: int, p: float, heads: torch.Tensor | None = None) -> torch.Tensor:
-        return keep_mask_reference(rows, width, dropout_p=p, dropout_seed=SEED, site=site, heads=heads).double() / (
-            1.0 - p
-        )
+        layout = HIDDEN if heads is None else ATTENTION
+        mask = keep_mask_reference(rows, width, dropout_p=p, dropout_seed=SEED, site=site, heads=heads, layout=layout)
+        return mask.double() / (1.0 - p)
 
     attention, feed_forward = layer.attention, layer.feed_forward
     q, k, v = F.linear(x, attention.qkv_weight, attention.qkv_bias).view(6, 3, 4, 6).permute(1, 2, 0, 3)
