@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpus_fixtures import random_documents, tiny_tokenizer, write_shards
+from corpus_fixtures import counting_documents, random_documents, tiny_tokenizer, write_shards
 
+from bert_ds.corpus.build import BuildSettings, build_shards
 from bert_ds.corpus.collate import PackedBatch
+from bert_ds.corpus.input_files import find_input_files
 from bert_ds.corpus.loader import DataSettings, PretrainingData, Source
+from bert_ds.corpus.text_input import FileInput
 from bert_ds.ranks import DataError
 from bert_ds.run_config import MaskingConfig, SequenceConfig
 
@@ -74,6 +77,16 @@ def sequences_of(batches: Iterable[PackedBatch]) -> list[Sequence]:
     return sorted(found)
 
 
+def restored_words(batches: list[PackedBatch]) -> list[int]:
+    """Ids of the text with the masks undone."""
+    words = []
+    for batch in batches:
+        ids = batch.input_ids_T.clone()
+        ids[batch.masked_positions_P] = batch.masked_labels_P
+        words += [word for word in ids.tolist() if word > 4]
+    return words
+
+
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 4), (2, 4), (4, 4), (2, 2), (8, 1)])
 def test_a_step_is_the_same_however_it_is_spread(shards: Path, more_shards: Path, world_size: int, micro: int) -> None:
     data = open_data(shards, more_shards, weights=(1.0, 2.5))
@@ -103,6 +116,24 @@ def test_a_resumed_run_reads_what_the_uninterrupted_one_read(shards: Path) -> No
     other_rank = read(open_data(shards), 3, start=57, world=(1, 2))
     for step in range(3):
         assert sequences_of([*resumed[step], *other_rank[step]]) == sequences_of(long[57 + step])
+
+
+def test_an_epoch_over_built_shards_is_the_text_itself(tmp_path: Path) -> None:
+    documents = counting_documents([[3, 20, 7], [40], [1, 1, 9], [30, 12]] * 5)
+    lines = [[" ".join(f"w{word}" for word in sentence) for sentence in document] for document in documents]
+    (tmp_path / "text.txt").write_text("\n\n".join("\n".join(document) for document in lines))
+    tiny_tokenizer().save(tmp_path / "tokenizer")
+    text = FileInput(find_input_files([tmp_path / "text.txt"]).files)
+    settings = BuildSettings(validation_fraction=0.3, tokens_per_shard=50)
+    build_shards(text, tmp_path / "tokenizer", tmp_path / "shards", settings=settings)
+
+    sequences = SequenceConfig(max_seq_length=32, sentence_pair="none")
+    data = open_data(tmp_path / "shards", sequences=sequences, train_batch_size=1)
+    epoch = [batch for step in read(data, data.mixture.epoch_size, micro=1) for batch in step]
+    held_out = list(data.evaluation_batches(10**6, batch_size=8, rank=0, world_size=1))
+    words = [restored_words(batches) for batches in (epoch, held_out)]
+    assert sorted(words[0] + words[1]) == list(range(5, 5 + 615))
+    assert words[0] and words[1]
 
 
 def test_an_epoch_shows_every_example_once_and_the_next_one_differs(shards: Path) -> None:

@@ -13,6 +13,7 @@ from bert_ds.corpus.examples import Example
 from bert_ds.corpus.mlm_masking import MaskedExample, Masker, choose_words
 from bert_ds.corpus.word_segments import WordJoiner, longest_match
 from bert_ds.corpus.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
+from bert_ds.ranks import DataError
 from bert_ds.run_config import IGNORE_INDEX, ConfigError, MaskingConfig
 
 CLS, SEP, MASK = 2, 3, 4
@@ -181,6 +182,11 @@ def test_a_continuation_after_a_special_piece_is_a_word_of_its_own() -> None:
 def test_an_example_without_text_has_no_targets() -> None:
     (masked,) = mask([example([CLS, 1, SEP])], MaskingConfig())
     assert isinstance(masked, MaskedExample) and len(masked.positions) == 0
+
+
+def test_an_id_beyond_the_vocabulary_is_named_with_its_example() -> None:
+    with pytest.raises(DataError, match=r"example 3 of source 0 holds the id 1000, .* 999: the shards are damaged"):
+        mask([text(5), example([CLS, 1000, SEP], index=3)], MaskingConfig())
 
 
 def test_chinese_words_of_a_list_are_masked_together(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,6 +101,8 @@ class PretrainingData:
         masking = settings.masking.model_dump(mode="json")
         if settings.masking.word_list is not None:
             masking["word_list"] = hashlib.sha256(Path(settings.masking.word_list).read_bytes()).hexdigest()
+        if settings.masking.word_segmenter == "jieba":
+            masking["word_segmenter"] = f"jieba {version('jieba')}"
         content = {
             "format": _ORDER_FORMAT,
             "sources": [[content_hash(table.split) for table in self._tables], self.mixture.weights],

@@ -20,6 +20,7 @@ from bert_ds.corpus.examples import Example
 from bert_ds.corpus.keyed_random import Draw, below, fraction, keyed_bits
 from bert_ds.corpus.word_segments import WordJoiner
 from bert_ds.corpus.wordpiece import WordPieceTokenizer
+from bert_ds.ranks import DataError
 from bert_ds.run_config import MaskingConfig
 
 
@@ -64,11 +65,21 @@ class Masker:
         return wanted if bound is None else np.minimum(wanted, bound)
 
     def mask(self, examples: Sequence[Example]) -> list[MaskedExample]:
-        """Mask some examples, all at once; the result for one does not depend on the others."""
+        """Mask some examples, all at once; the result for one does not depend on the others.
+
+        Raises:
+            DataError: an example holds an id that the vocabulary lacks.
+        """
         lengths = np.array([len(example.input_ids) for example in examples])
         keys = np.array([example.key for example in examples], dtype=np.int64)
         ids = np.concatenate([example.input_ids for example in examples])
         rows = np.repeat(np.arange(len(examples)), lengths)
+        if ids.max() >= len(self._is_special):
+            source, _, index = examples[rows[ids.argmax()]].key
+            raise DataError(
+                f"example {index} of source {source} holds the id {ids.max()}, the vocabulary ends at "
+                f"{len(self._is_special) - 1}: the shards are damaged"
+            )
         chosen = np.flatnonzero(self._choose(ids, rows, lengths, keys=keys))
         labels = ids[chosen]
         starts = np.cumsum(lengths) - lengths
