@@ -47,6 +47,20 @@ def probe_longest(engine: DeepSpeedEngine, batch: MicroBatch) -> Probe:
     return Probe(int(max_over_ranks(_peak_bytes(engine.device))), seconds, totals.num_tokens, loss)
 
 
+def fits_in_memory(engine: DeepSpeedEngine, batch: MicroBatch) -> bool:
+    """Return whether a step on `batch` stays within the memory of every rank's device; a collective.
+
+    On the CPU memory ends in the kernel's killer, not in an error, so there the answer is always true.
+    """
+    fitted = True
+    try:
+        probe_longest(engine, batch)
+    except torch.OutOfMemoryError:
+        fitted = False
+        torch.cuda.empty_cache()
+    return not max_over_ranks(float(not fitted))
+
+
 def largest_that_fits(fits: Callable[[int], bool], *, start: int, limit: int) -> int | None:
     """Return the largest of start, 2 start, 4 start ... up to limit for which fits is true; None if not even start."""
     best = None

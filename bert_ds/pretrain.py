@@ -1,0 +1,240 @@
+"""Pre-train a BERT encoder under DeepSpeed: recipe, corpus, model, engine, loop.
+
+    deepspeed bert_ds/pretrain.py --deepspeed_config ds_configs/zero2.json
+    deepspeed bert_ds/pretrain.py --run recipe.json --deepspeed_config ds_configs/zero2.json --run_dir runs/mine
+
+Without --run the embedded default is trained. The recipe says what is trained, the DeepSpeed file how it is spread.
+Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint, 5 diverged, 75 stopped on request, run me again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from bert_ds.command_line import make_parser, run_main
+from bert_ds.corpus.collate import PackedBatch
+from bert_ds.corpus.embedded import CorpusFolders, build_embedded, embedded_folders
+from bert_ds.corpus.loader import DataSettings, PretrainingData, Source
+from bert_ds.corpus.shards import MANIFEST
+from bert_ds.corpus.wordpiece import load_tokenizer
+from bert_ds.ds_config import load_pair, resolve_ds_config
+from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.encoder.initial_weights import load_initial_weights
+from bert_ds.ranks import EXIT_DONE, EXIT_RUN_AGAIN, CheckpointError, Ranks, read_ranks
+from bert_ds.run_config import RunConfig, dump_run_config
+from bert_ds.run_log import RunLog, write_environment
+from bert_ds.run_plan import RunPlan, make_plan, plan_table
+from bert_ds.training.checkpoint_folder import find_checkpoint
+from bert_ds.training.checkpoints import CheckpointPolicy, resume, save_checkpoint
+from bert_ds.training.engine import make_engine
+from bert_ds.training.fp32_weights import load_fp32_state_dict
+from bert_ds.training.optimizers import make_optimizer
+from bert_ds.training.probe import fits_in_memory, largest_that_fits, probe_longest
+from bert_ds.training.process_group import device_name, start_ranks
+from bert_ds.training.restart import StopRequest, follow_launcher, mark_done
+from bert_ds.training.run_folder import enter_run_folder, on_main_rank, prove_same_files
+from bert_ds.training.throughput import Throughput, peak_flops
+from bert_ds.training.train_loop import Services, train
+from bert_ds.training.train_state import TrainPlan, TrainState
+
+
+def main() -> int:
+    args = parse_arguments()
+    initial = [f"init_from={args.init_from}"] if args.init_from else []
+    run, ds = load_pair(args.run, args.deepspeed_config, overrides=[*args.set, *initial])
+    ranks = read_ranks()
+    plan = make_plan(run, ds, ranks.world_size)
+    ds_config = resolve_ds_config(run, ds, ranks.world_size, run_dir=str(args.run_dir))
+    stop = StopRequest()
+    stop.install()
+    follow_launcher(stop)
+
+    start_ranks(ranks)
+    descriptions: dict[str, str | dict[str, Any]] = {
+        "run_config.json": dump_run_config(run),
+        "ds_config.json": ds_config,
+    }
+    enter_run_folder(args.run_dir, descriptions, resume=args.resume)
+    log = RunLog(args.run_dir, ranks, total_steps=run.training.total_steps)
+    write_environment(args.run_dir, ranks, devices=[device_name()])
+    data = open_corpus(run, args.run_dir, log=log)
+    engine = build_engine(run, plan, ds_config)
+    if args.dry_run or args.find_micro_batch:
+        return try_longest(engine, data, plan, log=log, search=args.find_micro_batch)
+
+    policy = CheckpointPolicy(
+        keep_last=run.checkpoints.keep_last,
+        keep_every_steps=run.checkpoints.keep_every_steps,
+        facts={"data": data.fingerprint},
+    )
+    state = None
+    if args.resume != "never":
+        state = resume(engine, args.run_dir, name=None, facts=policy.facts, log=log)
+    state = state or TrainState()
+    log.start(state.step, announce(plan, data, log=log))
+    services = Services(
+        log=log,
+        stop=stop,
+        throughput=make_throughput(run, plan, data, ranks=ranks),
+        save=lambda reached: save_checkpoint(engine, args.run_dir, state=reached, policy=policy, log=log) is not None,
+        validation=lambda: validation_batches(run, data, ranks),
+        row_facts=lambda step: source_facts(run, data, step),
+    )
+    train(engine, training_batches(plan, data, ranks, state), state=state, plan=loop_plan(run), services=services)
+    if state.step < run.training.total_steps:
+        return EXIT_RUN_AGAIN
+    if ranks.is_main:
+        mark_done(args.run_dir, {"step": state.step})
+    log.close()
+    return EXIT_DONE
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line; what a launcher or habit adds (--local_rank, --deepspeed) is accepted and unused."""
+    parser = make_parser("Pre-train a BERT encoder under DeepSpeed.")
+    parser.add_argument("--run", type=Path, help="recipe (default: the embedded default)")
+    parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed file")
+    parser.add_argument("--run_dir", type=Path, default=Path("runs/default"), help="run folder (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one recipe setting")
+    parser.add_argument("--init_from", type=Path, help="start from the weights of a run or of a Hugging Face folder")
+    parser.add_argument(
+        "--resume",
+        choices=("never", "auto", "must"),
+        default="never",
+        help="auto: continue from the newest whole checkpoint if there is one (default: %(default)s)",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="take one step on the longest batch, print the memory")
+    parser.add_argument("--find_micro_batch", action="store_true", help="double the micro-batch until it does not fit")
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.run_dir = args.run_dir.absolute()
+    return args
+
+
+def open_corpus(run: RunConfig, run_dir: Path, *, log: RunLog) -> PretrainingData:
+    """Open the shards, building the embedded ones first where the recipe asks for them; a collective."""
+    if run.corpus.type == "embedded":
+        config, parent = run.corpus, run_dir.parent
+        on_main_rank(lambda: build_embedded(config, parent, say=log.info) and None)
+        folders = embedded_folders(config, parent)
+        sources = [Source(folders.shards, "docstrings")]
+    else:
+        folders = CorpusFolders(Path(run.corpus.tokenizer), Path(run.corpus.sources[0].path))
+        sources = [Source(Path(source.path), source.path, source.weight) for source in run.corpus.sources]
+    prove_same_files([source.folder / MANIFEST for source in sources])
+    on_main_rank(lambda: load_tokenizer(folders.tokenizer).save(run_dir / "tokenizer"))
+    settings = DataSettings(run.sequences, run.masking, run.seed, run.training.train_batch_size)
+    return PretrainingData(sources, folders.tokenizer, settings=settings, cache_dir=run_dir / "examples")
+
+
+def build_engine(run: RunConfig, plan: RunPlan, ds_config: dict[str, Any]) -> DeepSpeedEngine:
+    """Make model and optimizer and hand them to DeepSpeed; a collective."""
+    model = BertForPreTraining(
+        run.model,
+        kernels=run.training.kernels,
+        has_pair_head=run.sequences.sentence_pair != "none",
+        activation_checkpointing=plan.ds.activation_checkpointing,
+        init_seed=run.seed,
+    )
+    if run.init_from is not None:
+        load_initial_weights(model, Path(run.init_from), read_run=read_run_weights)
+    patterns = BertForPreTraining.no_decay_patterns
+    optimizer = make_optimizer(run.optimizer, model.named_parameters(), no_decay_patterns=patterns)
+    return make_engine(model, optimizer, ds_config)
+
+
+def read_run_weights(run_dir: Path) -> Mapping[str, Tensor]:
+    """Return the fp32 weights of the newest whole checkpoint of a run."""
+    checkpoint = find_checkpoint(run_dir)
+    if checkpoint is None:
+        raise CheckpointError(f"init_from {run_dir}: the run has no checkpoint yet")
+    return load_fp32_state_dict(checkpoint)
+
+
+def announce(plan: RunPlan, data: PretrainingData, *, log: RunLog) -> dict[str, Any]:
+    """Log the derived numbers, the warnings and the facts of the data; return them for the start row."""
+    data_facts = data.facts(num_parts=plan.world_size * plan.accumulation)
+    for name, text in [*plan_table(plan), *((name, str(value)) for name, value in data_facts.items())]:
+        log.info(f"{name:>28}: {text}")
+    for warning in plan.warnings:
+        log.warning(f"warning: {warning}")
+    return {"plan": dict(plan_table(plan)), "data": data_facts, "warnings": list(plan.warnings)}
+
+
+def make_throughput(run: RunConfig, plan: RunPlan, data: PretrainingData, *, ranks: Ranks) -> Throughput:
+    """Return the meter of tokens/s and MFU."""
+    mean_length = data.facts()["mean_length"]
+    assert isinstance(mean_length, float)
+    return Throughput(
+        world_size=ranks.world_size,
+        flops_per_token=plan.flops_per_token(mean_length),
+        peak_flops_per_rank=peak_flops(device_name(), run.training.precision),
+    )
+
+
+def training_batches(
+    plan: RunPlan, data: PretrainingData, ranks: Ranks, state: TrainState
+) -> Iterator[list[PackedBatch]]:
+    """Yield this rank's micro-batches of every step after the state's."""
+    return data.step_batches(
+        state.step,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        micro_batch_size=plan.micro_batch_size,
+        num_workers=plan.run.training.num_workers,
+    )
+
+
+def validation_batches(run: RunConfig, data: PretrainingData, ranks: Ranks) -> Iterator[PackedBatch]:
+    """Yield this rank's held-out batches, the same at every evaluation."""
+    settings = run.evaluation
+    return data.evaluation_batches(
+        settings.num_examples, batch_size=settings.batch_size, rank=ranks.rank, world_size=ranks.world_size
+    )
+
+
+def source_facts(run: RunConfig, data: PretrainingData, step: int) -> dict[str, Any]:
+    """Return what a training row says of a mixture: examples and tokens of each source in the last logged step."""
+    if len(data.names) == 1:
+        return {}
+    counts = data.source_counts(step - 1, step)
+    return {"sources": {name: count._asdict() for name, count in counts.items()}}
+
+
+def loop_plan(run: RunConfig) -> TrainPlan:
+    """Return what the loop needs of the recipe."""
+    return TrainPlan(
+        total_steps=run.training.total_steps,
+        seed=run.seed,
+        peak_lr=run.optimizer.lr,
+        schedule=run.schedule,
+        log_every_steps=run.training.log_every_steps,
+        evaluate_every_steps=run.evaluation.every_steps,
+        checkpoint_every_steps=run.checkpoints.every_steps,
+    )
+
+
+def try_longest(engine: DeepSpeedEngine, data: PretrainingData, plan: RunPlan, *, log: RunLog, search: bool) -> int:
+    """Take a step on the longest possible batch, or look for the largest micro-batch that fits; a collective."""
+    if search:
+        limit = plan.micro_batch_size * plan.accumulation
+        best = largest_that_fits(lambda size: fits_in_memory(engine, data.longest_batch(size)), start=1, limit=limit)
+        log.info(f'"train_micro_batch_size_per_gpu": {best}' if best else "not even a micro-batch of 1 fits")
+        return EXIT_DONE
+    probe = probe_longest(engine, data.longest_batch(plan.micro_batch_size))
+    log.info(
+        f"dry run: one step of {probe.num_tokens:.0f} tokens took {probe.seconds:.2f} s and "
+        f"{probe.peak_bytes / 2**30:.2f} GiB at its peak, loss {probe.mean_loss:.4f}"
+    )
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    run_main(main)

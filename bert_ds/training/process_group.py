@@ -1,0 +1,57 @@
+"""Joining the other ranks of the job."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from bert_ds.ranks import Ranks
+from bert_ds.run_config import ConfigError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Longer than rank 0 may need to build a corpus or to write a checkpoint while the others wait."""
+
+
+def start_ranks(ranks: Ranks, *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
+    """Initialise torch.distributed through DeepSpeed: NCCL on CUDA, gloo on CPU; a collective.
+
+    A single process that no launcher started gets a group of its own. Under a bare `srun` the SLURM variables are
+    translated; MASTER_ADDR and MASTER_PORT then come from the job script.
+
+    Raises:
+        ConfigError: there are several ranks and MASTER_ADDR or MASTER_PORT is not set.
+    """
+    names = {"RANK": ranks.rank, "LOCAL_RANK": ranks.local_rank, "WORLD_SIZE": ranks.world_size}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    for name, alone in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        if name not in os.environ:
+            if ranks.world_size > 1:
+                raise ConfigError(f"{name} is not set: {ranks.world_size} ranks need it to find each other")
+            os.environ[name] = alone
+    if get_accelerator().device_name() == "cpu":
+        # DeepSpeed would compile this operator now (a minute, and a crash where there is no compiler). It serves its
+        # inference engine only.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if get_accelerator().device_name() == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timeout,
+        verbose=False,
+    )
+
+
+def device_name() -> str:
+    """Return the name of this rank's GPU, or of the processor where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

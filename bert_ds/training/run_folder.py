@@ -1,0 +1,102 @@
+"""Entering a run folder: who may write into it, what describes the run in it, and proof that all ranks see the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch.distributed as dist
+
+from bert_ds.ranks import CheckpointError, DataError
+from bert_ds.run_config import ConfigError
+from bert_ds.run_log import write_json
+from bert_ds.training.agreement import broadcast_json, gather_json
+from bert_ds.training.checkpoint_folder import candidates
+from bert_ds.training.restart import is_done
+
+Resume = Literal["never", "auto", "must"]
+Value = TypeVar("Value")
+
+_ERRORS = {error.__name__: error for error in (ConfigError, DataError, CheckpointError)}
+
+
+def on_main_rank(action: Callable[[], Value]) -> Value:
+    """Run an action on rank 0 while the others wait; a collective.
+
+    Returns:
+        What the action returned, on every rank; it must be a JSON value.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what the action raised, on every rank.
+    """
+    answer: dict[str, Any] = {}
+    if dist.get_rank() == 0:
+        try:
+            answer = {"value": action()}
+        except tuple(_ERRORS.values()) as error:
+            answer = {"error": type(error).__name__, "message": str(error)}
+    answer = broadcast_json(answer)
+    if "error" in answer:
+        raise _ERRORS[answer["error"]](answer["message"])
+    return answer["value"]
+
+
+def enter_run_folder(run_dir: Path, descriptions: Mapping[str, str | Mapping[str, Any]], *, resume: Resume) -> None:
+    """Make the run folder and write what describes the run into it; a collective.
+
+    Args:
+        run_dir: the run folder.
+        descriptions: file name to content, a text or a JSON object.
+        resume: "never" refuses a folder that holds checkpoints, "must" one that holds none.
+
+    Raises:
+        ConfigError: the folder cannot be made or written, or does not fit `resume`.
+        DataError: a rank does not see the folder that rank 0 wrote.
+    """
+    on_main_rank(lambda: _enter(run_dir, descriptions, resume=resume))
+    prove_same_files([run_dir / name for name in descriptions])
+
+
+def prove_same_files(paths: Sequence[Path]) -> None:
+    """Check that every rank reads the same bytes from these files; a collective.
+
+    Raises:
+        DataError: on every rank, naming the first rank and file that differ from rank 0's.
+    """
+    seen = gather_json([_sha256(path) for path in paths])
+    for rank, hashes in enumerate(seen):
+        for path, found, wanted in zip(paths, hashes, seen[0], strict=True):
+            if found != wanted:
+                what = "does not see" if found is None else "sees another"
+                raise DataError(f"rank {rank} {what} {path} than rank 0: wanted one folder shared by all nodes")
+
+
+def _enter(run_dir: Path, descriptions: Mapping[str, str | Mapping[str, Any]], *, resume: Resume) -> None:
+    found = candidates(run_dir)
+    if found and resume == "never":
+        raise ConfigError(
+            f"--run_dir {run_dir} holds {len(found)} checkpoints of an earlier run: --resume auto continues it, or "
+            "choose another folder"
+        )
+    if not found and resume == "must":
+        raise CheckpointError(f"--resume must: {run_dir} holds no checkpoint")
+    if not found and is_done(run_dir):
+        raise CheckpointError(f"{run_dir} is marked DONE but holds no checkpoint: choose another --run_dir")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name, content in descriptions.items():
+            if isinstance(content, str):
+                (run_dir / name).write_text(content, encoding="utf-8")
+            else:
+                write_json(run_dir / name, content)
+    except OSError as error:
+        raise ConfigError(f"--run_dir {run_dir} cannot be written: {error}") from None
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
