@@ -1,37 +1,275 @@
-"""The loop and one optimizer step of it."""
+"""The loop, one step of it, and evaluation: alone in this process, and on two ranks in one launch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ranks_harness import run_ranks
-from tiny_training import ds_config, full_weights, step_batches, tiny_engine, tiny_plan, tiny_services
+from tiny_training import (
+    TinyBatch,
+    TinyModel,
+    ds_config,
+    full_weights,
+    join_alone,
+    micro_batch,
+    step_batches,
+    tiny_engine,
+    tiny_plan,
+    tiny_services,
+)
 
+from bert_ds.ranks import CheckpointError, DataError, DivergedError
 from bert_ds.run_log import read_metrics
+from bert_ds.training.evaluation import evaluate
+from bert_ds.training.probe import largest_that_fits, probe_longest
 from bert_ds.training.train_loop import train
 from bert_ds.training.train_state import TrainState
 
+KINDS = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
 
-def train_tiny(rank: int, world_size: int, run_dir: str, stage: int, accumulation: int) -> list[float]:
-    engine = tiny_engine(ds_config(stage, accumulation=accumulation, world_size=world_size))
-    services = tiny_services(Path(run_dir), rank, world_size)
-    batches = step_batches(0, rank, accumulation)
-    train(engine, batches, state=TrainState(), plan=tiny_plan(4), services=services)
-    return full_weights(engine).tolist()
+
+def train_cut(rank: int, world_size: int, folder: str, accumulation: int) -> dict[int, tuple[list[float], list[float]]]:
+    """Weights and losses of four steps at each stage, the global batch cut into world_size x accumulation."""
+    results = {}
+    for stage in range(4):
+        engine = tiny_engine(ds_config(stage, accumulation=accumulation, world_size=world_size))
+        run_dir = Path(folder) / f"cut-{world_size}-{stage}"
+        services = tiny_services(run_dir, rank, world_size)
+        batches = step_batches(0, rank, accumulation)
+        train(engine, batches, state=TrainState(), plan=tiny_plan(4), services=services)
+        losses = [row["loss"] for row in read_metrics(run_dir / "metrics.jsonl")] if rank == 0 else []
+        results[stage] = full_weights(engine).tolist(), losses
+    return results
+
+
+def with_nan(batches: Iterator[Any], steps: set[int]) -> Iterator[list[TinyBatch]]:
+    """The same batches, the last micro-batch of the given steps with a target that is not a number."""
+    for step, micro_batches in enumerate(batches, start=1):
+        if step in steps:
+            micro_batches[-1].y_T[0] = float("nan")
+        yield micro_batches
+
+
+def nan_on_rank_1(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    """At each stage and precision: one step, a second with a NaN on rank 1 alone, a third."""
+    results = {}
+    for stage, precision in KINDS:
+        engine = tiny_engine(ds_config(stage, precision=precision, accumulation=2, world_size=world_size))
+        services = tiny_services(Path(folder) / f"nan-{stage}-{precision}", rank, world_size)
+        batches = with_nan(step_batches(0, rank, 2), {2} if rank == 1 else set())
+        state, weights = TrainState(), []
+        for last in (1, 2, 3):
+            train(engine, batches, state=state, plan=tiny_plan(9, max_steps=last), services=services)
+            weights.append(full_weights(engine))
+        unchanged = torch.equal(weights[0], weights[1])
+        results[f"{stage}-{precision}"] = (unchanged, not torch.equal(weights[1], weights[2]), state.skipped_steps)
+        assert torch.isfinite(weights[2]).all()
+    return results
+
+
+def stop_and_diverge(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    engine = tiny_engine(ds_config(2, world_size=world_size))
+    services = tiny_services(Path(folder) / "stop", rank, world_size)
+
+    def asking(batches: Iterator[Any]) -> Iterator[Any]:
+        for step, micro_batches in enumerate(batches, start=1):
+            if rank == 1 and step == 3:
+                services.stop.request("SIGTERM")
+            yield micro_batches
+
+    saved: list[int] = []
+    services = replace(services, save=lambda state: saved.append(state.step) is None)
+    stopped = train(engine, asking(step_batches(0, rank, 1)), state=TrainState(), plan=tiny_plan(9), services=services)
+    state, message = TrainState(), ""
+    batches = with_nan(step_batches(0, rank, 1), {2, 3, 4, 5} if rank == 0 else set())
+    plan, services = tiny_plan(9, max_bad_steps=3), tiny_services(Path(folder) / "diverge", rank, world_size)
+    try:
+        train(engine, batches, state=state, plan=plan, services=services)
+    except DivergedError as error:
+        message = str(error)
+    return {"stopped": stopped.step, "saved": saved, "diverged": (state.step, message)}
+
+
+def evaluate_unequal(rank: int, world_size: int) -> dict[int, dict[str, float]]:
+    """Three batches on rank 0, one on rank 1."""
+    mine = [micro_batch(0, part) for part in ((0, 1, 2), (3,))[rank]]
+    return {stage: evaluate(tiny_engine(ds_config(stage, world_size=world_size)), mine) for stage in (0, 3)}
+
+
+def everything_on_two_ranks(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    return {
+        "cut": train_cut(rank, world_size, folder, 2),
+        "nan": nan_on_rank_1(rank, world_size, folder),
+        **stop_and_diverge(rank, world_size, folder),
+        "evaluation": evaluate_unequal(rank, world_size),
+    }
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(everything_on_two_ranks, 2, str(tmp_path_factory.mktemp("two")), timeout_s=300.0)
+
+
+@pytest.fixture(scope="module")
+def four_micro_steps(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    join_alone()
+    return train_cut(0, 1, str(tmp_path_factory.mktemp("one")), 4)
+
+
+def assert_same_training(one: Any, other: Any) -> None:
+    (weights, losses), (other_weights, other_losses) = one, other
+    assert len(losses) == 4
+    assert other_losses == pytest.approx(losses, rel=1e-6)
+    difference = (torch.tensor(weights) - torch.tensor(other_weights)).abs().max()
+    assert difference <= 1e-6 * torch.tensor(weights).abs().max()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_step_does_not_depend_on_how_it_is_cut_into_ranks_and_micro_steps(stage: int, tmp_path: Path) -> None:
-    results = {}
-    for world_size, accumulation in ((1, 4), (2, 2), (4, 1)):
-        folder = tmp_path / f"{world_size}x{accumulation}"
-        weights = run_ranks(train_tiny, world_size, str(folder), stage, accumulation)
-        results[world_size] = torch.tensor(weights[0]), [row["loss"] for row in read_metrics(folder / "metrics.jsonl")]
-    weights_1, losses_1 = results[1]
-    for world_size in (2, 4):
-        weights, losses = results[world_size]
-        print(stage, world_size, (weights - weights_1).abs().max() / weights_1.abs().max(), losses, losses_1)
-        assert losses == pytest.approx(losses_1, rel=1e-6)
-        assert (weights - weights_1).abs().max() <= 1e-6 * weights_1.abs().max()
+def test_one_rank_with_four_micro_steps_trains_like_two_ranks_with_two(
+    stage: int, two_ranks: Any, four_micro_steps: Any
+) -> None:
+    assert_same_training(four_micro_steps[stage], two_ranks[0]["cut"][stage])
+
+
+@pytest.mark.campaign
+def test_one_rank_with_four_micro_steps_trains_like_four_ranks_with_one(four_micro_steps: Any, tmp_path: Path) -> None:
+    four_ranks = run_ranks(train_cut, 4, str(tmp_path), 1, timeout_s=300.0)[0]
+    for stage in range(4):
+        assert_same_training(four_micro_steps[stage], four_ranks[stage])
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_stage_trains_like_stage_0(stage: int, four_micro_steps: Any) -> None:
+    assert_same_training(four_micro_steps[0], four_micro_steps[stage])
+
+
+@pytest.mark.parametrize("kind", [f"{stage}-{precision}" for stage, precision in KINDS])
+def test_a_nan_on_one_rank_changes_no_weight_anywhere_and_training_goes_on(kind: str, two_ranks: Any) -> None:
+    for result in two_ranks:
+        assert result["nan"][kind] == (True, True, 1)
+
+
+def test_a_stop_asked_of_one_rank_stops_all_at_the_same_step_with_a_checkpoint(two_ranks: Any) -> None:
+    assert [(result["stopped"], result["saved"]) for result in two_ranks] == [(2, [2]), (2, [2])]
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_on_all_ranks(two_ranks: Any) -> None:
+    for result in two_ranks:
+        step, message = result["diverged"]
+        assert step == 4
+        assert message.startswith("3 steps in a row, up to step 4,")
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_evaluation_sums_over_all_ranks_with_unequal_numbers_of_batches(stage: int, two_ranks: Any) -> None:
+    model, batches = TinyModel().eval(), [micro_batch(0, part) for part in range(4)]
+    sums = sum(torch.cat(model(**batch.model_inputs(), dropout_seed=None)).double() for batch in batches)
+    rows, pairs = (sum(batch.loss_counts[k] for batch in batches) for k in (0, 1))
+    wanted = {
+        "loss_square": float(sums[0]) / rows,
+        "loss_pair": float(sums[1]) / pairs,
+        "loss": float(sums[0]) / rows + 0.5 * float(sums[1]) / pairs,
+        "perplexity": float((sums[0] / rows).exp()),
+        "square_accuracy": float(sums[2]) / rows,
+        "pair_accuracy": float(sums[3]) / pairs,
+    }
+    for result in two_ranks:
+        assert result["evaluation"][stage] == pytest.approx(wanted, rel=1e-6)
+
+
+def alone(folder: Path, **changes: Any) -> tuple[Any, Any]:
+    join_alone()
+    return tiny_engine(ds_config(2)), tiny_services(folder, 0, 1, **changes)
+
+
+def test_a_rank_without_validation_batches_is_a_data_error(tmp_path: Path) -> None:
+    engine, _ = alone(tmp_path)
+    with pytest.raises(DataError, match="smaller than the number of ranks"):
+        evaluate(engine, [])
+
+
+def test_an_infinite_loss_whose_gradients_are_finite_is_not_applied(tmp_path: Path) -> None:
+    engine, services = alone(tmp_path)
+    before = full_weights(engine)
+    [[batch]] = [next(step_batches(0, 0, 1))]
+    batch.y_T[0] = 1e30
+    state = train(engine, iter([[batch]]), state=TrainState(), plan=tiny_plan(1), services=services)
+    assert state.skipped_steps == 1
+    assert torch.equal(full_weights(engine), before)
+
+
+def test_rows_are_written_at_the_first_the_last_and_every_nth_step(tmp_path: Path) -> None:
+    engine, services = alone(tmp_path, row_facts=lambda step: {"examples": {"wiki": 2 * step}})
+    plan = tiny_plan(7, log_every_steps=3)
+    train(engine, step_batches(0, 0, 1), state=TrainState(), plan=plan, services=services)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 3, 6, 7]
+    assert rows[1]["examples"] == {"wiki": 6}
+    assert rows[1].keys() >= {"loss", "loss_square", "loss_pair", "pair_accuracy", "lr", "grad_norm", "eta_s", "mfu"}
+
+
+def test_the_run_is_evaluated_at_the_chosen_steps_and_at_its_end(tmp_path: Path) -> None:
+    engine, services = alone(tmp_path, validation=lambda: [micro_batch(0, 0)])
+    plan = tiny_plan(5, evaluate_every_steps=2)
+    train(engine, step_batches(0, 0, 1), state=TrainState(), plan=plan, services=services)
+    rows = read_metrics(tmp_path / "metrics.jsonl", "evaluation")
+    assert [row["step"] for row in rows] == [2, 4, 5]
+
+
+def test_evaluation_changes_nothing_that_is_trained(tmp_path: Path) -> None:
+    losses = []
+    for folder, validation in (("with", lambda: [micro_batch(0, 0)]), ("without", None)):
+        engine, services = alone(tmp_path / folder, validation=validation)
+        plan = tiny_plan(4, evaluate_every_steps=1)
+        train(engine, step_batches(0, 0, 1), state=TrainState(), plan=plan, services=services)
+        losses.append([row["loss"] for row in read_metrics(tmp_path / folder / "metrics.jsonl")])
+    assert losses[0] == losses[1]
+
+
+def test_examples_are_counted_from_the_global_batch(tmp_path: Path) -> None:
+    engine, services = alone(tmp_path)
+    state = train(engine, step_batches(0, 0, 1), state=TrainState(), plan=tiny_plan(3), services=services)
+    assert (state.step, state.consumed_examples) == (3, 6)
+
+
+def test_a_periodic_save_that_fails_lets_training_go_on_and_the_last_one_does_not(tmp_path: Path) -> None:
+    tried = []
+    engine, services = alone(tmp_path, save=lambda state: bool(tried.append(state.step)))
+    plan = tiny_plan(5, checkpoint_every_steps=2)
+    with pytest.raises(CheckpointError, match="the last checkpoint, at step 5"):
+        train(engine, step_batches(0, 0, 1), state=TrainState(), plan=plan, services=services)
+    assert tried == [2, 4, 5]
+
+
+def test_a_wrong_number_of_micro_batches_is_refused(tmp_path: Path) -> None:
+    engine, services = alone(tmp_path)
+    with pytest.raises(ValueError, match="3 micro-batches for a step, wanted 1"):
+        train(engine, step_batches(0, 0, 3), state=TrainState(), plan=tiny_plan(3), services=services)
+
+
+def test_the_values_of_a_step_reach_deepspeeds_own_monitors(tmp_path: Path) -> None:
+    join_alone()
+    config = ds_config(1) | {"csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "tiny"}}
+    services = tiny_services(tmp_path, 0, 1)
+    train(tiny_engine(config), step_batches(0, 0, 1), state=TrainState(), plan=tiny_plan(2), services=services)
+    lines = (tmp_path / "tiny/train_loss.csv").read_text().splitlines()
+    assert len(lines) == 3
+
+
+def test_a_probe_takes_one_whole_step_and_reports_its_peak(tmp_path: Path) -> None:
+    join_alone()
+    engine = tiny_engine(ds_config(2, accumulation=3))
+    probe = probe_longest(engine, micro_batch(1, 1))
+    assert probe.num_tokens == 3 * micro_batch(1, 1).num_tokens
+    assert probe.peak_bytes > 10_000_000
+    assert engine.basic_optimizer.state
+
+
+@pytest.mark.parametrize(("largest", "found"), [(0, None), (1, 1), (5, 4), (8, 8), (1000, 64)])
+def test_doubling_finds_the_largest_size_that_fits(largest: int, found: int | None) -> None:
+    assert largest_that_fits(lambda size: size <= largest, start=1, limit=64) == found

@@ -1,0 +1,127 @@
+"""From a recipe to an optimizer, and what DeepSpeed's construction must not do with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import TinyModel, ds_config, full_weights, join_alone, micro_batch
+
+from bert_ds.optimizer_config import (
+    AdamWConfig,
+    DeepSpeedFusedLambConfig,
+    LambConfig,
+    LansConfig,
+    LionConfig,
+    StableAdamWConfig,
+)
+from bert_ds.run_config import ConfigError
+from bert_ds.training.engine import make_engine, step_guard
+from bert_ds.training.optimizers import StepGuard, make_optimizer, set_learning_rate
+from bert_ds.training.train_step import forward_backward, take_step
+
+CONFIGS = [AdamWConfig, LambConfig, LansConfig, StableAdamWConfig, LionConfig]
+
+
+def engine_and_start(config: Any, stage: int, precision: str) -> tuple[Any, list[torch.Tensor]]:
+    join_alone()
+    model = TinyModel()
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = make_optimizer(config(lr=0.5, weight_decay=0.5), model.named_parameters())
+    return make_engine(model, optimizer, ds_config(stage, precision=precision)), start
+
+
+def state_steps(engine: Any) -> set[float]:
+    return {float(state["step"]) for state in engine.basic_optimizer.state.values()}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_building_the_engine_at_stage_0_in_bf16_changes_neither_weights_nor_step_count(config: Any) -> None:
+    engine, start = engine_and_start(config, 0, "bf16")
+    masters = full_weights(engine, flat=False)
+    assert all(torch.equal(a, b.bfloat16().float()) for a, b in zip(masters, start, strict=True))
+    assert state_steps(engine) <= {0.0}
+    assert step_guard(engine).num_ignored == 1
+
+
+def test_without_the_guard_building_that_engine_does_change_them() -> None:
+    import deepspeed
+
+    join_alone()
+    model = TinyModel()
+    start = model.dense.weight.detach().clone()
+    optimizer = make_optimizer(AdamWConfig(lr=0.5, weight_decay=0.5), model.named_parameters())
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(0, precision="bf16"))
+    assert not torch.equal(engine.optimizer.fp32_groups[0][0], start)
+    assert state_steps(engine) == {1.0}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_first_step_of_training_is_step_1_at_every_stage(stage: int, precision: str) -> None:
+    engine, _ = engine_and_start(AdamWConfig, stage, precision)
+    forward_backward(engine, [micro_batch(1, 0)], counts=[10.0, 4.0], seed=0, step=1)
+    applied, _ = take_step(engine)
+    assert applied
+    assert state_steps(engine) == {1.0}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_learning_rate_reaches_the_optimizer_at_every_stage(stage: int) -> None:
+    engine, _ = engine_and_start(AdamWConfig, stage, "fp32")
+    before = full_weights(engine)
+    set_learning_rate(engine.optimizer, 0.0)
+    forward_backward(engine, [micro_batch(1, 0)], counts=[10.0, 4.0], seed=0, step=1)
+    take_step(engine)
+    assert torch.equal(full_weights(engine), before)
+
+
+def test_adamw_is_torchs_fused_one_with_two_groups() -> None:
+    optimizer = make_optimizer(AdamWConfig(lr=1e-3), TinyModel().named_parameters())
+    assert type(optimizer) is torch.optim.AdamW
+    assert [(len(group["params"]), group["weight_decay"], group["fused"]) for group in optimizer.param_groups] == [
+        (2, 0.01, True),
+        (4, 0.0, True),
+    ]
+
+
+def test_lamb_takes_its_flags_from_the_recipe_and_one_group() -> None:
+    config = LambConfig(lr=1e-3, bias_correction=False, grad_averaging=False, max_trust=1.0)
+    optimizer: Any = make_optimizer(config, TinyModel().named_parameters())
+    flags = optimizer.flags
+    assert (flags.bias_correction, flags.grad_averaging, flags.max_trust) == (False, False, 1.0)
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel builds here")
+def test_a_foreign_kernel_that_cannot_be_built_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match=r'optimizer.type "deepspeed_fused_lamb" is not available here'):
+        make_optimizer(DeepSpeedFusedLambConfig(lr=1e-3), TinyModel().named_parameters())
+
+
+def test_a_disarmed_guard_ignores_the_step_and_an_armed_one_takes_it() -> None:
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    guard = StepGuard(optimizer)
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    assert weight.item() == 1.0
+    guard.armed = True
+    optimizer.step()
+    assert weight.item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"zero_optimization": {"stage": 1, "compute_grad_norm": False}}, "compute_grad_norm"),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "check_grad_overflow"),
+        ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "fp16"),
+    ],
+)
+def test_a_configuration_without_a_nan_guard_is_refused(changes: dict[str, Any], field: str) -> None:
+    model = TinyModel()
+    optimizer = make_optimizer(AdamWConfig(lr=1e-3), model.named_parameters())
+    with pytest.raises(ValueError, match=field):
+        make_engine(model, optimizer, ds_config(1) | changes)

@@ -1,0 +1,127 @@
+"""How a launch ends, tried with real signals and real parents."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bert_ds.ranks import CheckpointError, DataError, DivergedError
+from bert_ds.run_config import ConfigError
+from bert_ds.training.restart import StopRequest, exit_code, is_done, mark_done
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CHILD = """
+import sys, time
+from bert_ds.training.restart import StopRequest, follow_launcher
+stop = StopRequest()
+stop.install()
+follow_launcher(stop, grace_s={grace}, poll_s=0.05)
+print("ready", flush=True)
+while not stop.requested:
+    time.sleep(0.02)
+open(sys.argv[1], "w").write(stop.reason)
+{then}
+"""
+
+PARENT = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], stdout=subprocess.PIPE, text=True)
+child.stdout.readline()
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def restored_handlers() -> object:
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def start_child_of_a_launcher(told: Path, *, grace: float, then: str) -> tuple[subprocess.Popen, int]:
+    code = CHILD.format(grace=grace, then=then)
+    environment = os.environ | {"RANK": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, code, str(told)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert parent.stdout is not None
+    return parent, int(parent.stdout.readline())
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+def wait_until(condition: object, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():  # type: ignore[operator]
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_asks_for_a_stop_and_is_named(number: signal.Signals) -> None:
+    stop = StopRequest()
+    stop.install()
+    assert not stop.requested
+    os.kill(os.getpid(), number)
+    assert stop.reason == number.name
+
+
+def test_a_second_interrupt_is_not_held_back() -> None:
+    stop = StopRequest()
+    stop.install()
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_a_worker_whose_launcher_is_killed_is_asked_to_stop(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    parent, pid = start_child_of_a_launcher(told, grace=60, then="")
+    parent.kill()
+    parent.wait()
+    assert wait_until(lambda: has_ended(pid), 10)
+    assert told.read_text() in ("SIGTERM", "the launcher has died")
+
+
+def test_a_worker_that_does_not_stop_ends_after_the_grace_period(tmp_path: Path) -> None:
+    parent, pid = start_child_of_a_launcher(tmp_path / "told", grace=0.3, then="time.sleep(60)")
+    parent.kill()
+    parent.wait()
+    assert wait_until(lambda: has_ended(pid), 10)
+
+
+def test_done_is_said_by_a_marker(tmp_path: Path) -> None:
+    assert not is_done(tmp_path)
+    mark_done(tmp_path, {"step": 10})
+    assert is_done(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("x"), 2),
+        (DataError("x"), 3),
+        (CheckpointError("x"), 4),
+        (DivergedError("x"), 5),
+        (KeyError("x"), None),
+    ],
+)
+def test_errors_have_the_documented_exit_codes(error: BaseException, code: int | None) -> None:
+    assert exit_code(error) == code
