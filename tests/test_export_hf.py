@@ -5,7 +5,6 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
-import pickle
 import runpy
 import shutil
 import sys
@@ -15,22 +14,21 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from encoder_cases import packed_inputs, small_config, spread_weights
+from encoder_cases import packed_inputs, spread_weights
+from export_cases import CONFIG, export, spread_state_dict, write_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_training import ds_config, join_alone, tiny_services
 from torch import Tensor
 
-from bert_ds.corpus.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
 from bert_ds.encoder.heads import BertForPreTraining
-from bert_ds.encoder.hf_folder import load_hf_folder, model_card_text, pad_token_id, staged_folder, write_hf_folder
-from bert_ds.encoder.hf_mapping import from_hf, hf_config, to_hf
+from bert_ds.encoder.hf_folder import load_hf_folder, pad_token_id
+from bert_ds.encoder.hf_mapping import to_hf
 from bert_ds.encoder.hf_verify import verify_export
 from bert_ds.ranks import CheckpointError, DataError
 from bert_ds.run_config import (
     AdamWConfig,
     ConfigError,
     EmbeddedCorpus,
-    ModelConfig,
     RunConfig,
     ScheduleConfig,
     TrainingConfig,
@@ -38,46 +36,21 @@ from bert_ds.run_config import (
 )
 from bert_ds.training.checkpoints import CheckpointPolicy, save_checkpoint
 from bert_ds.training.engine import make_engine
-from bert_ds.training.fp32_weights import load_fp32_state_dict
 from bert_ds.training.optimizers import make_optimizer
 from bert_ds.training.train_state import TrainState
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-PIECES = [*SPECIAL_PIECES, *LETTERS, *(f"##{letter}" for letter in LETTERS), ".", ",", "中", "文", "the", "##ing"]
-CONFIG = small_config(vocab_size=len(PIECES))
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    rules = TextRules(lowercase=True, strip_accents=True, tokenize_chinese_chars=True)
-    WordPieceTokenizer(PIECES, rules).save(folder)
-    return folder
-
-
-def _state_dict(*, config: ModelConfig = CONFIG, has_pair_head: bool = True) -> dict[str, Tensor]:
-    model = BertForPreTraining(config, has_pair_head=has_pair_head)
-    spread_weights(model, config)
-    return model.state_dict()
-
-
-def _export(folder: Path, tokenizer: Path, state_dict: dict[str, Tensor], sentence_pair: str = "nsp") -> None:
-    folder.mkdir(exist_ok=True)
-    write_hf_folder(
-        folder,
-        config=hf_config(CONFIG, sentence_pair=sentence_pair, pad_token_id=pad_token_id(tokenizer)),
-        tensors=to_hf(state_dict, CONFIG),
-        tokenizer=tokenizer,
-        model_card=model_card_text("small", {"steps": 3}),
-    )
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer")
 
 
 @pytest.mark.parametrize("sentence_pair", ["nsp", "none"])
 def test_a_right_export_passes_and_its_scores_are_those_of_the_model(
     tmp_path: Path, tokenizer: Path, sentence_pair: str
 ) -> None:
-    state_dict = _state_dict(has_pair_head=sentence_pair != "none")
-    _export(tmp_path, tokenizer, state_dict, sentence_pair)
+    state_dict = spread_state_dict(has_pair_head=sentence_pair != "none")
+    export(tmp_path, tokenizer, state_dict, sentence_pair)
     check = verify_export(tmp_path, CONFIG, state_dict=state_dict, tokenizer=tokenizer)
     assert check.max_difference < 1e-5
     assert check.scale > 1.0
@@ -151,7 +124,7 @@ BREAKAGES: dict[str, Callable[[Path], None]] = {
 @pytest.fixture(scope="module")
 def right_export(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
     folder = tmp_path_factory.mktemp("right")
-    _export(folder, tokenizer, _state_dict())
+    export(folder, tokenizer, spread_state_dict())
     return folder
 
 
@@ -161,7 +134,7 @@ def test_a_wrong_export_is_caught(right_export: Path, tokenizer: Path, tmp_path:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     BREAKAGES[breakage](tmp_path)
     with pytest.raises((CheckpointError, ConfigError)):
-        verify_export(tmp_path, CONFIG, state_dict=_state_dict(), tokenizer=tokenizer)
+        verify_export(tmp_path, CONFIG, state_dict=spread_state_dict(), tokenizer=tokenizer)
 
 
 def test_the_weights_file_is_byte_for_byte_what_transformers_saves(right_export: Path, tmp_path: Path) -> None:
@@ -184,101 +157,16 @@ def test_text_longer_than_the_model_is_cut_by_the_tokenizer(right_export: Path) 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_never_exported(tmp_path: Path, tokenizer: Path, value: float) -> None:
-    state_dict = _state_dict()
+    state_dict = spread_state_dict()
     state_dict["bert.layer.0.feed_forward.output_bias"][0] = value
     with pytest.raises(CheckpointError, match=r"layer.0.output.dense.bias has 1 values that are not finite"):
-        _export(tmp_path / "out", tokenizer, state_dict)
+        export(tmp_path / "out", tokenizer, state_dict)
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_tokenizer_folder_without_its_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"vocab.txt has no piece \[PAD\]"):
         pad_token_id(tmp_path)
-
-
-def test_an_export_is_read_back_as_it_was_written(right_export: Path) -> None:
-    state_dict = _state_dict()
-    config, tensors = load_hf_folder(right_export)
-    assert config == CONFIG
-    back = from_hf(tensors, config, has_pair_head=True)
-    assert all(torch.equal(back[name], state_dict[name]) for name in state_dict)
-
-
-def test_sharded_safetensors_are_read(right_export: Path, tmp_path: Path) -> None:
-    model = transformers.BertForPreTraining.from_pretrained(right_export)
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert (tmp_path / "model.safetensors.index.json").is_file()
-    assert set(load_hf_folder(tmp_path).tensors) == set(load_hf_folder(right_export).tensors)
-
-
-def test_a_pytorch_bin_is_read(right_export: Path, tmp_path: Path) -> None:
-    tensors = load_file(right_export / "model.safetensors")
-    torch.save(tensors, tmp_path / "pytorch_model.bin")
-    (tmp_path / "config.json").write_bytes((right_export / "config.json").read_bytes())
-    found = load_hf_folder(tmp_path).tensors
-    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-
-
-class _Payload:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple:
-        return (Path.touch, (self.target,))
-
-
-def test_a_pickle_that_runs_code_is_refused_and_not_run(right_export: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes((right_export / "config.json").read_bytes())
-    canary = tmp_path / "canary"
-    for payload in (pickle.dumps(_Payload(canary), protocol=2), b""):
-        (tmp_path / "pytorch_model.bin").write_bytes(payload)
-        with pytest.raises(CheckpointError, match="damaged or holds more than tensors"):
-            load_hf_folder(tmp_path)
-    torch.save({"x": _Payload(canary)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="damaged or holds more than tensors"):
-        load_hf_folder(tmp_path)
-    assert not canary.exists()
-
-
-def test_an_index_that_leaves_its_folder_is_refused(right_export: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes((right_export / "config.json").read_bytes())
-    index = {"weight_map": {"x": str(right_export / "model.safetensors")}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="which is not in its folder"):
-        load_hf_folder(tmp_path)
-
-
-def test_a_folder_without_weights_or_config_is_refused(right_export: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has no config.json"):
-        load_hf_folder(tmp_path)
-    (tmp_path / "config.json").write_bytes((right_export / "config.json").read_bytes())
-    with pytest.raises(CheckpointError, match="has no weights"):
-        load_hf_folder(tmp_path)
-
-
-def test_a_staged_folder_appears_only_when_the_block_ends_well(tmp_path: Path) -> None:
-    output = tmp_path / "hf"
-    with pytest.raises(RuntimeError, match="stop"), staged_folder(output) as folder:
-        (folder / "half").touch()
-        raise RuntimeError("stop")
-    assert list(tmp_path.iterdir()) == []
-    with staged_folder(output) as folder:
-        (folder / "whole").touch()
-        assert not output.exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-    assert [path.name for path in output.iterdir()] == ["whole"]
-
-
-def test_an_older_export_is_replaced_and_a_foreign_folder_is_not(right_export: Path, tmp_path: Path) -> None:
-    output = tmp_path / "hf"
-    output.mkdir()
-    (output / "config.json").write_bytes((right_export / "config.json").read_bytes())
-    with staged_folder(output) as folder:
-        (folder / "new").touch()
-    assert [path.name for path in output.iterdir()] == ["new"]
-    with pytest.raises(ConfigError, match="is not an export of ours"), staged_folder(output):
-        pass
-    assert [path.name for path in output.iterdir()] == ["new"]
 
 
 def _saved_run(run_dir: Path, tokenizer: Path, *, stage: int, precision: str) -> None:
@@ -329,7 +217,7 @@ def test_a_checkpoint_of_any_stage_becomes_a_folder_with_its_fp32_weights(
     found = load_hf_folder(tmp_path / "hf").tensors
     assert all(torch.equal(found[name], wanted[name]) and found[name].dtype == torch.float32 for name in wanted)
     # One step of Adam has moved the weights by the learning rate.
-    before = to_hf(_state_dict(), CONFIG)[QUERY]
+    before = to_hf(spread_state_dict(), CONFIG)[QUERY]
     assert (found[QUERY] - before).abs().median().item() == pytest.approx(1e-2, rel=0.3)
 
 
