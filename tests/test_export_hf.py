@@ -36,6 +36,7 @@ from bert_ds.run_config import (
 )
 from bert_ds.training.checkpoints import CheckpointPolicy, save_checkpoint
 from bert_ds.training.engine import make_engine
+from bert_ds.training.fp32_weights import load_fp32_state_dict
 from bert_ds.training.optimizers import make_optimizer
 from bert_ds.training.train_state import TrainState
 
