@@ -33,7 +33,7 @@ WRONG = [
     (Short(1, optimizer="plain"), 0.1),
     (Short(3, optimizer="plain"), 0.1),
     (Short(2, optimizer="dropped_reduction"), 1e-4),
-    (Short(3, optimizer="dropped_reduction"), 1e-2),
+    (Short(3, optimizer="dropped_reduction"), 1e-3),
     (Short(3, optimizer="counted_padding", poison_padding=True), 0.1),
     (Short(2, optimizer="permuted_layout"), 0.1),
 ]
