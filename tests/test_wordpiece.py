@@ -248,3 +248,21 @@ def test_two_different_vocabularies_in_one_folder_are_refused(tmp_path: Path) ->
 def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"neither tokenizer\.json nor vocab\.txt"):
         load_tokenizer(tmp_path)
+
+
+def test_the_verb_trains_and_its_mistakes_have_their_exit_codes(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS * 3), "utf-8")
+    command = [sys.executable, str(ROOT / "bert_ds/train_wordpiece.py"), "--input", str(tmp_path / "a.jsonl")]
+    command += ["--text-field", "body", "--cased", "--output", str(tmp_path / "t")]
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
+
+    too_small = run("--vocab_size", "20")
+    assert (too_small.returncode, too_small.stderr.count("\n")) == (2, 1)
+    wrong_field = run("--vocab_size", "120", "--text_field", "text")
+    assert wrong_field.returncode == 3
+    assert "a.jsonl, line 1: no field" in wrong_field.stderr
+    assert run("--vocab_size", "120").returncode == 0
+    assert load_tokenizer(tmp_path / "t").rules == TextRules(lowercase=False, strip_accents=False)
