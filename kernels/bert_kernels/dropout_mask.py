@@ -31,6 +31,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 NUM_ROUNDS = 7
@@ -171,3 +173,35 @@ def dropout_reference(
     if residual is None:
         return x * keep * keep_scale(dropout_p)
     return torch.addcmul(residual, x, keep.to(x.dtype), value=keep_scale(dropout_p))
+
+
+@triton.jit
+def _philox_tile(seed, rows, head, site, first_call, NUM_CALLS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the words of NUM_CALLS calls of each row, from first_call on: uint32 (rows, NUM_CALLS, 2, 2)."""
+    zero = tl.zeros([rows.shape[0], NUM_CALLS], tl.int32)
+    calls = first_call + tl.arange(0, NUM_CALLS)
+    w0, w1, w2, w3 = tl.philox(seed, zero + calls[None, :], zero + rows[:, None], zero + head, zero + site, 7)
+    return tl.join(tl.join(w0, w2), tl.join(w1, w3))
+
+
+@triton.jit
+def keep_attention_tile(seed, rows, head, site, first_column, THRESHOLD: tl.constexpr, NUM_COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the keep mask (rows, NUM_COLUMNS) of layout ATTENTION; columns in multiples of 64."""
+    M: tl.constexpr = rows.shape[0]
+    words = _philox_tile(seed, rows, head, site, first_column // 16, NUM_COLUMNS // 16)
+    # (block, lane, word) -> (block, word, half word, lane, neighbour), the order of the columns.
+    words = words.reshape(M, NUM_COLUMNS // 64, 4, 4).permute(0, 1, 3, 2).reshape(M, NUM_COLUMNS // 16, 1, 4, 1)
+    # The byte goes to the top of its word: there one comparison tells it, whatever the bytes below.
+    shift = 24 - 8 * tl.arange(0, 4).reshape(1, 1, 2, 1, 2)
+    return (words << shift.to(tl.uint32)).reshape(M, NUM_COLUMNS) < (THRESHOLD << 24)
+
+
+@triton.jit
+def keep_hidden_tile(seed, rows, site, first_column, THRESHOLD: tl.constexpr, NUM_COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the keep mask (rows, NUM_COLUMNS) of layout HIDDEN, head 0; columns in multiples of 512."""
+    M: tl.constexpr = rows.shape[0]
+    words = _philox_tile(seed, rows, 0, site, first_column // 16, NUM_COLUMNS // 16)
+    # (block, lane, half, word of the half) -> (block, half, lane, word of the half, byte), the order of the columns.
+    words = words.reshape(M, NUM_COLUMNS // 512, 32, 2, 2).permute(0, 1, 3, 2, 4).reshape(M, NUM_COLUMNS // 4, 1)
+    shift = 24 - 8 * tl.arange(0, 4).reshape(1, 1, 4)
+    return (words << shift.to(tl.uint32)).reshape(M, NUM_COLUMNS) < (THRESHOLD << 24)

@@ -1,0 +1,114 @@
+"""How kernels are launched: the tile of a card and a size, the device check, and a record of launches for tools.
+
+Tiles are static tables: nothing is timed at run time, so all ranks run the same code and no collective waits for a
+tuner. A record of launches, instead of the launches, is what ahead-of-time compilation for another card needs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from bert_kernels._tiles import Tile, TileTable
+
+ARCHITECTURES = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: arguments by name, the constexpr ones among them."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    tile: Tile
+
+
+@dataclass
+class _Recording:
+    architecture: str
+    launches: list[Launch]
+
+
+_recording: _Recording | None = None
+
+
+@contextmanager
+def record_launches(architecture: str) -> Iterator[list[Launch]]:
+    """Collect the launches that the given architecture would see, on CPU tensors, without running them."""
+    global _recording
+    _recording = _Recording(architecture, [])
+    try:
+        yield _recording.launches
+    finally:
+        _recording = None
+
+
+def interpreting() -> bool:
+    """Return whether kernels run in Triton's interpreter, on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def check_device(op: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors are on one device on which a kernel can run."""
+    given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    first, device = next(iter(given.items()))
+    for name, other in given.items():
+        if other != device:
+            raise ValueError(f"{op}: {name} is on {other}, {first} on {device}: put all on one device")
+    if device.type != "cuda" and not interpreting() and _recording is None:
+        raise ValueError(
+            f"{op}: {first} is on {device}, the Triton kernels need CUDA; "
+            f"use {op}_reference, or set TRITON_INTERPRET=1 before the start to run the kernels slowly on the CPU"
+        )
+
+
+def pick_tile(table: TileTable, device: torch.device, size: int) -> Tile:
+    """Return the tile for this card and size; the last of a table serves all larger sizes."""
+    rows = table.get(_architecture(device), table["default"])
+    return next((tile for largest, tile in rows if size <= largest), rows[-1][1])
+
+
+def _architecture(device: torch.device) -> str:
+    if _recording is not None:
+        return _recording.architecture
+    if device.type != "cuda":
+        return "default"
+    return ARCHITECTURES.get(torch.cuda.get_device_capability(device), "default")
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: dict[str, Any]) -> None:
+    """Launch a kernel with a tile's warps and stages, on the device of its tensors; an empty grid is no launch."""
+    if 0 in grid:
+        return
+    if _recording is not None:
+        _recording.launches.append(Launch(kernel, grid, arguments, tile))
+        return
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    if device.type != "cuda":
+        _let_interpreted_scalars_bound_loops()
+        kernel[grid](**arguments)
+        return
+    with torch.cuda.device(device):
+        kernel[grid](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
+
+
+@functools.cache
+def _let_interpreted_scalars_bound_loops() -> None:
+    """Repair `range(first, last)` in interpreted kernels: numpy >= 2.4 makes no int of an array of shape (1,)."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_repair(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_repair

@@ -1,0 +1,48 @@
+"""The shipped tiles: for each kernel and width, architecture and size, the block sizes and launch options.
+
+A table maps the architecture ("default" where a card has none of its own) to rows (largest size, tile) in order of
+size; the last row serves all larger sizes. A change here changes speed and rounding only, never a dropout mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes and launch options of one kernel."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+TileTable = Mapping[str, tuple[tuple[int, Tile], ...]]
+
+_ANY = 1 << 62
+
+# Key: kernel / head dim rounded up (or fp32). block_m: queries, block_n: keys (multiples of 64, for the mask).
+# Size: max_seqlen. "short" is the whole-sequence backward: block_m is its largest length.
+ATTENTION: Mapping[str, TileTable] = {
+    "fwd/64": {
+        "sm_90": ((_ANY, Tile(128, 64, 8, 3)),),
+        "default": ((_ANY, Tile(128, 64, 8, 2)),),
+    },
+    "fwd/128": {"default": ((_ANY, Tile(128, 64, 8, 2)),)},
+    "fwd/fp32": {"default": ((_ANY, Tile(32, 64, 4, 1)),)},
+    "short/64": {
+        "sm_90": ((64, Tile(64, 64, 4, 1)), (_ANY, Tile(128, 128, 8, 1))),
+        "default": ((_ANY, Tile(64, 64, 4, 1)),),
+    },
+    "short/128": {"default": ((_ANY, Tile(64, 64, 4, 1)),)},
+    "short/fp32": {"default": ((_ANY, Tile(64, 64, 8, 1)),)},
+    "dq/64": {"default": ((_ANY, Tile(128, 64, 8, 2)),)},
+    "dq/128": {"default": ((_ANY, Tile(64, 64, 8, 2)),)},
+    "dq/fp32": {"default": ((_ANY, Tile(32, 64, 4, 1)),)},
+    "dkdv/64": {"default": ((_ANY, Tile(64, 128, 8, 2)),)},
+    "dkdv/128": {"default": ((_ANY, Tile(64, 64, 8, 2)),)},
+    "dkdv/fp32": {"default": ((_ANY, Tile(32, 64, 4, 1)),)},
+}
