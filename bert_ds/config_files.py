@@ -105,9 +105,10 @@ def apply_overrides(file: ConfigFile, overrides: Sequence[str]) -> None:
             file.problems.append(Problem(dotted, f"not JSON: {error}"))
             continue
         found: list[Problem] = []
-        value = _plain({parts[-1]: value}, parts[:-1], found)[parts[-1]]
+        plain = _plain({parts[-1]: value}, parts[:-1], found)
         file.problems = [one for one in file.problems if one.path != dotted] + found
-        set_value(file, dotted, value)
+        if parts[-1] in plain:
+            set_value(file, dotted, plain[parts[-1]])
 
 
 def set_value(file: ConfigFile, dotted: str, value: Any) -> None:

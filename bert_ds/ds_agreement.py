@@ -147,7 +147,7 @@ def _optimizer_kind(block: dict[str, Any], problems: list[Problem]) -> str:
     if kind in ours:
         return kind
     wanted = one_of(sorted(ours))
-    near = did_you_mean(spelled, [*OPTIMIZER_TYPES, *ours])
+    near = did_you_mean(spelled.lower(), [*OPTIMIZER_TYPES, *ours])
     problems.append(Problem("optimizer.type", f"found {describe(spelled)}, wanted {wanted}{near}"))
     return ""
 

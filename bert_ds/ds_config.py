@@ -89,7 +89,8 @@ def load_ds_config(path: str | Path) -> DsConfig:
     file = read_config_file(path)
     problems: list[Problem] = []
     settings = check_settings(file.data, problems)
-    problems += unsupported_settings(settings)
+    stage_is_known = not {"zero_optimization", "zero_optimization.stage"} & {problem.path for problem in problems}
+    problems += unsupported_settings(settings, stage_is_known=stage_is_known)
     raise_problems(file, problems)
     return DsConfig(file.name, settings)
 

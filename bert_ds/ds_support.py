@@ -76,8 +76,13 @@ SWITCHED_OFF = {
 """Blocks that may only be present switched off, and why."""
 
 
-def unsupported_settings(settings: dict[str, Any]) -> list[Problem]:
-    """Return one problem per setting that this project cannot honour."""
+def unsupported_settings(settings: dict[str, Any], *, stage_is_known: bool = True) -> list[Problem]:
+    """Return one problem per setting that this project cannot honour.
+
+    Args:
+        settings: checked names and types.
+        stage_is_known: False where the ZeRO stage itself was wrong, so that nothing is said about what depends on it.
+    """
     given = dict(leaves(settings))
     problems = []
     for path, (allowed, reason) in ALLOWED.items():
@@ -86,7 +91,7 @@ def unsupported_settings(settings: dict[str, Any]) -> list[Problem]:
             problems.append(Problem(path, f"{found_wanted(given[path], wanted)}: {reason}"))
     for path, reason in SWITCHED_OFF.items():
         problems += _switched_on(path, settings, reason)
-    return problems + _combinations(settings, given)
+    return problems + (_combinations(settings, given) if stage_is_known else [])
 
 
 def _switched_on(path: str, settings: dict[str, Any], reason: str) -> list[Problem]:
@@ -122,7 +127,5 @@ def _combinations(settings: dict[str, Any], given: dict[str, Any]) -> list[Probl
     for monitor in ("tensorboard", "csv_monitor"):
         name = given.get(f"{monitor}.job_name", "")
         if "/" in name or name.startswith("."):
-            problems.append(
-                Problem(f"{monitor}.job_name", f"found {describe(name)}, wanted the name of a folder, no path")
-            )
+            problems.append(Problem(f"{monitor}.job_name", f"found {describe(name)}, wanted a plain folder name"))
     return problems
