@@ -71,6 +71,11 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     assert (first == other).mean() < 0.02
 
 
+def test_epochs_mix_the_sources_in_orders_of_their_own() -> None:
+    first, second = np.array(stream(Mixture((500, 500), (1.0, 1.0)), 2000))[:, 0].reshape(2, 1000)
+    assert 400 < (first == second).sum() < 600
+
+
 def test_a_far_step_is_entered_at_once() -> None:
     batch = global_batch(10**12, seed=0, mixture=one_source, train_batch_size=1000)
     assert sorted(batch[:, 2].tolist()) == list(range(1000))
