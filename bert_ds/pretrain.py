@@ -10,6 +10,7 @@ Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint, 5 diverged, 75 stoppe
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from bert_ds.training.engine import make_engine
 from bert_ds.training.fp32_weights import load_fp32_state_dict
 from bert_ds.training.optimizers import make_optimizer
 from bert_ds.training.probe import fits_in_memory, largest_that_fits, probe_longest
-from bert_ds.training.process_group import device_name, start_ranks
+from bert_ds.training.process_group import device_name, joined_ranks
 from bert_ds.training.restart import StopRequest, follow_launcher, mark_done
 from bert_ds.training.run_folder import enter_run_folder, on_main_rank, prove_same_files
 from bert_ds.training.throughput import Throughput, peak_flops
@@ -54,17 +55,21 @@ def main() -> int:
     stop = StopRequest()
     stop.install()
     follow_launcher(stop)
+    with joined_ranks(ranks):
+        return pretrain(plan, ds_config, ranks, args=args, stop=stop)
 
-    start_ranks(ranks)
-    descriptions: dict[str, str | dict[str, Any]] = {
-        "run_config.json": dump_run_config(run),
-        "ds_config.json": ds_config,
-    }
-    enter_run_folder(args.run_dir, descriptions, resume=args.resume)
-    log = RunLog(args.run_dir, ranks, total_steps=run.training.total_steps)
-    write_environment(args.run_dir, ranks, devices=[device_name()])
-    data = open_corpus(run, args.run_dir, log=log)
-    engine = build_engine(run, plan, ds_config)
+
+def pretrain(
+    plan: RunPlan, ds_config: dict[str, Any], ranks: Ranks, *, args: argparse.Namespace, stop: StopRequest
+) -> int:
+    """Run folder, corpus, engine, loop; a collective. Returns the exit code."""
+    run, run_dir = plan.run, args.run_dir
+    descriptions = {"run_config.json": dump_run_config(run), "ds_config.json": json.dumps(ds_config, indent=2) + "\n"}
+    enter_run_folder(run_dir, descriptions, resume=args.resume)
+    log = RunLog(run_dir, ranks, total_steps=run.training.total_steps)
+    write_environment(run_dir, ranks, devices=[device_name()])
+    data = open_corpus(run, run_dir, log=log)
+    engine = build_engine(plan, ds_config)
     if args.dry_run or args.find_micro_batch:
         return try_longest(engine, data, plan, log=log, search=args.find_micro_batch)
 
@@ -75,22 +80,22 @@ def main() -> int:
     )
     state = None
     if args.resume != "never":
-        state = resume(engine, args.run_dir, name=None, facts=policy.facts, log=log)
+        state = resume(engine, run_dir, name=None, facts=policy.facts, log=log)
     state = state or TrainState()
     log.start(state.step, announce(plan, data, log=log))
     services = Services(
         log=log,
         stop=stop,
-        throughput=make_throughput(run, plan, data, ranks=ranks),
-        save=lambda reached: save_checkpoint(engine, args.run_dir, state=reached, policy=policy, log=log) is not None,
+        throughput=make_throughput(plan, data),
+        save=lambda reached: save_checkpoint(engine, run_dir, state=reached, policy=policy, log=log) is not None,
         validation=lambda: validation_batches(run, data, ranks),
-        row_facts=lambda step: source_facts(run, data, step),
+        row_facts=lambda step: source_facts(data, step),
     )
     train(engine, training_batches(plan, data, ranks, state), state=state, plan=loop_plan(run), services=services)
     if state.step < run.training.total_steps:
         return EXIT_RUN_AGAIN
     if ranks.is_main:
-        mark_done(args.run_dir, {"step": state.step})
+        mark_done(run_dir, {"step": state.step})
     log.close()
     return EXIT_DONE
 
@@ -134,12 +139,13 @@ def open_corpus(run: RunConfig, run_dir: Path, *, log: RunLog) -> PretrainingDat
     return PretrainingData(sources, folders.tokenizer, settings=settings, cache_dir=run_dir / "examples")
 
 
-def build_engine(run: RunConfig, plan: RunPlan, ds_config: dict[str, Any]) -> DeepSpeedEngine:
+def build_engine(plan: RunPlan, ds_config: dict[str, Any]) -> DeepSpeedEngine:
     """Make model and optimizer and hand them to DeepSpeed; a collective."""
+    run = plan.run
     model = BertForPreTraining(
         run.model,
         kernels=run.training.kernels,
-        has_pair_head=run.sequences.sentence_pair != "none",
+        has_pair_head=plan.has_pair_head,
         activation_checkpointing=plan.ds.activation_checkpointing,
         init_seed=run.seed,
     )
@@ -168,14 +174,14 @@ def announce(plan: RunPlan, data: PretrainingData, *, log: RunLog) -> dict[str, 
     return {"plan": dict(plan_table(plan)), "data": data_facts, "warnings": list(plan.warnings)}
 
 
-def make_throughput(run: RunConfig, plan: RunPlan, data: PretrainingData, *, ranks: Ranks) -> Throughput:
+def make_throughput(plan: RunPlan, data: PretrainingData) -> Throughput:
     """Return the meter of tokens/s and MFU."""
     mean_length = data.facts()["mean_length"]
     assert isinstance(mean_length, float)
     return Throughput(
-        world_size=ranks.world_size,
+        world_size=plan.world_size,
         flops_per_token=plan.flops_per_token(mean_length),
-        peak_flops_per_rank=peak_flops(device_name(), run.training.precision),
+        peak_flops_per_rank=peak_flops(device_name(), plan.run.training.precision),
     )
 
 
@@ -200,7 +206,7 @@ def validation_batches(run: RunConfig, data: PretrainingData, ranks: Ranks) -> I
     )
 
 
-def source_facts(run: RunConfig, data: PretrainingData, step: int) -> dict[str, Any]:
+def source_facts(data: PretrainingData, step: int) -> dict[str, Any]:
     """Return what a training row says of a mixture: examples and tokens of each source in the last logged step."""
     if len(data.names) == 1:
         return {}

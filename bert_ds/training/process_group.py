@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,8 +20,9 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longer than rank 0 may need to build a corpus or to write a checkpoint while the others wait."""
 
 
-def start_ranks(ranks: Ranks, *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> None:
-    """Initialise torch.distributed through DeepSpeed: NCCL on CUDA, gloo on CPU; a collective.
+@contextmanager
+def joined_ranks(ranks: Ranks, *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[None]:
+    """Be one of the job's ranks inside the block: NCCL on CUDA, gloo on CPU; a collective.
 
     A single process that no launcher started gets a group of its own. Under a bare `srun` the SLURM variables are
     translated; MASTER_ADDR and MASTER_PORT then come from the job script.
@@ -44,6 +47,11 @@ def start_ranks(ranks: Ranks, *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Non
         timeout=timeout,
         verbose=False,
     )
+    try:
+        yield
+    finally:
+        # Without this the background threads of gloo abort an interpreter that ends by an exception.
+        torch.distributed.destroy_process_group()
 
 
 def device_name() -> str:

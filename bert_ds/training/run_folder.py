@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from bert_ds.ranks import CheckpointError, DataError
 from bert_ds.run_config import ConfigError
-from bert_ds.run_log import write_json
 from bert_ds.training.agreement import broadcast_json, gather_json
 from bert_ds.training.checkpoint_folder import candidates
 from bert_ds.training.restart import is_done
@@ -43,12 +42,12 @@ def on_main_rank(action: Callable[[], Value]) -> Value:
     return answer["value"]
 
 
-def enter_run_folder(run_dir: Path, descriptions: Mapping[str, str | Mapping[str, Any]], *, resume: Resume) -> None:
+def enter_run_folder(run_dir: Path, descriptions: Mapping[str, str], *, resume: Resume) -> None:
     """Make the run folder and write what describes the run into it; a collective.
 
     Args:
         run_dir: the run folder.
-        descriptions: file name to content, a text or a JSON object.
+        descriptions: file name to text.
         resume: "never" refuses a folder that holds checkpoints, "must" one that holds none.
 
     Raises:
@@ -73,7 +72,7 @@ def prove_same_files(paths: Sequence[Path]) -> None:
                 raise DataError(f"rank {rank} {what} {path} than rank 0: wanted one folder shared by all nodes")
 
 
-def _enter(run_dir: Path, descriptions: Mapping[str, str | Mapping[str, Any]], *, resume: Resume) -> None:
+def _enter(run_dir: Path, descriptions: Mapping[str, str], *, resume: Resume) -> None:
     found = candidates(run_dir)
     if found and resume == "never":
         raise ConfigError(
@@ -87,10 +86,7 @@ def _enter(run_dir: Path, descriptions: Mapping[str, str | Mapping[str, Any]], *
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         for name, content in descriptions.items():
-            if isinstance(content, str):
-                (run_dir / name).write_text(content, encoding="utf-8")
-            else:
-                write_json(run_dir / name, content)
+            (run_dir / name).write_text(content, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--run_dir {run_dir} cannot be written: {error}") from None
 

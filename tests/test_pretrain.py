@@ -1,0 +1,207 @@
+"""The whole way as a user walks it: text, tokenizer, shards, pre-training, interruption, export, filled masks."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bert_ds.run_log import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+NOUNS = ["cat", "dog", "bird", "house", "tree", "river", "stone", "child", "king", "farmer", "road", "cloud"]
+VERBS = ["sees", "finds", "follows", "paints", "carries", "watches", "leaves", "likes"]
+TOTAL_STEPS = 12
+
+
+def run(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command with the interpreter of the tests."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, timeout=240, **options
+    )
+
+
+def pretrain_command(workshop: Path, run_dir: Path, *extra: object, stage: int = 2) -> list[object]:
+    """Command line of one rank, without a launcher."""
+    files = ("--run", workshop / "recipe.json", "--deepspeed_config", ROOT / f"ds_configs/zero{stage}.json")
+    return [ROOT / "bert_ds/pretrain.py", *files, "--run_dir", run_dir, *extra]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small text, its tokenizer and shards, and a recipe."""
+    folder = tmp_path_factory.mktemp("workshop")
+    draw = random.Random(7)
+
+    def sentence() -> str:
+        return f"the {draw.choice(NOUNS)} {draw.choice(VERBS)} the {draw.choice(NOUNS)} near the {draw.choice(NOUNS)} ."
+
+    text = "\n\n".join("\n".join(sentence() for _ in range(12)) for _ in range(60))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    tokenizer, shards = folder / "tokenizer", folder / "shards"
+    made = run(
+        ROOT / "bert_ds/train_wordpiece.py", "--input", folder / "text.txt", "--output", tokenizer, "--vocab_size", 120
+    )
+    assert made.returncode == 0, made.stderr
+    places = ("--input", folder / "text.txt", "--tokenizer", tokenizer, "--output", shards)
+    made = run(ROOT / "bert_ds/build_shards.py", *places, "--validation_fraction", 0.2)
+    assert made.returncode == 0, made.stderr
+    recipe = {
+        "name": "tiny",
+        "seed": 5,
+        "model": {
+            "vocab_size": 120,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 64,
+        },
+        "corpus": {"type": "shards", "sources": [{"path": "shards"}], "tokenizer": "tokenizer"},
+        "sequences": {"max_seq_length": 32, "sentence_pair": "sop"},
+        "optimizer": {"type": "adamw", "lr": 5e-3},
+        "schedule": {"type": "linear", "warmup_steps": 2},
+        "training": {"total_steps": TOTAL_STEPS, "train_batch_size": 8, "log_every_steps": 1, "num_workers": 1},
+        "evaluation": {"num_examples": 16, "batch_size": 8},
+        "checkpoints": {"every_steps": 4, "keep_last": 2},
+    }
+    (folder / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished_run(workshop: Path) -> Path:
+    """A run of one rank from beginning to end, dropout on."""
+    run_dir = workshop / "runs/finished"
+    finished = run(*pretrain_command(workshop, run_dir))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return run_dir
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every training step, the newest attempt's where a step was taken twice."""
+    return [(row["step"], row["loss"]) for row in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def test_the_launcher_trains_two_ranks_and_leaves_a_whole_run_folder(workshop: Path) -> None:
+    run_dir = workshop / "runs/two_ranks"
+    script, *arguments = pretrain_command(workshop, run_dir)
+    launched = run("-m", "deepspeed.launcher.runner", "--num_gpus", 2, "--master_port", 29817, script, *arguments)
+    assert launched.returncode == 0, launched.stdout + launched.stderr
+    left = {path.name for path in run_dir.iterdir()}
+    wanted = {"run_config.json", "ds_config.json", "environment.json", "metrics.jsonl", "logs", "checkpoints", "DONE"}
+    assert wanted <= left
+    assert sorted(path.name for path in (run_dir / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
+
+
+def test_two_ranks_see_the_batches_of_one(workshop: Path, finished_run: Path) -> None:
+    without_dropout = ("--set", "model.hidden_dropout_prob=0", "--set", "model.attention_probs_dropout_prob=0")
+    fp32 = ("--set", "training.precision=fp32")
+    alone, together = workshop / "runs/alone", workshop / "runs/together"
+    assert run(*pretrain_command(workshop, alone, *without_dropout, *fp32)).returncode == 0
+    script, *arguments = pretrain_command(workshop, together, *without_dropout, *fp32)
+    launched = run("-m", "deepspeed.launcher.runner", "--num_gpus", 2, "--master_port", 29818, script, *arguments)
+    assert launched.returncode == 0, launched.stdout + launched.stderr
+    for (step, loss), (same_step, same_loss) in zip(losses(alone), losses(together), strict=True):
+        assert step == same_step
+        assert same_loss == pytest.approx(loss, rel=2e-5)
+
+
+def test_a_stopped_run_continues_with_the_identical_losses(workshop: Path, finished_run: Path) -> None:
+    run_dir = workshop / "runs/stopped"
+    command = [sys.executable, *map(str, pretrain_command(workshop, run_dir, "--resume", "auto"))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 6/"):
+            process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=120) == 75
+    stopped_at = losses(run_dir)[-1][0]
+    assert 6 <= stopped_at < TOTAL_STEPS
+    continued = run(*pretrain_command(workshop, run_dir, "--resume", "auto"))
+    assert continued.returncode == 0, continued.stdout + continued.stderr
+    assert losses(run_dir) == losses(finished_run)
+
+
+def test_a_killed_run_continues_with_the_identical_losses(workshop: Path, finished_run: Path) -> None:
+    run_dir = workshop / "runs/killed"
+    command = [sys.executable, *map(str, pretrain_command(workshop, run_dir, "--resume", "auto"))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 7/"):
+            process.kill()
+    assert process.wait(timeout=120) == -signal.SIGKILL
+    continued = run(*pretrain_command(workshop, run_dir, "--resume", "must"))
+    assert continued.returncode == 0, continued.stdout + continued.stderr
+    assert "resumed from" in continued.stdout
+    assert losses(run_dir) == losses(finished_run)
+
+
+def test_the_export_fills_masks_in_plain_transformers(workshop: Path, finished_run: Path) -> None:
+    exported = run(ROOT / "bert_ds/export_hf.py", "--run_dir", finished_run)
+    assert exported.returncode == 0, exported.stdout + exported.stderr
+    code = (
+        "from transformers import pipeline; import sys; fill = pipeline('fill-mask', model=sys.argv[1]);"
+        "print(len(fill('the cat sees the [MASK] .')))"
+    )
+    filled = run("-c", code, finished_run / "hf")
+    assert filled.returncode == 0, filled.stderr
+    assert filled.stdout.strip().splitlines()[-1] == "5"
+
+
+def test_another_run_starts_from_an_export_and_from_a_run(workshop: Path, finished_run: Path) -> None:
+    one_step = ("--set", "training.total_steps=1", "--set", "schedule.warmup_steps=0")
+    for source in (finished_run, finished_run / "hf"):
+        run_dir = workshop / f"runs/from_{source.name}"
+        started = run(*pretrain_command(workshop, run_dir, "--init_from", source, *one_step))
+        assert started.returncode == 0, started.stdout + started.stderr
+        assert losses(run_dir)[0][1] < losses(finished_run)[0][1] - 0.5
+
+
+def test_a_folder_with_checkpoints_is_not_overwritten(workshop: Path, finished_run: Path) -> None:
+    refused = run(*pretrain_command(workshop, finished_run))
+    assert refused.returncode == 2
+    assert "--resume auto continues it" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_misspelt_setting_ends_with_exit_code_2_and_a_suggestion(workshop: Path) -> None:
+    begun = time.monotonic()
+    refused = run(*pretrain_command(workshop, workshop / "runs/typo", "--set", "optimizer.learning_rate=1e-3"))
+    assert refused.returncode == 2
+    assert "optimizer.learning_rate" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (workshop / "runs/typo").exists()
+    assert time.monotonic() - begun < 60
+
+
+def test_damaged_shards_end_with_exit_code_3_and_the_file_s_name(workshop: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for path in (workshop / "shards").iterdir():
+        if path.is_file():
+            (shards / path.name).write_bytes(path.read_bytes())
+    damaged = next(shards.glob("train-*.tokens"))
+    damaged.write_bytes(damaged.read_bytes()[:-7])
+    refused = run(*pretrain_command(workshop, tmp_path / "run", "--set", f"corpus.sources.0.path={shards}"))
+    assert refused.returncode == 3, refused.stderr
+    assert damaged.name in refused.stderr
+
+
+def test_a_dry_run_takes_one_step_and_prints_the_memory(workshop: Path) -> None:
+    tried = run(*pretrain_command(workshop, workshop / "runs/dry", "--dry_run"))
+    assert tried.returncode == 0, tried.stderr
+    assert "GiB at its peak" in tried.stdout
+    assert not list((workshop / "runs/dry").glob("checkpoints/*"))
