@@ -1,8 +1,14 @@
-"""Saving, damage, resuming: on one rank in this process, and on two ranks in one launch."""
+"""Saving and resuming: on one rank in this process, and on two ranks in one launch."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,56 +16,36 @@ import pytest
 import torch
 from ranks_harness import run_ranks
 from tiny_training import (
+    FACTS,
     ds_config,
     full_weights,
+    join_alone,
     optimizer_digest,
-    step_batches,
+    run_tiny,
     tiny_engine,
-    tiny_plan,
     tiny_services,
 )
 
+from bert_ds.ranks import CheckpointError, Ranks
 from bert_ds.run_log import read_metrics
-from bert_ds.training.checkpoint_folder import find_checkpoint
+from bert_ds.training.checkpoint_engine import load_safely
+from bert_ds.training.checkpoint_folder import find_checkpoint, verify_checkpoint
 from bert_ds.training.checkpoints import CheckpointPolicy, checkpoint_bytes, resume, save_checkpoint
 from bert_ds.training.fp32_weights import load_fp32_state_dict
-from bert_ds.training.train_loop import train
 from bert_ds.training.train_state import TrainState
 
-FACTS = {"data_fingerprint": "d1"}
-
-
-def run_tiny(
-    run_dir: Path, rank: int, world_size: int, *, config: dict[str, Any], steps: int
-) -> tuple[Any, TrainState]:
-    """Resume what the folder holds and train on to `steps`, saving every second step."""
-    engine = tiny_engine(config)
-    services = tiny_services(run_dir, rank, world_size)
-    log = services.log
-    state = resume(engine, run_dir, name=None, facts=FACTS, log=log) or TrainState()
-    policy = CheckpointPolicy(keep_last=2, facts=FACTS)
-
-    def save(state: TrainState) -> bool:
-        return save_checkpoint(engine, run_dir, state=state, policy=policy, log=log) is not None
-
-    log.start(state.step, {})
-    accumulation = config["gradient_accumulation_steps"]
-    batches = step_batches(state.step, rank, accumulation)
-    plan = tiny_plan(6, checkpoint_every_steps=2, max_steps=steps)
-    train(engine, batches, state=state, plan=plan, services=replace(services, save=save))
-    log.close()
-    return engine, state
+ALONE = Ranks(0, 0, 1)
 
 
 def resume_everywhere(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     """For each stage and precision: six steps at once, and three then three."""
-    results = {}
+    results, ranks = {}, Ranks(rank, rank, world_size)
     for stage, precision in ((0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")):
         config = ds_config(stage, precision=precision, accumulation=2, world_size=world_size)
         name = f"{stage}-{precision}"
-        whole, _ = run_tiny(Path(folder) / name / "whole", rank, world_size, config=config, steps=6)
-        run_tiny(Path(folder) / name / "parts", rank, world_size, config=config, steps=3)
-        parts, _ = run_tiny(Path(folder) / name / "parts", rank, world_size, config=config, steps=6)
+        whole, _ = run_tiny(Path(folder) / name / "whole", ranks, config=config, steps=6)
+        run_tiny(Path(folder) / name / "parts", ranks, config=config, steps=3)
+        parts, _ = run_tiny(Path(folder) / name / "parts", ranks, config=config, steps=6)
         path = find_checkpoint(Path(folder) / name / "parts")
         exported = load_fp32_state_dict(path)
         live = dict(zip(exported_names(parts), full_weights(parts, flat=False), strict=True))
@@ -72,6 +58,23 @@ def resume_everywhere(rank: int, world_size: int, folder: str) -> dict[str, Any]
             "wrapper": type(parts.optimizer).__name__,
             "bytes": (sum(p.stat().st_size for p in path.iterdir()), checkpoint_bytes(parts)),
         }
+    return results | {"full disk": save_on_a_full_disk(Path(folder) / "full", ranks)}
+
+
+def save_on_a_full_disk(run_dir: Path, ranks: Ranks) -> dict[str, Any]:
+    """Steps 2 saved; then rank 1 alone cannot write its file; then it can again."""
+    config = ds_config(2, world_size=ranks.world_size)
+    engine, state = run_tiny(run_dir, ranks, config=config, steps=2)
+    log, policy = tiny_services(run_dir, ranks.rank, ranks.world_size).log, CheckpointPolicy(facts=FACTS)
+    results: dict[str, Any] = {}
+    for attempt, limit in (("full", 1000), ("free", resource.RLIM_INFINITY)):
+        state.step += 1
+        if ranks.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        path = save_checkpoint(engine, run_dir, state=state, policy=policy, log=log)
+        found = find_checkpoint(run_dir)
+        results[attempt] = (path and path.name, found and found.name)
+    results["left"] = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     return results
 
 
@@ -127,3 +130,152 @@ def test_the_announced_size_is_enough_and_not_much_more(resumed: Any) -> None:
     for case in CASES:
         written, announced = resumed[1][case]["bytes"]
         assert written <= announced
+
+
+def test_a_disk_that_is_full_on_one_rank_fails_the_save_on_all_and_leaves_the_older_checkpoint(resumed: Any) -> None:
+    assert resumed[1]["full disk"] == {
+        "full": (None, "global_step2"),
+        "free": ("global_step4", "global_step4"),
+        "left": ["global_step2", "global_step4", "latest"],
+    }
+    assert "not written, older ones are untouched: rank 1: zero_pp_rank_1_mp_rank_00_optim_states.pt" in (
+        (resumed[0] / "full/logs/rank_0.log").read_text()
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of one rank with the checkpoints of steps 2 and 4; copy it before damaging it."""
+    join_alone()
+    run_dir = tmp_path_factory.mktemp("saved")
+    run_tiny(run_dir, ALONE, config=ds_config(2), steps=4)
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(saved: Path, tmp_path: Path) -> Path:
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def newest(run_dir: Path) -> Path:
+    return run_dir / "checkpoints/global_step4"
+
+
+def test_the_pointer_names_the_newest_and_there_is_no_temporary_folder(run_dir: Path) -> None:
+    assert (run_dir / "checkpoints/latest").read_text() == "global_step4\n"
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["global_step2", "global_step4", "latest"]
+
+
+class Malicious:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.canary}",)
+
+
+def test_a_pickle_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
+    torch.save({"module": Malicious(tmp_path / "canary")}, tmp_path / "x.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        load_safely(tmp_path / "x.pt")
+    assert not (tmp_path / "canary").exists()
+
+
+def resume_alone(run_dir: Path, *, facts: dict[str, str] = FACTS, name: str | None = None) -> TrainState | None:
+    join_alone()
+    log = tiny_services(run_dir, 0, 1).log
+    return resume(tiny_engine(ds_config(2)), run_dir, name=name, facts=facts, log=log)
+
+
+def test_resuming_counts_the_attempt_and_keeps_the_progress(run_dir: Path) -> None:
+    assert resume_alone(run_dir) == TrainState(step=4, consumed_examples=8, attempt=2)
+
+
+def test_an_older_checkpoint_that_is_resumed_by_name_is_the_runs_from_then_on_and_the_newer_is_kept(
+    run_dir: Path,
+) -> None:
+    state = resume_alone(run_dir, name="global_step2")
+    assert state is not None
+    assert state.step == 2
+    assert find_checkpoint(run_dir) == run_dir / "checkpoints/global_step2"
+    [kept] = (run_dir / "checkpoints").glob("global_step4.abandoned-*")
+    assert (kept / "manifest.json").exists()
+
+
+def test_a_checkpoint_of_other_data_is_refused(run_dir: Path) -> None:
+    with pytest.raises(CheckpointError, match="saved with data_fingerprint d1, this run has data_fingerprint d2"):
+        resume_alone(run_dir, facts={"data_fingerprint": "d2"})
+
+
+def test_a_checkpoint_of_another_world_size_is_refused_with_both_numbers(resumed: Any) -> None:
+    with pytest.raises(CheckpointError, match="was saved with world_size 2, this run has world_size 1"):
+        resume_alone(resumed[0] / "2-fp32/parts")
+
+
+def test_decay_and_rate_are_the_recipes_and_not_the_checkpoints(run_dir: Path) -> None:
+    join_alone()
+    engine = tiny_engine(ds_config(2))
+    for group, decay in zip(engine.optimizer.param_groups, (0.7, 0.2), strict=True):
+        group["weight_decay"] = decay
+    log = tiny_services(run_dir, 0, 1).log
+    resume(engine, run_dir, name=None, facts=FACTS, log=log)
+    assert [group["weight_decay"] for group in engine.optimizer.param_groups] == [0.7, 0.2]
+
+
+def save_once(run_dir: Path, step: int) -> Path | None:
+    join_alone()
+    log = tiny_services(run_dir, 0, 1).log
+    policy = CheckpointPolicy(facts=FACTS)
+    return save_checkpoint(tiny_engine(ds_config(2)), run_dir, state=TrainState(step=step), policy=policy, log=log)
+
+
+def test_a_disk_with_too_little_room_is_told_with_both_numbers_before_anything_is_written(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5000, 5000))
+    assert save_once(run_dir, 6) is None
+    assert "has 5,000 bytes free, a checkpoint needs 2," in capsys.readouterr().out
+    assert find_checkpoint(run_dir) == newest(run_dir)
+
+
+def test_a_folder_that_cannot_be_written_leaves_training_alone(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    assert save_once(tmp_path, 6) is None
+
+
+def test_leftovers_of_killed_saves_are_removed_by_the_next_save(run_dir: Path) -> None:
+    leftover = run_dir / "checkpoints/.tmp-global_step6-00000000"
+    leftover.mkdir()
+    assert save_once(run_dir, 6) is not None
+    assert not leftover.exists()
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(run_dir: Path) -> None:
+    (newest(run_dir) / "manifest.json").write_text("{}")
+    assert save_once(run_dir, 4) == newest(run_dir)
+    assert verify_checkpoint(newest(run_dir))["step"] == 4
+
+
+def killed_saves(folder: Path, stride: int, num_kills: int) -> dict[str, Any]:
+    tests = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}:{tests.parent / 'kernels'}"}
+    command = [sys.executable, str(tests / "killed_saves.py"), str(folder), str(stride), str(num_kills)]
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def test_kills_inside_saves_lose_no_checkpoint_and_change_no_loss(tmp_path: Path) -> None:
+    result = killed_saves(tmp_path, 2, 5)
+    assert result["operations"]["kills"] >= 8
+    assert result["num_losses"] == result["last_step"]
+    assert result["same"]
+
+
+@pytest.mark.campaign
+def test_two_hundred_kills_inside_saves_lose_no_checkpoint_and_change_no_loss(tmp_path: Path) -> None:
+    result = killed_saves(tmp_path, 1, 200)
+    assert result["same"]

@@ -47,6 +47,14 @@ def restored_handlers() -> object:
         signal.signal(number, handler)
 
 
+RUNNER = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", *sys.argv[2:]], stdout=subprocess.PIPE, text=True)
+print(child.stdout.readline(), end="", flush=True)
+child.wait()
+"""
+
+
 def start_child_of_a_launcher(told: Path, *, grace: float, then: str) -> tuple[subprocess.Popen, int]:
     code = CHILD.format(grace=grace, then=then)
     environment = os.environ | {"RANK": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
@@ -55,6 +63,16 @@ def start_child_of_a_launcher(told: Path, *, grace: float, then: str) -> tuple[s
     )
     assert parent.stdout is not None
     return parent, int(parent.stdout.readline())
+
+
+def start_grandchild_of_deepspeeds_runner(told: Path) -> tuple[subprocess.Popen, int]:
+    """The worker, under what looks like DeepSpeed's per-node launcher, under what looks like its runner."""
+    code = CHILD.format(grace=60, then="")
+    environment = os.environ | {"RANK": "0", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    command = [sys.executable, "-c", RUNNER, "deepspeed", PARENT, code, str(told), "-m deepspeed.launcher.launch"]
+    runner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert runner.stdout is not None
+    return runner, int(runner.stdout.readline())
 
 
 def has_ended(pid: int) -> bool:
@@ -98,6 +116,17 @@ def test_a_worker_whose_launcher_is_killed_is_asked_to_stop(tmp_path: Path) -> N
     parent.wait()
     assert wait_until(lambda: has_ended(pid), 10)
     assert told.read_text() in ("SIGTERM", "the launcher has died")
+
+
+def test_a_worker_stops_when_deepspeeds_runner_dies_though_its_own_launcher_lives_on(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    runner, pid = start_grandchild_of_deepspeeds_runner(told)
+    launcher = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    runner.kill()
+    runner.wait()
+    assert wait_until(lambda: has_ended(pid), 10)
+    assert told.read_text() == "the deepspeed runner has died"
+    os.kill(launcher, signal.SIGKILL)
 
 
 def test_a_worker_that_does_not_stop_ends_after_the_grace_period(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from bert_ds.ranks import Ranks
 from bert_ds.run_config import AdamWConfig, ScheduleConfig
 from bert_ds.run_log import RunLog
+from bert_ds.training.checkpoints import CheckpointPolicy, resume, save_checkpoint
 from bert_ds.training.engine import make_engine
 from bert_ds.training.optimizers import make_optimizer
 from bert_ds.training.restart import StopRequest
 from bert_ds.training.throughput import Throughput
-from bert_ds.training.train_loop import Services
-from bert_ds.training.train_state import TrainPlan
+from bert_ds.training.train_loop import Services, train
+from bert_ds.training.train_state import TrainPlan, TrainState
 
 WIDTH = 7
 
@@ -119,10 +120,18 @@ def ds_config(stage: int, *, precision: str = "fp32", accumulation: int = 1, wor
     }
 
 
-def tiny_engine(config: dict[str, Any], *, weight_decay: float = 0.1) -> Any:
+class OverflowingModel(TinyModel):
+    """A model whose loss is infinite while every gradient is finite."""
+
+    def forward(self, **inputs: Any) -> tuple:
+        losses, correct = super().forward(**inputs)
+        return losses + float("inf"), correct
+
+
+def tiny_engine(config: dict[str, Any], *, model: nn.Module | None = None) -> Any:
     """An engine over a TinyModel with AdamW."""
-    model = TinyModel()
-    optimizer = make_optimizer(AdamWConfig(lr=1e-2, weight_decay=weight_decay), model.named_parameters())
+    model = model or TinyModel()
+    optimizer = make_optimizer(AdamWConfig(lr=1e-2, weight_decay=0.1), model.named_parameters())
     return make_engine(model, optimizer, config)
 
 
@@ -175,3 +184,27 @@ def tiny_services(run_dir: Path, rank: int, world_size: int, **changes: Any) -> 
     log = RunLog(run_dir, Ranks(rank, rank, world_size), total_steps=10)
     parts = {"log": log, "stop": StopRequest(), "throughput": Throughput(world_size=world_size), **changes}
     return Services(**parts)
+
+
+FACTS = {"data_fingerprint": "d1"}
+
+
+def run_tiny(
+    run_dir: Path, ranks: Ranks, *, config: dict[str, Any], steps: int, total_steps: int = 6, save_every: int = 2
+) -> tuple[Any, TrainState]:
+    """Resume what the folder holds and train on to `steps`, saving now and then."""
+    engine = tiny_engine(config)
+    services = tiny_services(run_dir, ranks.rank, ranks.world_size)
+    log = services.log
+    state = resume(engine, run_dir, name=None, facts=FACTS, log=log) or TrainState()
+    policy = CheckpointPolicy(keep_last=2, facts=FACTS)
+
+    def save(state: TrainState) -> bool:
+        return save_checkpoint(engine, run_dir, state=state, policy=policy, log=log) is not None
+
+    log.start(state.step, {})
+    batches = step_batches(state.step, ranks.rank, config["gradient_accumulation_steps"])
+    plan = tiny_plan(total_steps, checkpoint_every_steps=save_every, max_steps=steps)
+    train(engine, batches, state=state, plan=plan, services=replace(services, save=save))
+    log.close()
+    return engine, state

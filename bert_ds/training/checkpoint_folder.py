@@ -2,7 +2,8 @@
 
 A checkpoint is `checkpoints/global_stepN/` with a `manifest.json` that holds size and sha256 of every other file and
 a checksum of itself. It gets that name only when it is whole, so a folder with the name and damage inside has been
-damaged later. `checkpoints/latest` names the one to take first. Nothing here is a collective.
+damaged later. `checkpoints/latest` names the newest for other tools; it is never what decides. Nothing here is a
+collective.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -132,16 +134,11 @@ def find_checkpoint(run_dir: Path, name: str | None = None, *, warn: Callable[[s
 
 
 def candidates(run_dir: Path) -> list[Path]:
-    """Return the folders that have a checkpoint's name: the pointer's first, then by falling step."""
+    """Return the folders that have a checkpoint's name, the newest first."""
     folder = checkpoints_dir(run_dir)
     if not folder.is_dir():
         return []
-    paths = sorted((p for p in folder.iterdir() if _TAG.fullmatch(p.name)), key=lambda p: -step_of(p.name))
-    try:
-        pointed = (folder / POINTER).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        pointed = ""
-    return sorted(paths, key=lambda p: p.name != pointed)
+    return sorted((p for p in folder.iterdir() if _TAG.fullmatch(p.name)), key=lambda p: -step_of(p.name))
 
 
 def point_to(path: Path) -> None:
@@ -155,11 +152,21 @@ def point_to(path: Path) -> None:
     fsync_folder(path.parent)
 
 
+def abandon_newer(path: Path) -> list[Path]:
+    """Rename the checkpoints of later steps, so that the run goes on from this one; return their new names."""
+    renamed = []
+    for newer in candidates(path.parent.parent):
+        if step_of(newer.name) > step_of(path.name):
+            renamed.append(newer.rename(newer.with_name(f"{newer.name}.abandoned-{secrets.token_hex(4)}")))
+    point_to(path)
+    return renamed
+
+
 def publish(temporary: Path, tag: str) -> Path:
     """Give a whole temporary folder its name and let the pointer name it.
 
-    A checkpoint of that name that is already there (damaged, or of a future that was abandoned) is moved out of the way
-    and deleted after the new one stands.
+    A checkpoint of that name that is already there was damaged, or the run would not have come from before it; it is
+    moved out of the way and deleted after the new one stands.
     """
     path = temporary.parent / tag
     replaced = temporary.with_name(temporary.name + "-replaced")
@@ -175,7 +182,8 @@ def publish(temporary: Path, tag: str) -> Path:
 def rotate(run_dir: Path, newest: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
     """Delete checkpoints older than the newest, which has just been verified; return what was deleted.
 
-    Kept are the newest, the keep_last - 1 whole ones before it, multiples of keep_every_steps, and any of a later step.
+    Kept are the newest, the keep_last - 1 whole ones before it, and multiples of keep_every_steps. What has a later
+    step is damaged, and left for a human to look at.
     """
     step = step_of(newest.name)
     older = [path for path in candidates(run_dir) if step_of(path.name) < step]

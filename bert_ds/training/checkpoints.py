@@ -75,7 +75,7 @@ def resume(
 ) -> TrainState | None:
     """Load the newest whole checkpoint of a run, or the named one; None where the run has never saved one.
 
-    A named checkpoint becomes the one that a later `resume` takes first.
+    With a name, checkpoints of later steps are renamed: the run goes on from the named one, now and after a restart.
 
     Raises:
         CheckpointError: there are checkpoints but none is whole, or see `load_checkpoint`.
@@ -88,7 +88,8 @@ def resume(
     path = checkpoint_folder.checkpoints_dir(run_dir) / found["value"]
     state = load_checkpoint(engine, path, facts=facts, verified=True)
     if name is not None and log.is_main:
-        checkpoint_folder.point_to(path)
+        for abandoned in checkpoint_folder.abandon_newer(path):
+            log.warning(f"a newer checkpoint is kept as {abandoned}")
     log.info(f"resumed from {path}")
     return state
 
