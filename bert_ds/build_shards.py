@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--text_field", default="text", metavar="NAME", help="field of JSON lines, column of parquet (default text)")
     add("--tokens_per_shard", type=int, metavar="N", help="a shard ends after so many tokens (default %(default)s)")
-    parser.set_defaults(workers=os.cpu_count() or 1, **DEFAULT_SETTINGS._asdict())
+    parser.set_defaults(workers=len(os.sched_getaffinity(0)), **DEFAULT_SETTINGS._asdict())
     return parser.parse_args()
 
 

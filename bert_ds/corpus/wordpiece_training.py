@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -72,8 +73,16 @@ def train_wordpiece(
     if len(pieces) != vocab_size:
         raise ConfigError(f"vocab_size {vocab_size} is too large: this text yields only {len(pieces)} pieces")
     tokenizer = WordPieceTokenizer(pieces, rules)
-    tokenizer.save(target)
+    _save_whole(tokenizer, target)
     return tokenizer
+
+
+def _save_whole(tokenizer: WordPieceTokenizer, target: Path) -> None:
+    """A killed training leaves no half-written folder under the name of a finished one."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save(partial)
+    os.replace(partial, target)
 
 
 class _Progress:
