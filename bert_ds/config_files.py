@@ -289,10 +289,12 @@ def _is_index(part: str, items: list[Any]) -> bool:
 
 def _matches(data: Any, parts: tuple[str, ...], path: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
     head, *rest = parts
-    keys: list[Any] = list(range(len(data))) if head == "*" and isinstance(data, list) else [head]
+    keys: list[Any] = []
+    if isinstance(data, list):
+        keys = list(range(len(data))) if head == "*" else []
+    elif isinstance(data, dict):
+        keys = [head] if head in data else []
     for key in keys:
-        if not (isinstance(data, list) or (isinstance(data, dict) and key in data)):
-            continue
         here = (*path, str(key))
         if not rest:
             yield data, key, ".".join(here)

@@ -25,7 +25,7 @@ class EmbeddedCorpus(Section):
     """The text every machine already has: docstrings of the installed packages and the standard library."""
 
     type: Literal["embedded"] = "embedded"
-    vocab_size: Annotated[int, Field(ge=8)]
+    vocab_size: Annotated[int, Field(ge=8, le=2**24)]
     """Word pieces of the tokenizer trained on this text; equals model.vocab_size."""
     lowercase: bool = True
     """Uncased tokenizer."""
@@ -48,7 +48,7 @@ class ShardCorpus(Section):
 class SequenceConfig(Section):
     """How documents become examples."""
 
-    max_seq_length: Annotated[int, Field(ge=8)] = 128
+    max_seq_length: Annotated[int, Field(ge=8, le=2**20)] = 128
     """Longest example in tokens, [CLS] and [SEP] included."""
     sentence_pair: Literal["nsp", "sop", "none"] = "nsp"
     """nsp: next sentence or a random one (BERT). sop: two segments in order or swapped (ALBERT). none: no pair."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from bert_ds.ds_batch import MicroBatch
 from bert_ds.ds_keys import known_settings
+from bert_ds.ds_support import SWITCHED_OFF
 from bert_ds.run_config import RunConfig
 
 _WRITTEN_OUT = (
@@ -30,7 +31,7 @@ def effective_settings(
         batch: micro-batch and accumulation.
         run_dir: where monitors write that have no output_path.
     """
-    for name in ("optimizer", "scheduler"):
+    for name in ("optimizer", "scheduler", *SWITCHED_OFF):
         settings.pop(name, None)
     # DeepSpeed's throughput timer waits for the device in every step, and metrics.jsonl has the figure already.
     settings.setdefault("timers", {}).setdefault("throughput", {"enabled": False})

@@ -90,6 +90,11 @@ def default_of(path: str) -> Any:
     return node.get("default")
 
 
+def setting_names() -> list[str]:
+    """Return the dotted name of every setting and block, second names included."""
+    return list(_all_names(known_settings()["keys"], ""))
+
+
 def _check_block(block: dict[str, Any], node: Node, prefix: str, problems: list[Problem]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in block.items():
@@ -117,7 +122,7 @@ def _unknown(name: str, path: str, node: Node) -> Problem:
     if path in removed:
         return Problem(path, removed[path], True)
     near = did_you_mean(name, [*node["keys"]])
-    elsewhere = [one for one in _all_names(known_settings()["keys"], "") if one.split(".")[-1] == name]
+    elsewhere = [one for one in setting_names() if one.split(".")[-1] == name]
     if not near and elsewhere:
         near = f'; did you mean "{elsewhere[0]}"?'
     version = known_settings()["deepspeed"]
@@ -138,7 +143,7 @@ def _check_value(value: Any, node: Node, path: str, problems: list[Problem]) -> 
         return _check_block(value, node, path + ".", problems) if "keys" in node else value
     if kind == "int" and node.get("exponent") and isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not _has_kind(value, kind):
+    if not _has_kind(value, kind) or (kind == "int" and abs(value) >= 2**63):
         problems.append(Problem(path, found_wanted(value, _WANTED[kind]) + _about_auto(value)))
         return None
     if kind == "list":

@@ -22,6 +22,7 @@ ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "activation_checkpointing.partition_activations": ((False,), _RECOMPUTE),
     "activation_checkpointing.profile": ((False,), _RECOMPUTE),
     "activation_checkpointing.synchronize_checkpoint_boundary": ((False,), _RECOMPUTE),
+    "aio.use_gds": ((False,), "GPUDirect storage has not been tried here"),
     "bf16.bf16_master_weights_and_grads": ((False,), _FP32_STATE),
     "bf16.bf16_optimizer_states": ((False,), _FP32_STATE),
     "bf16.check_grad_overflow": ((True,), _NAN_GUARD),
@@ -73,7 +74,7 @@ SWITCHED_OFF = {
     "checkpoint.writer": _OWN_CHECKPOINTS,
     "zero_optimization.zenflow": "it steps selected weights past the recipe's optimizer",
 }
-"""Blocks that may only be present switched off, and why."""
+"""Blocks that may only be present switched off, and why; they do not reach DeepSpeed."""
 
 
 def unsupported_settings(settings: dict[str, Any], *, stage_is_known: bool = True) -> list[Problem]:

@@ -30,10 +30,10 @@ from bert_ds.config_problems import section_problems
 from bert_ds.config_section import (
     DropoutProbability,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Section,
+    Size,
 )
 from bert_ds.corpus_config import (
     IGNORE_INDEX,
@@ -74,17 +74,17 @@ RECIPE_PATHS = ("init_from", "corpus.tokenizer", "corpus.sources.*.path", "maski
 class ModelConfig(Section):
     """The BERT encoder, in Hugging Face's spelling; the defaults are BERT-base uncased."""
 
-    vocab_size: Annotated[int, Field(ge=8)] = 30522
+    vocab_size: Annotated[int, Field(ge=8, le=2**24)] = 30522
     """Number of word pieces of the tokenizer, without padding rows."""
-    pad_vocab_size_to_multiple_of: PositiveInt = 64
+    pad_vocab_size_to_multiple_of: Size = 64
     """Rows of the word embedding are padded to this multiple for tensor cores; the export cuts them off."""
-    hidden_size: PositiveInt = 768
+    hidden_size: Size = 768
     """Width of the residual stream."""
-    num_hidden_layers: PositiveInt = 12
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)] = 12
     """Number of transformer layers."""
-    num_attention_heads: PositiveInt = 12
+    num_attention_heads: Size = 12
     """Number of attention heads; divides hidden_size."""
-    intermediate_size: PositiveInt = 3072
+    intermediate_size: Size = 3072
     """Width of the feed-forward layer."""
     hidden_act: Literal["gelu", "gelu_new"] = "gelu"
     """"gelu" is the published erf form, "gelu_new" the tanh approximation."""
@@ -92,9 +92,9 @@ class ModelConfig(Section):
     """Dropout after the embeddings and after both dense blocks of a layer."""
     attention_probs_dropout_prob: DropoutProbability = 0.1
     """Dropout of the attention probabilities."""
-    max_position_embeddings: PositiveInt = 512
+    max_position_embeddings: Size = 512
     """Longest sequence in tokens."""
-    type_vocab_size: PositiveInt = 2
+    type_vocab_size: Size = 2
     """Number of segment ids."""
     layer_norm_eps: PositiveFloat = 1e-12
     """Epsilon inside the square root of every LayerNorm."""
@@ -126,7 +126,7 @@ class TrainingConfig(Section):
 
     total_steps: PositiveInt
     """Optimizer steps of the whole run."""
-    train_batch_size: PositiveInt
+    train_batch_size: Annotated[int, Field(ge=1, le=2**24)]
     """Examples per optimizer step over all ranks: micro-batch x accumulation x ranks."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Dtype of weights and activations in forward and backward; optimizer state is always fp32."""
@@ -136,7 +136,7 @@ class TrainingConfig(Section):
     """auto: the Triton kernels on CUDA, torch elsewhere."""
     log_every_steps: PositiveInt = 10
     """Steps between two lines of the log and rows of metrics.jsonl."""
-    num_workers: NonNegativeInt = 1
+    num_workers: Annotated[int, Field(ge=0, le=1000)] = 1
     """Loader processes per rank; 0 loads in the training process."""
 
 

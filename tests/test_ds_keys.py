@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 from config_cases import DEEPSPEED, changed, write_json
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from bert_ds.ds_config import load_ds_config
+from bert_ds.ds_config import load_ds_config, load_pair, resolve_ds_config
+from bert_ds.ds_keys import setting_names
 from bert_ds.run_config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,3 +142,22 @@ def test_the_schema_describes_every_setting() -> None:
         if "description" not in node and key != "type"
     ]
     assert undescribed == []
+
+
+VALUES = [True, False, None, -1, 0, 1, 3, 0.5, 1e300, 5e8, "", "x", "auto", "cpu", "fp32", [], ["a"], {}, {"x": 1}]
+
+
+@settings(
+    max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(name=st.sampled_from(setting_names()), value=st.sampled_from(VALUES), stage=st.sampled_from([0, 1, 3]))
+def test_whatever_is_accepted_is_understood_by_deepspeed(tmp_path: Path, name: str, value: Any, stage: int) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    path = write_json(tmp_path, "ds.json", changed({"zero_optimization": {"stage": stage}}, name, value))
+    try:
+        run, ds = load_pair(None, path)
+        effective = resolve_ds_config(run, ds, 1)
+    except ConfigError:
+        return
+    DeepSpeedConfig(effective)

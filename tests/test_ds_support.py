@@ -85,8 +85,6 @@ def test_nvme_needs_stage_3_and_a_folder(tmp_path: Path) -> None:
         ("zero_optimization.reduce_bucket_size", "auto"),
         ("zero_optimization.prefetch_bucket_size", 1000),
         ("zero_optimization.zenflow", None),
-        ("autotuning", {"enabled": False, "fast": False}),
-        ("compile", {"deepcompile": False}),
         ("wandb", {"enabled": True, "project": "bert"}),
         ("comms_logger", {"enabled": True, "prof_ops": ["all_reduce"]}),
         ("flops_profiler", {"enabled": True, "profile_step": 5}),
@@ -109,3 +107,11 @@ def test_what_deepspeed_knows_and_this_project_honours_reaches_deepspeed(
         name = name.replace(".prefetch_", ".stage3_prefetch_")
         if given not in ("auto", None, "FAIL"):
             assert found[name] == given
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [("autotuning", {"enabled": False, "fast": False}), ("compile", {"deepcompile": False}), ("pipeline", {})],
+)
+def test_a_block_that_is_switched_off_is_accepted_and_left_out(tmp_path: Path, name: str, block: Any) -> None:
+    assert name not in resolved(tmp_path, RECIPE, changed(DEEPSPEED, name, block))
