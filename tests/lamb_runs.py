@@ -90,6 +90,8 @@ class Report:
     num_skipped: int = 0
     padding_is_nan: bool = True
     trust: dict[str, float] = field(default_factory=dict)
+    reduced: list[tuple[int, torch.dtype]] = field(default_factory=list)
+    """Size and dtype of every all-reduce of the last `step` call."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -160,6 +162,24 @@ def shadowed(optimizer: type[ShardedOptimizer], formula: Formula) -> type[Sharde
     return type(f"Shadowed{optimizer.__name__}", (Shadowed, optimizer), {"formula": staticmethod(formula)})
 
 
+class CountingLamb(Lamb):
+    """Counts the all-reduces of its step."""
+
+    def _update(self, groups: Sequence[GroupStep]) -> None:
+        reduced, genuine = [], dist.all_reduce
+
+        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            reduced.append((tensor.numel(), tensor.dtype))
+            return genuine(tensor, *args, **kwargs)
+
+        dist.all_reduce = counted
+        try:
+            super()._update(groups)
+        finally:
+            dist.all_reduce = genuine
+        self.reduced = reduced
+
+
 class DroppedReduction(Lamb):
     """Forgets the other ranks."""
 
@@ -203,6 +223,7 @@ def _reverse_rows(table: SegmentTable) -> SegmentTable:
 OPTIMIZERS: dict[str, Any] = {
     "lamb": Lamb,
     "shadowed": shadowed(Lamb, paper),
+    "counting": CountingLamb,
     "dropped_reduction": DroppedReduction,
     "counted_padding": CountedPadding,
     "permuted_layout": PermutedLayout,
@@ -358,6 +379,7 @@ def make_report(case: Case, optimizer: Any, model: nn.Module) -> Report:
     )
     if isinstance(optimizer, Lamb):
         report.trust = {name: one.trust_ratio for name, one in optimizer.trust_statistics().items()}
+    report.reduced = getattr(optimizer, "reduced", [])
     if isinstance(optimizer, Shadowed):
         dtype = DTYPES[case.precision]
         report.shadow_error = optimizer.worst

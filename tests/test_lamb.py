@@ -229,6 +229,14 @@ def test_trust_statistics_name_every_tensor() -> None:
     assert math.isclose(found["encoder.layer.0.dense.weight"].trust_ratio, ratio, rel_tol=1e-4)
 
 
+def test_trust_statistics_leave_out_what_had_no_gradient() -> None:
+    named = parameters()
+    optimizer = Lamb(named, lr=0.1)
+    named[2][1].grad = torch.ones_like(named[2][1])
+    optimizer.step()
+    assert list(optimizer.trust_statistics()) == ["encoder.layer.1.dense.bias"]
+
+
 def test_trust_statistics_are_summed_up_by_kind_of_layer() -> None:
     named = parameters()
     optimizer = Lamb(named, lr=0.1, weight_decay=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,11 +14,27 @@ import pytest
 import torch
 from lamb_checkpoints import load_universal, run_same_world_size, save_for_universal
 from lamb_reference import paper, train_unsharded, worst_error
-from lamb_runs import CLIP, SETTINGS, Case, run_cases
+from lamb_runs import CLIP, SETTINGS, Case, quiet_deepspeed, run_cases, whole_model_value
 from ranks_harness import run_ranks
 from test_lamb_zero import FP16, GRAD_ACCUM_FP32, SHADOWS
 
+from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.run_config import ModelConfig
+from bert_ds.training.lamb import Lamb
+
 pytestmark = pytest.mark.campaign
+
+REAL = ModelConfig(
+    vocab_size=101,
+    pad_vocab_size_to_multiple_of=1,
+    hidden_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=50,
+    max_position_embeddings=16,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
 
 Saved = partial(Case, num_micro_batches=4)
 
@@ -89,3 +106,105 @@ def worst(found: dict[str, Any], wanted: dict[str, Any]) -> float:
     """Worst relative error of a tensor."""
     tensors = [{name: torch.from_numpy(array) for name, array in one.items()} for one in (found, wanted)]
     return worst_error(tensors[0], tensors[1])[0]
+
+
+def train_three_elements(rank: int, world_size: int, stage: int) -> tuple[list[float], int]:
+    """Worker: a model of three elements on more ranks than that, against the formula; rank-averaged gradient is 1."""
+    import deepspeed
+
+    quiet_deepspeed()
+
+    class Three(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor([1.0, 2.0, 4.0]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.w * x).sum()
+
+    model = Three()
+    optimizer = Lamb(model.named_parameters(), lr=0.1, weight_decay=0.0)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage},
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    engine.backward(engine(torch.ones(3)))
+    engine.step()
+    (layout,) = optimizer._layouts.values()
+    return whole_model_value(model.w).tolist(), len(layout.shards[0][1].segments)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_rank_that_owns_nothing_but_padding_takes_part(stage: int) -> None:
+    found = run_ranks(train_three_elements, 4, stage)
+    # The first update is all ones: ratio = sqrt(21) / sqrt(3).
+    wanted = [w - 0.1 * math.sqrt(7) for w in (1.0, 2.0, 4.0)]
+    assert all(weights == pytest.approx(wanted, rel=1e-5) for weights, _ in found)
+    assert 0 in [num_segments for _, num_segments in found]
+
+
+def train_real_bert(rank: int, world_size: int, stages: list[int]) -> list[dict[str, Any]]:
+    """Worker: ten steps of the project's own BERT on fixed tokens; stage -1 is without DeepSpeed, on whole tensors."""
+    import deepspeed
+
+    quiet_deepspeed()
+    results = []
+    for stage in stages:
+        model = BertForPreTraining(REAL, kernels="torch", has_pair_head=True)
+        decays = {
+            p: 0.0 if name.endswith("bias") or "layer_norm" in name else 0.1 for name, p in model.named_parameters()
+        }
+        # eps far above the rounding noise that is all the gradient a key bias has.
+        optimizer = Lamb(model.named_parameters(), lr=1e-2, eps=1e-3, weight_decay_of=decays.__getitem__)
+        engine = None
+        if stage >= 0:
+            config = {
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_clipping": CLIP,
+                "zero_allow_untested_optimizer": True,
+                "zero_optimization": {"stage": stage},
+            }
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+        for step in range(10):
+            step_real_bert(engine, model, optimizer, step)
+        results.append({name: whole_model_value(p).numpy().copy() for name, p in model.named_parameters()})
+    return results
+
+
+def step_real_bert(engine: Any, model: torch.nn.Module, optimizer: Lamb, step: int) -> None:
+    """One step on two packed micro-batches: one per rank, or both here."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if engine is not None:
+        engine.backward(real_bert_loss(engine, 2 * step + rank))
+        engine.step()
+        return
+    optimizer.zero_grad()
+    for index in range(world_size):
+        (real_bert_loss(model, 2 * step + index) / world_size).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+
+
+def real_bert_loss(model: Any, seed: int) -> torch.Tensor:
+    """Mean losses of two packed sequences of 7 and 5 tokens with four predictions."""
+    generator = torch.Generator().manual_seed(seed)
+    losses, _ = model(
+        input_ids_T=torch.randint(REAL.vocab_size, (12,), generator=generator),
+        token_type_ids_T=torch.randint(2, (12,), generator=generator),
+        position_ids_T=torch.tensor([*range(7), *range(5)]),
+        cu_seqlens=torch.tensor([0, 7, 12], dtype=torch.int32),
+        max_seqlen=7,
+        masked_positions_P=torch.tensor([1, 4, 8, 10]),
+        masked_labels_P=torch.randint(REAL.vocab_size, (4,), generator=generator),
+        pair_labels_N=torch.randint(2, (2,), generator=generator),
+        dropout_seed=None,
+    )
+    return losses[0] / 4 + losses[1] / 2
+
+
+def test_the_real_bert_takes_the_same_steps_at_every_stage() -> None:
+    whole, *sharded = run_ranks(train_real_bert, 2, [-1, 0, 1, 2, 3], timeout_s=300)[0]
+    for stage, found in enumerate(sharded):
+        assert worst(found, whole) <= 2e-6, stage

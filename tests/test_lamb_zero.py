@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lamb_checkpoints import run_same_world_size
 from lamb_reference import Trajectory, paper, train_unsharded, worst_error
 from lamb_runs import CLIP, SETTINGS, Case, Report, run_cases
@@ -59,6 +60,7 @@ SHADOWS = [
     *[Shadow(stage, optimizer=name) for stage in (1, 3) for name in ("lans", "stable_adamw", "adamw", "lion")],
 ]
 OVERFLOWS = [Shadow(stage, "fp16", top=FP16, num_steps=9) for stage in (1, 2, 3)]
+COUNTED = [Shadow(stage, optimizer="counting", num_steps=1) for stage in (1, 2, 3)]
 ORACLE = Short(2, optimizer="one_group_per_tensor")
 
 
@@ -76,7 +78,7 @@ def unsharded() -> dict[int, Trajectory]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> dict[str, list[Report]]:
-    cases = [*TRAJECTORIES, *PADDED, *[case for case, _ in WRONG], *SHADOWS, *OVERFLOWS, ORACLE]
+    cases = [*TRAJECTORIES, *PADDED, *[case for case, _ in WRONG], *SHADOWS, *OVERFLOWS, *COUNTED, ORACLE]
     return by_label(cases, 2)
 
 
@@ -127,6 +129,11 @@ def test_the_tied_decoder_is_one_tensor(two_ranks: Any) -> None:
 def test_trust_ratios_are_the_same_on_all_ranks_bit_for_bit(case: Case, two_ranks: Any) -> None:
     first, second = two_ranks[case.label]
     assert first.trust == second.trust
+
+
+@pytest.mark.parametrize("case", COUNTED, ids=lambda case: case.label)
+def test_a_step_costs_one_all_reduce_of_two_fp64_numbers_per_tensor(case: Case, two_ranks: Any) -> None:
+    assert two_ranks[case.label][0].reduced == [(37 * 2, torch.float64)]
 
 
 @pytest.mark.parametrize("case", PADDED, ids=lambda case: case.label)

@@ -124,6 +124,7 @@ class Lamb(ShardedOptimizer):
         super().__init__(named_parameters, settings, weight_decay=weight_decay, weight_decay_of=weight_decay_of)
         self.flags = flags if flags is not None else LambFlags()
         self._records: dict[int, RecordedRows] = {}
+        self._decayed: dict[tuple[str, ...], Tensor] = {}
 
     def trust_statistics(self) -> dict[str, TrustStatistics]:
         """Return ratio and norms of every tensor at its last step, by name; the same on all ranks (host sync)."""
@@ -156,11 +157,18 @@ class Lamb(ShardedOptimizer):
         """Return which rows get a trust ratio, bool [R]; None for all."""
         if self.flags.use_nvlamb:
             return None
-        decays = {entry.name: entry.decay for entry in self._owned}
-        return torch.tensor([decays[name] != 0 for name in group.layout.names], device=device)
+        names = group.layout.names
+        if names not in self._decayed:
+            decays = {entry.name: entry.decay for entry in self._owned}
+            self._decayed[names] = torch.tensor([decays[name] != 0 for name in names], device=device)
+        return self._decayed[names]
 
     def _record(self, group: GroupStep, ratios_R: Tensor, sums_R2: Tensor) -> None:
-        self._records[id(group.layout.shards[0][0])] = RecordedRows(group.layout.names, ratios_R, sums_R2)
+        names = group.layout.names
+        if len(group.shards) < len(group.layout.shards):  # whole tensors, some without a gradient
+            rows = [shard.flat.table.segments[0].row for shard in group.shards]
+            names, ratios_R, sums_R2 = tuple(names[row] for row in rows), ratios_R[rows], sums_R2[rows]
+        self._records[id(group.layout)] = RecordedRows(names, ratios_R, sums_R2)
 
 
 class Lans(Lamb):
