@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from bert_ds.corpus.build import BuildSettings, build_shards
 from bert_ds.corpus.documents import Document
-from bert_ds.corpus.encode_documents import split_of
 from bert_ds.corpus.input_files import find_input_files
 from bert_ds.corpus.shards import Manifest, open_shards, verify_shards
 from bert_ds.corpus.text_input import DocumentInput, FileInput
@@ -59,6 +58,10 @@ def build(
     files: list[Path], tokenizer: Path, output: Path, *, settings: BuildSettings = SETTINGS, workers: int = 1
 ) -> Manifest:
     return build_shards(FileInput(find_input_files(files).files), tokenizer, output, settings=settings, workers=workers)
+
+
+def given(texts: Iterable[str]) -> DocumentInput:
+    return DocumentInput(lambda: (Document("", each) for each in texts), description={})
 
 
 def digest(folder: Path) -> str:
@@ -116,24 +119,18 @@ def test_a_build_that_stops_at_any_rename_is_continued_to_the_same_bytes(
 def test_a_continued_build_does_not_encode_finished_shards_again(
     files: list[Path], tokenizer: Path, tmp_path: Path
 ) -> None:
-    given = 0
-
     def documents(limit: int) -> Iterator[Document]:
-        nonlocal given
         for number in range(300):
             if number == limit:
                 raise DataError("stop here")
-            given += 1
             yield Document("", text(number))
 
     output = tmp_path / "s"
     with pytest.raises(DataError, match="stop here"):
-        first = DocumentInput(lambda: documents(150), description={"x": 1})
-        build_shards(first, tokenizer, output, settings=SETTINGS)
+        build_shards(DocumentInput(lambda: documents(150), description={}), tokenizer, output, settings=SETTINGS)
     kept = {path.name: path.stat().st_mtime_ns for path in output.glob("*-0000[01].tokens")}
     assert len(kept) >= 2
-    again = DocumentInput(lambda: documents(300), description={"x": 1})
-    build_shards(again, tokenizer, output, settings=SETTINGS)
+    build_shards(DocumentInput(lambda: documents(300), description={}), tokenizer, output, settings=SETTINGS)
     assert {name: (output / name).stat().st_mtime_ns for name in kept} == kept
 
 
@@ -249,9 +246,8 @@ def test_too_little_text_is_refused_with_what_was_found_and_what_is_needed(token
         ([], "found 0 training documents with 0 tokens, at least 2 documents with 128 tokens are needed"),
         (["a b c"] * 2, "found 2 training documents with 6 tokens"),
     ):
-        text_input = DocumentInput(lambda texts=texts: (Document("", t) for t in texts), description={})
         with pytest.raises(DataError, match=message):
-            build_shards(text_input, tokenizer, tmp_path / "s", settings=BuildSettings(0.0))
+            build_shards(given(texts), tokenizer, tmp_path / "s", settings=BuildSettings(0.0))
         assert list((tmp_path / "s").iterdir()) == []
 
 
@@ -266,7 +262,7 @@ def test_an_empty_validation_split_is_refused_unless_none_is_asked_for(
 
 
 def test_text_that_the_tokenizer_does_not_know_is_refused(tokenizer: Path, tmp_path: Path) -> None:
-    text_input = DocumentInput(lambda: (Document("", "xyz " * 100) for _ in range(9)), description={})
+    text_input = given(["xyz " * 100] * 9)
     with pytest.raises(DataError, match=r"900 of 900 tokens are \[UNK\]"):
         build_shards(text_input, tokenizer, tmp_path / "s", settings=BuildSettings(0.0))
 
@@ -279,26 +275,11 @@ def test_settings_out_of_range_are_refused(files: list[Path], tokenizer: Path, t
     assert not (tmp_path / "s").exists()
 
 
-def test_the_split_depends_on_the_words_alone() -> None:
-    texts = [text(number) for number in range(2000)]
-    chosen = [split_of(each, 0.1) for each in texts]
-    assert [split_of(f" {each.replace(' ', chr(10))}\n", 0.1) for each in texts] == chosen
-    assert 150 < chosen.count("validation") < 250
-    assert {split_of(each, 0.0) for each in texts} == {"train"}
-
-
-def test_a_larger_fraction_keeps_what_a_smaller_one_held_out() -> None:
-    for number in range(500):
-        if split_of(text(number), 0.05) == "validation":
-            assert split_of(text(number), 0.2) == "validation"
-
-
 def test_a_vocabulary_of_more_than_65536_pieces_is_stored_in_four_bytes(tmp_path: Path) -> None:
     tokenizer = tmp_path / "t"
     WordPieceTokenizer([*SPECIAL_PIECES, *(f"a{n}" for n in range(70_000))], TextRules()).save(tokenizer)
     documents = [f"a{n} " * 40 + "a69999" for n in range(100)]
-    text_input = DocumentInput(lambda: (Document("", each) for each in documents), description={})
-    build_shards(text_input, tokenizer, tmp_path / "s", settings=BuildSettings(0.0))
+    build_shards(given(documents), tokenizer, tmp_path / "s", settings=BuildSettings(0.0))
     split = open_shards(tmp_path / "s", "train")
     assert split.dtype.itemsize == 4
     assert int(split.tokens(40, 41)[0]) == 70_004
@@ -307,9 +288,7 @@ def test_a_vocabulary_of_more_than_65536_pieces_is_stored_in_four_bytes(tmp_path
 
 def test_memory_does_not_grow_with_the_input(tokenizer: Path, tmp_path: Path) -> None:
     def peak(num_documents: int) -> int:
-        documents = DocumentInput(
-            lambda: (Document("", text(number) * 10) for number in range(num_documents)), description={}
-        )
+        documents = given(text(number) * 10 for number in range(num_documents))
         shutil.rmtree(tmp_path / "s", ignore_errors=True)
         tracemalloc.start()
         build_shards(documents, tokenizer, tmp_path / "s", settings=BuildSettings(0.1))

@@ -88,11 +88,11 @@ def test_a_defect_keeps_its_traceback() -> None:
         run_main(main)
 
 
-def test_a_main_that_returns_ends_with_its_code_or_zero() -> None:
-    for returned, code in ((None, 0), (0, 0), (75, 75)):
-        with pytest.raises(SystemExit) as ended:
-            run_main(lambda returned=returned: returned)
-        assert ended.value.code == code
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (75, 75)])
+def test_a_main_that_returns_ends_with_its_code_or_zero(returned: int | None, code: int) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda: returned)
+    assert ended.value.code == code
 
 
 def test_progress_off_a_terminal_writes_no_control_characters(

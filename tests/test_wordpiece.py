@@ -47,7 +47,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bert_reference"
 
 
-def published(reference: Path, name: str, folder: Path, config: dict[str, object] | None = None) -> Path:
+def published(reference: Path, name: str, folder: Path, config: dict[str, bool] | None = None) -> Path:
     folder.mkdir()
     shutil.copy(reference / f"vocab_bert_base_{name}.txt", folder / "vocab.txt")
     if config is not None:

@@ -101,9 +101,8 @@ def build_shards(
                 return _reuse(folder, plan)
             _enter(folder, plan)
             records = finished_segments(folder, plan)
-            encoder = Encoder(tokenizer, settings.validation_fraction)
-            start = records[-1].position if records else Position(0, 0)
-            results = encode_in_order(_batches(text_input, start), encoder, workers=workers)
+            batches = _batches(text_input, records[-1].position if records else Position(0, 0))
+            results = encode_in_order(batches, Encoder(tokenizer, settings.validation_fraction), workers=workers)
             records += _write_segments(folder, len(records), results, settings, tokenizer, report)
             return _finish(folder, plan, records, tokenizer)
     except OSError as error:

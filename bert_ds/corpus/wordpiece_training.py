@@ -52,11 +52,7 @@ def train_wordpiece(
             use.
         DataError: there is no text.
     """
-    if iter(texts) is texts:
-        raise ValueError("texts is an iterator that can be read once only; give a list or an object that starts over")
-    target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"output {target} exists and is not an empty folder: remove it or choose another")
+    _check_arguments(texts, Path(output))
     rules = TextRules(lowercase=lowercase, strip_accents=lowercase, tokenize_chinese_chars=True)
     progress = _Progress(report)
     counts = _count_characters(progress.through(texts, "counting characters"))
@@ -73,8 +69,15 @@ def train_wordpiece(
     if len(pieces) != vocab_size:
         raise ConfigError(f"vocab_size {vocab_size} is too large: this text yields only {len(pieces)} pieces")
     tokenizer = WordPieceTokenizer(pieces, rules)
-    _save_whole(tokenizer, target)
+    _save_whole(tokenizer, Path(output))
     return tokenizer
+
+
+def _check_arguments(texts: Iterable[str], target: Path) -> None:
+    if iter(texts) is texts:
+        raise ValueError("texts is an iterator that can be read once only; give a list or an object that starts over")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"output {target} exists and is not an empty folder: remove it or choose another")
 
 
 def _save_whole(tokenizer: WordPieceTokenizer, target: Path) -> None:
