@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bert_ds.ranks import CheckpointError, DataError, DivergedError
-from bert_ds.run_config import ConfigError
-from bert_ds.training.restart import StopRequest, exit_code, is_done, mark_done
+from bert_ds.training.restart import StopRequest, is_done, mark_done
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -140,17 +138,3 @@ def test_done_is_said_by_a_marker(tmp_path: Path) -> None:
     assert not is_done(tmp_path)
     mark_done(tmp_path, {"step": 10})
     assert is_done(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (ConfigError("x"), 2),
-        (DataError("x"), 3),
-        (CheckpointError("x"), 4),
-        (DivergedError("x"), 5),
-        (KeyError("x"), None),
-    ],
-)
-def test_errors_have_the_documented_exit_codes(error: BaseException, code: int | None) -> None:
-    assert exit_code(error) == code

@@ -27,7 +27,7 @@ from tiny_training import (
 from bert_ds.ranks import CheckpointError, DataError, DivergedError
 from bert_ds.run_log import read_metrics
 from bert_ds.training.evaluation import evaluate
-from bert_ds.training.probe import largest_that_fits, probe_longest
+from bert_ds.training.probe import fits_in_memory, largest_that_fits, probe_longest
 from bert_ds.training.train_loop import train
 from bert_ds.training.train_state import TrainState
 
@@ -271,6 +271,26 @@ def test_a_probe_takes_one_whole_step_and_reports_its_peak(tmp_path: Path) -> No
     assert probe.num_tokens == 3 * micro_batch(1, 1).num_tokens
     assert probe.peak_bytes > 10_000_000
     assert engine.basic_optimizer.state
+
+
+class HungryModel(TinyModel):
+    """Runs out of memory at more than four rows."""
+
+    def forward(self, **inputs: Any) -> tuple:
+        if len(inputs["x_TD"]) > 4:
+            raise torch.OutOfMemoryError("more than four rows")
+        return super().forward(**inputs)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_largest_micro_batch_is_found_by_running_out_of_memory(stage: int) -> None:
+    join_alone()
+    engine = tiny_engine(ds_config(stage, accumulation=3), model=HungryModel())
+
+    def rows(number: int) -> TinyBatch:
+        return TinyBatch(torch.ones(number, 7), torch.ones(number), torch.zeros(1, dtype=torch.int64))
+
+    assert largest_that_fits(lambda size: fits_in_memory(engine, rows(size)), start=1, limit=64) == 4
 
 
 @pytest.mark.parametrize(("largest", "found"), [(0, None), (1, 1), (5, 4), (8, 8), (1000, 64)])

@@ -25,7 +25,7 @@ from bert_ds.training.elementwise_optimizers import Lion, StableAdamW
 from bert_ds.training.lamb import Lamb, LambFlags, Lans
 from bert_ds.training.param_groups import NO_DECAY_PATTERNS, NamedParameters, decay_groups, decay_per_tensor
 
-_OWN = {LambConfig: Lamb, LansConfig: Lans, StableAdamWConfig: StableAdamW, LionConfig: Lion}
+_OWN: dict[type, Any] = {LambConfig: Lamb, LansConfig: Lans, StableAdamWConfig: StableAdamW, LionConfig: Lion}
 _LAMB_FLAGS = (
     "bias_correction",
     "correct_lr",

@@ -11,6 +11,8 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from bert_ds.training.agreement import max_over_ranks
+from bert_ds.training.dropout_seeds import dropout_seed
+from bert_ds.training.step_loss import step_loss
 from bert_ds.training.train_state import MicroBatch
 from bert_ds.training.train_step import agree_on_totals, forward_backward, sum_of_ranks, take_step
 
@@ -48,16 +50,25 @@ def probe_longest(engine: DeepSpeedEngine, batch: MicroBatch) -> Probe:
 
 
 def fits_in_memory(engine: DeepSpeedEngine, batch: MicroBatch) -> bool:
-    """Return whether a step on `batch` stays within the memory of every rank's device; a collective.
+    """Take a step on this micro-batch and say whether every rank had memory for it; a collective.
 
-    On the CPU memory ends in the kernel's killer, not in an error, so there the answer is always true.
+    Two micro-steps where the run accumulates, so that the gradients of one are held during the other. All ranks get
+    batches of the same size and run out of memory at the same place; the engine is of no use after that. On the CPU
+    memory ends in the kernel's killer and not in an error, so there the answer is always true.
     """
+    engine.train()
+    num_micro_steps = min(2, engine.gradient_accumulation_steps())
     fitted = True
     try:
-        probe_longest(engine, batch)
-    except torch.OutOfMemoryError:
+        for micro_step in range(num_micro_steps):
+            engine.set_gradient_accumulation_boundary(micro_step == num_micro_steps - 1)
+            inputs = batch.to(engine.device).model_inputs()
+            seed = dropout_seed(0, 1, micro_step, device=engine.device)
+            loss_sums_L, _ = engine(**inputs, dropout_seed=seed)
+            engine.backward(step_loss(loss_sums_L, batch.loss_counts, weights=engine.module.loss_weights))
+            engine.step()
+    except (torch.OutOfMemoryError, MemoryError):
         fitted = False
-        torch.cuda.empty_cache()
     return not max_over_ranks(float(not fitted))
 
 

@@ -1,4 +1,4 @@
-"""How a launch ends: signals that ask it to stop, a launcher that dies, the success marker, the exit code."""
+"""How a launch ends: signals that ask it to stop, a launcher that dies, the success marker."""
 
 from __future__ import annotations
 
@@ -13,17 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from bert_ds.ranks import (
-    EXIT_CHECKPOINT,
-    EXIT_CONFIG,
-    EXIT_DATA,
-    EXIT_DIVERGED,
-    EXIT_RUN_AGAIN,
-    CheckpointError,
-    DataError,
-    DivergedError,
-)
-from bert_ds.run_config import ConfigError
+from bert_ds.ranks import EXIT_RUN_AGAIN
 from bert_ds.run_log import write_json
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -116,14 +106,3 @@ def mark_done(run_dir: Path, facts: dict[str, Any]) -> None:
 def is_done(run_dir: Path) -> bool:
     """Whether the run in this folder has ended well."""
     return (run_dir / "DONE").exists()
-
-
-def exit_code(error: BaseException) -> int | None:
-    """Return the documented exit code of an error, None for one that has none (a bug: let it be seen)."""
-    kinds: tuple[tuple[type[BaseException], int], ...] = (
-        (ConfigError, EXIT_CONFIG),
-        (DataError, EXIT_DATA),
-        (CheckpointError, EXIT_CHECKPOINT),
-        (DivergedError, EXIT_DIVERGED),
-    )
-    return next((code for kind, code in kinds if isinstance(error, kind)), None)
