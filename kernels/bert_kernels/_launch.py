@@ -98,7 +98,7 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: dict[str, 
         kernel[grid](**arguments)
         return
     with torch.cuda.device(device):
-        kernel[grid](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        kernel[grid](**arguments, **tile.options)
 
 
 @functools.cache

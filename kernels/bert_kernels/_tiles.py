@@ -18,6 +18,14 @@ class Tile:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """Registers per thread that the assembler may use; None: what it likes."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Return the launch options."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
 TileTable = Mapping[str, tuple[tuple[int, Tile], ...]]
@@ -25,24 +33,38 @@ TileTable = Mapping[str, tuple[tuple[int, Tile], ...]]
 _ANY = 1 << 62
 
 # Key: kernel / head dim rounded up (or fp32). block_m: queries, block_n: keys (multiples of 64, for the mask).
-# Size: max_seqlen. "short" is the whole-sequence backward: block_m is its largest length.
+# Size: max_seqlen. "short" is the backward whose program takes a whole sequence: block_m is its largest length, 0 for
+# none. On sm_90 max_registers lets two programs of 8 warps share a multiprocessor where that costs no spill.
 ATTENTION: Mapping[str, TileTable] = {
     "fwd/64": {
-        "sm_90": ((_ANY, Tile(128, 64, 8, 3)),),
+        "sm_90": ((_ANY, Tile(128, 64, 8, 3, 128)),),
         "default": ((_ANY, Tile(128, 64, 8, 2)),),
     },
     "fwd/128": {"default": ((_ANY, Tile(128, 64, 8, 2)),)},
-    "fwd/fp32": {"default": ((_ANY, Tile(32, 64, 4, 1)),)},
+    "fwd/fp32": {"default": ((_ANY, Tile(32, 64, 8, 1)),)},
     "short/64": {
-        "sm_90": ((64, Tile(64, 64, 4, 1)), (_ANY, Tile(128, 128, 8, 1))),
-        "default": ((_ANY, Tile(64, 64, 4, 1)),),
+        "sm_80": ((64, Tile(64, 64, 8, 1)), (_ANY, Tile(128, 64, 8, 1))),
+        "sm_90": ((64, Tile(64, 64, 4, 1)), (_ANY, Tile(128, 64, 8, 2))),
+        "default": ((_ANY, Tile(64, 64, 8, 1)),),
     },
-    "short/128": {"default": ((_ANY, Tile(64, 64, 4, 1)),)},
-    "short/fp32": {"default": ((_ANY, Tile(64, 64, 8, 1)),)},
-    "dq/64": {"default": ((_ANY, Tile(128, 64, 8, 2)),)},
+    "short/128": {
+        "sm_90": ((_ANY, Tile(64, 64, 8, 2)),),
+        "default": ((_ANY, Tile(64, 64, 8, 1)),),
+    },
+    "short/fp32": {"default": ((_ANY, Tile(0, 64, 8, 1)),)},
+    "dq/64": {
+        "sm_90": ((_ANY, Tile(128, 64, 8, 2, 128)),),
+        "default": ((_ANY, Tile(64, 64, 4, 2)),),
+    },
     "dq/128": {"default": ((_ANY, Tile(64, 64, 8, 2)),)},
-    "dq/fp32": {"default": ((_ANY, Tile(32, 64, 4, 1)),)},
-    "dkdv/64": {"default": ((_ANY, Tile(64, 128, 8, 2)),)},
-    "dkdv/128": {"default": ((_ANY, Tile(64, 64, 8, 2)),)},
-    "dkdv/fp32": {"default": ((_ANY, Tile(32, 64, 4, 1)),)},
+    "dq/fp32": {"default": ((_ANY, Tile(32, 64, 8, 1)),)},
+    "dkdv/64": {
+        "sm_90": ((_ANY, Tile(64, 64, 4, 2)),),
+        "default": ((_ANY, Tile(64, 64, 8, 2)),),
+    },
+    "dkdv/128": {
+        "sm_90": ((_ANY, Tile(128, 64, 8, 1)),),
+        "default": ((_ANY, Tile(64, 64, 8, 1)),),
+    },
+    "dkdv/fp32": {"default": ((_ANY, Tile(16, 64, 8, 1)),)},
 }

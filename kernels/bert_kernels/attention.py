@@ -121,7 +121,7 @@ def _softmax_dropout(
     scores = (q @ k.transpose(-2, -1)) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    p = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+    p = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
     return (p * keep) @ v * scale_kept
 
 

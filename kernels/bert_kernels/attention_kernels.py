@@ -82,7 +82,7 @@ def _attention_fwd_kernel(  # type: ignore[no-untyped-def]
             mask_k = mask_n[:, None] & (offs_d < HEAD_DIM)[None, :]
             k = load_operand(k_ptrs + n * stride_t, mask_k, CPU_BF16)
             v = load_operand(k_ptrs + n * stride_t + stride_3, mask_k, CPU_BF16)
-            score = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")
             if HAS_WINDOW:
                 score = tl.where(mask_n[None, :] & _near(offs_m, n + offs_n, window), score, float("-inf"))
             else:
@@ -98,7 +98,7 @@ def _attention_fwd_kernel(  # type: ignore[no-untyped-def]
                 # two 16-bit values share a register and must be taken apart.
                 p = tl.where(keep, p, tl.minimum(keep_scale, 0.0))
             p = as_operand(p, out_ptr.dtype.element_ty, CPU_BF16)
-            acc = tl.dot(p, v, acc * decay[:, None], input_precision="tf32x3")
+            acc = tl.dot(p, v, acc * decay[:, None], input_precision="ieee")
         out = as_operand(acc * (keep_scale / row_sum)[:, None], out_ptr.dtype.element_ty, CPU_BF16)
         out_ptrs = out_ptr + start * stride_ot + head * HEAD_DIM + offs_m[:, None] * stride_ot + offs_d[None, :]
         tl.store(out_ptrs, out, mask=mask_m)
@@ -111,11 +111,11 @@ def _p_and_ds(  # type: ignore[no-untyped-def]
     q, k, v, dout, lse, delta, keep, mask, scale_log2, keep_scale, THRESHOLD: tl.constexpr, HAS_MASK: tl.constexpr
 ):
     """Return m * p and ds of a (queries, keys) tile, fp32."""
-    score = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+    score = tl.dot(q, tl.trans(k), input_precision="ieee")
     p = tl.exp2(score * scale_log2 - lse[:, None])
     if HAS_MASK:
         p = tl.where(mask, p, 0.0)
-    dp = tl.dot(dout, tl.trans(v), input_precision="tf32x3")
+    dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
     if THRESHOLD < 256:
         zero = tl.minimum(keep_scale, 0.0)
         ds = p * (tl.where(keep, dp, zero) - delta[:, None])
@@ -169,7 +169,7 @@ def _attention_bwd_dq_kernel(  # type: ignore[no-untyped-def]
                 keep = keep_attention_tile(seed, (start + offs_m).to(tl.int32), head, site, n, THRESHOLD, BLOCK_N)
             _p, ds = _p_and_ds(q, k, v, dout, lse, delta, keep, mask, scale_log2, keep_scale, THRESHOLD, True)
             ds = as_operand(ds, dqkv_ptr.dtype.element_ty, CPU_BF16)
-            dq = tl.dot(ds, k, dq, input_precision="tf32x3")
+            dq = tl.dot(ds, k, dq, input_precision="ieee")
         dq = as_operand(dq * dq_scale, dqkv_ptr.dtype.element_ty, CPU_BF16)
         dq_ptr = dqkv_ptr + start * (3 * stride_ot) + head * HEAD_DIM
         tl.store(dq_ptr + offs_m[:, None] * (3 * stride_ot) + offs_d[None, :], dq, mask=mask_m)
@@ -220,9 +220,9 @@ def _attention_bwd_dkdv_kernel(  # type: ignore[no-untyped-def]
                 keep = keep_attention_tile(seed, rows, head, site, block * BLOCK_N, THRESHOLD, BLOCK_N)
             p, ds = _p_and_ds(q, k, v, dout, lse, delta, keep, mask, scale_log2, keep_scale, THRESHOLD, HAS_WINDOW)
             p = as_operand(p, dqkv_ptr.dtype.element_ty, CPU_BF16)
-            dv = tl.dot(tl.trans(p), dout, dv, input_precision="tf32x3")
+            dv = tl.dot(tl.trans(p), dout, dv, input_precision="ieee")
             ds = as_operand(ds, dqkv_ptr.dtype.element_ty, CPU_BF16)
-            dk = tl.dot(tl.trans(ds), q, dk, input_precision="tf32x3")
+            dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
         dk = as_operand(dk * dk_scale, dqkv_ptr.dtype.element_ty, CPU_BF16)
         dv = as_operand(dv * keep_scale, dqkv_ptr.dtype.element_ty, CPU_BF16)
         dk_ptr = dqkv_ptr + start * (3 * stride_ot) + stride_ot + head * HEAD_DIM
@@ -236,44 +236,53 @@ def _attention_bwd_short_kernel(  # type: ignore[no-untyped-def]
     qkv_ptr, cu_seqlens_ptr, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, seed_ptr,
     num_tokens, stride_t, stride_3, stride_h, stride_ot, num_heads, num_blocks, scale_log2, dq_scale, keep_scale,
     site, window,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     THRESHOLD: tl.constexpr, HAS_WINDOW: tl.constexpr, CPU_BF16: tl.constexpr,
 ):  # fmt: skip
     _block, head, start, length = _sequence(cu_seqlens_ptr, num_heads, num_blocks)
     if length > 0:
         offs_m = tl.arange(0, BLOCK_M)
+        offs_n = tl.arange(0, BLOCK_N)
         offs_d = tl.arange(0, BLOCK_D)
         mask_row = offs_m < length
         mask_m = mask_row[:, None] & (offs_d < HEAD_DIM)[None, :]
         q_ptrs = qkv_ptr + start * stride_t + head * stride_h + offs_m[:, None] * stride_t + offs_d[None, :]
         q = load_operand(q_ptrs, mask_m, CPU_BF16)
-        k = load_operand(q_ptrs + stride_3, mask_m, CPU_BF16)
-        v = load_operand(q_ptrs + 2 * stride_3, mask_m, CPU_BF16)
         offs_out = start * stride_ot + head * HEAD_DIM + offs_m[:, None] * stride_ot + offs_d[None, :]
         out = load_operand(out_ptr + offs_out, mask_m, CPU_BF16)
         dout = load_operand(dout_ptr + offs_out, mask_m, CPU_BF16)
         delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1) / keep_scale
         lse_ptrs = lse_ptr + head.to(tl.int64) * num_tokens + start + offs_m
         lse = tl.load(lse_ptrs, mask=mask_row, other=float("inf"))
-        keep = mask_m
         if THRESHOLD < 256:
-            rows = (start + offs_m).to(tl.int32)
-            keep = keep_attention_tile(tl.load(seed_ptr), rows, head, site, 0, THRESHOLD, BLOCK_M)
-        mask = mask_row[None, :]
-        if HAS_WINDOW:
-            mask = mask & _near(offs_m, offs_m, window)
-        p, ds = _p_and_ds(q, k, v, dout, lse, delta, keep, mask, scale_log2, keep_scale, THRESHOLD, True)
+            seed = tl.load(seed_ptr)
         dtype: tl.constexpr = dqkv_ptr.dtype.element_ty
         dq_ptr = dqkv_ptr + start * (3 * stride_ot) + head * HEAD_DIM
-        dq_ptrs = dq_ptr + offs_m[:, None] * (3 * stride_ot) + offs_d[None, :]
-        p = as_operand(p, dtype, CPU_BF16)
-        dv = tl.dot(tl.trans(p), dout, input_precision="tf32x3")
-        tl.store(dq_ptrs + 2 * stride_ot, as_operand(dv * keep_scale, dtype, CPU_BF16), mask=mask_m)
-        ds = as_operand(ds, dtype, CPU_BF16)
-        dk = tl.dot(tl.trans(ds), q, input_precision="tf32x3")
-        tl.store(dq_ptrs + stride_ot, as_operand(dk * dq_scale, dtype, CPU_BF16), mask=mask_m)
-        dq = tl.dot(ds, k, input_precision="tf32x3")
-        tl.store(dq_ptrs, as_operand(dq * dq_scale, dtype, CPU_BF16), mask=mask_m)
+        k_ptrs = qkv_ptr + start * stride_t + head * stride_h + stride_3 + offs_n[:, None] * stride_t + offs_d[None, :]
+        dk_ptrs = dq_ptr + stride_ot + offs_n[:, None] * (3 * stride_ot) + offs_d[None, :]
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for n in range(0, length, BLOCK_N):
+            mask_k = (n + offs_n < length)[:, None] & (offs_d < HEAD_DIM)[None, :]
+            k = load_operand(k_ptrs + n * stride_t, mask_k, CPU_BF16)
+            v = load_operand(k_ptrs + n * stride_t + stride_3, mask_k, CPU_BF16)
+            mask = (n + offs_n < length)[None, :]
+            if HAS_WINDOW:
+                mask = mask & _near(offs_m, n + offs_n, window)
+            keep = mask
+            if THRESHOLD < 256:
+                keep = keep_attention_tile(seed, (start + offs_m).to(tl.int32), head, site, n, THRESHOLD, BLOCK_N)
+            p, ds = _p_and_ds(q, k, v, dout, lse, delta, keep, mask, scale_log2, keep_scale, THRESHOLD, True)
+            p = as_operand(p, dtype, CPU_BF16)
+            dv = tl.dot(tl.trans(p), dout, input_precision="ieee")
+            dv = as_operand(dv * keep_scale, dtype, CPU_BF16)
+            tl.store(dk_ptrs + n * (3 * stride_ot) + stride_ot, dv, mask=mask_k)
+            ds = as_operand(ds, dtype, CPU_BF16)
+            dk = tl.dot(tl.trans(ds), q, input_precision="ieee")
+            dk = as_operand(dk * dq_scale, dtype, CPU_BF16)
+            tl.store(dk_ptrs + n * (3 * stride_ot), dk, mask=mask_k)
+            dq = tl.dot(ds, k, dq, input_precision="ieee")
+        dq = as_operand(dq * dq_scale, dtype, CPU_BF16)
+        tl.store(dq_ptr + offs_m[:, None] * (3 * stride_ot) + offs_d[None, :], dq, mask=mask_m)
 
 
 @dataclass(frozen=True)
@@ -352,8 +361,8 @@ def attention_backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tens
     scale = call.softmax_scale * keep_scale(call.dropout_p)
     tile = call.tile("short")
     if call.max_seqlen <= tile.block_m:
-        programs, num_blocks = call.grid(tile.block_m)
-        own = {"out_ptr": out, "dq_scale": scale, "num_blocks": num_blocks, "BLOCK_M": tile.block_m}
+        programs, _ = call.grid(call.max_seqlen)
+        own = {"out_ptr": out, "dq_scale": scale, "num_blocks": 1, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
         launch(_attention_bwd_short_kernel, (programs,), tile, shared | own)
         return dqkv
     delta = torch.empty_like(lse)

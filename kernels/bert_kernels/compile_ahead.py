@@ -66,8 +66,7 @@ def compile_launch(launch: Launch, architecture: str) -> tuple[Figures, Any]:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    options = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
-    compiled = triton.compile(source, target=target, options=options)
+    compiled = triton.compile(source, target=target, options=launch.tile.options)
     return _figures(compiled), compiled
 
 
