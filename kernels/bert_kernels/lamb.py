@@ -164,13 +164,15 @@ def lamb_apply(shard: FlatShard, scalars: LambScalars, *, ratios_R: Tensor, lr: 
 
 def lamb_moments_reference(shard: FlatShard, scalars: LambScalars, *, sums_R2: Tensor) -> None:
     """`lamb_moments` in plain torch, on any device."""
+    rows, squares = [], []
     for segment, piece in shard.pieces():
         grad = piece.grad
         if segment.decay and not scalars.decay_in_update:
             grad = grad.add(piece.param, alpha=segment.decay)
         update_moments(piece, grad, scalars)
-        sums_R2[segment.row, 0] += squared_norm(piece.param)
-        sums_R2[segment.row, 1] += squared_norm(_lamb_update(piece, segment, scalars))
+        rows.append(segment.row)
+        squares += [squared_norm(piece.param), squared_norm(_lamb_update(piece, segment, scalars))]
+    add_rows(sums_R2, rows, squares)
 
 
 def lamb_apply_reference(shard: FlatShard, scalars: LambScalars, *, ratios_R: Tensor, lr: float) -> None:
@@ -178,6 +180,13 @@ def lamb_apply_reference(shard: FlatShard, scalars: LambScalars, *, ratios_R: Te
     for segment, piece in shard.pieces():
         update = _lamb_update(piece, segment, scalars)
         piece.param.sub_(update.mul_(ratios_R[segment.row]), alpha=lr)
+
+
+def add_rows(sums_RC: Tensor, rows: list[int], values: list[Tensor]) -> None:
+    """Add C scalar tensors per entry of `rows` to that row of sums_RC."""
+    if rows:
+        added = torch.stack(values).view(len(rows), sums_RC.shape[1])
+        sums_RC.index_add_(0, torch.tensor(rows, device=sums_RC.device), added)
 
 
 def update_moments(piece: Piece, grad: Tensor, scalars: LambScalars) -> None:
@@ -201,8 +210,8 @@ def _lamb_update(piece: Piece, segment: Segment, scalars: LambScalars) -> Tensor
 def gradient_squares(shard: FlatShard, *, sums_R1: Tensor) -> None:
     """Pass 0 of LANS: add |g|^2 of every segment to its row of sums_R1 (fp64 [R, 1])."""
     check_shard(shard)
-    for segment, piece in shard.pieces():
-        sums_R1[segment.row, 0] += squared_norm(piece.grad)
+    pieces = list(shard.pieces())
+    add_rows(sums_R1, [segment.row for segment, _ in pieces], [squared_norm(piece.grad) for _, piece in pieces])
 
 
 def lans_moments(shard: FlatShard, scalars: LambScalars, *, grad_scales_R: Tensor, sums_R3: Tensor) -> None:
@@ -210,12 +219,13 @@ def lans_moments(shard: FlatShard, scalars: LambScalars, *, grad_scales_R: Tenso
 
     a = (m / c1) / d + decay w and b = g s[row] / d + decay w, with d = sqrt(v / c2) + eps; s is grad_scales_R, fp32.
     """
+    rows, squares = [], []
     for segment, piece in shard.pieces():
         grad = piece.grad * grad_scales_R[segment.row]
         update_moments(piece, grad, scalars)
-        sums_R3[segment.row, 0] += squared_norm(piece.param)
-        for column, direction in enumerate(_lans_directions(piece, grad, segment, scalars), start=1):
-            sums_R3[segment.row, column] += squared_norm(direction)
+        rows.append(segment.row)
+        squares += [squared_norm(x) for x in (piece.param, *_lans_directions(piece, grad, segment, scalars))]
+    add_rows(sums_R3, rows, squares)
 
 
 def lans_apply(shard: FlatShard, scalars: LambScalars, *, grad_scales_R: Tensor, sizes_R2: Tensor) -> None:
