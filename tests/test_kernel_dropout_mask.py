@@ -6,6 +6,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from bert_kernels.dropout_mask import (
     ATTENTION,
     HIDDEN,
@@ -19,7 +21,6 @@ from bert_kernels.dropout_mask import (
     keep_threshold,
     philox_words,
 )
-from torch import Tensor
 
 SEED = torch.tensor([-0x0123456789ABCDEF])
 
@@ -130,9 +131,7 @@ def _draw_kernel(
     ("layout", "head", "first_column", "width"),
     [(ATTENTION, 5, 0, 64), (ATTENTION, 5, 192, 128), (HIDDEN, 0, 0, 512), (HIDDEN, 0, 512, 1024)],
 )
-def test_a_kernel_draws_the_mask_of_the_reference(
-    layout: MaskLayout, head: int, first_column: int, width: int
-) -> None:
+def test_a_kernel_draws_the_mask_of_the_reference(layout: MaskLayout, head: int, first_column: int, width: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     drawn = torch.empty(16, width, dtype=torch.int8, device=device)
     _draw_kernel[(1,)](SEED.to(device), drawn, 1000, head, 77, first_column, 230, 16, width, layout is ATTENTION)

@@ -2,10 +2,10 @@
 
     python kernels/benchmarks/aot_table.py                        print the table
     python kernels/benchmarks/aot_table.py --write                and write results/aot.csv
-    python kernels/benchmarks/aot_table.py --check [--only TEXT]  exit 1 where a rule is broken or a figure got worse
+    python kernels/benchmarks/aot_table.py --check [--only TEXT ...]  exit 1 where a rule is broken or a figure got worse
 
-The rules for every kernel on bf16: no stack, no spills, shared memory within the card's limit, 16-byte loads, and
-tensor-core instructions where it multiplies matrices. A figure is compared only with one of the same triton version.
+The rules for every kernel: no stack, no spills, shared memory within the card's limit, 16-byte loads, row offsets in
+64 bits, and tensor-core instructions where it multiplies 16-bit matrices. A figure is compared only with one of the same triton version.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import triton
 
-from bert_kernels._launch import Launch, interpreting, record_launches
+from bert_kernels._launch import INTERPRETING, Launch, record_launches
 from bert_kernels.attention_kernels import AttentionCall, attention_backward, attention_forward
 from bert_kernels.compile_ahead import SHARED_LIMIT_BYTES, Figures, compile_launch
 
@@ -102,6 +102,7 @@ def broken_rules(row: Row, case: Case) -> list[str]:
         (figures.shared_bytes > limit, f"{figures.shared_bytes} bytes of shared memory, the card has {limit}"),
         (case.multiplies and figures.tensor_core_ops == 0, "no tensor-core instruction"),
         (figures.loads_128 == 0, "no 16-byte load"),
+        (figures.int64_products == 0, "no offset computed in 64 bits"),
     ]
     return [message for broken, message in found if broken]
 
@@ -144,13 +145,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the table")
     parser.add_argument("--check", action="store_true", help="compare with the table")
-    parser.add_argument("--only", default="", help="only the cases whose name holds this text")
+    parser.add_argument("--only", nargs="+", default=[""], help="only the cases whose name holds one of these texts")
     parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES), choices=sorted(SHARED_LIMIT_BYTES))
     args = parser.parse_args()
-    if interpreting():
+    if INTERPRETING:
         raise SystemExit("TRITON_INTERPRET is set: kernels are Python there, unset it to compile them")
     recorded, rows, failures = read_table(), [], 0
-    for case in (case for case in cases() if args.only in case.name):
+    for case in (case for case in cases() if any(text in case.name for text in args.only)):
         for row in (row for architecture in args.architectures for row in measure(case, architecture)):
             rows.append(row)
             problems = broken_rules(row, case) + (worse_figures(row, recorded) if args.check else [])

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from bert_kernels._tiles import Tile, TileTable
 
+# Whether kernels run in Triton's interpreter, on the CPU. A kernel is bound to it when its module is imported.
+INTERPRETING = bool(triton.knobs.runtime.interpret)
 ARCHITECTURES = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 
 
@@ -52,11 +54,6 @@ def record_launches(architecture: str) -> Iterator[list[Launch]]:
         _recording = None
 
 
-def interpreting() -> bool:
-    """Return whether kernels run in Triton's interpreter, on the CPU."""
-    return bool(triton.knobs.runtime.interpret)
-
-
 def check_device(op: str, **tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors are on one device on which a kernel can run."""
     given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
@@ -64,7 +61,7 @@ def check_device(op: str, **tensors: Tensor | None) -> None:
     for name, other in given.items():
         if other != device:
             raise ValueError(f"{op}: {name} is on {other}, {first} on {device}: put all on one device")
-    if device.type != "cuda" and not interpreting() and _recording is None:
+    if device.type != "cuda" and not INTERPRETING and _recording is None:
         raise ValueError(
             f"{op}: {first} is on {device}, the Triton kernels need CUDA; "
             f"use {op}_reference, or set TRITON_INTERPRET=1 before the start to run the kernels slowly on the CPU"
@@ -104,7 +101,7 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: dict[str, 
 @functools.cache
 def _let_interpreted_scalars_bound_loops() -> None:
     """Repair `range(first, last)` in interpreted kernels: numpy >= 2.4 makes no int of an array of shape (1,)."""
-    interpreter = importlib.import_module("triton.runtime.interpreter")
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     patch = interpreter._patch_lang_tensor
 
     def patch_and_repair(tensor: Any, scope: Any) -> None:

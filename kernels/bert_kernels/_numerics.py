@@ -11,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
-from bert_kernels._launch import interpreting
+from bert_kernels._launch import INTERPRETING
 
 
 def cpu_bf16(dtype: torch.dtype) -> bool:
     """Return the CPU_BF16 switch of kernels on tensors of this dtype."""
-    return interpreting() and dtype == torch.bfloat16
+    return INTERPRETING and dtype == torch.bfloat16
 
 
 @triton.jit

@@ -361,7 +361,7 @@ def attention_backward(call: AttentionCall, out: Tensor, lse: Tensor, dout: Tens
     scale = call.softmax_scale * keep_scale(call.dropout_p)
     tile = call.tile("short")
     if call.max_seqlen <= tile.block_m:
-        programs, _ = call.grid(call.max_seqlen)
+        programs, _ = call.grid(max(1, call.max_seqlen))
         own = {"out_ptr": out, "dq_scale": scale, "num_blocks": 1, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
         launch(_attention_bwd_short_kernel, (programs,), tile, shared | own)
         return dqkv

@@ -49,6 +49,8 @@ class Figures:
     loads_128: int
     """16-byte loads from global memory."""
     instructions: int
+    int64_products: int
+    """Offsets computed in 64 bits."""
 
 
 def compile_launch(launch: Launch, architecture: str) -> tuple[Figures, Any]:
@@ -106,6 +108,7 @@ def _figures(compiled: Any) -> Figures:
         tensor_core_ops=sum(count[name] for name in ("HMMA", "HGMMA", "UTCHMMA", "UTCMMA")),
         loads_128=sum(name.startswith(("LDG", "LDGSTS")) and ".128" in name for name in found),
         instructions=len(found) - count["NOP"],
+        int64_products=len(re.findall(r"arith\.muli .* : (?:tensor<\w*)?i64", compiled.asm["ttir"])),
     )
 
 
