@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bert_kernels._launch import check_device
@@ -49,41 +48,54 @@ def attention_reference(
         window: keys at most this many positions away are seen, all where None.
     """
     check_dropout(dropout_p, dropout_seed, qkv_T3HK.device)
-    scale = softmax_scale if softmax_scale is not None else qkv_T3HK.shape[-1] ** -0.5
+    _, _, num_heads, head_dim = qkv_T3HK.shape
+    scale = softmax_scale if softmax_scale is not None else head_dim**-0.5
     parts, index = [], []
     for starts, lengths in _groups(cu_seqlens):
-        size = lengths[0]
-        offsets = torch.tensor(starts, device=qkv_T3HK.device)[:, None] + torch.arange(size, device=qkv_T3HK.device)
-        if min(lengths) < size:
-            limits = torch.tensor(lengths, device=qkv_T3HK.device)
-            key_mask_NS = torch.arange(size, device=qkv_T3HK.device) < limits[:, None]
-            offsets = torch.where(key_mask_NS, offsets, offsets[:, :1])
-        else:
-            key_mask_NS = None
-        mask = _score_mask(key_mask_NS, size, window, qkv_T3HK.device)
-        q, k, v = qkv_T3HK[offsets].permute(2, 0, 3, 1, 4).unbind(0)
-        if keep_threshold(dropout_p) == 256:
-            out_NHSK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        else:
+        offsets_NS, key_mask_NS = _token_grid(starts, lengths, qkv_T3HK.device)
+        grid = (*offsets_NS.shape, 3, num_heads, head_dim)
+        q, k, v = qkv_T3HK.index_select(0, offsets_NS.flatten()).view(grid).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = _score_bias(key_mask_NS, lengths[0], window, q)
+        # Written out rather than scaled_dot_product_attention: its CPU backward is 3 times slower in bf16.
+        scores_NHSS = (q * scale) @ k.transpose(-2, -1)
+        p_NHSS = torch.softmax(scores_NHSS if bias is None else scores_NHSS + bias, dim=-1)
+        if keep_threshold(dropout_p) < 256:
             assert dropout_seed is not None
-            heads = torch.arange(q.shape[1], device=q.device)[:, None]
             keep = keep_mask_reference(
-                offsets[:, None],
-                size,
+                offsets_NS[:, None],
+                lengths[0],
                 dropout_p=dropout_p,
                 dropout_seed=dropout_seed,
                 site=site,
-                heads=heads,
+                heads=torch.arange(num_heads, device=q.device)[:, None],
                 layout=ATTENTION,
             )
-            out_NHSK = _softmax_dropout(q, k, v, mask, keep, scale, keep_scale(dropout_p))
-        out_NSHK = out_NHSK.transpose(1, 2)
-        parts.append(out_NSHK.flatten(0, 1) if key_mask_NS is None else out_NSHK[key_mask_NS])
-        index.append(offsets.flatten() if key_mask_NS is None else offsets[key_mask_NS])
+            p_NHSS = p_NHSS * keep
+        out_PHK = (p_NHSS @ v).transpose(1, 2).flatten(0, 1)
+        rows = offsets_NS.flatten()
+        if key_mask_NS is not None:
+            inside = key_mask_NS.flatten().nonzero().squeeze(1)
+            out_PHK, rows = out_PHK.index_select(0, inside), rows[inside]
+        parts.append(out_PHK)
+        index.append(rows)
     if not parts:
         return qkv_T3HK[:, 0] * 0
     # Each packed token is in exactly one group, so the inverse permutation puts the rows back.
-    return torch.cat(parts)[torch.argsort(torch.cat(index))]
+    out_THK = torch.cat(parts).index_select(0, torch.argsort(torch.cat(index)))
+    return out_THK * keep_scale(dropout_p) if keep_threshold(dropout_p) < 256 else out_THK
+
+
+def _token_grid(starts: list[int], lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return the packed index (N, S) of each place of a padded group, and where it is real (None: everywhere).
+
+    A place beyond the end of its sequence points to the first token of that sequence.
+    """
+    position = torch.arange(lengths[0], device=device)
+    offsets_NS = torch.tensor(starts, device=device)[:, None] + position
+    if min(lengths) == lengths[0]:
+        return offsets_NS, None
+    mask_NS = position < torch.tensor(lengths, device=device)[:, None]
+    return torch.where(mask_NS, offsets_NS, offsets_NS[:, :1]), mask_NS
 
 
 def _groups(cu_seqlens: Tensor) -> Iterator[tuple[list[int], list[int]]]:
@@ -104,25 +116,17 @@ def _groups(cu_seqlens: Tensor) -> Iterator[tuple[list[int], list[int]]]:
         yield starts, lengths
 
 
-def _score_mask(key_mask_NS: Tensor | None, size: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Return True where a key is seen, broadcastable to (N, H, S, S), or None where all are."""
-    mask = None if key_mask_NS is None else key_mask_NS[:, None, None, :]
-    if window is None:
-        return mask
-    position = torch.arange(size, device=device)
-    near = (position[:, None] - position).abs() <= window
-    # A padded query may have no key at all inside its window; it sees itself so that no row is empty.
-    return near if mask is None else near & (mask | torch.eye(size, dtype=torch.bool, device=device))
-
-
-def _softmax_dropout(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keep: Tensor, scale: float, scale_kept: float
-) -> Tensor:
-    scores = (q @ k.transpose(-2, -1)) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    p = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
-    return (p * keep) @ v * scale_kept
+def _score_bias(key_mask_NS: Tensor | None, size: int, window: int | None, q: Tensor) -> Tensor | None:
+    """Return 0 where a key is seen and -inf elsewhere, broadcastable to (N, H, S, S); None where all are seen."""
+    seen = None if key_mask_NS is None else key_mask_NS[:, None, None, :]
+    if window is not None:
+        position = torch.arange(size, device=q.device)
+        near = (position[:, None] - position).abs() <= window
+        # A padded query may have no key at all inside its window; it sees itself so that no row is empty.
+        seen = near if seen is None else near & (seen | torch.eye(size, dtype=torch.bool, device=q.device))
+    if seen is None:
+        return None
+    return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, float("-inf"))
 
 
 def attention(
@@ -209,7 +213,7 @@ def _(
     softmax_scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor]:
-    num_tokens, _, num_heads, head_dim = qkv.shape
+    _, _, num_heads, head_dim = qkv.shape
     lse = qkv.new_empty(num_heads, num_tokens, dtype=torch.float32)
     return qkv.new_empty(num_tokens, num_heads, head_dim), lse
 
