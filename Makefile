@@ -4,6 +4,8 @@
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
 
 SHELL := /bin/bash
+# Two threads and a loader process share two cores: an OpenMP thread that spins while it waits takes the core of another.
+export GOMP_SPINCOUNT ?= 1000
 BIN := .venv/bin
 RUN_DIR := runs/default
 DEEPSPEED_CONFIG := ds_configs/zero2.json
@@ -19,6 +21,7 @@ env-dev:
 pretrain: env
 	@[[ -f $(RUN_DIR)/DONE ]] || $(BIN)/deepspeed bert_ds/pretrain.py --deepspeed_config $(DEEPSPEED_CONFIG) --run_dir $(RUN_DIR) --resume auto
 	@[[ -f $(RUN_DIR)/DONE ]] || { echo "the run did not finish: see $(RUN_DIR)/logs"; exit 1; }
+	@$(BIN)/python bert_ds/report.py --run_dir $(RUN_DIR) --require_below_unigram 0.5
 	@[[ -f $(RUN_DIR)/hf/model.safetensors ]] || $(BIN)/python bert_ds/export_hf.py --run_dir $(RUN_DIR)
 	@$(BIN)/python bert_ds/show_masks.py --model $(RUN_DIR)/hf
 

@@ -166,7 +166,9 @@ def read_run_weights(run_dir: Path) -> Mapping[str, Tensor]:
 
 def announce(plan: RunPlan, data: PretrainingData, *, log: RunLog) -> dict[str, Any]:
     """Log the derived numbers, the warnings and the facts of the data; return them for the start row."""
-    data_facts = data.facts(num_parts=plan.world_size * plan.accumulation)
+    settings = plan.run.evaluation
+    unigram = data.unigram_cross_entropy(settings.num_examples, batch_size=settings.batch_size) if log.is_main else None
+    data_facts = {**data.facts(num_parts=plan.world_size * plan.accumulation), "unigram_cross_entropy": unigram}
     for name, text in [*plan_table(plan), *((name, str(value)) for name, value in data_facts.items())]:
         log.info(f"{name:>28}: {text}")
     for warning in plan.warnings:

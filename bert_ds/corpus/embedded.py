@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,7 +68,7 @@ def build_embedded(config: EmbeddedCorpus, parent: Path, *, say: Callable[[str],
 
     text_input = DocumentInput(read_all, description={"embedded": "docstrings", "sha256": _sha256(documents)})
     settings = BuildSettings(validation_fraction=config.validation_fraction)
-    build_shards(text_input, folders.tokenizer, folders.shards, settings=settings, workers=os.cpu_count() or 1)
+    build_shards(text_input, folders.tokenizer, folders.shards, settings=settings)
     return folders
 
 

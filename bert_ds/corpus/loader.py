@@ -26,6 +26,7 @@ from bert_ds.corpus.collate import PackedBatch, collate
 from bert_ds.corpus.mlm_masking import MaskedExample, Masker
 from bert_ds.corpus.sequences import ExampleTable, build_examples, content_hash
 from bert_ds.corpus.shards import ShardSplit, open_shards
+from bert_ds.corpus.unigram import unigram_cross_entropy
 from bert_ds.corpus.wordpiece import load_tokenizer
 from bert_ds.ranks import DataError
 from bert_ds.run_config import IGNORE_INDEX, MaskingConfig, SequenceConfig
@@ -195,6 +196,11 @@ class PretrainingData:
         masker = Masker(self._tokenizer, self._settings.masking, seed=_EVALUATION_SEED)
         own = range(rank * num_batches, (rank + 1) * num_batches)
         return (plan.pack(np.flatnonzero(parts == part), masker) for part in own)
+
+    def unigram_cross_entropy(self, num_examples: int, *, batch_size: int) -> float:
+        """Cross-entropy in nats of the held-out masked words under the training text's piece frequencies."""
+        batches = self.evaluation_batches(num_examples, batch_size=batch_size, rank=0, world_size=1)
+        return unigram_cross_entropy([table.split for table in self._tables], batches)
 
     def longest_batch(self, micro_batch_size: int) -> PackedBatch:
         """The largest micro-batch that can come: full sequences with as many targets as allowed."""

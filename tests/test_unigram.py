@@ -1,0 +1,22 @@
+"""The unigram floor of a validation set."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from corpus_fixtures import open_train
+
+from bert_ds.corpus.unigram import unigram_cross_entropy
+
+
+def test_the_floor_is_the_mean_surprise_of_the_targets_under_smoothed_training_counts(tmp_path: Path) -> None:
+    split = open_train(tmp_path, [[[5, 5, 5, 6]], [[7, 5]]])
+    batch: Any = SimpleNamespace(masked_labels_P=torch.tensor([5, 8]))
+    total = 6 + split.vocab_size
+    expected = -(math.log(5 / total) + math.log(1 / total)) / 2
+    assert unigram_cross_entropy([split], [batch]) == pytest.approx(expected, rel=1e-12)
