@@ -37,19 +37,34 @@ def test_philox_gives_the_known_answers_of_its_authors() -> None:
     assert words_hex(0xFFFFFFFF, -1, 10) == ["408f276d", "41c83b0e", "a20bc7c6", "6d5451fd"]
 
 
-@pytest.mark.parametrize("layout", [ATTENTION, HIDDEN])
-def test_an_element_is_the_byte_that_the_definition_names(layout: MaskLayout) -> None:
-    keep = keep_mask_reference(
-        torch.tensor([41]), 1100, dropout_p=0.5, dropout_seed=SEED, site=9, heads=torch.tensor([3]), layout=layout
-    )
-    for column in (0, 1, 2, 7, 8, 63, 64, 255, 256, 511, 512, 1099):
-        rest, neighbour = divmod(column, layout.run)
-        rest, lane = divmod(rest, layout.lanes)
-        block, place = divmod(rest, 16 // layout.run)
-        counters = tuple(torch.tensor([c]) for c in (block * layout.lanes + lane, 41, 3, 9))
-        byte = place * layout.run + neighbour
-        drawn = int(philox_words(counters, SEED)[byte // 4]) >> 8 * (byte % 4) & 255
-        assert bool(keep[0, column]) == (drawn < 128)
+@pytest.mark.parametrize(
+    ("layout", "row", "column", "counter", "byte"),
+    [
+        (ATTENTION, 41, 0, (0, 41, 3, 9), 0),
+        (ATTENTION, 41, 1, (0, 41, 3, 9), 1),
+        (ATTENTION, 41, 2, (1, 41, 3, 9), 0),
+        (ATTENTION, 41, 15, (3, 41, 3, 9), 3),
+        (ATTENTION, 41, 63, (3, 41, 3, 9), 15),
+        (ATTENTION, 41, 64 * 5 + 8 * 3 + 4, (22, 41, 3, 9), 6),
+        (HIDDEN, 40, 0, (0, 20, 0, 9), 0),
+        (HIDDEN, 41, 0, (0, 20, 0, 9), 8),
+        (HIDDEN, 41, 767, (95, 20, 0, 9), 15),
+        (HIDDEN, 42, 13, (1, 21, 0, 9), 5),
+    ],
+)
+def test_an_element_is_the_byte_that_the_definition_names(
+    layout: MaskLayout, row: int, column: int, counter: tuple[int, ...], byte: int
+) -> None:
+    c0, c1, c2, c3 = (torch.tensor([c]) for c in counter)
+    drawn = int(philox_words((c0, c1, c2, c3), SEED)[byte // 4]) >> 8 * (byte % 4) & 255
+    heads = torch.tensor([3]) if layout is ATTENTION else None
+    # Thresholds on both sides of the byte: it is kept by the higher one only.
+    for dropout_p, kept in ((1 - drawn / 256, False), (1 - (drawn + 1) / 256, True)):
+        if 0 < round((1 - dropout_p) * 256) < 256:
+            keep = keep_mask_reference(
+                torch.tensor([row]), 800, dropout_p=dropout_p, dropout_seed=SEED, site=9, heads=heads, layout=layout
+            )
+            assert bool(keep[0, column]) == kept
 
 
 def test_the_mask_does_not_depend_on_how_many_rows_or_columns_are_asked_for() -> None:
@@ -123,13 +138,13 @@ def _draw_kernel(
     if IS_ATTENTION:
         keep = keep_attention_tile(seed, rows, head, site, first_column, THRESHOLD, BLOCK_N)
     else:
-        keep = keep_hidden_tile(seed, rows, site, first_column, THRESHOLD, BLOCK_N)
+        keep = keep_hidden_tile(seed, first_row, site, THRESHOLD, BLOCK_M, BLOCK_N)
     tl.store(keep_ptr + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], keep.to(tl.int8))
 
 
 @pytest.mark.parametrize(
     ("layout", "head", "first_column", "width"),
-    [(ATTENTION, 5, 0, 64), (ATTENTION, 5, 192, 128), (HIDDEN, 0, 0, 512), (HIDDEN, 0, 512, 1024)],
+    [(ATTENTION, 5, 0, 64), (ATTENTION, 5, 192, 128), (HIDDEN, 0, 0, 8), (HIDDEN, 0, 0, 1024)],
 )
 def test_a_kernel_draws_the_mask_of_the_reference(layout: MaskLayout, head: int, first_column: int, width: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,6 +152,6 @@ def test_a_kernel_draws_the_mask_of_the_reference(layout: MaskLayout, head: int,
     _draw_kernel[(1,)](SEED.to(device), drawn, 1000, head, 77, first_column, 230, 16, width, layout is ATTENTION)
     keep = keep_mask_reference(
         torch.arange(1000, 1016), first_column + width, dropout_p=0.1, dropout_seed=SEED, site=77,
-        heads=torch.tensor([head]), layout=layout,
+        heads=torch.tensor([head]) if head else None, layout=layout,
     )  # fmt: skip
     assert torch.equal(drawn.bool().cpu(), keep[:, first_column:])

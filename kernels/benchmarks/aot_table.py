@@ -2,10 +2,12 @@
 
     python kernels/benchmarks/aot_table.py                        print the table
     python kernels/benchmarks/aot_table.py --write                and write results/aot.csv
-    python kernels/benchmarks/aot_table.py --check [--only TEXT ...]  exit 1 where a rule is broken or a figure got worse
+    python kernels/benchmarks/aot_table.py --check [--only TEXT ...]
+        exit 1 where a rule is broken or a figure got worse
 
 The rules for every kernel: no stack, no spills, shared memory within the card's limit, 16-byte loads, row offsets in
-64 bits, and tensor-core instructions where it multiplies 16-bit matrices. A figure is compared only with one of the same triton version.
+64 bits, and tensor-core instructions where it multiplies 16-bit matrices. A figure is compared
+only with one of the same triton version.
 """
 
 from __future__ import annotations

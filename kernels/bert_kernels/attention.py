@@ -213,7 +213,7 @@ def _(
     softmax_scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor]:
-    _, _, num_heads, head_dim = qkv.shape
+    num_tokens, _, num_heads, head_dim = qkv.shape
     lse = qkv.new_empty(num_heads, num_tokens, dtype=torch.float32)
     return qkv.new_empty(num_tokens, num_heads, head_dim), lse
 

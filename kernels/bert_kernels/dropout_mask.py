@@ -1,20 +1,19 @@
 """The one definition of the dropout masks: counter-based, so that any tile size and any recomputation agree.
 
-One Philox 4x32 call gives 16 bytes, for 16 columns j of row t, head h and site s:
+One Philox 4x32 call gives 16 bytes, for 16 elements of head h and site s:
 
-    counter = (call(j), t, h, s)      key = (low 32 bits of the seed, high 32 bits of the seed)
-    byte of column j = byte number byte(j) of the four output words, in little-endian order
+    counter = (call(j), row(t), h, s)      key = (low 32 bits of the seed, high 32 bits of the seed)
+    byte of element (t, j) = byte number byte(t, j) of the four output words, in little-endian order
     keep iff byte < keep_threshold(p) = round((1 - p) * 256);  kept values are scaled by 256 / keep_threshold(p)
 
-Which 16 columns share a call is chosen so that they lie in one thread's registers and no mask passes through shared
-memory. A layout has `lanes` calls per block of lanes * 16 columns; a call serves `run` neighbours in each of
-16 / run places that are lanes * run columns apart:
+Which 16 elements share a call is chosen so that they lie in one thread's registers and no mask passes through shared
+memory:
 
-    block, place, lane, neighbour = digits of j in the mixed base (.., 16 / run, lanes, run)
-    call(j) = block * lanes + lane      byte(j) = place * run + neighbour
+    ATTENTION: two neighbours of every eight columns in a block of 64, as a tensor-core accumulator spreads a row over
+    four threads: row(t) = t, call(j) = 4 (j // 64) + (j % 8) // 2, byte(t, j) = 2 (j % 64 // 8) + j % 2
+    HIDDEN: eight columns of a pair of rows, as a thread that owns whole columns reads them in 16-byte vectors:
+    row(t) = t // 2, call(j) = j // 8, byte(t, j) = 8 (t % 2) + j % 8, h = 0
 
-ATTENTION (4 lanes, run 2) is how a tensor-core accumulator spreads a row over four threads: 64 columns, two neighbours
-of every eight. HIDDEN (32 lanes, run 8) is how a warp reads a row in 16-byte vectors of 16-bit numbers: 512 columns.
 By instruction count for sm_90 the ATTENTION mask costs 5.8 per score element, 11.2 with 16 neighbours per call.
 
 The scale is the inverse of the probability that is really drawn, so the expectation is exact although p is rounded to
@@ -28,7 +27,7 @@ step and the micro-step apart.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from enum import Enum
 
 import torch
 import triton
@@ -38,15 +37,14 @@ from torch import Tensor
 NUM_ROUNDS = 7
 
 
-class MaskLayout(NamedTuple):
-    """Which 16 columns of a row share one Philox call."""
+class MaskLayout(Enum):
+    """Which 16 elements share one Philox call."""
 
-    lanes: int
-    run: int
+    ATTENTION = 1
+    HIDDEN = 2
 
 
-ATTENTION = MaskLayout(lanes=4, run=2)
-HIDDEN = MaskLayout(lanes=32, run=8)
+ATTENTION, HIDDEN = MaskLayout.ATTENTION, MaskLayout.HIDDEN
 
 _MULTIPLIER_A = 0xD2511F53
 _MULTIPLIER_B = 0xCD9E8D57
@@ -129,34 +127,55 @@ def keep_mask_reference(
         dropout_p: probability in [0, 1) of being dropped, rounded to 1/256.
         dropout_seed: int64 of shape [1].
         site: which dropout of the model this is, in [0, 2^32).
-        heads: int64 broadcastable with rows, None for 0.
+        heads: int64 broadcastable with rows, None for 0 (as it must be for HIDDEN).
         layout: ATTENTION for attention probabilities, HIDDEN for hidden tensors.
 
     Returns:
         bool (..., num_columns), of the broadcast shape of rows and heads.
     """
-    check_dropout(dropout_p, dropout_seed, rows.device)
-    heads = torch.zeros_like(rows) if heads is None else heads
-    rows, heads = torch.broadcast_tensors(rows, heads)
-    shape = rows.shape
-    rows, heads = rows.reshape(-1, 1), heads.reshape(-1, 1)
-    columns_per_block = layout.lanes * 16
-    num_blocks = -(-num_columns // columns_per_block)
-    call = torch.arange(num_blocks * layout.lanes, device=rows.device)
-    keep = torch.empty(rows.shape[0], num_blocks * columns_per_block, dtype=torch.bool, device=rows.device)
-    rows_per_chunk = max(1, _CALLS_PER_CHUNK // max(1, len(call))) if rows.device.type == "cpu" else max(1, len(rows))
+    if layout is HIDDEN:
+        num_rows = int(rows.max()) + 1 if rows.numel() else 0
+        return hidden_keep_mask(num_rows, num_columns, dropout_p=dropout_p, dropout_seed=dropout_seed, site=site)[rows]
+    rows, heads = torch.broadcast_tensors(rows, torch.zeros_like(rows) if heads is None else heads)
+    num_blocks = -(-num_columns // 64)
+    bytes_kept = _bytes_kept(rows.reshape(-1), heads.reshape(-1), 4 * num_blocks, dropout_p, dropout_seed, site)
+    # (block, lane, place of eight, pair of neighbours) -> (block, place, lane, pair); a pair moves as one number.
+    by_lane = bytes_kept.view(torch.int16).view(-1, num_blocks, 4, 8)
+    keep = (
+        by_lane.transpose(2, 3)
+        .clone(memory_format=torch.contiguous_format)
+        .view(torch.bool)
+        .view(rows.numel(), 64 * num_blocks)
+    )
+    return keep[:, :num_columns].reshape(*rows.shape, num_columns)
+
+
+def hidden_keep_mask(num_rows: int, num_columns: int, *, dropout_p: float, dropout_seed: Tensor, site: int) -> Tensor:
+    """Return the mask of layout HIDDEN for rows 0 .. num_rows - 1: bool (num_rows, num_columns)."""
+    pairs = torch.arange((num_rows + 1) // 2, device=dropout_seed.device)
+    num_calls = -(-num_columns // 8)
+    bytes_kept = _bytes_kept(pairs, torch.zeros_like(pairs), num_calls, dropout_p, dropout_seed, site)
+    # (pair, call, row of the pair, eight columns) -> (pair, row, call, eight columns); eight move as one number.
+    by_row = (
+        bytes_kept.view(torch.int64).view(-1, num_calls, 2).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    )
+    return by_row.view(torch.bool).view(-1, 8 * num_calls)[:num_rows, :num_columns]
+
+
+def _bytes_kept(rows: Tensor, heads: Tensor, num_calls: int, dropout_p: float, seed: Tensor, site: int) -> Tensor:
+    """Return which bytes of calls 0 .. num_calls - 1 of each row are kept: bool (rows, 16 num_calls)."""
+    check_dropout(dropout_p, seed, rows.device)
+    calls = torch.arange(num_calls, device=rows.device)
+    kept = torch.empty(len(rows), 16 * num_calls, dtype=torch.bool, device=rows.device)
+    rows_per_chunk = max(1, _CALLS_PER_CHUNK // max(1, num_calls)) if rows.device.type == "cpu" else max(1, len(rows))
     threshold = keep_threshold(dropout_p)
-    # The booleans of one run of neighbours move as one number.
-    run_dtype = {2: torch.int16, 8: torch.int64}[layout.run]
     for start in range(0, len(rows), rows_per_chunk):
         part = slice(start, start + rows_per_chunk)
-        counters = torch.broadcast_tensors(call, rows[part], heads[part], torch.full_like(call, site))
-        words = philox_words(counters, dropout_seed)
+        counters = torch.broadcast_tensors(calls, rows[part, None], heads[part, None], torch.full_like(calls, site))
         # int64 -> int32 keeps the low 32 bits; their four bytes in memory order are the little-endian ones.
-        drawn = words.to(torch.int32).permute(1, 2, 0).contiguous().view(torch.uint8) < threshold
-        by_call = drawn.view(run_dtype).view(-1, num_blocks, layout.lanes, 16 // layout.run)
-        keep[part].view(run_dtype).view(-1, num_blocks, 16 // layout.run, layout.lanes).copy_(by_call.transpose(2, 3))
-    return keep[:, :num_columns].reshape(*shape, num_columns)
+        words = philox_words(counters, seed).to(torch.int32).permute(1, 2, 0).contiguous()
+        torch.lt(words.view(torch.uint8).flatten(1), threshold, out=kept[part])
+    return kept
 
 
 def dropout_reference(
@@ -167,8 +186,7 @@ def dropout_reference(
     if keep_threshold(dropout_p) == 256:
         return x if residual is None else residual + x
     assert dropout_seed is not None
-    rows = torch.arange(x.shape[0], device=x.device)
-    keep = keep_mask_reference(rows, x.shape[1], dropout_p=dropout_p, dropout_seed=dropout_seed, site=site)
+    keep = hidden_keep_mask(x.shape[0], x.shape[1], dropout_p=dropout_p, dropout_seed=dropout_seed, site=site)
     # The scale stays a Python number: as a bf16 tensor it would be off by up to 0.2 %.
     if residual is None:
         return x * keep * keep_scale(dropout_p)
@@ -197,11 +215,11 @@ def keep_attention_tile(seed, rows, head, site, first_column, THRESHOLD: tl.cons
 
 
 @triton.jit
-def keep_hidden_tile(seed, rows, site, first_column, THRESHOLD: tl.constexpr, NUM_COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the keep mask (rows, NUM_COLUMNS) of layout HIDDEN, head 0; columns in multiples of 512."""
-    M: tl.constexpr = rows.shape[0]
-    words = _philox_tile(seed, rows, 0, site, first_column // 16, NUM_COLUMNS // 16)
-    # (block, lane, half, word of the half) -> (block, half, lane, word of the half, byte), the order of the columns.
-    words = words.reshape(M, NUM_COLUMNS // 512, 32, 2, 2).permute(0, 1, 3, 2, 4).reshape(M, NUM_COLUMNS // 4, 1)
+def keep_hidden_tile(seed, first_row, site, THRESHOLD: tl.constexpr, NUM_ROWS: tl.constexpr, NUM_COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the keep mask (NUM_ROWS, NUM_COLUMNS) of layout HIDDEN from an even row on; columns in multiples of 8."""
+    pairs = (first_row // 2).to(tl.int32) + tl.arange(0, NUM_ROWS // 2)
+    words = _philox_tile(seed, pairs, 0, site, 0, NUM_COLUMNS // 8)
+    # (pair, call, row of the pair, word of the row) -> (pair, row, call, word), the order of the elements.
+    words = words.permute(0, 2, 1, 3).reshape(NUM_ROWS, NUM_COLUMNS // 4, 1)
     shift = 24 - 8 * tl.arange(0, 4).reshape(1, 1, 4)
-    return (words << shift.to(tl.uint32)).reshape(M, NUM_COLUMNS) < (THRESHOLD << 24)
+    return (words << shift.to(tl.uint32)).reshape(NUM_ROWS, NUM_COLUMNS) < (THRESHOLD << 24)
