@@ -127,6 +127,29 @@ def test_a_worker_stops_when_deepspeeds_runner_dies_though_its_own_launcher_live
     os.kill(launcher, signal.SIGKILL)
 
 
+def test_what_a_killed_worker_has_forked_dies_with_it(tmp_path: Path) -> None:
+    code = (
+        "import os, time\n"
+        "from bert_ds.training.restart import StopRequest, follow_launcher\n"
+        "stop = StopRequest()\n"
+        "stop.install()\n"
+        "follow_launcher(stop)\n"
+        "pid = os.fork()\n"
+        "if pid:\n"
+        "    print(pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    assert worker.stdout is not None
+    forked = int(worker.stdout.readline())
+    os.kill(forked, signal.SIGTERM)
+    assert not wait_until(lambda: has_ended(forked), 0.3)
+    worker.kill()
+    worker.wait()
+    assert wait_until(lambda: has_ended(forked), 10)
+
+
 def test_a_worker_that_does_not_stop_ends_after_the_grace_period(tmp_path: Path) -> None:
     parent, pid = start_child_of_a_launcher(tmp_path / "told", grace=0.3, then="time.sleep(60)")
     parent.kill()

@@ -47,19 +47,23 @@ class StopRequest:
 
 
 def follow_launcher(stop: StopRequest, *, grace_s: float = 60.0, poll_s: float = 1.0) -> None:
-    """Make sure that this process does not outlive its launcher.
+    """Make sure that this process does not outlive its launcher, nor what it forks itself.
 
     DeepSpeed's launcher loses signals: killed by SIGKILL, SIGTERM or SIGUSR1 it leaves its workers training. The kernel
     sends SIGTERM when the parent dies; a thread watches the parent and, where the parent is DeepSpeed's per-node
     launcher, the runner above it. When one is gone the loop is asked to stop, and grace_s later the process ends.
     A process that no launcher started follows nobody: its shell may well be closed.
+
+    Forked children get SIGKILL when this process dies. A data loader's worker would otherwise wait for ever to write
+    into a full pipe that nobody reads. They keep the signal handlers: a signal sent to the whole job must not take the
+    data away from a rank that is about to save.
     """
+    os.register_at_fork(after_in_child=lambda: _signal_at_parents_death(signal.SIGKILL))
     if not {"RANK", "SLURM_PROCID"} & os.environ.keys():
         return
     watched = {os.getppid(): "the launcher"}
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        watched.update(_runner_above(os.getppid()))
+    _signal_at_parents_death(signal.SIGTERM)
+    watched.update(_runner_above(os.getppid()))
     facts = {pid: (name, _identity(pid)) for pid, name in watched.items()}
 
     def watch() -> None:
@@ -72,6 +76,12 @@ def follow_launcher(stop: StopRequest, *, grace_s: float = 60.0, poll_s: float =
         os._exit(EXIT_RUN_AGAIN)
 
     threading.Thread(target=watch, name="follow-launcher", daemon=True).start()
+
+
+def _signal_at_parents_death(number: signal.Signals) -> None:
+    """Let the kernel send this process a signal when its parent dies; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def _identity(pid: int) -> str | None:
