@@ -81,7 +81,7 @@ def read_config_file(path: str | Path) -> ConfigFile:
     except ValueError as error:
         raise ConfigError(f"{name}: not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{name}: found {describe(_outer(value))}, wanted one JSON object")
+        raise ConfigError(f"{name}: found {describe(value)}, wanted one JSON object")
     file.data = _plain(value, (), file.problems)
     return file
 
@@ -211,10 +211,6 @@ def _read_text(name: str) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: byte {error.start} is not UTF-8") from None
-
-
-def _outer(value: Any) -> Any:
-    return str(value) if isinstance(value, _NotANumber) else value
 
 
 def _plain(value: Any, path: tuple[str, ...], problems: list[Problem]) -> Any:

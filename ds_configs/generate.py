@@ -59,6 +59,7 @@ BLOCKS = (
 )
 """Blocks that DeepSpeed reads with dictionary look-ups; outer before inner."""
 
+COMMUNICATION = ["fp16", "bf16", "fp32"]
 OPTIONAL_INT = {"kind": "int", "null": True}
 DTYPES = ["fp16", "float16", "half", "bf16", "bfloat16", "fp32", "float32", "float"]
 KINDS: dict[str, dict[str, Any]] = {
@@ -72,8 +73,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "vocabulary_size": {"kind": "int", "gt": 0, "null": True},
     "log_level": {"kind": "str", "choices": ["debug", "info", "warning", "error", "critical"], "null": True},
     "bfloat16": {"kind": "same_as", "name": "bf16"},
-    "communication_data_type": {"kind": "str", "choices": ["fp16", "bf16", "fp32"], "null": True, "default": None},
-    "seq_parallel_communication_data_type": {"kind": "str", "choices": ["fp16", "bf16", "fp32"], "default": "fp32"},
+    "communication_data_type": {"kind": "str", "choices": COMMUNICATION, "null": True, "default": None},
+    "seq_parallel_communication_data_type": {"kind": "str", "choices": COMMUNICATION, "default": "fp32"},
     "pipeline": {"kind": "object"},
     "datastates_ckpt": {"kind": "object", "null": True},
     "sequence_parallel_size": {"kind": "int", "gt": 0},
@@ -91,24 +92,26 @@ KINDS: dict[str, dict[str, Any]] = {
     "autotuning.metric_path": {"kind": "str", "null": True},
     "autotuning.arg_mappings": {"kind": "object", "null": True},
     "autotuning.max_train_batch_size": OPTIONAL_INT,
+    **{f"autotuning.model_info.{name}": OPTIONAL_INT for name in ("num_params", "hidden_size", "num_layers")},
     "autotuning.model_info_path": {"kind": "str", "null": True},
-    "autotuning.model_info.num_params": OPTIONAL_INT,
-    "autotuning.model_info.hidden_size": OPTIONAL_INT,
-    "autotuning.model_info.num_layers": OPTIONAL_INT,
     "checkpoint.tag_validation": {"kind": "str", "choices": ["Warn", "Ignore", "Fail"], "default": "Warn"},
     "checkpoint.writer.type": {"kind": "str"},
     "checkpoint.writer.data_parallel": {"kind": "str", "null": True},
-    "data_types.grad_accum_dtype": {"kind": "str", "choices": DTYPES, "null": True, "default": None},
-    "data_types.param_dtype": {"kind": "str", "choices": DTYPES, "null": True, "default": None},
-    "data_types.buffer_dtype": {"kind": "str", "choices": DTYPES, "null": True, "default": None},
+    **{
+        f"data_types.{name}": {"kind": "str", "choices": DTYPES, "null": True, "default": None}
+        for name in ("grad_accum_dtype", "param_dtype", "buffer_dtype")
+    },
     "data_types.keep_in_fp32_modules": {"kind": "list", "items": "str", "default": []},
-    "data_efficiency.data_sampling.curriculum_learning": {"kind": "object"},
-    "data_efficiency.data_sampling.dynamic_batching": {"kind": "object"},
+    **{
+        f"data_efficiency.data_sampling.{one}": {"kind": "object"}
+        for one in ("curriculum_learning", "dynamic_batching")
+    },
     "data_efficiency.data_routing.random_ltd": {"kind": "object"},
 }
 """Settings whose default says less than their type, or that are read where the recording does not reach."""
 
 
+PROFILER_LEAST = {"top_modules": 1, "module_depth": -1, "recompute_fwd_factor": 0}
 BOUNDS: dict[str, dict[str, float]] = {
     "fp16.hysteresis": {"gt": 0},
     "fp16.initial_scale_power": {"ge": 0, "le": 32},
@@ -117,13 +120,9 @@ BOUNDS: dict[str, dict[str, float]] = {
     "fp16.min_loss_scale": {"gt": 0},
     "zero_optimization.zero_hpz_partition_size": {"gt": 0},
     "zero_optimization.stage3_module_granularity_threshold": {"ge": 0},
-    "flops_profiler.top_modules": {"gt": 0},
-    "flops_profiler.module_depth": {"ge": -1},
-    "flops_profiler.recompute_fwd_factor": {"ge": 0},
+    **{f"flops_profiler.{name}": {"ge": low} for name, low in PROFILER_LEAST.items()},
     "comet.samples_log_interval": {"gt": 0},
-    "aio.block_size": {"gt": 0},
-    "aio.queue_depth": {"gt": 0},
-    "aio.intra_op_parallelism": {"gt": 0},
+    **{f"aio.{name}": {"gt": 0} for name in ("block_size", "queue_depth", "intra_op_parallelism")},
 }
 """Bounds that DeepSpeed leaves out or checks in code."""
 
@@ -158,13 +157,14 @@ def ds_keys_text() -> str:
         _put(keys, path, _model_node(model))
     for path, bounds in BOUNDS.items():
         outer = keys
-        for part in path.split(".")[:-1]:
+        *parents, last = path.split(".")
+        for part in parents:
             outer = outer[part]["keys"]
-        outer[path.split(".")[-1]] |= bounds
-    removed = {**ds._REMOVED_TOP_LEVEL_CONFIG_KEYS}
-    removed |= {f"zero_optimization.{key}": text for key, text in ds._REMOVED_ZERO_CONFIG_KEYS.items()}
+        outer[last] |= bounds
+    zero_removed = {f"zero_optimization.{key}": text for key, text in ds._REMOVED_ZERO_CONFIG_KEYS.items()}
+    removed = {**ds._REMOVED_TOP_LEVEL_CONFIG_KEYS, **zero_removed}
     table = {"deepspeed": deepspeed.__version__, "removed": removed, "keys": keys}
-    return json.dumps(_sorted(table), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(table, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def recorded_lookups() -> dict[str, list[Any]]:
@@ -280,13 +280,12 @@ def _annotation_node(annotation: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """Return a default as JSON has it; None for what JSON does not have."""
     if isinstance(value, enum.Enum):
         return value.value
-    return int(value) if isinstance(value, int) and not isinstance(value, bool) else value if _is_json(value) else None
-
-
-def _is_json(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str | list)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    return value if isinstance(value, bool | float | str | list) else None
 
 
 def _put(keys: dict[str, Any], path: str, node: dict[str, Any]) -> None:
@@ -294,14 +293,6 @@ def _put(keys: dict[str, Any], path: str, node: dict[str, Any]) -> None:
     for part in outer:
         keys = keys[part]["keys"]
     keys[last] = node
-
-
-def _sorted(value: Any) -> Any:
-    if isinstance(value, dict):
-        order = ("deepspeed", "kind")
-        names = sorted(value, key=lambda name: (name not in order, name))
-        return {name: _sorted(value[name]) for name in names}
-    return value
 
 
 if __name__ == "__main__":
