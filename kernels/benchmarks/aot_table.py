@@ -25,6 +25,7 @@ import triton
 from bert_kernels._launch import INTERPRETING, Launch, record_launches
 from bert_kernels.attention_kernels import AttentionCall, attention_backward, attention_forward
 from bert_kernels.compile_ahead import SHARED_LIMIT_BYTES, Figures, compile_launch
+from bert_kernels.layer_norm import LayerNormCall, layer_norm_backward, layer_norm_forward
 
 TABLE = Path(__file__).parent / "results" / "aot.csv"
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -72,13 +73,29 @@ def attention_case(head_dim: int, max_seqlen: int, dropout_p: float, dtype: torc
     return Case(name, run, multiplies=dtype != torch.float32)
 
 
+def layer_norm_case(width: int, dropout_p: float | None, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """Return dropout_add_layer_norm of 8192 rows with a bias, or plain layer_norm where dropout_p is None."""
+
+    def run() -> None:
+        x, vector = torch.empty(8192, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        residual, x_bias = (None, None) if dropout_p is None else (x, vector)
+        call = LayerNormCall(x, residual, vector, x_bias, dropout_p or 0.0, torch.empty(1, dtype=torch.int64), 0)
+        y, mean, rstd = layer_norm_forward(call, vector, 1e-12)
+        layer_norm_backward(call, mean, rstd, y)
+
+    op = "layer_norm" if dropout_p is None else f"dropout_add_layer_norm p={dropout_p}"
+    return Case(f"{op} d={width} {str(dtype).removeprefix('torch.')}", run, multiplies=False)
+
+
 def cases() -> list[Case]:
     """Return what the table holds."""
     lengths = (64, 128, 512)
     attention = [attention_case(64, length, p) for length in lengths for p in (0.0, 0.1)]
     attention += [attention_case(d, length, 0.1) for d in (32, 128) for length in lengths]
     attention += [attention_case(64, 512, 0.1, torch.float16), attention_case(64, 512, 0.1, torch.float32)]
-    return attention
+    layer_norm = [layer_norm_case(width, p) for width in (768, 1024) for p in (None, 0.0, 0.1)]
+    layer_norm += [layer_norm_case(width, 0.1) for width in (256, 512, 2048, 4096)]
+    return attention + layer_norm
 
 
 def measure(case: Case, architecture: str) -> Iterator[Row]:

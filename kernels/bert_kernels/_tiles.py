@@ -68,3 +68,30 @@ ATTENTION: Mapping[str, TileTable] = {
     },
     "dkdv/fp32": {"default": ((_ANY, Tile(16, 64, 8, 1)),)},
 }
+
+# block_m: partial sums per step, block_n: columns.
+COLUMN_SUMS = Tile(32, 32, 4, 2)
+
+# Size: hidden size rounded up to a power of two. block_m: rows (even, for the mask); block_n: programs of the backward,
+# each with a row of partial sums. A warp holds 256 columns, so that a thread owns whole columns of all rows.
+LAYER_NORM: TileTable = {
+    "default": (
+        (256, Tile(4, 512, 1, 1)),
+        (512, Tile(4, 512, 2, 1)),
+        (1024, Tile(4, 512, 4, 1)),
+        (2048, Tile(2, 256, 8, 1)),
+        (_ANY, Tile(2, 256, 16, 1)),
+    ),
+    "sm_90": (
+        (256, Tile(4, 528, 1, 1)),
+        (512, Tile(4, 528, 2, 1)),
+        (1024, Tile(4, 528, 4, 1)),
+        (2048, Tile(2, 264, 8, 1)),
+        (_ANY, Tile(2, 264, 16, 1)),
+    ),
+}
+
+# Size: intermediate size. block_m: rows, block_n: columns.
+BIAS_GELU: TileTable = {"default": ((_ANY, Tile(16, 256, 4, 1)),)}
+# Row programs of the backward, each with a row of partial sums of dbias.
+BIAS_GELU_PROGRAMS = 64

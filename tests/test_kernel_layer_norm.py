@@ -1,0 +1,163 @@
+"""The Triton LayerNorm operators: in the interpreter without a CUDA device, on the device where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bert_kernels.dropout_mask import keep_mask_reference
+from bert_kernels.layer_norm import (
+    dropout_add_layer_norm,
+    dropout_add_layer_norm_reference,
+    layer_norm,
+    layer_norm_reference,
+)
+from bert_kernels.testing import assert_close_to_truth, poison_empty
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SEED = torch.tensor([0x1234567_89ABCDEF], device=DEVICE)
+NAMES = ("x", "residual", "weight", "bias", "x_bias")
+# What rounding alone may add where torch happens to be exact; dweight and dbias are sums over all rows.
+ATOL = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def inputs(num_rows: int, width: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(width)
+    shapes = ((num_rows, width), (num_rows, width), (width,), (width,), (width,))
+    tensors = {n: torch.randn(s, generator=generator).to(DEVICE, dtype) for n, s in zip(NAMES, shapes, strict=True)}
+    # A common offset of all columns: a variance computed as E[z^2] - E[z]^2 would cancel.
+    return tensors | {"residual": tensors["residual"] + 30}
+
+
+def fused(op: Callable[..., Tensor], dropout_p: float, has_x_bias: bool = True) -> Callable[..., Tensor]:
+    def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Tensor:
+        options = {"dropout_p": dropout_p, "dropout_seed": SEED, "site": 5}
+        return op(x, residual, weight, bias, 1e-5, x_bias_D=x_bias if has_x_bias else None, **options)
+
+    return call
+
+
+def plain(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x, residual, weight, bias, x_bias: op(x, weight, bias, 1e-5)
+
+
+def out_and_gradients(op: Callable[..., Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    leaves = [tensors[name].detach().clone().requires_grad_() for name in NAMES]
+    out = op(*leaves)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    gradients = torch.autograd.grad(out, leaves, dout, allow_unused=True)
+    return {"out": out.detach()} | {f"d{n}": g for n, g in zip(NAMES, gradients, strict=True) if g is not None}
+
+
+def check_by_the_2x_rule(kernel: Callable, reference: Callable, tensors: dict[str, Tensor]) -> None:
+    with poison_empty():
+        ours = out_and_gradients(kernel, tensors)
+    truth = out_and_gradients(reference, {name: tensor.double() for name, tensor in tensors.items()})
+    peer = out_and_gradients(reference, tensors)
+    assert ours.keys() == truth.keys()
+    for name, value in ours.items():
+        assert_close_to_truth(value, truth[name], peer[name], name=name, atol=ATOL[value.dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 768), (13, 256), (5, 1024), (3, 7), (2, 4096)])
+def test_the_fused_operator_is_as_near_to_the_truth_as_torch(
+    num_rows: int, width: int, dropout_p: float, dtype: torch.dtype
+) -> None:
+    kernel, reference = (fused(op, dropout_p) for op in (dropout_add_layer_norm, dropout_add_layer_norm_reference))
+    check_by_the_2x_rule(kernel, reference, inputs(num_rows, width, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_plain_operator_is_as_near_to_the_truth_as_torch(dtype: torch.dtype) -> None:
+    check_by_the_2x_rule(plain(layer_norm), plain(layer_norm_reference), inputs(13, 768, dtype))
+
+
+def test_without_an_x_bias_the_mask_still_applies() -> None:
+    kernel, reference = (fused(op, 0.3, False) for op in (dropout_add_layer_norm, dropout_add_layer_norm_reference))
+    check_by_the_2x_rule(kernel, reference, inputs(6, 40))
+
+
+@pytest.mark.campaign
+def test_more_row_blocks_than_programs_are_all_summed() -> None:
+    kernel, reference = (fused(op, 0.1) for op in (dropout_add_layer_norm, dropout_add_layer_norm_reference))
+    check_by_the_2x_rule(kernel, reference, inputs(4 * 512 + 5, 16))
+
+
+def test_backward_drops_exactly_what_the_reference_drops() -> None:
+    tensors = inputs(9, 300)
+    gradients = out_and_gradients(fused(dropout_add_layer_norm, 0.3), tensors)
+    keep = keep_mask_reference(torch.arange(9, device=DEVICE), 300, dropout_p=0.3, dropout_seed=SEED, site=5)
+    assert torch.equal(gradients["dx"] != 0, keep)
+    assert bool((gradients["dresidual"] != 0).all())
+
+
+def test_a_weight_in_fp32_serves_inputs_in_16_bits() -> None:
+    tensors = inputs(5, 64, torch.bfloat16)
+    weight, bias = tensors["weight"].float(), tensors["bias"].float()
+    out = layer_norm(tensors["x"], weight, bias, 1e-5)
+    truth = layer_norm_reference(tensors["x"].float(), weight, bias, 1e-5)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), truth, atol=2e-2, rtol=8e-3)
+
+
+def test_strided_inputs_and_gradients_are_read_right() -> None:
+    tensors = inputs(6, 40)
+    x = tensors["x"].t().contiguous().t().requires_grad_()
+    out = layer_norm(x, tensors["weight"], tensors["bias"], 1e-5)
+    out.sum().backward()
+    torch.testing.assert_close(out, layer_norm_reference(x, tensors["weight"], tensors["bias"], 1e-5))
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
+def test_no_rows_give_no_output_and_zero_gradients() -> None:
+    gradients = out_and_gradients(fused(dropout_add_layer_norm, 0.1), inputs(0, 64))
+    assert gradients["out"].shape == (0, 64)
+    assert all(bool((gradients[name] == 0).all()) for name in ("dweight", "dbias", "dx_bias"))
+
+
+def test_only_the_gradients_asked_for_are_returned() -> None:
+    tensors = inputs(3, 16)
+    weight = tensors["weight"].requires_grad_()
+    dropout_add_layer_norm(tensors["x"], tensors["residual"], weight, tensors["bias"], 1e-5).sum().backward()
+    assert weight.grad is not None and tensors["x"].grad is None and tensors["bias"].grad is None
+
+
+def test_recomputation_under_checkpointing_draws_the_same_mask() -> None:
+    tensors = inputs(4, 48)
+    op = fused(dropout_add_layer_norm, 0.3)
+    kept = out_and_gradients(op, tensors)
+    again = out_and_gradients(lambda *leaves: checkpoint(op, *leaves, use_reentrant=False), tensors)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_the_operator_passes_torchs_own_checks() -> None:
+    tensors = {name: tensor.requires_grad_() for name, tensor in inputs(3, 16).items()}
+    x, residual, weight, bias, x_bias = (tensors[name] for name in NAMES)
+    op = torch.ops.bert_kernels.layer_norm.default
+    torch.library.opcheck(op, (x, residual, weight, bias, x_bias, 1e-5, 0.3, SEED, 5))
+    torch.library.opcheck(op, (x, None, weight, bias, None, 1e-5, 0.0, None, 0))
+
+
+def test_it_compiles_without_a_graph_break() -> None:
+    op, tensors = fused(dropout_add_layer_norm, 0.3), inputs(3, 16)
+    eager = out_and_gradients(op, tensors)
+    traced = out_and_gradients(torch.compile(op, backend="aot_eager", fullgraph=True), tensors)
+    assert all(torch.equal(eager[name], traced[name]) for name in eager)
+
+
+def test_what_the_kernels_cannot_do_is_refused_with_both_numbers() -> None:
+    x, vector = torch.zeros(3, 16, device=DEVICE), torch.zeros(16, device=DEVICE)
+    with pytest.raises(ValueError, match=r"\[1, 4096\], got \[3, 5000\]"):
+        layer_norm(torch.zeros(3, 5000, device=DEVICE), vector, vector, 1e-5)
+    with pytest.raises(ValueError, match=r"weight_D must be contiguous torch.float32 \[16\], got torch.float32 \[15\]"):
+        layer_norm(x, vector[:15], vector, 1e-5)
+    with pytest.raises(ValueError, match=r"residual_TD must be torch.float32 \[3, 16\] as x_TD, got torch.float32 \[2"):
+        dropout_add_layer_norm(x, x[:2], vector, vector, 1e-5)
+    with pytest.raises(ValueError, match="dropout_seed is None"):
+        dropout_add_layer_norm(x, x, vector, vector, 1e-5, dropout_p=0.1)
