@@ -25,7 +25,7 @@ from bert_ds.ranks import Ranks
 from bert_ds.run_log import read_metrics
 from bert_ds.training.checkpoint_folder import find_checkpoint, step_of
 
-TOTAL_STEPS = 400
+TOTAL_STEPS = 100_000
 
 
 def train_in_child(run_dir: Path, steps: int, *, kill_at: int | None) -> None:

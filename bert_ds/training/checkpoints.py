@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -47,7 +48,7 @@ def save_checkpoint(
     """
     writer = engine.checkpoint_engine
     assert isinstance(writer, VerifiedCheckpointEngine), "the engine was not built by make_engine"
-    tag = f"global_step{state.step}"
+    begun, tag = time.perf_counter(), f"global_step{state.step}"
     folder = checkpoint_folder.checkpoints_dir(run_dir)
     started = _on_main(lambda: _start(folder, tag, needed_bytes=checkpoint_bytes(engine)))
     if "error" in started:
@@ -66,7 +67,9 @@ def save_checkpoint(
     path = folder / tag
     if log.is_main:
         _rotate(run_dir, path, policy=policy, log=log)
-    log.info(f"saved {path} ({sum(record['bytes'] for record in manifest['files'].values()):,} bytes)")
+    seconds, num_bytes = time.perf_counter() - begun, sum(record["bytes"] for record in manifest["files"].values())
+    log.row("checkpoint", state.step, {"seconds": seconds, "bytes": num_bytes})
+    log.info(f"saved {path}: {num_bytes:,} bytes in {seconds:.1f} s")
     return path
 
 
@@ -115,12 +118,12 @@ def load_checkpoint(
     _refuse_foreign(engine, path, manifest=manifest, facts=facts or {})
     settings = [_settings(group) for group in engine.optimizer.param_groups]
     try:
+        state = TrainState.from_dict(manifest["state"])
         engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit this model or optimizer: {error}") from error
     for group, setting in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(setting)
-    state = TrainState.from_dict(manifest["state"])
     state.attempt += 1
     return state
 

@@ -62,7 +62,8 @@ def train(
     while state.step < plan.last_step:
         step = _take_one(engine, batches, state=state, plan=plan, services=services)
         if step is None:
-            services.log.warning(f"asked to stop ({services.stop.reason}), saving at step {state.step}")
+            reason = services.stop.reason or "on another rank"
+            services.log.info(f"asked to stop ({reason}), saving at step {state.step}")
             break
         if not step.applied:
             _log_bad_step(engine, step, state=state, plan=plan, services=services)
