@@ -24,6 +24,7 @@ import triton
 
 from bert_kernels._launch import INTERPRETING, Launch, record_launches
 from bert_kernels.attention_kernels import AttentionCall, attention_backward, attention_forward
+from bert_kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from bert_kernels.compile_ahead import SHARED_LIMIT_BYTES, Figures, compile_launch
 from bert_kernels.layer_norm import LayerNormCall, layer_norm_backward, layer_norm_forward
 
@@ -87,6 +88,16 @@ def layer_norm_case(width: int, dropout_p: float | None, dtype: torch.dtype = to
     return Case(f"{op} d={width} {str(dtype).removeprefix('torch.')}", run, multiplies=False)
 
 
+def bias_gelu_case(width: int, approximate: str, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """Return bias_gelu of 8192 rows."""
+
+    def run() -> None:
+        x, bias = torch.empty(8192, width, dtype=dtype), torch.empty(width, dtype=dtype)
+        bias_gelu_backward(x, bias, bias_gelu_forward(x, bias, approximate), approximate)
+
+    return Case(f"bias_gelu {approximate} f={width} {str(dtype).removeprefix('torch.')}", run, multiplies=False)
+
+
 def cases() -> list[Case]:
     """Return what the table holds."""
     lengths = (64, 128, 512)
@@ -95,7 +106,9 @@ def cases() -> list[Case]:
     attention += [attention_case(64, 512, 0.1, torch.float16), attention_case(64, 512, 0.1, torch.float32)]
     layer_norm = [layer_norm_case(width, p) for width in (768, 1024) for p in (None, 0.0, 0.1)]
     layer_norm += [layer_norm_case(width, 0.1) for width in (256, 512, 2048, 4096)]
-    return attention + layer_norm
+    bias_gelu = [bias_gelu_case(width, kind) for width in (3072, 4096) for kind in ("none", "tanh")]
+    bias_gelu.append(bias_gelu_case(4096, "none", torch.float32))
+    return attention + layer_norm + bias_gelu
 
 
 def measure(case: Case, architecture: str) -> Iterator[Row]:

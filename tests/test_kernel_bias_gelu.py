@@ -1,0 +1,96 @@
+"""The Triton bias_gelu operator: in the interpreter without a CUDA device, on the device where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from bert_kernels.bias_gelu import bias_gelu, bias_gelu_reference
+from bert_kernels.testing import assert_close_to_truth, poison_empty
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# What rounding alone may add where torch happens to be exact; dbias is a sum over all rows.
+ATOL = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def out_and_gradients(op: Callable[..., Tensor], x: Tensor, bias: Tensor, approximate: str) -> dict[str, Tensor]:
+    x, bias = (tensor.detach().clone().requires_grad_() for tensor in (x, bias))
+    out = op(x, bias, approximate=approximate)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    dx, dbias = torch.autograd.grad(out, (x, bias), dout)
+    return {"out": out.detach(), "dx": dx, "dbias": dbias}
+
+
+def inputs(num_rows: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(width)
+    x, bias = torch.randn(num_rows, width, generator=generator) * 2, torch.randn(width, generator=generator)
+    return x.to(DEVICE, dtype), bias.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 3072), (17, 257), (5, 7), (16, 256)])
+def test_output_and_gradients_are_as_near_to_the_truth_as_torch(
+    num_rows: int, width: int, dtype: torch.dtype, approximate: str
+) -> None:
+    x, bias = inputs(num_rows, width, dtype)
+    with poison_empty():
+        ours = out_and_gradients(bias_gelu, x, bias, approximate)
+    truth = out_and_gradients(bias_gelu_reference, x.double(), bias.double(), approximate)
+    peer = out_and_gradients(bias_gelu_reference, x, bias, approximate)
+    for name, value in ours.items():
+        assert_close_to_truth(value, truth[name], peer[name], name=name, atol=ATOL[dtype])
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_the_tails_keep_their_relative_precision_in_16_bits(approximate: str) -> None:
+    x = torch.linspace(-4.5, 4.5, 512, device=DEVICE, dtype=torch.float16)[None]
+    bias = torch.zeros(512, device=DEVICE, dtype=torch.float16)
+    truth = bias_gelu_reference(x.double(), bias.double(), approximate=approximate)  # type: ignore[arg-type]
+    out = bias_gelu(x, bias, approximate=approximate)  # type: ignore[arg-type]
+    torch.testing.assert_close(out.double(), truth, rtol=2e-3, atol=1e-7)
+
+
+def test_large_inputs_give_the_limits_and_no_nan() -> None:
+    x = torch.tensor([[-3e4, -50.0, 50.0, 3e4]], device=DEVICE, dtype=torch.float16)
+    for approximate in ("none", "tanh"):
+        results = out_and_gradients(bias_gelu, x, torch.zeros(4, device=DEVICE, dtype=torch.float16), approximate)
+        assert results["out"].tolist() == [[0.0, 0.0, 50.0, 30000.0]]
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in results.values())
+
+
+@pytest.mark.campaign
+def test_more_row_blocks_than_programs_are_all_summed() -> None:
+    x, bias = inputs(64 * 16 * 2 + 3, 40)
+    ours, truth = (out_and_gradients(op, x, bias, "none") for op in (bias_gelu, bias_gelu_reference))
+    torch.testing.assert_close(ours["dbias"], truth["dbias"], atol=1e-3, rtol=1e-5)
+
+
+def test_strided_inputs_and_no_rows_are_handled() -> None:
+    x, bias = inputs(6, 40)
+    strided = x.t().contiguous().t()
+    torch.testing.assert_close(bias_gelu(strided, bias), bias_gelu_reference(x, bias), atol=1e-6, rtol=1e-6)
+    empty = out_and_gradients(bias_gelu, x[:0], bias, "none")
+    assert empty["out"].shape == (0, 40) and bool((empty["dbias"] == 0).all())
+
+
+def test_the_operator_passes_torchs_own_checks_and_compiles() -> None:
+    x, bias = inputs(3, 16)
+    arguments = (x.requires_grad_(), bias.requires_grad_(), "none")
+    torch.library.opcheck(torch.ops.bert_kernels.bias_gelu.default, arguments)
+    compiled = torch.compile(bias_gelu, backend="aot_eager", fullgraph=True)
+    eager, traced = (out_and_gradients(op, x, bias, "tanh") for op in (bias_gelu, compiled))
+    assert all(torch.equal(eager[name], traced[name]) for name in eager)
+
+
+def test_what_the_kernel_cannot_do_is_refused_with_both_numbers() -> None:
+    x, bias = inputs(3, 16)
+    with pytest.raises(ValueError, match=r"\[3, 16\] and \[15\]"):
+        bias_gelu(x, bias[:15])
+    with pytest.raises(ValueError, match="float64"):
+        bias_gelu(x.double(), bias)
+    with pytest.raises(ValueError, match="'none' or 'tanh', got 'erf'"):
+        bias_gelu(x, bias, approximate="erf")  # type: ignore[arg-type]
