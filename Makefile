@@ -26,7 +26,7 @@ pretrain: env
 	@$(BIN)/python bert_ds/show_masks.py --model $(RUN_DIR)/hf
 
 test: env-dev
-	$(BIN)/python -m pytest -m "not campaign and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15 -m "not campaign and not gpu"
 
 check: env-dev
 	$(BIN)/ruff check .
