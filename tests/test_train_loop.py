@@ -27,7 +27,6 @@ from tiny_training import (
 from bert_ds.ranks import CheckpointError, DataError, DivergedError
 from bert_ds.run_log import read_metrics
 from bert_ds.training.evaluation import evaluate
-from bert_ds.training.probe import fits_in_memory, largest_that_fits, probe_longest
 from bert_ds.training.train_loop import train
 from bert_ds.training.train_state import TrainState
 
@@ -61,6 +60,8 @@ def nan_on_rank_1(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     results = {}
     for stage, precision in KINDS:
         engine = tiny_engine(ds_config(stage, precision=precision, accumulation=2, world_size=world_size))
+        start = torch.cat([parameter.detach().flatten() for parameter in TinyModel().parameters()])
+        assert torch.equal(full_weights(engine), start)
         services = tiny_services(Path(folder) / f"nan-{stage}-{precision}", rank, world_size)
         batches = with_nan(step_batches(0, rank, 2), {2} if rank == 1 else set())
         state, weights = TrainState(), []
@@ -206,6 +207,17 @@ def test_an_infinite_loss_whose_gradients_are_finite_is_not_applied(stage: int, 
     assert torch.equal(full_weights(engine), before)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_with_the_optimizer_on_the_cpu_training_goes_on_after_a_bad_step(stage: int, tmp_path: Path) -> None:
+    join_alone()
+    config = ds_config(stage, precision="bf16", accumulation=2) | {"zero_force_ds_cpu_optimizer": False}
+    config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    services = tiny_services(tmp_path, 0, 1)
+    batches = with_nan(step_batches(0, 0, 2), {2})
+    state = train(tiny_engine(config), batches, state=TrainState(), plan=tiny_plan(4), services=services)
+    assert state.skipped_steps == 1
+
+
 def test_rows_are_written_at_the_first_the_last_and_every_nth_step(tmp_path: Path) -> None:
     engine, services = alone(tmp_path, row_facts=lambda step: {"examples": {"wiki": 2 * step}})
     plan = tiny_plan(7, log_every_steps=3)
@@ -262,37 +274,3 @@ def test_the_values_of_a_step_reach_deepspeeds_own_monitors(tmp_path: Path) -> N
     train(tiny_engine(config), step_batches(0, 0, 1), state=TrainState(), plan=tiny_plan(2), services=services)
     lines = (tmp_path / "tiny/train_loss.csv").read_text().splitlines()
     assert len(lines) == 3
-
-
-def test_a_probe_takes_one_whole_step_and_reports_its_peak(tmp_path: Path) -> None:
-    join_alone()
-    engine = tiny_engine(ds_config(2, accumulation=3))
-    probe = probe_longest(engine, micro_batch(1, 1))
-    assert probe.num_tokens == 3 * micro_batch(1, 1).num_tokens
-    assert probe.peak_bytes > 10_000_000
-    assert engine.basic_optimizer.state
-
-
-class HungryModel(TinyModel):
-    """Runs out of memory at more than four rows."""
-
-    def forward(self, **inputs: Any) -> tuple:
-        if len(inputs["x_TD"]) > 4:
-            raise torch.OutOfMemoryError("more than four rows")
-        return super().forward(**inputs)
-
-
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_the_largest_micro_batch_is_found_by_running_out_of_memory(stage: int) -> None:
-    join_alone()
-    engine = tiny_engine(ds_config(stage, accumulation=3), model=HungryModel())
-
-    def rows(number: int) -> TinyBatch:
-        return TinyBatch(torch.ones(number, 7), torch.ones(number), torch.zeros(1, dtype=torch.int64))
-
-    assert largest_that_fits(lambda size: fits_in_memory(engine, rows(size)), start=1, limit=64) == 4
-
-
-@pytest.mark.parametrize(("largest", "found"), [(0, None), (1, 1), (5, 4), (8, 8), (1000, 64)])
-def test_doubling_finds_the_largest_size_that_fits(largest: int, found: int | None) -> None:
-    assert largest_that_fits(lambda size: size <= largest, start=1, limit=64) == found

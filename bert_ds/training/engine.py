@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import deepspeed
+import torch
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from torch import nn
+from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bert_ds.training.checkpoint_engine import VerifiedCheckpointEngine
@@ -16,8 +19,8 @@ from bert_ds.training.optimizers import StepGuard
 def make_engine(model: nn.Module, optimizer: Optimizer, ds_config: dict[str, Any]) -> DeepSpeedEngine:
     """Return the engine; every rank calls this, after `deepspeed.init_distributed`.
 
-    Weights, optimizer state and step count are the same before and after. The engine saves and loads through
-    `VerifiedCheckpointEngine` only.
+    Weights, optimizer state and step count are the same before and after, in fp32 too where the engine computes in bf16
+    or fp16. The engine saves and loads through `VerifiedCheckpointEngine` only.
 
     Args:
         model: on the CPU, or already partitioned by `deepspeed.zero.Init`.
@@ -29,12 +32,14 @@ def make_engine(model: nn.Module, optimizer: Optimizer, ds_config: dict[str, Any
     """
     _refuse_unguarded(ds_config)
     names = parameter_names(model, optimizer)
+    weights = _full_precision_weights(model, ds_config)
     guard = StepGuard(optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     engine.checkpoint_engine = VerifiedCheckpointEngine(parameter_names=names)
     # DeepSpeed copies zero_to_fp32.py beside every checkpoint: a script that unpickles, and a write that may fail on
     # rank 0 alone, inside a collective.
     engine._copy_recovery_script = lambda save_path: None
+    _restore_masters(engine, weights)
     guard.armed = True
     return engine
 
@@ -55,6 +60,44 @@ def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
     """Return the names of the parameters of each group, in the optimizer's order."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def _full_precision_weights(model: nn.Module, ds_config: dict[str, Any]) -> dict[str, Tensor]:
+    """Return a copy of the trainable weights if DeepSpeed is about to round them; it makes its masters afterwards."""
+    rounds = any(ds_config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
+    # The masters of reordered gradients cannot be set by name (`_hp_mapping` ignores the order), and a model that
+    # zero.Init has already cut was rounded there.
+    reordered = ds_config.get("zero_optimization", {}).get("round_robin_gradients", False)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not rounds or reordered or any(hasattr(parameter, "ds_id") for parameter in trainable.values()):
+        return {}
+    return {name: parameter.detach().float().clone() for name, parameter in trainable.items()}
+
+
+def _restore_masters(engine: DeepSpeedEngine, weights: dict[str, Tensor]) -> None:
+    """Give the fp32 masters the weights as they were before DeepSpeed rounded them."""
+    if not weights:
+        return
+    if engine.zero_optimization():
+        for name, parameter in engine.module.named_parameters():
+            if name in weights:
+                _set_master(parameter, weights[name])
+        return
+    for names, masters in zip(engine.checkpoint_engine.parameter_names, engine.optimizer.fp32_groups, strict=True):
+        for name, master in zip(names, masters, strict=True):
+            master.data.copy_(weights[name])
+
+
+def _set_master(parameter: Any, weight: Tensor) -> None:
+    """Set the part of a sharded fp32 master that this rank owns."""
+    if not hasattr(parameter, "ds_id"):
+        safe_set_full_fp32_param(parameter, weight)
+        return
+    # safe_set_full_fp32_param of stage 3 fails where the ranks do not divide the weight: its shards are padded.
+    size, rank = parameter.ds_tensor.numel(), dist.get_rank(parameter.ds_process_group)
+    padding = size * dist.get_world_size(parameter.ds_process_group) - weight.numel()
+    padded = torch.nn.functional.pad(weight.flatten(), (0, padding))
+    safe_set_local_fp32_param(parameter, padded[rank * size : (rank + 1) * size])
 
 
 def _refuse_unguarded(ds_config: dict[str, Any]) -> None:

@@ -92,6 +92,8 @@ def take_step(engine: DeepSpeedEngine) -> tuple[bool, Any]:
     """
     if has_own_nan_guard(engine):
         _step_engine(engine)
+        if not engine.was_step_applied():
+            _drop_offloaded_gradients(engine.optimizer)
         return engine.was_step_applied(), engine.get_global_grad_norm()
     norm = gradient_norm(engine.module)
     guard = step_guard(engine)
@@ -116,6 +118,17 @@ def sum_of_ranks(sums: Tensor) -> list[float]:
     total = sums.clone()
     dist.all_reduce(total)
     return total.tolist()
+
+
+def _drop_offloaded_gradients(optimizer: Any) -> None:
+    """Forget the gradients of a dropped step that DeepSpeed 0.19.8 keeps.
+
+    With the optimizer on the CPU, `stage_1_and_2.step` does not clear its fp32 sums when it drops a step: their NaN
+    would be found again in every later step.
+    """
+    if getattr(optimizer, "cpu_offload", False):
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
 
 
 def _step_engine(engine: DeepSpeedEngine) -> None:
