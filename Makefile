@@ -1,6 +1,7 @@
 # make pretrain   build .venv, pre-train the embedded default under DeepSpeed ZeRO-2, export it, fill some masks
 # make test       everything that needs no GPU
 # make check      ruff, format, mypy, import-linter
+# make campaign-NAME   a long measurement that records its results: zero-curves, shards, peer, lamb; TEXT=folder of text
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
 
 SHELL := /bin/bash
@@ -10,7 +11,7 @@ BIN := .venv/bin
 RUN_DIR := runs/default
 DEEPSPEED_CONFIG := ds_configs/zero2.json
 
-.PHONY: pretrain test check format env env-dev clean
+.PHONY: pretrain test check format env env-dev clean campaign-zero-curves campaign-shards campaign-peer campaign-lamb
 
 env:
 	@.ci/make_env.sh
@@ -33,6 +34,16 @@ check: env-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+campaign-zero-curves campaign-shards campaign-peer: env-dev
+	@[[ -n "$(TEXT)" ]] || { echo "TEXT=folder is missing: the text that the measurement is made on"; exit 2; }
+	$(BIN)/python tests/$(subst -,_,$@).py --text $(TEXT) --work runs/$@
+
+campaign-lamb: env-dev
+	$(BIN)/python -m pytest -m campaign tests/test_lamb_campaign.py
+	$(BIN)/python tests/campaign_lamb.py errors
+	$(BIN)/python tests/campaign_lamb.py times
+	$(BIN)/python tests/campaign_lamb.py table
 
 format: env-dev
 	$(BIN)/ruff check --fix .

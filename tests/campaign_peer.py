@@ -15,6 +15,7 @@ Results are appended to tests/results/peer.jsonl, one line per finished training
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -106,10 +107,9 @@ def unigram_cross_entropy(data: PretrainingData, shards: Path) -> float:
 
 
 def train_ours(arguments: argparse.Namespace, lr: float, *, seconds: float) -> dict[str, Any]:
-    """Run pretrain.py for the steps that fit in `seconds`, as a calibration run of 60 steps measures them."""
-    calibration = _pretrain(arguments, "calibration", lr, 60)
-    rows = [row for row in calibration if row["step"] >= 20]
-    per_step_s = (rows[-1]["seconds"] - rows[0]["seconds"]) / (rows[-1]["step"] - rows[0]["step"])
+    """Run pretrain.py for the steps that fit in `seconds`, as a calibration run of 80 steps measures them."""
+    calibration = _pretrain(arguments, "calibration", lr, 80)
+    per_step_s = sum(row["seconds"] for row in calibration[2:]) / (calibration[-1]["step"] - calibration[1]["step"])
     total_steps = max(100, int(seconds / per_step_s))
     rows = _pretrain(arguments, f"ours-{lr}-{seconds:.0f}", lr, total_steps)
     run = load_run_config(arguments.recipe, _paths(arguments.work))
@@ -117,7 +117,7 @@ def train_ours(arguments: argparse.Namespace, lr: float, *, seconds: float) -> d
     run_dir = arguments.work / f"ours-{lr}-{seconds:.0f}"
     evaluation = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     final = [row for row in evaluation if row["kind"] == "evaluation"][-1]
-    trained_s = rows[-1]["seconds"] - rows[0]["seconds"]
+    trained_s = sum(row["seconds"] for row in rows)
     tokens = float(np.median([row["tokens_per_s"] for row in rows[1:]]))
     return {
         "validation_loss_mlm": final["loss_mlm"],
@@ -169,7 +169,11 @@ def train_peer(variant: str, data: PretrainingData, run: RunConfig, *, lr: float
 def padded_pairs(data: PretrainingData, run: RunConfig) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
     """Yield our examples as padded tensors of `BertForPreTraining`, and their number of non-pad tokens."""
     size = run.training.train_batch_size
-    steps = data.step_batches(0, rank=0, world_size=1, micro_batch_size=size, num_workers=1)
+    sequences = run.sequences.model_copy(update={"sentence_pair": "nsp"})
+    settings = DataSettings(sequences, run.masking, run.seed, size)
+    folder = data._sources[0].folder
+    pairs = PretrainingData([Source(folder, "text")], folder.parent / "tokenizer", settings=settings)
+    steps = pairs.step_batches(0, rank=0, world_size=1, micro_batch_size=size, num_workers=1)
     for (packed,) in steps:
         batch = pad(packed)
         batch["next_sentence_label"] = packed.pair_labels_N.clamp(min=0)
@@ -210,7 +214,7 @@ def pad(packed: PackedBatch) -> dict[str, torch.Tensor]:
         "labels": torch.full(shape, IGNORE_INDEX),
     }
     sources = {"input_ids": packed.input_ids_T, "token_type_ids": packed.token_type_ids_T, "labels": labels_T}
-    for row, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for row, (start, stop) in enumerate(itertools.pairwise(bounds)):
         batch["attention_mask"][row, : stop - start] = 1
         for name, values in sources.items():
             batch[name][row, : stop - start] = values[start:stop]
@@ -233,7 +237,7 @@ def evaluate_peer(model: torch.nn.Module, data: PretrainingData, run: RunConfig)
 
 
 def _peer_model(shape: str, run: RunConfig) -> torch.nn.Module:
-    config = transformers.BertConfig(**hf_config(run.model))
+    config = transformers.BertConfig(**hf_config(run.model, sentence_pair="nsp" if shape == "pairs" else "none"))
     kind = transformers.BertForPreTraining if shape == "pairs" else transformers.BertForMaskedLM
     return kind(config)
 
