@@ -56,6 +56,7 @@ setup(
         "tensorboard": ["tensorboard>=2.16"],
         "dev": [
             "pytest>=8",
+            "setuptools>=77",
             "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             "ruff==0.17.5",
