@@ -95,3 +95,13 @@ LAYER_NORM: TileTable = {
 BIAS_GELU: TileTable = {"default": ((_ANY, Tile(16, 256, 4, 1)),)}
 # Row programs of the backward, each with a row of partial sums of dbias.
 BIAS_GELU_PROGRAMS = 64
+
+# Size: columns of the logits. block_n: columns of a block; a row that fits one block is read once.
+MLM_CROSS_ENTROPY: TileTable = {
+    "default": (
+        (2048, Tile(1, 2048, 4, 1)),
+        (8192, Tile(1, 8192, 8, 1)),
+        (32768, Tile(1, 32768, 32, 1)),
+        (_ANY, Tile(1, 8192, 16, 1)),
+    )
+}

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_IGNORED_LABEL = -100
+from bert_kernels._launch import check_device
+from bert_kernels.mlm_cross_entropy_kernels import IGNORED_LABEL, Wanted, empty_gradients, mlm_cross_entropy_forward
+
 # Logits whose fp32 softmax is held at a time. On a CPU that softmax stays in the cache.
 _LOGITS_PER_PIECE = {"cpu": 1 << 20, "cuda": 1 << 26}
 
@@ -67,7 +69,7 @@ class _Reference(torch.autograd.Function):
 
 def _replace_by_gradient(logits_PV: Tensor, labels_P: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Overwrite logits by softmax - onehot (0 for ignored rows) and return (loss sum, number right) in `dtype`."""
-    counts_P1 = (labels_P != _IGNORED_LABEL).to(dtype)[:, None]
+    counts_P1 = (labels_P != IGNORED_LABEL).to(dtype)[:, None]
     labels_P1 = labels_P.clamp(min=0)[:, None]
     p_PV = torch.softmax(logits_PV, dim=1, dtype=dtype)
     label_logit_P1, label_p_P1 = logits_PV.gather(1, labels_P1), p_PV.gather(1, labels_P1)
@@ -86,8 +88,83 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
     return (x.to(factor.dtype) * factor).to(x.dtype)
 
 
+@torch.library.custom_op("bert_kernels::mlm_cross_entropy", mutates_args=())
+def _mlm_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, vocab_size: int, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return mlm_cross_entropy_forward(hidden, weight, bias, labels, vocab_size, Wanted(*wanted))
+
+
+@_mlm_cross_entropy.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, vocab_size: int, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    loss = hidden.new_empty((), dtype=torch.float32)
+    return loss, torch.empty_like(loss), *empty_gradients(hidden, weight, Wanted(*wanted))
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    hidden, *_ = inputs
+    _loss, correct, *gradients = output
+    ctx.save_for_backward(*gradients)
+    ctx.dtype = hidden.dtype
+    ctx.mark_non_differentiable(correct, *gradients)
+
+
+def _backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    # One pass: the product is fp32 and rounded as it is written.
+    dhidden, dweight, dbias = (
+        torch.mul(gradient, dloss, out=torch.empty_like(gradient, dtype=ctx.dtype)) if needed else None
+        for gradient, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+    )
+    return dhidden, dweight, dbias, None, None, None
+
+
+_mlm_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
+
+
 def mlm_cross_entropy(
     hidden_PD: Tensor, weight_VD: Tensor, bias_V: Tensor, labels_P: Tensor, *, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Not written yet: use mlm_cross_entropy_reference."""
-    raise NotImplementedError("mlm_cross_entropy has no Triton kernel yet; choose the torch operators")
+    """Return (loss sum, number of right rows) as mlm_cross_entropy_reference does, by the Triton kernel.
+
+    The gradients are computed here, with the loss. Not differentiable twice.
+
+    Args:
+        labels_P: int64, in [0, vocab_size) or -100. On a GPU this cannot be checked without a wait: another label makes
+            the loss infinite.
+
+    Raises:
+        ValueError: an argument is outside what the kernel can do.
+    """
+    tensors = {"hidden_PD": hidden_PD, "weight_VD": weight_VD, "bias_V": bias_V}
+    check_device("mlm_cross_entropy", **tensors, labels_P=labels_P)
+    _check(tensors, labels_P, vocab_size)
+    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors.values()]
+    loss, correct, *_ = _mlm_cross_entropy(*tensors.values(), labels_P.contiguous(), vocab_size, wanted)
+    return loss, correct
+
+
+def _check(tensors: dict[str, Tensor], labels_P: Tensor, vocab_size: int) -> None:
+    hidden, weight = tensors["hidden_PD"], tensors["weight_VD"]
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        found = f"{list(hidden.shape)} and {list(weight.shape)}"
+        raise ValueError(f"mlm_cross_entropy: hidden_PD and weight_VD must be (P, D) and (V, D), got {found}")
+    for name, tensor, shape in (
+        ("bias_V", tensors["bias_V"], weight.shape[:1]),
+        ("labels_P", labels_P, hidden.shape[:1]),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(f"mlm_cross_entropy: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    for name, tensor in tensors.items():
+        if tensor.dtype != hidden.dtype or tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            wanted = "bfloat16, float16 or float32, all alike"
+            raise ValueError(f"mlm_cross_entropy: {name} is {tensor.dtype}, hidden_PD {hidden.dtype}: wanted {wanted}")
+    if labels_P.dtype != torch.int64:
+        raise ValueError(f"mlm_cross_entropy: labels_P must be torch.int64, got {labels_P.dtype}")
+    if not 1 <= vocab_size <= weight.shape[0]:
+        raise ValueError(f"mlm_cross_entropy: vocab_size must be in [1, V = {weight.shape[0]}], got {vocab_size}")
+    if labels_P.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = labels_P[((labels_P < 0) | (labels_P >= vocab_size)) & (labels_P != IGNORED_LABEL)]
+        if len(wrong):
+            raise ValueError(f"mlm_cross_entropy: labels_P must be in [0, {vocab_size}) or -100, got {int(wrong[0])}")
