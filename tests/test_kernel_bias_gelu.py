@@ -11,6 +11,8 @@ from torch import Tensor
 from bert_kernels.bias_gelu import bias_gelu, bias_gelu_reference
 from bert_kernels.testing import assert_close_to_truth, poison_empty
 
+# Infinite powers of two on the way to a limit are meant.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # What rounding alone may add where torch happens to be exact; dbias is a sum over all rows.
 ATOL = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -94,3 +96,13 @@ def test_what_the_kernel_cannot_do_is_refused_with_both_numbers() -> None:
         bias_gelu(x.double(), bias)
     with pytest.raises(ValueError, match="'none' or 'tanh', got 'erf'"):
         bias_gelu(x, bias, approximate="erf")  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="races show on a GPU only")
+def test_a_thousand_runs_on_a_gpu_give_the_same_bits() -> None:
+    x, bias = inputs(8191, 3072, torch.bfloat16)
+    first = out_and_gradients(bias_gelu, x, bias, "none")
+    for _ in range(1000):
+        again = out_and_gradients(bias_gelu, x, bias, "none")
+        assert all(torch.equal(first[name], again[name]) for name in first)

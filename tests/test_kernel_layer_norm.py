@@ -161,3 +161,13 @@ def test_what_the_kernels_cannot_do_is_refused_with_both_numbers() -> None:
         dropout_add_layer_norm(x, x[:2], vector, vector, 1e-5)
     with pytest.raises(ValueError, match="dropout_seed is None"):
         dropout_add_layer_norm(x, x, vector, vector, 1e-5, dropout_p=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="races show on a GPU only")
+def test_a_thousand_runs_on_a_gpu_give_the_same_bits() -> None:
+    op, tensors = fused(dropout_add_layer_norm, 0.1), inputs(8191, 768, torch.bfloat16)
+    first = out_and_gradients(op, tensors)
+    for _ in range(1000):
+        again = out_and_gradients(op, tensors)
+        assert all(torch.equal(first[name], again[name]) for name in first)

@@ -131,7 +131,8 @@ def _layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
         dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
-        x_hat = tl.where(mask, (z - mean[:, None]) * rstd[:, None], 0.0)
+        # Past the end dy, so wdy too, is 0, and of rows past the end rstd: nothing of there enters a sum.
+        x_hat = (z - mean[:, None]) * rstd[:, None]
         dweight += tl.sum(dy * x_hat, 0)
         dbias += tl.sum(dy, 0)
         wdy = dy * weight[None, :]
@@ -143,7 +144,7 @@ def _layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
             dz = tl.where(keep, dz * keep_scale, 0.0)
             tl.store(dx_ptr + offs, as_operand(dz, dz_ptr.dtype.element_ty, CPU_BF16), mask=mask)
         if HAS_X_BIAS:
-            dx_bias += tl.sum(tl.where(mask, dz, 0.0), 0)
+            dx_bias += tl.sum(dz, 0)
     partials_ptr += tl.program_id(0).to(tl.int64) * ((2 + HAS_X_BIAS) * WIDTH)
     tl.store(partials_ptr + offs_d, dweight, mask=mask_d)
     tl.store(partials_ptr + WIDTH + offs_d, dbias, mask=mask_d)
