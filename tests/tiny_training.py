@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bert_ds.ranks import Ranks
-from bert_ds.run_config import AdamWConfig, ScheduleConfig
+from bert_ds.run_config import ScheduleConfig
 from bert_ds.run_log import RunLog
 from bert_ds.training.checkpoints import CheckpointPolicy, resume, save_checkpoint
 from bert_ds.training.engine import make_engine
-from bert_ds.training.optimizers import make_optimizer
+from bert_ds.training.param_groups import decay_groups
 from bert_ds.training.restart import StopRequest
 from bert_ds.training.throughput import Throughput
 from bert_ds.training.train_loop import Services, train
@@ -129,9 +129,9 @@ class OverflowingModel(TinyModel):
 
 
 def tiny_engine(config: dict[str, Any], *, model: nn.Module | None = None) -> Any:
-    """An engine over a TinyModel with AdamW."""
+    """An engine over a TinyModel with AdamW in two groups."""
     model = model or TinyModel()
-    optimizer = make_optimizer(AdamWConfig(lr=1e-2, weight_decay=0.1), model.named_parameters())
+    optimizer = torch.optim.AdamW(decay_groups(model.named_parameters(), 0.1), lr=1e-2, fused=True)
     return make_engine(model, optimizer, config)
 
 
