@@ -68,8 +68,8 @@ def prove_same_files(paths: Sequence[Path]) -> None:
     for rank, hashes in enumerate(seen):
         for path, found, wanted in zip(paths, hashes, seen[0], strict=True):
             if found != wanted:
-                what = "does not see" if found is None else "sees another"
-                raise DataError(f"rank {rank} {what} {path} than rank 0: wanted one folder shared by all nodes")
+                what = "does not see" if found is None else "reads other bytes from"
+                raise DataError(f"rank {rank} {what} {path}, unlike rank 0: wanted one folder shared by all nodes")
 
 
 def _enter(run_dir: Path, descriptions: Mapping[str, str], *, resume: Resume) -> None:

@@ -1,0 +1,70 @@
+"""Entering a run folder, on two real ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ranks_harness import run_ranks
+
+from bert_ds.ranks import DataError
+from bert_ds.run_config import ConfigError
+from bert_ds.training.run_folder import enter_run_folder, on_main_rank, prove_same_files
+
+
+def scenarios(rank: int, world_size: int, folder: str) -> dict[str, str]:
+    """Messages of what went wrong on this rank, by scenario."""
+    root, said = Path(folder), {}
+
+    def attempt(name: str, error: type[Exception], action: object) -> None:
+        try:
+            action()  # type: ignore[operator]
+            said[name] = "fine"
+        except error as found:
+            said[name] = str(found)
+
+    shared, own = root / "shared", root / f"own{rank}"
+    attempt("shared", DataError, lambda: enter_run_folder(shared, {"run_config.json": "{}\n"}, resume="never"))
+    attempt("unshared", DataError, lambda: enter_run_folder(own, {"run_config.json": "{}\n"}, resume="never"))
+    own.mkdir(exist_ok=True)
+    (own / "manifest.json").write_text(f"rank {rank}")
+    attempt("different", DataError, lambda: prove_same_files([own / "manifest.json"]))
+    (shared / "checkpoints/global_step3").mkdir(parents=True, exist_ok=True)
+    attempt("occupied", ConfigError, lambda: enter_run_folder(shared, {"run_config.json": "x"}, resume="never"))
+    attempt("raised on rank 0", DataError, lambda: on_main_rank(fail))
+    said["value of rank 0"] = str(on_main_rank(lambda: rank))
+    said["config"] = (shared / "run_config.json").read_text()
+    return said
+
+
+def fail() -> None:
+    raise DataError("the text is gone")
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return run_ranks(scenarios, 2, str(tmp_path_factory.mktemp("run")))
+
+
+def test_ranks_that_share_the_folder_enter_it(said: list[dict[str, str]]) -> None:
+    assert [rank["shared"] for rank in said] == ["fine", "fine"]
+
+
+def test_a_rank_that_does_not_see_the_folder_is_named_on_every_rank(said: list[dict[str, str]]) -> None:
+    for rank in said:
+        assert rank["unshared"].startswith("rank 1 does not see")
+        assert "run_config.json" in rank["unshared"]
+
+
+def test_a_rank_that_sees_another_file_is_named_on_every_rank(said: list[dict[str, str]]) -> None:
+    assert all(rank["different"].startswith("rank 1 reads other bytes from") for rank in said)
+
+
+def test_a_folder_with_checkpoints_is_refused_and_left_as_it_is(said: list[dict[str, str]]) -> None:
+    assert all("--resume auto continues it" in rank["occupied"] for rank in said)
+    assert said[0]["config"] == "{}\n"
+
+
+def test_what_rank_0_raises_is_raised_everywhere_and_what_it_returns_is_returned(said: list[dict[str, str]]) -> None:
+    assert [rank["raised on rank 0"] for rank in said] == ["the text is gone", "the text is gone"]
+    assert [rank["value of rank 0"] for rank in said] == ["0", "0"]
