@@ -31,7 +31,7 @@ class MomentConfig(Section):
 
 
 class AdamWConfig(MomentConfig):
-    """AdamW with decoupled decay (Loshchilov and Hutter 2019), torch's fused implementation."""
+    """AdamW with decoupled decay (Loshchilov and Hutter 2019), on torch's fused kernel."""
 
     type: Literal["adamw"] = "adamw"
 
@@ -59,7 +59,8 @@ class TrustConfig(MomentConfig):
 class LambConfig(TrustConfig):
     """LAMB (You et al. 2020, arXiv 1904.00962), exact per tensor at any ZeRO stage.
 
-    u = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w; w -= lr |w| / |u| u, per tensor.
+    u = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w; w -= lr |w| / |u| u, per tensor. The
+    defaults are those of NVIDIA's BERT recipe (apex FusedLAMB, to be run with gradient_clipping 1.0).
     """
 
     type: Literal["lamb"] = "lamb"
@@ -72,7 +73,7 @@ class LambConfig(TrustConfig):
     adam_w_mode: bool = True
     """Decay in the update (true) or added to the gradient (false)."""
     use_nvlamb: bool = False
-    """Apply the trust ratio to tensors without decay too."""
+    """Apply the trust ratio to tensors without decay too, as the paper does; NVIDIA's BERT recipe does not."""
 
     @model_validator(mode="after")
     def _check_correction(self) -> LambConfig:

@@ -151,8 +151,12 @@ def build_engine(plan: RunPlan, ds_config: dict[str, Any]) -> DeepSpeedEngine:
     )
     if run.init_from is not None:
         load_initial_weights(model, Path(run.init_from), read_run=read_run_weights)
-    patterns = BertForPreTraining.no_decay_patterns
-    optimizer = make_optimizer(run.optimizer, model.named_parameters(), no_decay_patterns=patterns)
+    optimizer = make_optimizer(
+        run.optimizer,
+        model.named_parameters(),
+        no_decay_patterns=model.no_decay_patterns,
+        equal_parts=model.equal_parts,
+    )
     return make_engine(model, optimizer, ds_config)
 
 

@@ -193,7 +193,7 @@ class TinyBert(nn.Module):
 
     vocab, hidden, inner, length, layers = 97, 24, 50, 9, 2
 
-    def __init__(self, *, with_unused: bool = False) -> None:
+    def __init__(self, *, with_unused: bool = False, fused_qkv: bool = False) -> None:
         super().__init__()
         self.word_embeddings = nn.Embedding(self.vocab, self.hidden)
         self.position_embeddings = nn.Embedding(self.length, self.hidden)
@@ -201,6 +201,9 @@ class TinyBert(nn.Module):
         self.layer = nn.ModuleList([_Layer(self.hidden, self.inner) for _ in range(self.layers)])
         self.transform = nn.Linear(self.hidden, self.hidden)
         self.decoder_bias = nn.Parameter(torch.zeros(self.vocab))
+        if fused_qkv:
+            for layer in self.layer:
+                layer.fuse_qkv()
         if with_unused:
             self.unused = nn.Parameter(torch.randn(13))
             self.frozen = nn.Parameter(torch.randn(self.hidden), requires_grad=False)
@@ -236,9 +239,26 @@ class _Layer(nn.Module):
         )
         self.attention_LayerNorm, self.output_LayerNorm = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
 
+    def fuse_qkv(self) -> None:
+        """Hold the three weights in one tensor, and the two biases in another."""
+        weights = [getattr(self, name).weight.detach() for name in ("query", "key", "value")]
+        biases = [getattr(self, name).bias.detach() for name in ("query", "value")]
+        del self.query, self.key, self.value
+        self.qkv = nn.Linear(weights[0].shape[1], 3 * weights[0].shape[0], bias=False)
+        self.qkv.weight, self.qv_bias = nn.Parameter(torch.cat(weights)), nn.Parameter(torch.cat(biases))
+
+    def project(self, x: Tensor) -> Iterable[Tensor]:
+        """Return query, key and value."""
+        if not hasattr(self, "qkv"):
+            return self.query(x), self.key(x), self.value(x)
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        query_bias, value_bias = self.qv_bias.chunk(2)
+        return query + query_bias, key, value + value_bias
+
     def forward(self, x: Tensor) -> Tensor:
-        scores = self.query(x) @ self.key(x).transpose(1, 2) / math.sqrt(x.shape[-1])
-        x = self.attention_LayerNorm(x + self.dense(scores.softmax(-1) @ self.value(x)))
+        query, key, value = self.project(x)
+        scores = query @ key.transpose(1, 2) / math.sqrt(x.shape[-1])
+        x = self.attention_LayerNorm(x + self.dense(scores.softmax(-1) @ value))
         return self.output_LayerNorm(x + self.output(F.gelu(self.intermediate(x))))
 
 
@@ -295,6 +315,19 @@ def train_unsharded(
                 own = settings._replace(decay=decay_of(name))
                 p.copy_(formula(p, p.grad * scale, states[name], own))
     return Trajectory({name: p.detach().clone() for name, p in model.named_parameters()}, losses, norms)
+
+
+def fuse_qkv(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of the small BERT as the fused one would hold them."""
+    fused = dict(weights)
+    for name in weights:
+        if name.endswith("query.weight"):
+            layer = name.removesuffix("query.weight")
+            fused[f"{layer}qkv.weight"] = torch.cat(
+                [fused.pop(f"{layer}{n}.weight") for n in ("query", "key", "value")]
+            )
+            fused[f"{layer}qv_bias"] = torch.cat([fused.pop(f"{layer}{n}.bias") for n in ("query", "value")])
+    return fused
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

@@ -41,6 +41,7 @@ from bert_kernels.lamb import Segment, SegmentTable
 
 SETTINGS = Settings(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-6)
 CLIP = 1.0
+PARTS = {"*qkv.weight": ("query", "key", "value"), "*qv_bias": ("query", "value")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -60,6 +61,8 @@ class Case:
     """Further keys of the DeepSpeed configuration."""
     zero_init: bool = False
     with_unused: bool = False
+    fused_qkv: bool = False
+    """Query, key and value are parts of one tensor."""
     poison_padding: bool = False
     """Write NaN into every element of the shards that belongs to no parameter, before the first step."""
 
@@ -67,7 +70,7 @@ class Case:
     def label(self) -> str:
         """Short name for tables and test ids."""
         options = [f"{key}={value}" for key, value in {**self.zero, **self.top}.items()]
-        flags = [name for name in ("zero_init", "with_unused", "poison_padding") if getattr(self, name)]
+        flags = [name for name in ("zero_init", "with_unused", "fused_qkv", "poison_padding") if getattr(self, name)]
         return "-".join([f"stage{self.stage}", self.precision, self.optimizer, *options, *flags]).replace(" ", "")
 
 
@@ -250,8 +253,11 @@ def make_optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
         return PlainLamb(two, weight_decay=0.0, **common)
     decays = {p: decay_of(name) for name, p in named}
     name, _, preset = case.optimizer.partition(":")
-    flags = {"flags": lamb_preset(preset)} if preset else {}
-    return OPTIMIZERS[name](named, weight_decay_of=decays.__getitem__, **common, **flags)
+    flags = {"flags": lamb_preset(preset or "paper")} if issubclass(OPTIMIZERS[name], Lamb) else {}
+    optimizer = OPTIMIZERS[name](named, weight_decay_of=decays.__getitem__, **common, **flags)
+    if case.fused_qkv:
+        optimizer.declare_parts(PARTS)
+    return optimizer
 
 
 class OneGroupPerTensor(PlainLamb):
@@ -335,9 +341,9 @@ def build(case: Case, world_size: int) -> tuple[Any, torch.optim.Optimizer, nn.M
     config = ds_config(case, world_size)
     if case.zero_init:
         with deepspeed.zero.Init(config_dict_or_path=config):
-            model = make_model(with_unused=case.with_unused)
+            model = make_model(with_unused=case.with_unused, fused_qkv=case.fused_qkv)
     else:
-        model = make_model(with_unused=case.with_unused)
+        model = make_model(with_unused=case.with_unused, fused_qkv=case.fused_qkv)
     optimizer = make_optimizer(case, model)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine, optimizer, model
@@ -361,6 +367,8 @@ def make_report(case: Case, optimizer: Any, model: nn.Module) -> Report:
     weights = {name: whole_model_value(p) for name, p in model.named_parameters()}
     layouts = list(getattr(optimizer, "_layouts", {}).values())
     sizes = {name: w.numel() for name, w in weights.items()}
+    for entry in getattr(optimizer, "_owned", []):
+        sizes |= {f"{entry.name}.{part}": sizes[entry.name] // len(entry.parts) for part in entry.parts}
     straddling = [
         layout.names[segment.row]
         for layout in layouts

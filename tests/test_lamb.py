@@ -11,6 +11,7 @@ import torch
 from lamb_reference import Settings, State, relative_error
 from torch import nn
 
+from bert_ds.training.elementwise_optimizers import StableAdamW
 from bert_ds.training.lamb import Lamb, LambFlags, Lans, lamb_preset
 from bert_ds.training.lamb_layout import LayoutError
 from bert_ds.training.trust_statistics import layer_kind, summarise
@@ -25,7 +26,7 @@ VARIANTS = [
     (lamb_preset("deepspeed"), reference.deepspeed),
     (lamb_preset("lambc"), reference.lambc),
     (LambFlags(use_nvlamb=False, adam_w_mode=False, grad_averaging=False), reference.apex_l2),
-    (LambFlags(weight_norm_clamp=(0.5, 2.0)), reference.clamped_norm),
+    (LambFlags(use_nvlamb=True, weight_norm_clamp=(0.5, 2.0)), reference.clamped_norm),
 ]
 
 
@@ -108,7 +109,7 @@ def test_contradicting_flags_are_refused(wrong: dict, message: str) -> None:
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'papr' is unknown; there are paper, paper_v3"):
+    with pytest.raises(ValueError, match="'papr' is unknown; there are apex, paper"):
         lamb_preset("papr")
 
 
@@ -214,7 +215,7 @@ def test_a_loaded_state_continues_bit_for_bit() -> None:
 
 def test_trust_statistics_name_every_tensor() -> None:
     named = parameters()
-    optimizer = Lamb(named, lr=0.1, weight_decay=0.0)
+    optimizer = Lamb(named, lr=0.1, weight_decay=0.0, flags=lamb_preset("paper"))
     norms = {name: float(p.detach().norm()) for name, p in named}
     for (_, p), g in zip(named, gradients(0, named), strict=True):
         p.grad = g
@@ -239,7 +240,7 @@ def test_trust_statistics_leave_out_what_had_no_gradient() -> None:
 
 def test_trust_statistics_are_summed_up_by_kind_of_layer() -> None:
     named = parameters()
-    optimizer = Lamb(named, lr=0.1, weight_decay=0.0)
+    optimizer = Lamb(named, lr=0.1, weight_decay=0.0, flags=lamb_preset("paper"))
     for (_, p), g in zip(named, gradients(0, named), strict=True):
         p.grad = g
     optimizer.step()
@@ -301,3 +302,48 @@ def test_a_buffer_of_another_dtype_is_refused() -> None:
     flat = shard(4, (Segment(0, 4, 0, 0.1),))._replace(grad_E=torch.zeros(4, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"grad is torch.bfloat16"):
         lamb_moments(flat, SCALARS, sums_R2=torch.zeros(2, 2, dtype=torch.float64))
+
+
+def test_the_parts_of_a_tensor_are_stepped_like_tensors_of_their_own() -> None:
+    torch.manual_seed(5)
+    pieces = [torch.randn(4, 3) * scale for scale in (0.1, 1.0, 10.0)]
+    grads = [torch.randn(4, 3) * scale for scale in (3.0, 1.0, 0.2)]
+    separate = [(name, nn.Parameter(piece.clone())) for name, piece in zip("qkv", pieces, strict=True)]
+    together = nn.Parameter(torch.cat(pieces))
+    for optimizer_class in (Lamb, Lans, StableAdamW):
+        apart, joined = optimizer_class(separate, lr=0.1), optimizer_class([("a.qkv_weight", together)], lr=0.1)
+        joined.declare_parts({"*qkv_weight": ("query", "key", "value")})
+        for _ in range(3):
+            for (_, parameter), grad in zip(separate, grads, strict=True):
+                parameter.grad = grad
+            together.grad = torch.cat(grads)
+            apart.step()
+            joined.step()
+        assert torch.equal(together, torch.cat([parameter for _, parameter in separate]))
+
+
+def test_a_part_of_a_tensor_has_its_own_trust_statistics() -> None:
+    param = nn.Parameter(torch.tensor([1.0, 1.0, 5.0, 5.0]))
+    optimizer = Lamb([("layer.3.qkv_weight", param)], lr=0.0)
+    optimizer.declare_parts({"*qkv_weight": ("query", "key")})
+    param.grad = torch.ones(4)
+    optimizer.step()
+    found = optimizer.trust_statistics()
+    assert {name: round(one.weight_norm**2, 4) for name, one in found.items()} == {
+        "layer.3.qkv_weight.query": 2.0,
+        "layer.3.qkv_weight.key": 50.0,
+    }
+    assert list(summarise(found)) == ["layer.qkv_weight.query", "layer.qkv_weight.key"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"*typo": ("a", "b")}, "no parameter matches the part pattern '\\*typo'"),
+        ({"scale": ("a", "b")}, "scale has 1 elements, not 2 equal parts"),
+        ({"scale": ("a",), "sc*": ("a",)}, "scale matches the part patterns"),
+    ],
+)
+def test_parts_that_a_model_does_not_have_are_refused(parts: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Lamb(parameters(), lr=0.1).declare_parts(parts)

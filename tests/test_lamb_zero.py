@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from lamb_checkpoints import run_same_world_size
-from lamb_reference import Trajectory, paper, train_unsharded, worst_error
+from lamb_reference import Trajectory, fuse_qkv, paper, train_unsharded, worst_error
 from lamb_runs import CLIP, SETTINGS, Case, Report, run_cases
 from ranks_harness import run_ranks
 
@@ -29,6 +29,7 @@ AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 CPU = {"device": "cpu"}
 
 TRAJECTORIES = [Long(stage) for stage in (0, 1, 2, 3)]
+FUSED = [Long(stage, fused_qkv=True) for stage in (0, 1, 2, 3)]
 PADDED = [Short(2, poison_padding=True), Short(3, poison_padding=True)]
 WRONG = [
     (Short(1, optimizer="plain"), 0.1),
@@ -78,7 +79,7 @@ def unsharded() -> dict[int, Trajectory]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> dict[str, list[Report]]:
-    cases = [*TRAJECTORIES, *PADDED, *[case for case, _ in WRONG], *SHADOWS, *OVERFLOWS, *COUNTED, ORACLE]
+    cases = [*TRAJECTORIES, *FUSED, *PADDED, *[case for case, _ in WRONG], *SHADOWS, *OVERFLOWS, *COUNTED, ORACLE]
     return by_label(cases, 2)
 
 
@@ -92,6 +93,18 @@ def other_world_sizes() -> dict[tuple[int, str], list[Report]]:
 def test_twelve_steps_on_two_ranks_are_those_of_whole_tensors(case: Case, two_ranks: Any, unsharded: Any) -> None:
     error, name = worst_error(two_ranks[case.label][0].weights, unsharded[12].weights)
     assert error <= 1e-6, name
+
+
+@pytest.mark.parametrize("case", FUSED, ids=lambda case: case.label)
+def test_query_key_and_value_in_one_tensor_are_stepped_like_three(case: Case, two_ranks: Any, unsharded: Any) -> None:
+    error, name = worst_error(two_ranks[case.label][0].weights, fuse_qkv(unsharded[12].weights))
+    assert error <= 1e-6, name
+
+
+@pytest.mark.parametrize("case", FUSED[1:], ids=lambda case: case.label)
+def test_a_part_of_a_tensor_straddles_the_ranks(case: Case, two_ranks: Any) -> None:
+    first, second = two_ranks[case.label]
+    assert {name for name in set(first.straddling) & set(second.straddling) if name.endswith(".key")}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ from tiny_training import TinyModel, ds_config, full_weights, join_alone, micro_
 
 from bert_ds.optimizer_config import (
     AdamWConfig,
+    ApexFusedLambConfig,
+    DeepSpeedCpuAdamConfig,
+    DeepSpeedFusedAdamConfig,
     DeepSpeedFusedLambConfig,
     LambConfig,
     LansConfig,
@@ -18,7 +22,9 @@ from bert_ds.optimizer_config import (
 )
 from bert_ds.run_config import ConfigError
 from bert_ds.training.engine import make_engine, step_guard
+from bert_ds.training.lamb import Lamb, lamb_preset
 from bert_ds.training.optimizers import StepGuard, make_optimizer, set_learning_rate
+from bert_ds.training.param_groups import decay_groups
 from bert_ds.training.train_step import forward_backward, take_step
 
 CONFIGS = [AdamWConfig, LambConfig, LansConfig, StableAdamWConfig, LionConfig]
@@ -52,7 +58,7 @@ def test_without_the_guard_building_that_engine_does_change_them() -> None:
     join_alone()
     model = TinyModel()
     start = model.dense.weight.detach().clone()
-    optimizer = make_optimizer(AdamWConfig(lr=0.5, weight_decay=0.5), model.named_parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, weight_decay=0.5)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config(0, precision="bf16"))
     assert not torch.equal(engine.optimizer.fp32_groups[0][0], start)
     assert state_steps(engine) == {1.0}
@@ -78,13 +84,38 @@ def test_the_learning_rate_reaches_the_optimizer_at_every_stage(stage: int) -> N
     assert torch.equal(full_weights(engine), before)
 
 
-def test_adamw_is_torchs_fused_one_with_two_groups() -> None:
-    optimizer = make_optimizer(AdamWConfig(lr=1e-3), TinyModel().named_parameters())
-    assert type(optimizer) is torch.optim.AdamW
-    assert [(len(group["params"]), group["weight_decay"], group["fused"]) for group in optimizer.param_groups] == [
-        (2, 0.01, True),
-        (4, 0.0, True),
+@pytest.mark.parametrize("config", CONFIGS)
+def test_our_optimizers_hold_everything_in_one_group(config: Any) -> None:
+    (group,) = make_optimizer(config(lr=1e-3), TinyModel().named_parameters()).param_groups
+    assert len(group["params"]) == 6
+
+
+def test_adamw_is_torchs_fused_adamw_with_two_groups_bit_for_bit() -> None:
+    ours, theirs = TinyModel(), TinyModel()
+    groups = decay_groups(theirs.named_parameters(), 0.1)
+    peers = [
+        make_optimizer(AdamWConfig(lr=1e-2, weight_decay=0.1), ours.named_parameters()),
+        torch.optim.AdamW(groups, lr=1e-2, eps=1e-6, fused=True),
     ]
+    for step in range(5):
+        for model, optimizer in zip((ours, theirs), peers, strict=True):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert not torch.equal(ours.pair.weight, TinyModel().pair.weight)
+
+
+def test_without_flags_lamb_is_what_a_recipe_without_flags_says_and_what_apex_defaults_to() -> None:
+    by_recipe: Any = make_optimizer(LambConfig(lr=1e-3), TinyModel().named_parameters())
+    assert by_recipe.flags == Lamb(TinyModel().named_parameters(), lr=1e-3).flags == lamb_preset("apex")
+    assert by_recipe.flags.use_nvlamb is False
+
+
+def test_lans_takes_a_trust_ratio_for_every_tensor() -> None:
+    by_recipe: Any = make_optimizer(LansConfig(lr=1e-3), TinyModel().named_parameters())
+    assert by_recipe.flags.use_nvlamb is True
 
 
 def test_lamb_takes_its_flags_from_the_recipe_and_one_group() -> None:
@@ -95,10 +126,37 @@ def test_lamb_takes_its_flags_from_the_recipe_and_one_group() -> None:
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel builds here")
-def test_a_foreign_kernel_that_cannot_be_built_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match=r'optimizer.type "deepspeed_fused_lamb" is not available here'):
-        make_optimizer(DeepSpeedFusedLambConfig(lr=1e-3), TinyModel().named_parameters())
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels may build here")
+@pytest.mark.parametrize("config", [DeepSpeedFusedAdamConfig, DeepSpeedFusedLambConfig, ApexFusedLambConfig])
+def test_without_a_gpu_a_cuda_kernel_is_a_config_error_that_says_so(config: Any) -> None:
+    with pytest.raises(ConfigError, match=r'optimizer.type "\w+" needs a CUDA device'):
+        make_optimizer(config(lr=1e-3), TinyModel().named_parameters())
+
+
+def test_a_host_without_compiler_cannot_have_deepspeeds_cpu_adam_and_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r'"deepspeed_cpu_adam" needs a C\+\+ compiler .*, ninja'):
+        make_optimizer(DeepSpeedCpuAdamConfig(lr=1e-3), TinyModel().named_parameters())
+
+
+def test_another_package_called_apex_is_told_from_nvidias(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex/__init__.py").write_text("raise ImportError('cannot import name UnencryptedCookieSession')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"NVIDIA's apex, built from .*UnencryptedCookieSession"):
+        make_optimizer(ApexFusedLambConfig(lr=1e-3), TinyModel().named_parameters())
+
+
+def test_a_setting_that_the_optimizer_cannot_run_under_is_a_config_error_when_the_engine_is_built() -> None:
+    join_alone()
+    model = TinyModel()
+    optimizer = make_optimizer(LambConfig(lr=1e-3), model.named_parameters())
+    config = ds_config(2, precision="bf16")
+    config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    with pytest.raises(ConfigError, match=r"Lamb does not run .* fp32 master weights"):
+        make_engine(model, optimizer, config | {"data_types": {"grad_accum_dtype": "bf16"}})
 
 
 def test_a_disarmed_guard_ignores_the_step_and_an_armed_one_takes_it() -> None:

@@ -40,6 +40,7 @@ class BertForPreTraining(nn.Module):
     metric_names = ("mlm_correct", "pair_correct")
     loss_weights = (1.0, 1.0)
     no_decay_patterns = ("*bias", "*layer_norm_weight")
+    equal_parts = {"*qkv_weight": ("query", "key", "value"), "*qkv_bias": ("query", "key", "value")}
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 One parameter group, as for LAMB: decay kept out of `param_groups` survives DeepSpeed's ZeRO-3 universal loader, and a
 group is never so small that a rank owns nothing of it. AdamW and Lion are elementwise; StableAdamW divides its rate by
-the root mean square of each whole tensor's update, which is summed over the ranks.
+the root mean square of each whole tensor's update, which is summed over the ranks. AdamW runs on torch's fused kernel.
 
 AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101. StableAdamW: Wortsman et al. 2023, arXiv 2304.13013, algorithm 2.
 Lion: Chen et al. 2023, arXiv 2302.06675.
@@ -11,8 +11,9 @@ Lion: Chen et al. 2023, arXiv 2302.06675.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from bert_ds.training.lamb import LambFlags, adam_scalars, adam_settings
@@ -23,7 +24,7 @@ from bert_ds.training.sharded_optimizer import (
     ShardStep,
     sum_over_ranks,
 )
-from bert_kernels.lamb import adam_denominator, squared_norm, update_moments
+from bert_kernels.lamb import Piece, adam_denominator, squared_norm, update_moments
 
 _FLAGS = LambFlags()
 
@@ -47,11 +48,34 @@ class AdamW(ShardedOptimizer):
 
     def _update(self, groups: Sequence[GroupStep]) -> None:
         for group in groups:
-            scalars_of = {shard.step: adam_scalars(group.settings, shard.step, _FLAGS) for shard in group.shards}
+            by_kind: dict[tuple[int, float], list[Piece]] = {}
             for shard in group.shards:
-                for _, piece in shard.flat.pieces():
-                    update_moments(piece, piece.grad, scalars_of[shard.step])
-                _descend(shard, group, lr_R=None)
+                for segment in shard.flat.table.segments:
+                    by_kind.setdefault((shard.step, segment.decay), []).append(shard.flat.cut(segment))
+            for (step, decay), pieces in by_kind.items():
+                _fused_adamw(pieces, group.settings, step=step, decay=decay)
+
+
+def _fused_adamw(pieces: Sequence[Piece], settings: dict[str, Any], *, step: int, decay: float) -> None:
+    """One kernel over all segments that share step and decay; torch's own AdamW(fused=True) ends in the same call."""
+    params, grads, exp_avgs, exp_avg_sqs = (list(buffers) for buffers in zip(*pieces, strict=True))
+    steps = [torch.full((), float(step), device=params[0].device)] * len(params)
+    beta1, beta2 = settings["betas"]
+    torch._fused_adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        lr=float(settings["lr"]),
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=decay,
+        eps=settings["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 class StableAdamW(AdamW):

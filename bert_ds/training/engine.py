@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bert_ds.training.checkpoint_engine import VerifiedCheckpointEngine
-from bert_ds.training.optimizers import StepGuard
+from bert_ds.training.optimizers import StepGuard, refuse_unsupported_settings
 
 
 def make_engine(model: nn.Module, optimizer: Optimizer, ds_config: dict[str, Any]) -> DeepSpeedEngine:
@@ -29,12 +29,14 @@ def make_engine(model: nn.Module, optimizer: Optimizer, ds_config: dict[str, Any
 
     Raises:
         ValueError: the configuration switches off what keeps a NaN out of the weights.
+        ConfigError: the optimizer would be wrong under the configuration.
     """
     _refuse_unguarded(ds_config)
     names = parameter_names(model, optimizer)
     weights = _full_precision_weights(model, ds_config)
     guard = StepGuard(optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    refuse_unsupported_settings(engine)
     engine.checkpoint_engine = VerifiedCheckpointEngine(parameter_names=names)
     # DeepSpeed copies zero_to_fp32.py beside every checkpoint: a script that unpickles, and a write that may fail on
     # rank 0 alone, inside a collective.

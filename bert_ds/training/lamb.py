@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,8 @@ class LambFlags:
     """Weigh the gradient by 1 - beta1 in the first moment, else by 1."""
     adam_w_mode: bool = True
     """Decay in the update (True) or added to the gradient before the moments (False)."""
-    use_nvlamb: bool = True
-    """Trust ratio for every tensor (True) or only for those with decay (False)."""
+    use_nvlamb: bool = False
+    """Trust ratio for every tensor (True, the paper) or only for those with decay (False, NVIDIA's BERT recipe)."""
     min_trust: float = 0.0
     """Lower clamp of a measured ratio; a ratio that is 1 because a norm is 0 is not clamped."""
     max_trust: float | None = None
@@ -71,20 +71,20 @@ class LambFlags:
 
 
 LAMB_PRESETS: dict[str, LambFlags] = {
-    "paper": LambFlags(),
-    "paper_v3": LambFlags(bias_correction=False),
-    "apex": LambFlags(use_nvlamb=False),
+    "apex": LambFlags(),
+    "paper": LambFlags(use_nvlamb=True),
+    "paper_v3": LambFlags(use_nvlamb=True, bias_correction=False),
     "nvlamb": LambFlags(use_nvlamb=True),
-    "deepspeed": LambFlags(bias_correction=False, correct_lr=True, min_trust=0.01, max_trust=10.0),
-    "lambc": LambFlags(max_trust=1.0),
+    "deepspeed": LambFlags(use_nvlamb=True, bias_correction=False, correct_lr=True, min_trust=0.01, max_trust=10.0),
+    "lambc": LambFlags(use_nvlamb=True, max_trust=1.0),
 }
 
 
 def lamb_preset(name: str) -> LambFlags:
     """Return the flags of a published LAMB.
 
-    paper: version 1, with bias correction. paper_v3: without it. apex: NVIDIA's FusedLAMB with its defaults; nvlamb:
-    the same with a ratio for undecayed tensors too; both want gradient_clipping 1.0. deepspeed: the formula of
+    apex: NVIDIA's FusedLAMB with its defaults, and ours; nvlamb: the same with a ratio for undecayed tensors too; both
+    want gradient_clipping 1.0. paper: version 1, with bias correction. paper_v3: without it. deepspeed: the formula of
     DeepSpeed's FusedLamb. lambc: ratio at most 1.
 
     Raises:
@@ -97,6 +97,8 @@ def lamb_preset(name: str) -> LambFlags:
 
 class Lamb(ShardedOptimizer):
     """LAMB with one trust ratio per tensor at any ZeRO stage and world size."""
+
+    default_flags: ClassVar[LambFlags] = LambFlags()
 
     def __init__(
         self,
@@ -118,13 +120,14 @@ class Lamb(ShardedOptimizer):
             eps: added to the root of the second moment.
             weight_decay: decay of every parameter, unless weight_decay_of is given.
             weight_decay_of: decay of each trainable parameter.
-            flags: which LAMB; the paper's by default.
+            flags: which LAMB; by default the one of NVIDIA's BERT recipe, as in the recipes of this project. LANS takes
+                a ratio for every tensor.
         """
         settings = adam_settings(lr, betas, eps)
         super().__init__(named_parameters, settings, weight_decay=weight_decay, weight_decay_of=weight_decay_of)
-        self.flags = flags if flags is not None else LambFlags()
+        self.flags = flags if flags is not None else self.default_flags
         self._records: dict[int, RecordedRows] = {}
-        self._decayed: dict[tuple[str, ...], Tensor] = {}
+        self._decayed: dict[tuple[float, ...], Tensor] = {}
 
     def trust_statistics(self) -> dict[str, TrustStatistics]:
         """Return ratio and norms of every tensor at its last step, by name; the same on all ranks (host sync)."""
@@ -157,22 +160,23 @@ class Lamb(ShardedOptimizer):
         """Return which rows get a trust ratio, bool [R]; None for all."""
         if self.flags.use_nvlamb:
             return None
-        names = group.layout.names
-        if names not in self._decayed:
-            decays = {entry.name: entry.decay for entry in self._owned}
-            self._decayed[names] = torch.tensor([decays[name] != 0 for name in names], device=device)
-        return self._decayed[names]
+        decays = group.layout.rows.decays
+        if decays not in self._decayed:
+            self._decayed[decays] = torch.tensor([decay != 0 for decay in decays], device=device)
+        return self._decayed[decays]
 
     def _record(self, group: GroupStep, ratios_R: Tensor, sums_R2: Tensor) -> None:
         names = group.layout.names
         if len(group.shards) < len(group.layout.shards):  # whole tensors, some without a gradient
-            rows = [shard.flat.table.segments[0].row for shard in group.shards]
+            rows = [segment.row for shard in group.shards for segment in shard.flat.table.segments]
             names, ratios_R, sums_R2 = tuple(names[row] for row in rows), ratios_R[rows], sums_R2[rows]
         self._records[id(group.layout)] = RecordedRows(names, ratios_R, sums_R2)
 
 
 class Lans(Lamb):
     """LANS: gradients normalised per tensor, and two directions with a trust ratio each."""
+
+    default_flags: ClassVar[LambFlags] = LambFlags(use_nvlamb=True)
 
     def _update(self, groups: Sequence[GroupStep]) -> None:
         squares = [group.zeros(1) for group in groups]

@@ -26,19 +26,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from bert_ds.training.agreement import max_over_ranks
+from bert_ds.training.lamb_rows import OwnedParameter, RowTable, cut_segments, full_numel, number_rows
 from bert_kernels.lamb import Segment, SegmentTable
 
 
 class LayoutError(RuntimeError):
     """The place of a parameter in an optimizer shard is unknown, contradictory or not supported."""
-
-
-class OwnedParameter(NamedTuple):
-    """A parameter of the user's model that was trainable when it was given to the optimizer's constructor."""
-
-    name: str
-    param: Tensor
-    decay: float
 
 
 class Layout(NamedTuple):
@@ -48,10 +41,14 @@ class Layout(NamedTuple):
     """whole, master, flat or zero3."""
     shards: tuple[tuple[Tensor, SegmentTable], ...]
     """Every tensor of the group with its segments; all tables number the rows alike."""
-    names: tuple[str, ...]
-    """Name of each row, the same on all ranks."""
+    rows: RowTable
     process_group: ProcessGroup | None
     """Ranks that hold parts of these tensors; None when this rank holds them whole."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name of each row, the same on all ranks."""
+        return self.rows.names
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def _find_layout(group: GroupToFind) -> Layout:
     owned_ids = {id(entry.param) for entry in group.owned}
     if all(id(tensor) in owned_ids for tensor in group.tensors):
         return _whole(group)
-    trainable = [entry for entry in group.owned if _full_numel(entry.param) > 0]
+    trainable = [entry for entry in group.owned if full_numel(entry.param) > 0]
     _refuse_model_parallel(trainable)
     if any(hasattr(entry.param, "_z3_optimizer") or hasattr(entry.param, "ds_tensor") for entry in trainable):
         return _zero3(group, trainable)
@@ -107,18 +104,23 @@ def _find_layout(group: GroupToFind) -> Layout:
 
 def _whole(group: GroupToFind) -> Layout:
     by_id = {id(entry.param): entry for entry in group.owned}
-    shards, names = [], []
-    for row, tensor in enumerate(group.tensors):
-        entry = by_id[id(tensor)]
+    entries = [by_id[id(tensor)] for tensor in group.tensors]
+    for tensor, entry in zip(group.tensors, entries, strict=True):
         if hasattr(tensor, "ds_tensor") or hasattr(tensor, "placements"):
             raise LayoutError(f"{entry.name} is partitioned, but the optimizer was given it without its wrapper")
         if not tensor.is_contiguous():
             raise LayoutError(f"{entry.name} is not contiguous in memory (strides {tensor.stride()})")
         _require_fp32(tensor, entry.name)
-        names.append(entry.name)
-        segments = (Segment(0, tensor.numel(), row, entry.decay),) if tensor.numel() else ()
-        shards.append((tensor, SegmentTable(segments, tensor.numel(), len(group.tensors))))
-    return Layout("whole", tuple(shards), tuple(names), None)
+    return _unsharded("whole", group.tensors, entries)
+
+
+def _unsharded(kind: str, tensors: Sequence[Tensor], entries: Sequence[OwnedParameter]) -> Layout:
+    """Return the layout where every tensor of the optimizer is one whole parameter."""
+    rows, shards = number_rows(entries), []
+    for tensor, entry, first_row in zip(tensors, entries, rows.first, strict=True):
+        segments = cut_segments(entry, first_row, begin=0, end=tensor.numel(), at=0)
+        shards.append((tensor, SegmentTable(tuple(segments), tensor.numel(), len(rows.names))))
+    return Layout(kind, tuple(shards), rows, None)
 
 
 def _masters(group: GroupToFind, trainable: Sequence[OwnedParameter]) -> Layout:
@@ -130,8 +132,7 @@ def _masters(group: GroupToFind, trainable: Sequence[OwnedParameter]) -> Layout:
             f"the model has {len(wanted)} trainable parameters of shapes {wanted[:3]}..., and they carry neither "
             "_dp_group (ZeRO-1, ZeRO-2, BF16_Optimizer) nor _z3_optimizer (ZeRO-3)"
         )
-    shards = []
-    for row, (tensor, entry) in enumerate(zip(group.tensors, trainable, strict=True)):
+    for tensor, entry in zip(group.tensors, trainable, strict=True):
         if entry.param.dtype == torch.float16:
             raise LayoutError(
                 "fp16 without ZeRO: DeepSpeed divides the gradients by a loss scale that it never multiplied the loss "
@@ -139,9 +140,7 @@ def _masters(group: GroupToFind, trainable: Sequence[OwnedParameter]) -> Layout:
             )
         _require_fp32(tensor, entry.name)
         _verify_values(tensor.reshape(-1), entry.param.detach().reshape(-1), entry.name)
-        segment = Segment(0, tensor.numel(), row, entry.decay)
-        shards.append((tensor, SegmentTable((segment,), tensor.numel(), len(trainable))))
-    return Layout("master", tuple(shards), tuple(entry.name for entry in trainable), None)
+    return _unsharded("master", group.tensors, trainable)
 
 
 def _flat(group: GroupToFind, trainable: Sequence[OwnedParameter]) -> Layout:
@@ -157,16 +156,18 @@ def _flat(group: GroupToFind, trainable: Sequence[OwnedParameter]) -> Layout:
     _check_flat_extent(trainable, first, flat.numel() * dist.get_world_size(process_group))
 
     shard_begin = dist.get_rank(process_group) * flat.numel()
-    segments = []
-    for row, entry in enumerate(trainable):
+    rows = number_rows(trainable)
+    segments: list[Segment] = []
+    for entry, first_row in zip(trainable, rows.first, strict=True):
         offset = _offset(entry) - first
         begin, end = max(offset, shard_begin), min(offset + entry.param.numel(), shard_begin + flat.numel())
         if begin < end:
-            segments.append(Segment(begin - shard_begin, end - begin, row, entry.decay))
-            here = flat.detach()[begin - shard_begin : end - shard_begin]
-            _verify_values(here, entry.param.detach().view(-1)[begin - offset : end - offset], entry.name)
-    table = SegmentTable(tuple(sorted(segments)), flat.numel(), len(trainable))
-    return Layout("flat", ((flat, table),), tuple(entry.name for entry in trainable), process_group)
+            at, begin, end = begin - shard_begin, begin - offset, end - offset
+            segments += cut_segments(entry, first_row, begin=begin, end=end, at=at)
+            here = flat.detach()[at : at + end - begin]
+            _verify_values(here, entry.param.detach().view(-1)[begin:end], entry.name)
+    table = SegmentTable(tuple(sorted(segments)), flat.numel(), len(rows.names))
+    return Layout("flat", ((flat, table),), rows, process_group)
 
 
 def _check_flat_extent(trainable: Sequence[OwnedParameter], first: int, total: int) -> None:
@@ -194,29 +195,27 @@ def _zero3(group: GroupToFind, trainable: Sequence[OwnedParameter]) -> Layout:
         raise LayoutError(f"the optimizer's tensor is {len(found)} times among ZeRO-3's {len(flats)} shards")
     members = _need(zero3, "fp16_groups", "the ZeRO-3 optimizer")[found[0]]
     by_id = {id(entry.param): entry for entry in group.owned}
+    if not all(id(param) in by_id for param in members):
+        raise LayoutError("a ZeRO-3 sub-group holds a parameter that was not given to this optimizer")
+    entries = [by_id[id(param)] for param in members]
+    rows, process_group = number_rows(entries), _need(members[0], "ds_process_group", "a ZeRO-3 parameter")
 
-    segments, names, offset = [], [], 0
-    process_group = _need(members[0], "ds_process_group", "a ZeRO-3 parameter")
-    rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
-    for row, param in enumerate(members):
-        if id(param) not in by_id:
-            raise LayoutError("a ZeRO-3 sub-group holds a parameter that was not given to this optimizer")
-        entry = by_id[id(param)]
+    segments: list[Segment] = []
+    offset, rank, world_size = 0, dist.get_rank(process_group), dist.get_world_size(process_group)
+    for param, entry, first_row in zip(members, entries, rows.first, strict=True):
         if _need(param, "ds_process_group", entry.name) is not process_group:
             raise LayoutError(f"{entry.name} is partitioned over another process group than its sub-group")
         part, full, lp_part = _zero3_part(param, entry.name)
         if not full <= part * world_size < full + world_size:
             raise LayoutError(f"{entry.name}: {world_size} parts of {part} do not make {full} elements")
-        valid = min(max(full - rank * part, 0), part)
-        if valid:
-            _verify_values(flat.detach()[offset : offset + valid], lp_part[:valid], entry.name)
-            segments.append(Segment(offset, valid, row, entry.decay))
-        names.append(entry.name)
+        begin, end = min(rank * part, full), min((rank + 1) * part, full)
+        _verify_values(flat.detach()[offset : offset + end - begin], lp_part[: end - begin], entry.name)
+        segments += cut_segments(entry, first_row, begin=begin, end=end, at=offset)
         offset += part
     if offset != flat.numel():
         raise LayoutError(f"the parts of a ZeRO-3 sub-group have {offset} elements, its shard has {flat.numel()}")
-    table = SegmentTable(tuple(segments), flat.numel(), len(members))
-    return Layout("zero3", ((flat, table),), tuple(names), process_group)
+    table = SegmentTable(tuple(segments), flat.numel(), len(rows.names))
+    return Layout("zero3", ((flat, table),), rows, process_group)
 
 
 def _zero3_part(param: Tensor, name: str) -> tuple[int, int, Tensor]:
@@ -272,10 +271,6 @@ def _verify_values(shard_part: Tensor, param_part: Tensor, name: str) -> None:
 
 def _offset(entry: OwnedParameter) -> int:
     return int(entry.param.storage_offset())
-
-
-def _full_numel(param: Tensor) -> int:
-    return int(getattr(param, "ds_numel", param.numel()))
 
 
 def _need(holder: Any, attribute: str, what: str) -> Any:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 from bert_ds.optimizer_config import (
     AdamWConfig,
-    ApexFusedLambConfig,
-    DeepSpeedCpuAdamConfig,
-    DeepSpeedFusedAdamConfig,
-    DeepSpeedFusedLambConfig,
     LambConfig,
     LansConfig,
     LionConfig,
@@ -21,11 +17,21 @@ from bert_ds.optimizer_config import (
     StableAdamWConfig,
 )
 from bert_ds.run_config import ConfigError
-from bert_ds.training.elementwise_optimizers import Lion, StableAdamW
-from bert_ds.training.lamb import Lamb, LambFlags, Lans
+from bert_ds.training.elementwise_optimizers import AdamW, Lion, StableAdamW
+from bert_ds.training.foreign_optimizers import make_foreign_optimizer
+from bert_ds.training.lamb import Lamb, Lans
+from bert_ds.training.lamb_rows import EqualParts
 from bert_ds.training.param_groups import NO_DECAY_PATTERNS, NamedParameters, decay_groups, decay_per_tensor
+from bert_ds.training.sharded_optimizer import ShardedOptimizer
+from bert_ds.training.zero_limits import unsupported_settings
 
-_OWN: dict[type, Any] = {LambConfig: Lamb, LansConfig: Lans, StableAdamWConfig: StableAdamW, LionConfig: Lion}
+_OWN: dict[type, Any] = {
+    AdamWConfig: AdamW,
+    LambConfig: Lamb,
+    LansConfig: Lans,
+    StableAdamWConfig: StableAdamW,
+    LionConfig: Lion,
+}
 _LAMB_FLAGS = (
     "bias_correction",
     "correct_lr",
@@ -43,63 +49,42 @@ def make_optimizer(
     named_parameters: NamedParameters,
     *,
     no_decay_patterns: Sequence[str] = NO_DECAY_PATTERNS,
+    equal_parts: EqualParts | None = None,
 ) -> Optimizer:
     """Return the optimizer of a recipe over the trainable parameters; call it before `deepspeed.initialize`.
+
+    Ours hold all parameters in one group, with a decay per tensor: DeepSpeed's universal checkpoints need that.
 
     Args:
         config: the optimizer section.
         named_parameters: `model.named_parameters()`; frozen parameters are left out.
         no_decay_patterns: names of the parameters that are not decayed.
+        equal_parts: name pattern -> names of the equal parts of a tensor that holds several weights side by side; each
+            part gets its own trust ratio. Foreign kernels treat such a tensor as one.
 
     Raises:
         ConfigError: a foreign kernel is not installed or cannot be built here.
     """
     parameters = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-    if type(config) in _OWN:
-        return _own(config, parameters, patterns=no_decay_patterns)
-    groups = decay_groups(parameters, config.weight_decay, patterns=no_decay_patterns)
-    if isinstance(config, AdamWConfig):
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    try:
-        return _foreign(config, groups)
-    except Exception as error:  # a kernel that is missing or does not compile fails in many ways
-        raise ConfigError(f'optimizer.type "{config.type}" is not available here: {error}') from error
-
-
-def _own(config: Any, parameters: NamedParameters, *, patterns: Sequence[str]) -> Optimizer:
-    """One group, decay per tensor: what an optimizer that is exact under ZeRO wants."""
-    settings = {"lr": config.lr, "betas": config.betas}
+    if type(config) not in _OWN:
+        return make_foreign_optimizer(config, decay_groups(parameters, config.weight_decay, patterns=no_decay_patterns))
+    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas}
     if not isinstance(config, LionConfig):
         settings["eps"] = config.eps
     if isinstance(config, LambConfig | LansConfig):
         flags = {name: getattr(config, name) for name in _LAMB_FLAGS if hasattr(config, name)}
-        settings["flags"] = LambFlags(**flags)
-    decay_of = decay_per_tensor(parameters, config.weight_decay, patterns=patterns)
-    return _OWN[type(config)](parameters, weight_decay_of=decay_of, **settings)
+        settings["flags"] = replace(_OWN[type(config)].default_flags, **flags)
+    decay_of = decay_per_tensor(parameters, config.weight_decay, patterns=no_decay_patterns)
+    optimizer = _OWN[type(config)](parameters, weight_decay_of=decay_of, **settings)
+    optimizer.declare_parts(equal_parts or {})
+    return optimizer
 
 
-def _foreign(config: Any, groups: list[dict[str, Any]]) -> Optimizer:
-    settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "bias_correction": config.bias_correction}
-    match config:
-        case DeepSpeedFusedAdamConfig():
-            from deepspeed.ops.adam import FusedAdam
-
-            return FusedAdam(groups, adam_w_mode=True, **settings)
-        case DeepSpeedCpuAdamConfig():
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-        case DeepSpeedFusedLambConfig():
-            from deepspeed.ops.lamb import FusedLamb
-
-            return FusedLamb(groups, min_coeff=config.min_coeff, max_coeff=config.max_coeff, **settings)
-        case ApexFusedLambConfig():
-            from apex.optimizers import FusedLAMB
-
-            own = ("grad_averaging", "adam_w_mode", "use_nvlamb")
-            # apex clips by itself; DeepSpeed already has.
-            return FusedLAMB(groups, max_grad_norm=0.0, **settings, **{name: getattr(config, name) for name in own})
-    raise ConfigError(f'optimizer.type "{config.type}" is unknown')
+def refuse_unsupported_settings(engine: Any) -> None:
+    """Raise ConfigError if our optimizers would be wrong under a setting of a built engine."""
+    if isinstance(engine.basic_optimizer, ShardedOptimizer) and (reasons := unsupported_settings(engine)):
+        name = type(engine.basic_optimizer).__name__
+        raise ConfigError(f"{name} does not run under this DeepSpeed configuration: " + "; ".join(reasons))
 
 
 class StepGuard:

@@ -22,10 +22,10 @@ from torch.distributed import ProcessGroup
 from bert_ds.training.lamb_layout import (
     GroupToFind,
     Layout,
-    OwnedParameter,
     collective_device,
     find_layouts,
 )
+from bert_ds.training.lamb_rows import EqualParts, OwnedParameter, with_parts
 from bert_kernels.lamb import FlatShard
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
@@ -48,7 +48,7 @@ class GroupStep(NamedTuple):
     """Tensors that have a gradient."""
 
     def zeros(self, num_columns: int) -> Tensor:
-        """Return a fp64 reduction buffer: one row per parameter."""
+        """Return a fp64 reduction buffer: one row per tensor or part."""
         device = self.layout.shards[0][0].device
         return torch.zeros(len(self.layout.names), num_columns, dtype=torch.float64, device=device)
 
@@ -85,6 +85,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         ]
         self._layouts: dict[int, Layout] = {}
         super().__init__([param for _, param in entries], settings)
+
+    def declare_parts(self, equal_parts: EqualParts) -> None:
+        """Treat each of the equal parts of some tensors as a tensor of its own; call it before the first step.
+
+        Args:
+            equal_parts: name pattern -> names of the parts; LAMB takes one trust ratio for each of them.
+
+        Raises:
+            ValueError: a pattern matches no parameter, or one that cannot be cut into equal parts.
+        """
+        assert not self._layouts, "the parts of a tensor cannot change after the first step"
+        self._owned = with_parts(self._owned, equal_parts)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Accept the first group only: decay is per parameter, so a second group is never needed."""

@@ -107,6 +107,11 @@ class FlatShard(NamedTuple):
     """Second moment."""
     table: SegmentTable
 
+    def cut(self, segment: Segment) -> Piece:
+        """Return the views of one segment."""
+        stretch = slice(segment.begin, segment.begin + segment.length)
+        return Piece(self.param_E[stretch], self.grad_E[stretch], self.exp_avg_E[stretch], self.exp_avg_sq_E[stretch])
+
     def pieces(self) -> Iterator[tuple[Segment, Piece]]:
         """Yield every segment cut into pieces that are worked on together."""
         for segment in self.table.segments:
