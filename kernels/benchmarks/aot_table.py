@@ -160,8 +160,13 @@ def read_table() -> dict[tuple[str, ...], dict[str, str]]:
 
 
 def write_table(rows: list[Row]) -> None:
-    """Write the rows; those of other triton versions stay."""
-    records = {key: old for key, old in read_table().items() if key[0] != triton.__version__}
+    """Write the rows; those of other triton versions, and of cases that were not compiled now, stay."""
+    measured, known = {row.case for row in rows}, {case.name for case in cases()}
+    records = {
+        key: old
+        for key, old in read_table().items()
+        if key[0] != triton.__version__ or (key[2] in known and key[2] not in measured)
+    }
     for row in rows:
         names = dict(zip(("triton", "architecture", "case", "kernel"), row.key, strict=True))
         records[row.key] = names | {name: str(value) for name, value in asdict(row.figures).items()}
