@@ -95,7 +95,9 @@ def check_by_the_2x_rule(rows: int, vocab_size: int, padded: int, hidden_size: i
     peer = results(plain, tensors, labels, **options)
     for name, value in kernel.items():
         if name != "correct":
-            assert_close_to_truth(value, truth[name], peer[name], name=name, atol=ATOL[dtype])
+            # A loss of hundreds is known to 2^-23 of itself.
+            atol = ATOL[dtype] + (2**-22 * truth[name].item() if name == "loss" else 0.0)
+            assert_close_to_truth(value, truth[name], peer[name], name=name, atol=atol)
     assert kernel["correct"] == mlm_cross_entropy_reference(*tensors, labels, vocab_size=vocab_size)[1]
     assert not kernel["dweight"][vocab_size:].any() and not kernel["dbias"][vocab_size:].any()
 

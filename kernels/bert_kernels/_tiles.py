@@ -105,3 +105,6 @@ MLM_CROSS_ENTROPY: TileTable = {
         (_ANY, Tile(1, 8192, 16, 1)),
     )
 }
+
+# Size: hidden size. block_m: sorted tokens of a chunk, block_n: columns.
+SEGMENT_SUM: TileTable = {"default": ((_ANY, Tile(64, 128, 4, 1)),)}

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bert_kernels.dropout_mask import dropout_reference
-from bert_kernels.layer_norm import layer_norm_reference
+from bert_kernels._launch import check_device
+from bert_kernels.dropout_mask import check_dropout, dropout_reference, keep_threshold
+from bert_kernels.embedding_kernels import EmbeddingCall, Tables, embedding_backward, embedding_forward
+from bert_kernels.layer_norm import MAX_WIDTH, layer_norm_reference
 
 
 def embedding_reference(
@@ -58,6 +60,96 @@ class _Rows(torch.autograd.Function):
         return dtable.to(drows_TD.dtype), None
 
 
+@torch.library.custom_op("bert_kernels::embedding", mutates_args=())
+def _embedding(
+    indices: list[Tensor],
+    word: Tensor,
+    position: Tensor,
+    type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    site: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tables = Tables(word, position, type)
+    return embedding_forward(EmbeddingCall(Tables(*indices), tables, weight, dropout_p, seed, site), bias, eps)
+
+
+@_embedding.register_fake
+def _(
+    indices: list[Tensor],
+    word: Tensor,
+    position: Tensor,
+    type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    site: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = weight.new_empty(indices[0].shape[0], dtype=torch.float32)
+    return word.new_empty(indices[0].shape[0], word.shape[1]), statistics, torch.empty_like(statistics)
+
+
+@torch.library.custom_op("bert_kernels::embedding_backward", mutates_args=())
+def _embedding_backward(
+    indices: list[Tensor],
+    tables: list[Tensor],
+    weight: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    site: int,
+    mean: Tensor,
+    rstd: Tensor,
+    dy: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = EmbeddingCall(Tables(*indices), Tables(*tables), weight, dropout_p, seed, site)
+    return embedding_backward(call, mean, rstd, dy, Tables(*wanted))
+
+
+@_embedding_backward.register_fake
+def _(
+    indices: list[Tensor],
+    tables: list[Tensor],
+    weight: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    site: int,
+    mean: Tensor,
+    rstd: Tensor,
+    dy: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    word, position, type_ = (
+        table.new_empty(table.shape if is_wanted else (0,)) for table, is_wanted in zip(tables, wanted, strict=True)
+    )
+    return word, position, type_, weight.new_empty(2, weight.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    indices, word, position, type_, weight, _bias, _eps, dropout_p, seed, site = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(*indices, word, position, type_, weight, seed, mean, rstd)
+    ctx.numbers = (dropout_p, site)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _backward(ctx: Any, dy: Tensor, _dmean: Tensor, _drstd: Tensor) -> tuple:
+    *tensors, weight, seed, mean, rstd = ctx.saved_tensors
+    dropout_p, site = ctx.numbers
+    wanted = list(ctx.needs_input_grad[1:4])
+    *dtables, dln = _embedding_backward(tensors[:3], tensors[3:], weight, dropout_p, seed, site, mean, rstd, dy, wanted)
+    dtables = [dtable if is_wanted else None for dtable, is_wanted in zip(dtables, wanted, strict=True)]
+    return [None] * 3, *dtables, *dln.unbind(0), None, None, None, None
+
+
+_embedding.register_autograd(_backward, setup_context=_setup_context)
+
+
 def embedding(
     input_ids_T: Tensor,
     token_type_ids_T: Tensor,
@@ -73,5 +165,49 @@ def embedding(
     dropout_seed: Tensor | None = None,
     site: int = 0,
 ) -> Tensor:
-    """Not written yet: use embedding_reference."""
-    raise NotImplementedError("embedding has no Triton kernel yet; choose the torch operators")
+    """Return the embedded tokens (T, D) as embedding_reference does, by the Triton kernels.
+
+    Args:
+        input_ids_T, token_type_ids_T, position_ids_T: int64, rows of the tables. On a GPU not checked, which would take
+            a wait: a token with another index becomes NaN.
+
+    Raises:
+        ValueError: an argument is outside what the kernels can do.
+    """
+    indices = {"input_ids_T": input_ids_T, "position_ids_T": position_ids_T, "token_type_ids_T": token_type_ids_T}
+    tables = {"word_VD": word_VD, "position_SD": position_SD, "type_2D": type_2D}
+    vectors = {"ln_weight_D": ln_weight_D, "ln_bias_D": ln_bias_D}
+    check_device("embedding", **indices, **tables, **vectors)
+    check_dropout(dropout_p, dropout_seed, word_VD.device)
+    _check_tables(tables, vectors)
+    _check_indices(indices, tables)
+    seed = None if keep_threshold(dropout_p) == 256 else dropout_seed
+    contiguous = [index.contiguous() for index in indices.values()]
+    return _embedding(contiguous, *tables.values(), *vectors.values(), eps, dropout_p, seed, site)[0]
+
+
+def _check_tables(tables: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
+    word = tables["word_VD"]
+    if word.dim() != 2 or not 1 <= word.shape[1] <= MAX_WIDTH:
+        raise ValueError(
+            f"embedding: word_VD must have shape (V, D) with D in [1, {MAX_WIDTH}], got {list(word.shape)}"
+        )
+    if word.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"embedding: word_VD must be bfloat16, float16 or float32, got {word.dtype}")
+    for name, tensor in (tables | vectors).items():
+        dtype = word.dtype if name in tables else vectors["ln_weight_D"].dtype
+        if tensor.shape[-1:] != word.shape[1:] or tensor.dtype != dtype or not tensor.is_contiguous():
+            found = f"{tensor.dtype} {list(tensor.shape)} with stride {list(tensor.stride())}"
+            raise ValueError(f"embedding: {name} must be contiguous {dtype} of width {word.shape[1]}, got {found}")
+
+
+def _check_indices(indices: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
+    num_tokens = len(indices["input_ids_T"])
+    for (name, index), table in zip(indices.items(), tables.values(), strict=True):
+        if index.dtype != torch.int64 or index.shape != (num_tokens,):
+            found = f"{index.dtype} {list(index.shape)}"
+            raise ValueError(f"embedding: {name} must be torch.int64 [{num_tokens}], got {found}")
+        if index.device.type == "cpu" and num_tokens and not torch.compiler.is_compiling():
+            low, high = (int(bound) for bound in index.aminmax())
+            if low < 0 or high >= len(table):
+                raise ValueError(f"embedding: {name} must be in [0, {len(table)}), got {low} to {high}")
