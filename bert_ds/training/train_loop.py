@@ -21,6 +21,7 @@ from bert_ds.training.restart import StopRequest
 from bert_ds.training.throughput import Throughput
 from bert_ds.training.train_state import MicroBatch, TrainPlan, TrainState
 from bert_ds.training.train_step import Step, agree_on_totals, fetch, forward_backward, sum_of_ranks, take_step
+from bert_ds.training.trust_statistics import trust_row
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ def _log_step(engine: DeepSpeedEngine, step: Step, *, plan: TrainPlan, services:
         "num_tokens": step.totals.num_tokens,
         **services.throughput.report(steps_left=plan.total_steps - step.number),
     }
-    if services.row_facts and services.log.is_main:
-        row.update(services.row_facts(step.number))
+    if services.log.is_main:
+        row.update(trust_row(engine.basic_optimizer))
+        row.update(services.row_facts(step.number) if services.row_facts else {})
     services.log.train_row(step.number, row)
     _write_monitor(engine, "train", {**means, "grad_norm": row["grad_norm"], "tokens_per_s": row["tokens_per_s"]})
 

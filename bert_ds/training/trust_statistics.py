@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -47,6 +47,18 @@ def read_statistics(records: Iterable[RecordedRows]) -> dict[str, TrustStatistic
         for name, ratio, (weight_norm, update_norm) in zip(names, ratios_R.tolist(), norms, strict=True):
             statistics[name] = TrustStatistics(ratio, weight_norm, update_norm)
     return statistics
+
+
+def trust_row(optimizer: Any) -> dict[str, Any]:
+    """Return what the row of a logged step says of an optimizer with trust ratios; nothing for any other.
+
+    Every rank holds the complete numbers, so the one that writes the log asks alone. A host sync.
+    """
+    if not hasattr(optimizer, "trust_statistics"):
+        return {}
+    kinds = summarise(optimizer.trust_statistics())
+    fields = ("trust_ratio", "update_norm")
+    return {"trust": {kind: {field: spreads[field]._asdict() for field in fields} for kind, spreads in kinds.items()}}
 
 
 def layer_kind(name: str) -> str:
