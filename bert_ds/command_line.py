@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import difflib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
@@ -43,11 +45,17 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return _Parser(description=description, allow_abbrev=False)
 
 
-def run_main(main: Callable[[], int | None]) -> NoReturn:
+def run_main(main: Callable[[], int | None], *, leave_at_once: bool = False) -> NoReturn:
     """Run a verb and end the process with the documented exit code.
 
     Errors that the user can act upon become one message on stderr without a traceback; anything else is a defect of
     this program and keeps its traceback.
+
+    Args:
+        main: the verb; returns an exit code, None for 0.
+        leave_at_once: skip the teardown of the interpreter once the exit handlers have run. For verbs that join a
+            process group: a background thread of gloo that is still there aborts the teardown now and then, and the
+            launcher then takes a finished run for a failed one.
     """
     try:
         code = main() or EXIT_DONE
@@ -57,6 +65,16 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print(f"{_program_name()}: interrupted", file=sys.stderr)
         code = 130
+    except Exception:
+        if not leave_at_once:
+            raise
+        traceback.print_exc()
+        code = 1
+    if leave_at_once:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -249,4 +249,4 @@ def try_longest(engine: DeepSpeedEngine, data: PretrainingData, plan: RunPlan, *
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, leave_at_once=True)

@@ -107,3 +107,23 @@ def test_progress_off_a_terminal_writes_no_control_characters(
 def test_importing_it_imports_neither_torch_nor_rich() -> None:
     code = "import sys, bert_ds.command_line; assert not {'torch', 'rich', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_leaving_at_once_keeps_the_exit_code_the_output_and_the_exit_handlers() -> None:
+    code = (
+        "import atexit, threading, time\n"
+        "from bert_ds.command_line import run_main\n"
+        "atexit.register(lambda: print('handler ran'))\n"
+        "threading.Thread(target=time.sleep, args=(30,)).start()\n"
+        "run_main(lambda: print('done') or 75, leave_at_once=True)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    assert ended.returncode == 75
+    assert ended.stdout.split() == ["done", "handler", "ran"]
+
+
+def test_a_defect_keeps_its_traceback_when_leaving_at_once() -> None:
+    code = "from bert_ds.command_line import run_main\nrun_main(lambda: 1 // 0, leave_at_once=True)\n"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    assert ended.returncode == 1
+    assert "ZeroDivisionError" in ended.stderr

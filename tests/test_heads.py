@@ -26,11 +26,14 @@ CASES: list[tuple[dict, list[int], bool]] = [
     ({"num_hidden_layers": 4, "pad_vocab_size_to_multiple_of": 1, "intermediate_size": 7}, [2, 13, 29, 1, 30], True),
 ]
 
+KERNELS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs CPU"))]
+"""Both sides of `fused_ops`; without a GPU Triton's interpreter runs the kernels."""
+
 
 def _pair_of_models(
-    config: ModelConfig, has_pair_head: bool
+    config: ModelConfig, has_pair_head: bool, kernels: str
 ) -> tuple[BertForPreTraining, transformers.PreTrainedModel]:
-    ours = BertForPreTraining(config, kernels="torch", has_pair_head=has_pair_head).eval()
+    ours = BertForPreTraining(config, kernels=kernels, has_pair_head=has_pair_head).eval()
     spread_weights(ours, config)
     facts = hf_config(config, sentence_pair="nsp" if has_pair_head else "none")
     kind = getattr(transformers, facts["architectures"][0])
@@ -41,10 +44,13 @@ def _pair_of_models(
     return ours, theirs
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize(("changes", "lengths", "has_pair_head"), CASES)
-def test_logits_equal_those_of_transformers(changes: dict, lengths: list[int], has_pair_head: bool) -> None:
+def test_logits_equal_those_of_transformers(
+    changes: dict, lengths: list[int], has_pair_head: bool, kernels: str
+) -> None:
     config = small_config(**changes)
-    ours, theirs = _pair_of_models(config, has_pair_head)
+    ours, theirs = _pair_of_models(config, has_pair_head, kernels)
     batch = packed_inputs(config, lengths)
     padded = padded_inputs(batch)
     inputs = {name: padded[name] for name in ("input_ids", "token_type_ids", "attention_mask")}
@@ -59,12 +65,13 @@ def test_logits_equal_those_of_transformers(changes: dict, lengths: list[int], h
         assert found.pair_N2 is None
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize(("changes", "lengths", "has_pair_head"), CASES)
 def test_losses_and_gradients_equal_those_of_transformers(
-    changes: dict, lengths: list[int], has_pair_head: bool
+    changes: dict, lengths: list[int], has_pair_head: bool, kernels: str
 ) -> None:
     config = small_config(**changes)
-    ours, theirs = _pair_of_models(config, has_pair_head)
+    ours, theirs = _pair_of_models(config, has_pair_head, kernels)
     batch = packed_inputs(config, lengths)
     padded = padded_inputs(batch)
     if not has_pair_head:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from encoder_cases import encoder_inputs, packed_inputs, small_config, spread_weights
 
-from bert_ds.encoder.fused_ops import TRITON_OPS, fused_ops
+from bert_ds.encoder.fused_ops import fused_ops
 from bert_ds.encoder.heads import BertForPreTraining
 from bert_ds.encoder.modeling_bert import BertEncoder, BertLayer, initialise_weights
 from bert_kernels.dropout_mask import ATTENTION, HIDDEN, keep_mask_reference
@@ -194,9 +194,3 @@ def test_low_precision_parameters_give_low_precision_hidden_states_near_fp32(dty
 def test_an_unknown_kernel_choice_is_refused() -> None:
     with pytest.raises(ValueError, match='kernels is "cuda", wanted "auto", "triton" or "torch"'):
         fused_ops("cuda")
-
-
-@pytest.mark.skipif("attention" in TRITON_OPS, reason="every operation has a Triton version now")
-def test_asking_for_triton_names_the_operations_without_a_triton_version() -> None:
-    with pytest.raises(ValueError, match=r"no Triton version of .*attention"):
-        fused_ops("triton")

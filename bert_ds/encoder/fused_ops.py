@@ -14,9 +14,6 @@ from torch import Tensor
 
 from bert_kernels import attention, bias_gelu, embedding, layer_norm, mlm_cross_entropy
 
-TRITON_OPS: frozenset[str] = frozenset()
-"""The operations that have a Triton version; "auto" takes the torch one for the others."""
-
 _REFERENCES: dict[str, Callable[..., Any]] = {
     "attention": attention.attention_reference,
     "layer_norm": layer_norm.layer_norm_reference,
@@ -55,20 +52,15 @@ def fused_ops(kernels: str) -> FusedOps:
             "auto" for the kernels on CUDA tensors and the references elsewhere.
 
     Raises:
-        ValueError: another word, or "triton" while an operation has no Triton version.
+        ValueError: another word.
     """
     names = [field.name for field in fields(FusedOps)]
     if kernels == "torch":
         return FusedOps(**{name: _REFERENCES[name] for name in names})
     if kernels == "triton":
-        missing = [name for name in names if name not in TRITON_OPS]
-        if missing:
-            raise ValueError(
-                f'kernels "triton": no Triton version of {", ".join(missing)} exists yet; wanted "torch" or "auto"'
-            )
         return FusedOps(**{name: _TRITON[name] for name in names})
     if kernels == "auto":
-        return FusedOps(**{name: _by_device(name) if name in TRITON_OPS else _REFERENCES[name] for name in names})
+        return FusedOps(**{name: _by_device(name) for name in names})
     raise ValueError(f'kernels is "{kernels}", wanted "auto", "triton" or "torch"')
 
 

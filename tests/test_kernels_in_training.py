@@ -1,0 +1,80 @@
+"""The real pretrain.py on the Triton kernels, in the interpreter, beside the torch references."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from corpus_fixtures import FIRST_TEXT_ID, tiny_tokenizer, write_shards
+
+from bert_ds.run_log import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB_SIZE = 40
+DROPOUT = {"with_dropout": 0.1, "without_dropout": 0.0}
+
+RECIPE = """{
+  "name": "kernels", "seed": 3,
+  "model": {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1,
+            "intermediate_size": 64, "max_position_embeddings": 16},
+  "corpus": {"type": "shards", "sources": [{"path": "shards"}], "tokenizer": "shards/tokenizer"},
+  "sequences": {"max_seq_length": 16, "sentence_pair": "nsp"},
+  "optimizer": {"type": "adamw", "lr": 0.003},
+  "schedule": {"type": "constant", "warmup_steps": 0},
+  "training": {"total_steps": 4, "train_batch_size": 4, "precision": "fp32", "log_every_steps": 1, "num_workers": 0},
+  "evaluation": {"num_examples": 4, "batch_size": 2}
+}"""
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny shards and a recipe."""
+    folder = tmp_path_factory.mktemp("kernels")
+    generator = torch.Generator().manual_seed(0)
+
+    def document() -> list[list[int]]:
+        drawn = torch.randint(FIRST_TEXT_ID, VOCAB_SIZE, (6, 5), generator=generator)
+        return drawn.tolist()
+
+    documents = [document() for _ in range(20)]
+    write_shards(
+        folder / "shards", documents[:15], documents[15:], tokenizer=tiny_tokenizer(VOCAB_SIZE - FIRST_TEXT_ID)
+    )
+    (folder / "recipe.json").write_text(RECIPE)
+    return folder
+
+
+def train(workshop: Path, kernels: str, dropout: float) -> list[float]:
+    """Losses of two ranks under ZeRO-2."""
+    run_dir = workshop / f"runs/{kernels}-{dropout}"
+    recipe = {
+        "training.kernels": kernels,
+        "model.hidden_dropout_prob": dropout,
+        "model.attention_probs_dropout_prob": dropout,
+    }
+    overrides = [word for name, value in recipe.items() for word in ("--set", f"{name}={value}")]
+    port = 29820 + 2 * (kernels == "triton") + (dropout > 0)
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
+    files = ["--run", workshop / "recipe.json", "--deepspeed_config", ROOT / "ds_configs/zero2.json"]
+    command = [sys.executable, *launcher, ROOT / "bert_ds/pretrain.py", *files, "--run_dir", run_dir, *overrides]
+    environment: dict[str, str] = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+    done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [row["loss"] for row in read_metrics(run_dir / "metrics.jsonl")]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are compiled, not interpreted")
+@pytest.mark.parametrize("dropout", DROPOUT.values(), ids=DROPOUT)
+def test_two_ranks_on_the_kernels_follow_the_torch_path_step_by_step(workshop: Path, dropout: float) -> None:
+    on_kernels, on_torch = train(workshop, "triton", dropout), train(workshop, "torch", dropout)
+    assert len(on_torch) == 4
+    assert on_kernels == pytest.approx(on_torch, rel=3e-6)
