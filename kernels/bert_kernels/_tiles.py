@@ -108,3 +108,7 @@ MLM_CROSS_ENTROPY: TileTable = {
 
 # Size: hidden size. block_m: sorted tokens of a chunk, block_n: columns.
 SEGMENT_SUM: TileTable = {"default": ((_ANY, Tile(64, 128, 4, 1)),)}
+
+# block_n: elements of a chunk. LAMB_ROWS: partial sums per step.
+LAMB = Tile(1, 4096, 8, 1)
+LAMB_ROWS = Tile(1, 1024, 4, 1)

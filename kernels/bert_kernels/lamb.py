@@ -30,6 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bert_kernels.lamb_kernels import hyper_of_step, lamb_apply_triton, lamb_moments_triton
+
 CPU_PIECE = 1 << 18
 """Elements handled together on the CPU: small enough for the cache, large enough to hide the call overhead."""
 
@@ -140,22 +142,27 @@ def squared_norm(x_E: Tensor) -> Tensor:
     return torch.dot(x_E, x_E)
 
 
-def lamb_moments(shard: FlatShard, scalars: LambScalars, *, sums_R2: Tensor) -> None:
+def lamb_moments(shard: FlatShard, scalars: LambScalars, *, sums_R2: Tensor, kernels: str = "auto") -> None:
     """Pass 1 of LAMB: update the moments in place and add |w|^2 and |u|^2 of every segment to its row of sums_R2.
 
     Args:
         shard: weights and gradient are read, moments are updated.
         scalars: constants of the step.
         sums_R2: fp64 [R, 2], added to.
+        kernels: "auto" for Triton on CUDA and torch elsewhere, "triton", "torch".
 
     Raises:
         ValueError: a buffer has the wrong shape, dtype or device.
     """
     check_shard(shard)
-    lamb_moments_reference(shard, scalars, sums_R2=sums_R2)
+    if _by_triton(shard, kernels):
+        hyper = hyper_of_step(scalars, 0.0, device=shard.param_E.device)
+        lamb_moments_triton(shard, hyper, sums_R2=sums_R2, decay_in_update=scalars.decay_in_update)
+    else:
+        lamb_moments_reference(shard, scalars, sums_R2=sums_R2)
 
 
-def lamb_apply(shard: FlatShard, scalars: LambScalars, *, ratios_R: Tensor, lr: float) -> None:
+def lamb_apply(shard: FlatShard, scalars: LambScalars, *, ratios_R: Tensor, lr: float, kernels: str = "auto") -> None:
     """Pass 2 of LAMB: w -= lr ratio[row] u, in place.
 
     Args:
@@ -163,8 +170,19 @@ def lamb_apply(shard: FlatShard, scalars: LambScalars, *, ratios_R: Tensor, lr: 
         scalars: constants of the step, as in pass 1.
         ratios_R: fp32 [R], trust ratio of every row.
         lr: learning rate.
+        kernels: as in pass 1.
     """
-    lamb_apply_reference(shard, scalars, ratios_R=ratios_R, lr=lr)
+    if _by_triton(shard, kernels):
+        hyper = hyper_of_step(scalars, lr, device=shard.param_E.device)
+        lamb_apply_triton(shard, hyper, ratios_R=ratios_R, decay_in_update=scalars.decay_in_update)
+    else:
+        lamb_apply_reference(shard, scalars, ratios_R=ratios_R, lr=lr)
+
+
+def _by_triton(shard: FlatShard, kernels: str) -> bool:
+    if kernels not in ("auto", "triton", "torch"):
+        raise ValueError(f'kernels is "{kernels}", wanted "auto", "triton" or "torch"')
+    return kernels == "triton" or (kernels == "auto" and shard.param_E.is_cuda)
 
 
 def lamb_moments_reference(shard: FlatShard, scalars: LambScalars, *, sums_R2: Tensor) -> None:
