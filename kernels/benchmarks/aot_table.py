@@ -26,7 +26,11 @@ from bert_kernels._launch import INTERPRETING, Launch, record_launches
 from bert_kernels.attention_kernels import AttentionCall, attention_backward, attention_forward
 from bert_kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from bert_kernels.compile_ahead import SHARED_LIMIT_BYTES, Figures, compile_launch
+from bert_kernels.embedding_kernels import EmbeddingCall, Tables, embedding_backward, embedding_forward
+from bert_kernels.lamb import FlatShard, LambScalars, Segment, SegmentTable
+from bert_kernels.lamb_kernels import hyper_of_step, lamb_apply_triton, lamb_moments_triton
 from bert_kernels.layer_norm import LayerNormCall, layer_norm_backward, layer_norm_forward
+from bert_kernels.mlm_cross_entropy_kernels import replace_by_gradient
 
 TABLE = Path(__file__).parent / "results" / "aot.csv"
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -98,6 +102,45 @@ def bias_gelu_case(width: int, approximate: str, dtype: torch.dtype = torch.bflo
     return Case(f"bias_gelu {approximate} f={width} {str(dtype).removeprefix('torch.')}", run, multiplies=False)
 
 
+def mlm_cross_entropy_case(num_columns: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """Return the loss of 128 rows, with and without their gradient."""
+
+    def run() -> None:
+        logits, labels = torch.empty(128, num_columns, dtype=dtype), torch.empty(128, dtype=torch.int64)
+        replace_by_gradient(logits, labels, num_columns - 6, gradient=True)
+
+    return Case(f"mlm_cross_entropy v={num_columns} {str(dtype).removeprefix('torch.')}", run, multiplies=False)
+
+
+def embedding_case(width: int, dropout_p: float, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """Return the embedding of 8192 tokens and the gradient of the word table."""
+
+    def run() -> None:
+        index, seed = torch.zeros(8192, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+        tables = Tables(*(torch.empty(rows, width, dtype=dtype) for rows in (30528, 512, 2)))
+        vector = torch.empty(width, dtype=dtype)
+        call = EmbeddingCall(Tables(index, index, index), tables, vector, dropout_p, seed, 0)
+        y, mean, rstd = embedding_forward(call, vector, 1e-12)
+        embedding_backward(call, mean, rstd, y, Tables(True, False, False))
+
+    return Case(f"embedding d={width} p={dropout_p} {str(dtype).removeprefix('torch.')}", run, multiplies=False)
+
+
+def lamb_case(grad_dtype: torch.dtype) -> Case:
+    """Return a step over one tensor of a million elements, with a bf16 copy."""
+
+    def run() -> None:
+        table = SegmentTable((Segment(0, 1 << 20, 0, 0.01),), 1 << 20, 1)
+        param, grad = torch.empty(1 << 20), torch.empty(1 << 20, dtype=grad_dtype)
+        shard = FlatShard(param, grad, param.clone(), param.clone(), table)
+        scalars = LambScalars(0.9, 0.999, 0.1, 1e-6, 0.1, 0.001, True)
+        hyper = hyper_of_step(scalars, 0.001, device=param.device)
+        lamb_moments_triton(shard, hyper, sums_R2=torch.empty(1, 2, dtype=torch.float64))
+        lamb_apply_triton(shard, hyper, ratios_R=torch.empty(1), copy_E=param.bfloat16())
+
+    return Case(f"lamb {str(grad_dtype).removeprefix('torch.')} gradients", run, multiplies=False)
+
+
 def cases() -> list[Case]:
     """Return what the table holds."""
     lengths = (64, 128, 512)
@@ -108,7 +151,12 @@ def cases() -> list[Case]:
     layer_norm += [layer_norm_case(width, 0.1) for width in (256, 512, 2048, 4096)]
     bias_gelu = [bias_gelu_case(width, kind) for width in (3072, 4096) for kind in ("none", "tanh")]
     bias_gelu.append(bias_gelu_case(4096, "none", torch.float32))
-    return attention + layer_norm + bias_gelu
+    mlm = [mlm_cross_entropy_case(width) for width in (4096, 30528, 119552)]
+    mlm.append(mlm_cross_entropy_case(30528, torch.float32))
+    embedding = [embedding_case(width, p) for width in (768, 1024) for p in (0.0, 0.1)]
+    embedding.append(embedding_case(1024, 0.1, torch.float32))
+    lamb = [lamb_case(torch.bfloat16), lamb_case(torch.float32)]
+    return attention + layer_norm + bias_gelu + mlm + embedding + lamb
 
 
 def measure(case: Case, architecture: str) -> Iterator[Row]:

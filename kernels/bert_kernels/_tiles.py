@@ -106,8 +106,8 @@ MLM_CROSS_ENTROPY: TileTable = {
     )
 }
 
-# Size: hidden size. block_m: sorted tokens of a chunk, block_n: columns.
-SEGMENT_SUM: TileTable = {"default": ((_ANY, Tile(64, 128, 4, 1)),)}
+# Key: bytes of an element. block_m: sorted tokens of a chunk, block_n: columns.
+SEGMENT_SUM: Mapping[int, Tile] = {2: Tile(64, 128, 8, 1), 4: Tile(32, 64, 4, 1)}
 
 # block_n: elements of a chunk. LAMB_ROWS: partial sums per step.
 LAMB = Tile(1, 4096, 8, 1)

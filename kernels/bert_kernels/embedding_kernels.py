@@ -259,7 +259,7 @@ def table_gradient(dz_TD: Tensor, index_T: Tensor, num_rows: int) -> Tensor:
     # Radix sort takes a pass per 8 bits of the key.
     keys, order = torch.sort(index_T.to(torch.int16 if num_rows < 1 << 15 else torch.int32), stable=True)
     keys = keys.to(torch.int32)
-    tile = pick_tile(SEGMENT_SUM, dz_TD.device, width)
+    tile = SEGMENT_SUM[dz_TD.element_size()]
     num_chunks = triton.cdiv(num_tokens, tile.block_m)
     partials = torch.empty(num_chunks, 2, width, dtype=torch.float32, device=dz_TD.device)
     shared = {
