@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 NOUNS = ["cat", "dog", "bird", "house", "tree", "river", "stone", "child", "king", "farmer", "road", "cloud"]
 VERBS = ["sees", "finds", "follows", "paints", "carries", "watches", "leaves", "likes"]
 TOTAL_STEPS = 12
+WITHOUT_DROPOUT = ("model.hidden_dropout_prob=0", "model.attention_probs_dropout_prob=0")
 
 
-def run(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(*command: object, env: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command with the interpreter of the tests."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", **(env or {})}
     return subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, timeout=240, **options
     )
@@ -104,16 +106,40 @@ def test_the_launcher_trains_two_ranks_and_leaves_a_whole_run_folder(workshop: P
 
 
 def test_two_ranks_see_the_batches_of_one(workshop: Path, finished_run: Path) -> None:
-    without_dropout = ("--set", "model.hidden_dropout_prob=0", "--set", "model.attention_probs_dropout_prob=0")
-    fp32 = ("--set", "training.precision=fp32")
+    settings = [f"--set={key}" for key in (*WITHOUT_DROPOUT, "training.precision=fp32")]
     alone, together = workshop / "runs/alone", workshop / "runs/together"
-    assert run(*pretrain_command(workshop, alone, *without_dropout, *fp32)).returncode == 0
-    script, *arguments = pretrain_command(workshop, together, *without_dropout, *fp32)
+    assert run(*pretrain_command(workshop, alone, *settings)).returncode == 0
+    script, *arguments = pretrain_command(workshop, together, *settings)
     launched = run("-m", "deepspeed.launcher.runner", "--num_gpus", 2, "--master_port", 29818, script, *arguments)
     assert launched.returncode == 0, launched.stdout + launched.stderr
     for (step, loss), (same_step, same_loss) in zip(losses(alone), losses(together), strict=True):
         assert step == same_step
         assert same_loss == pytest.approx(loss, rel=2e-5)
+
+
+def test_a_run_of_two_ranks_continues_on_one_with_the_losses_it_would_have_had(workshop: Path) -> None:
+    """Follows the test above, which leaves the finished run of two ranks."""
+    together, resized = workshop / "runs/together", workshop / "runs/resized"
+    shutil.copytree(together, resized)
+    shutil.rmtree(resized / "checkpoints/global_step12")
+    (resized / "DONE").unlink()
+    settings = [f"--set={key}" for key in (*WITHOUT_DROPOUT, "training.precision=fp32")]
+    resumed = run(*pretrain_command(workshop, resized, "--resume", "must", *settings))
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert (resized / "DONE").exists()
+    assert "saved by 2 ranks, continuing on 1" in resumed.stdout
+    for (step, loss), (same_step, same_loss) in zip(losses(together), losses(resized), strict=True):
+        assert step == same_step
+        assert same_loss == pytest.approx(loss, rel=2e-5)
+
+
+def test_a_world_size_that_cannot_make_the_global_batch_is_a_config_error_that_names_one_that_can(
+    workshop: Path,
+) -> None:
+    three = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}
+    refused = run(*pretrain_command(workshop, workshop / "runs/three", "--resume", "auto"), env=three)
+    assert refused.returncode == 2
+    assert "is not a multiple of 3 ranks; with 2 or 4 ranks it is" in refused.stderr
 
 
 def test_a_stopped_run_continues_with_the_identical_losses(workshop: Path, finished_run: Path) -> None:

@@ -6,8 +6,10 @@ rank that raised there would leave the others waiting. All ranks agree on what w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -66,9 +68,20 @@ class VerifiedCheckpointEngine(CheckpointEngine):
         return True
 
 
+@contextlib.contextmanager
+def allowed_classes() -> Iterator[None]:
+    """Let `torch.load` with `weights_only` build `_ALLOWED` too.
+
+    This may be nested; an inner `safe_globals` of torch would take from the outer one what both allow.
+    """
+    known = torch.serialization.get_safe_globals()
+    with torch.serialization.safe_globals([one for one in _ALLOWED if one not in known]):
+        yield
+
+
 def load_safely(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> Any:
     """Load a checkpoint file without unpickling anything but tensors, containers and `_ALLOWED`."""
-    with torch.serialization.safe_globals(list(_ALLOWED)):
+    with allowed_classes():
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
 
 

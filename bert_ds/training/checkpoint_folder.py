@@ -59,6 +59,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, cannot be read or does not match its checksum.
     """
+    content = parse_manifest(folder)
+    if content.get("format") != 1 or content.get("step") != step_of(folder.name):
+        raise CheckpointError(f"{folder / MANIFEST} is of format {content.get('format')}, step {content.get('step')}")
+    return content
+
+
+def parse_manifest(folder: Path) -> dict[str, Any]:
+    """Return the content of a manifest that matches its own checksum, whatever it describes."""
     try:
         content = json.loads((folder / MANIFEST).read_bytes())
         checksum = content.pop("checksum")
@@ -66,8 +74,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error!r}") from None
     if checksum != _checksum(content):
         raise CheckpointError(f"{folder / MANIFEST} does not match its own checksum")
-    if content.get("format") != 1 or content.get("step") != step_of(folder.name):
-        raise CheckpointError(f"{folder / MANIFEST} is of format {content.get('format')}, step {content.get('step')}")
     return content
 
 
@@ -94,7 +100,7 @@ def verify_checkpoint(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
             raise CheckpointError(f"{path} is missing")
         if (size := path.stat().st_size) != record["bytes"]:
             raise CheckpointError(f"{path} has {size} bytes, wanted {record['bytes']}")
-        if hashes and _sha256(path) != record["sha256"]:
+        if hashes and file_sha256(path) != record["sha256"]:
             raise CheckpointError(f"{path} is damaged: its sha256 is not the one in the manifest")
     return manifest
 
@@ -229,7 +235,8 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):

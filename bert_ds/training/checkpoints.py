@@ -4,7 +4,7 @@ A save: all ranks write into one temporary folder through `VerifiedCheckpointEng
 errors; rank 0 writes the manifest, forces it to the disk, renames the folder and moves the pointer, then deletes old
 checkpoints. Killed at any moment it leaves the older checkpoints and perhaps a temporary folder that nothing reads.
 
-A checkpoint belongs to its world size and ZeRO stage.
+A checkpoint belongs to its ZeRO stage and precision; on another number of ranks it continues by `load_resized`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from bert_ds.training import checkpoint_folder
 from bert_ds.training.agreement import broadcast_json, gather_json
 from bert_ds.training.checkpoint_engine import VerifiedCheckpointEngine
 from bert_ds.training.train_state import TrainState
+from bert_ds.training.universal_checkpoint import load_resized
+from bert_ds.training.zero_limits import universal_checkpoint_blockers
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,10 @@ def resume(
         raise CheckpointError(found["error"])
     if found["value"] is None:
         return None
-    path = checkpoint_folder.checkpoints_dir(run_dir) / found["value"]
+    tag, saved_by = found["value"]
+    path = checkpoint_folder.checkpoints_dir(run_dir) / tag
+    if saved_by != dist.get_world_size():
+        log.info(f"{tag} was saved by {saved_by} ranks, continuing on {dist.get_world_size()}")
     state = load_checkpoint(engine, path, facts=facts, verified=True)
     if name is not None and log.is_main:
         for abandoned in checkpoint_folder.abandon_newer(path):
@@ -109,7 +114,8 @@ def load_checkpoint(
         verified: skip the sha256 of every file, because `find_checkpoint` has just computed it.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or belongs to another world size, stage, precision or data.
+        CheckpointError: the checkpoint is damaged, belongs to another stage, precision, optimizer or data, or cannot be
+            converted for this number of ranks.
     """
     answer = _on_main(lambda: checkpoint_folder.verify_checkpoint(path, hashes=not verified))
     if "error" in answer:
@@ -117,9 +123,14 @@ def load_checkpoint(
     manifest = answer["value"]
     _refuse_foreign(engine, path, manifest=manifest, facts=facts or {})
     settings = [_settings(group) for group in engine.optimizer.param_groups]
+    # Without ZeRO every rank holds everything.
+    resized = manifest["world_size"] != dist.get_world_size() and manifest["zero_stage"] != 0
+    if resized:
+        load_resized(engine, path, manifest=manifest)
     try:
         state = TrainState.from_dict(manifest["state"])
-        engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
+        if not resized:
+            engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit this model or optimizer: {error}") from error
     for group, setting in zip(engine.optimizer.param_groups, settings, strict=True):
@@ -173,9 +184,10 @@ def _finish(temporary: Path, tag: str, *, manifest: dict[str, Any], errors: list
         raise
 
 
-def _found(run_dir: Path, name: str | None, *, warn: Callable[[str], None]) -> str | None:
+def _found(run_dir: Path, name: str | None, *, warn: Callable[[str], None]) -> tuple[str, int] | None:
+    """Return name and world size of the checkpoint to continue from."""
     path = checkpoint_folder.find_checkpoint(run_dir, name, warn=warn)
-    return None if path is None else path.name
+    return None if path is None else (path.name, checkpoint_folder.read_manifest(path)["world_size"])
 
 
 def _rotate(run_dir: Path, newest: Path, *, policy: CheckpointPolicy, log: RunLog) -> None:
@@ -201,6 +213,7 @@ def _manifest(
         "zero_stage": int(engine.zero_optimization_stage()),
         "precision": _precision(engine),
         "optimizer": type(engine.basic_optimizer).__name__,
+        "universal_blockers": universal_checkpoint_blockers(engine),
         "facts": dict(facts),
         "versions": library_versions(),
         "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -213,7 +226,6 @@ def _refuse_foreign(
 ) -> None:
     """Raise if the checkpoint was written by another kind of run than this one."""
     wanted = {
-        "world_size": dist.get_world_size(),
         "zero_stage": int(engine.zero_optimization_stage()),
         "precision": _precision(engine),
         "optimizer": type(engine.basic_optimizer).__name__,

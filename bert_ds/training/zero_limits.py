@@ -58,9 +58,20 @@ def universal_checkpoint_blockers(engine: Any) -> list[str]:
         "optimizer state other than exp_avg and exp_avg_sq: the converter keeps exactly these two": bool(
             moments and moments != {"exp_avg", "exp_avg_sq"}
         ),
+        "frozen parameters or buffers: only what the optimizer holds is loaded": _has_untrained_state(engine.module),
+        "a rank that owns no parameter cannot load its step count": stage in (1, 2) and _owns_nothing(engine.module),
         "elastic_checkpoint: its optimizer state has another format": bool(engine.zero_elastic_checkpoint()),
     }
     return [reason for reason, applies in checks.items() if applies]
+
+
+def _has_untrained_state(module: torch.nn.Module) -> bool:
+    trained = {name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    return any(name not in trained for name in module.state_dict())
+
+
+def _owns_nothing(module: torch.nn.Module) -> bool:
+    return all(getattr(parameter, "_hp_mapping", None) is None for parameter in module.parameters())
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
