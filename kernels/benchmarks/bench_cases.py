@@ -1,0 +1,190 @@
+"""The operators of the encoder's layers at BERT's shapes: attention, LayerNorm, GELU; ours and other people's.
+
+A case makes its inputs when it is run. A provider is a function of those inputs; one that cannot do a case (dropout,
+lengths, not installed) is left out of it. U is the size of one (T, D) tensor in 2-byte numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bench_harness import WIKIPEDIA_512, Work, importable, lengths_of
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bert_kernels.attention import attention, attention_reference
+from bert_kernels.bias_gelu import bias_gelu
+from bert_kernels.layer_norm import dropout_add_layer_norm, layer_norm
+
+DTYPE = torch.bfloat16
+EPS = 1e-12
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of a case's providers."""
+
+    tensors: tuple[Tensor, ...]
+    """Those that get gradients."""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one shape."""
+
+    op: str
+    shape: str
+    make: Callable[[], Inputs]
+    providers: dict[str, Callable[[Inputs], Any]]
+    """What returns the output; of several outputs the first counts."""
+    forward: Work
+    backward: Work
+    differentiable: bool = True
+
+
+def compiled(function: Callable[..., Any], *, dry_run: bool) -> Callable[..., Any]:
+    """Return torch.compile of a function; in a dry run without its slow back end."""
+    return torch.compile(function, backend="eager" if dry_run else "inductor")
+
+
+def random(*shape: int, device: torch.device, dtype: torch.dtype = DTYPE) -> Tensor:
+    """Return normal numbers that need a gradient."""
+    return torch.randn(*shape, device=device).to(dtype).requires_grad_()
+
+
+def attention_cases(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
+    """Yield attention of 12 heads of 64 with and without dropout."""
+    heads, head_dim = (2, 16) if dry_run else (12, 64)
+    sizes = [(2, 16)] if dry_run else [(64, 128), (256, 128), (16, 512), (64, 512)]
+    shapes = {f"N={n} S={s} H={heads} K={head_dim}": [s] * n for n, s in sizes}
+    real = lengths_of(WIKIPEDIA_512, 2 if dry_run else 64)
+    shapes[f"N={len(real)} wikipedia H={heads} K={head_dim}"] = [min(n, 20) for n in real] if dry_run else real
+    for shape, lengths in shapes.items():
+        for dropout_p in (0.0, 0.1):
+            yield _attention_case(f"{shape} p={dropout_p}", lengths, (heads, head_dim), dropout_p, device)
+
+
+def _attention_case(
+    shape: str, lengths: list[int], heads_and_dim: tuple[int, int], dropout_p: float, device: torch.device
+) -> Case:
+    heads, head_dim = heads_and_dim
+    num_tokens, squares = sum(lengths), sum(length * length for length in lengths)
+
+    def make() -> Inputs:
+        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        extra = {"cu_seqlens": bounds, "longest": max(lengths), "dropout_p": dropout_p, "num_sequences": len(lengths)}
+        extra["seed"] = torch.tensor([7], device=device)
+        return Inputs((random(num_tokens, 3, heads, head_dim, device=device),), extra)
+
+    providers: dict[str, Callable[[Inputs], Any]] = {
+        "ours": lambda x: _packed(attention, x),
+        "torch eager": lambda x: _packed(attention_reference, x),
+    }
+    if len(set(lengths)) == 1:
+        kinds = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+        kinds |= {"efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
+        providers |= {f"sdpa {name}": _sdpa(kind) for name, kind in kinds.items()}
+    varlen, flash = importable("torch.nn.attention.varlen"), importable("flash_attn")
+    if varlen is not None and dropout_p == 0.0:
+        providers["torch varlen"] = lambda x: varlen.varlen_attn(
+            *x.tensors[0].unbind(1), *[x.extra["cu_seqlens"]] * 2, *[x.extra["longest"]] * 2
+        )
+    if flash is not None:
+        providers["flash-attn"] = lambda x: flash.flash_attn_varlen_qkvpacked_func(
+            x.tensors[0], x.extra["cu_seqlens"], x.extra["longest"], dropout_p=dropout_p
+        )
+    size, lse = 2.0 * num_tokens * heads * head_dim, 4.0 * num_tokens * heads
+    flops = 4.0 * squares * heads * head_dim
+    return Case("attention", shape, make, providers, Work(4 * size + lse, flops), Work(8 * size + lse, 2.5 * flops))
+
+
+def _packed(op: Callable[..., Tensor], x: Inputs) -> Tensor:
+    options = {"dropout_p": x.extra["dropout_p"], "dropout_seed": x.extra["seed"]}
+    return op(x.tensors[0], x.extra["cu_seqlens"], x.extra["longest"], **options)
+
+
+def _sdpa(kind: SDPBackend) -> Callable[[Inputs], Tensor]:
+    def call(x: Inputs) -> Tensor:
+        q, k, v = x.tensors[0].unflatten(0, (x.extra["num_sequences"], -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        with sdpa_kernel(kind):
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=x.extra["dropout_p"])
+
+    return call
+
+
+def layer_norm_cases(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
+    """Yield plain LayerNorm, and LayerNorm(residual + dropout(x + bias))."""
+    plain_compiled = compiled(_plain_layer_norm, dry_run=dry_run)
+    fused_compiled = compiled(_plain_dropout_add_layer_norm, dry_run=dry_run)
+    liger = importable("liger_kernel.ops.layer_norm")
+    apex = importable("apex.normalization")
+    for num_tokens, width in _token_shapes(dry_run):
+        size, shape = 2.0 * num_tokens * width, f"T={num_tokens} D={width}"
+
+        def make(num_tokens: int = num_tokens, width: int = width) -> Inputs:
+            rows = (random(num_tokens, width, device=device), random(num_tokens, width, device=device))
+            vectors = (random(width, device=device) for _ in range(3))
+            return Inputs((*rows, *vectors), {"seed": torch.tensor([7], device=device)})
+
+        plain: dict[str, Callable[[Inputs], Any]] = {
+            "ours": lambda x: layer_norm(x.tensors[0], *x.tensors[2:4], EPS),
+            "torch eager": lambda x: _plain_layer_norm(x.tensors[0], *x.tensors[2:4]),
+            "torch compile": lambda x: plain_compiled(x.tensors[0], *x.tensors[2:4]),
+        }
+        if liger is not None:
+            plain["liger"] = lambda x: liger.LigerLayerNormFunction.apply(x.tensors[0], *x.tensors[2:4], EPS)
+        if apex is not None:
+            plain["apex"] = lambda x: apex.fused_layer_norm.fused_layer_norm_affine(
+                x.tensors[0], *x.tensors[2:4], x.tensors[2].shape, EPS
+            )
+        yield Case("layer_norm", f"plain {shape}", make, plain, Work(2 * size, 0), Work(3 * size, 0))
+        fused: dict[str, Callable[[Inputs], Any]] = {
+            "ours": lambda x: dropout_add_layer_norm(
+                *x.tensors[:4], EPS, x_bias_D=x.tensors[4], dropout_p=0.1, dropout_seed=x.extra["seed"]
+            ),
+            "torch eager": lambda x: _plain_dropout_add_layer_norm(*x.tensors),
+            "torch compile": lambda x: fused_compiled(*x.tensors),
+        }
+        yield Case("layer_norm", f"dropout_add p=0.1 {shape}", make, fused, Work(3 * size, 0), Work(5 * size, 0))
+
+
+def _token_shapes(dry_run: bool) -> list[tuple[int, int]]:
+    if dry_run:
+        return [(5, 32)]
+    return [(num_tokens, width) for width in (768, 1024) for num_tokens in (2048, 8192, 32768, 65536)]
+
+
+def _plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, EPS)
+
+
+def _plain_dropout_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Tensor:
+    return F.layer_norm(residual + F.dropout(x + x_bias, 0.1), weight.shape, weight, bias, EPS)
+
+
+def bias_gelu_cases(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
+    """Yield gelu(x + bias) of the feed-forward layer's width, erf and tanh."""
+    gelu_compiled = compiled(_plain_bias_gelu, dry_run=dry_run)
+    for num_tokens, width in _token_shapes(dry_run):
+        for kind in ("none", "tanh"):
+
+            def make(num_tokens: int = num_tokens, width: int = width) -> Inputs:
+                return Inputs((random(num_tokens, 4 * width, device=device), random(4 * width, device=device)))
+
+            providers: dict[str, Callable[[Inputs], Any]] = {
+                "ours": lambda x, kind=kind: bias_gelu(*x.tensors, approximate=kind),
+                "torch eager": lambda x, kind=kind: _plain_bias_gelu(*x.tensors, kind),
+                "torch compile": lambda x, kind=kind: gelu_compiled(*x.tensors, kind),
+            }
+            size, shape = 8.0 * num_tokens * width, f"{kind} T={num_tokens} F={4 * width}"
+            yield Case("bias_gelu", shape, make, providers, Work(2 * size, 0), Work(3 * size, 0))
+
+
+def _plain_bias_gelu(x: Tensor, bias: Tensor, kind: str) -> Tensor:
+    return F.gelu(x + bias, approximate=kind)

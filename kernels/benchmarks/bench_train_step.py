@@ -1,0 +1,291 @@
+"""Time whole training steps of BERT against transformers on this GPU and append the rows to results/train_step.csv.
+
+    python kernels/benchmarks/bench_train_step.py                     BERT-base and BERT-large; needs a CUDA device
+    python kernels/benchmarks/bench_train_step.py --models large --batches half_full_512
+    TRITON_INTERPRET=1 python kernels/benchmarks/bench_train_step.py --dry_run    a tiny model, anywhere, writes nothing
+
+A step is forward, backward and torch's fused AdamW, over bf16 weights, dropout 0.1, both objectives, 15 % of the tokens
+masked; the same for all. Ours takes the sequences packed, transformers takes them padded (without a mask where none is
+needed) and computes the scores of every position. Counted are tokens that are no padding. MFU = FLOPs per token x
+tokens per second / the data sheet's dense bf16 rate, with n the lengths of a batch, T = sum n and P the masked tokens:
+
+    FLOPs per token = 6 L (4 D^2 + 2 D F) + 12 L D sum(n^2) / T + 6 (D^2 + V D) P / T
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._dynamo
+from bench_harness import (
+    HALF_FULL_512,
+    RESULTS,
+    WIKIPEDIA_128,
+    WIKIPEDIA_512,
+    append_rows,
+    circumstances,
+    lengths_of,
+    reason,
+    tests_are_green,
+)
+from bench_ops import OPS
+from torch import Tensor, nn
+
+from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.run_config import IGNORE_INDEX, ModelConfig
+from bert_ds.training.throughput import peak_flops
+
+MODELS = {
+    "base": ModelConfig(),
+    "large": ModelConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+}
+TINY = ModelConfig(
+    vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+    max_position_embeddings=32,
+)  # fmt: skip
+BATCHES = {
+    "full_128": lengths_of((128,), 256),
+    "wikipedia_128": lengths_of(WIKIPEDIA_128, 256),
+    "full_512": lengths_of((512,), 64),
+    "wikipedia_512": lengths_of(WIKIPEDIA_512, 64),
+    "half_full_512": lengths_of(HALF_FULL_512, 64),
+}
+PROVIDERS = ("ours", "ours compiled", "transformers eager", "transformers compiled")
+# Parts of kernel names, in the order in which they are tried.
+KINDS = {
+    "attention": ("attention", "flash", "fmha", "sdp"),
+    "matrix products": ("gemm", "cutlass", "nvjet", "cublas", "xmma"),
+    "optimizer": ("multi_tensor", "adam"),
+    "masked-LM loss": ("mlm_cross_entropy", "nll_loss", "softmax"),
+    "LayerNorm and dropout": ("layer_norm", "column_sums", "dropout"),
+    "GELU": ("gelu",),
+    "embedding": ("embedding", "segment_sum", "shared_rows", "indexing", "sort"),
+}
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One line of the record."""
+
+    time: str
+    gpu: str
+    torch: str
+    triton: str
+    commit: str
+    model: str
+    batch: str
+    provider: str
+    num_tokens: int
+    padded_tokens: int
+    step_ms: str
+    tokens_per_s: str
+    mfu_percent: str
+    peak_memory_bytes: int
+    shares: str
+    """Percent of the GPU's busy time by kind of kernel."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of given lengths, packed and padded, with the same words."""
+
+    lengths: list[int]
+    packed: dict[str, Any]
+    padded: dict[str, Any]
+
+    @property
+    def num_masked(self) -> int:
+        """Masked tokens."""
+        return len(self.packed["masked_labels_P"])
+
+
+def make_batch(lengths: list[int], config: ModelConfig, device: torch.device) -> Batch:
+    """Return random words of a vocabulary, 15 % of them to be predicted."""
+    longest, num_tokens = max(lengths), sum(lengths)
+    inside = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    words = torch.randint(config.vocab_size, (num_tokens,))
+    positions = torch.arange(longest).expand(len(lengths), -1)[inside]
+    types = (positions >= longest // 2).long()
+    masked = torch.randperm(num_tokens)[: max(1, num_tokens * 15 // 100)].sort().values
+    labels = torch.full((num_tokens,), IGNORE_INDEX)
+    labels[masked] = words[masked]
+    pairs = torch.randint(2, (len(lengths),))
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    packed = {"input_ids_T": words, "token_type_ids_T": types, "position_ids_T": positions, "cu_seqlens": bounds}
+    packed |= {"masked_positions_P": masked, "masked_labels_P": words[masked], "pair_labels_N": pairs}
+    packed["dropout_seed"] = torch.tensor([7])
+
+    def pad(values: Tensor, fill: int) -> Tensor:
+        return torch.full((len(lengths), longest), fill).masked_scatter(inside, values)
+
+    padded = {"input_ids": pad(words, 0), "token_type_ids": pad(types, 0), "labels": pad(labels, IGNORE_INDEX)}
+    padded |= {"attention_mask": inside.long(), "next_sentence_label": pairs}
+    if bool(inside.all()):
+        del padded["attention_mask"]
+    on_device = [{name: tensor.to(device) for name, tensor in part.items()} for part in (packed, padded)]
+    return Batch(lengths, on_device[0] | {"max_seqlen": longest}, on_device[1])
+
+
+def make_model(provider: str, config: ModelConfig, device: torch.device) -> nn.Module:
+    """Return the model of a provider in bf16, in training mode."""
+    if provider.startswith("ours"):
+        model: nn.Module = BertForPreTraining(config, kernels="triton")
+    else:
+        import transformers
+
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        sizes: dict[str, Any] = {name: getattr(config, name) for name in (*names, "max_position_embeddings")}
+        sizes |= {"vocab_size": config.padded_vocab_size, "attn_implementation": "sdpa"}
+        theirs = transformers.BertConfig(**sizes)
+        model = transformers.BertForPreTraining(theirs)
+    return model.to(device, torch.bfloat16).train()
+
+
+def step_of(provider: str, model: nn.Module, batch: Batch, *, dry_run: bool) -> Callable[[], None]:
+    """Return a function that takes one training step."""
+    device = batch.packed["input_ids_T"].device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda")
+    forward: Callable[..., Any] = model
+    if provider.endswith("compiled"):
+        forward = torch.compile(model, backend="eager" if dry_run else "inductor")
+
+    def step() -> None:
+        if provider.startswith("ours"):
+            sums, _ = forward(**batch.packed)
+            loss = sums[0] / batch.num_masked + sums[1] / len(batch.lengths)
+        else:
+            loss = forward(**batch.padded).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def seconds_per_step(step: Callable[[], None], device: torch.device, *, dry_run: bool) -> float:
+    """Return the time of a step, the mean of several that follow each other without a pause."""
+    warmup, repeats = (0, 1) if dry_run else (5, 20)
+    for _ in range(warmup):
+        step()
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    _wait(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def shares_of_time(step: Callable[[], None]) -> str:
+    """Return where the time of a step goes on the GPU, by the names of the kernels."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    sums = dict.fromkeys((*KINDS, "other"), 0.0)
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            name = event.name.lower()
+            kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
+            sums[kind] += event.device_time_total
+    total = sum(sums.values()) or 1.0
+    return "; ".join(f"{kind} {100 * value / total:.1f}" for kind, value in sums.items() if value > 0)
+
+
+def flops_per_token(config: ModelConfig, batch: Batch) -> float:
+    """Return the FLOPs of forward and backward per token, by the formula above."""
+    width, layers, num_tokens = config.hidden_size, config.num_hidden_layers, sum(batch.lengths)
+    dense = 6.0 * layers * (4 * width**2 + 2 * width * config.intermediate_size)
+    attention = 12.0 * layers * width * sum(length**2 for length in batch.lengths) / num_tokens
+    head = 6.0 * (width**2 + config.padded_vocab_size * width) * batch.num_masked / num_tokens
+    return dense + attention + head
+
+
+def measure(model_name: str, batch_name: str, device: torch.device, *, dry_run: bool) -> Iterator[StepRow]:
+    """Yield a row for each provider; one that cannot do the step is printed and left out."""
+    config = TINY if dry_run else MODELS[model_name]
+    lengths = [16, 11, 9] if dry_run else BATCHES[batch_name]
+    facts, num_tokens = circumstances(device), sum(lengths)
+    peak = peak_flops(facts["gpu"], "bf16")
+    torch.manual_seed(0)
+    batch = make_batch(lengths, config, device)
+    for provider in PROVIDERS:
+        try:
+            seconds, memory, shares = _measure_provider(provider, config, batch, dry_run=dry_run)
+        except (RuntimeError, ImportError) as error:
+            if provider == "ours":
+                raise
+            print(f"{model_name} {batch_name}: {provider} left out: {reason(error)}", file=sys.stderr)
+            continue
+        mfu = "" if peak is None else f"{100 * flops_per_token(config, batch) * num_tokens / seconds / peak:.1f}"
+        yield StepRow(
+            **facts,
+            model=model_name,
+            batch=batch_name,
+            provider=provider,
+            num_tokens=num_tokens,
+            padded_tokens=len(lengths) * max(lengths),
+            step_ms=f"{1e3 * seconds:.3f}",
+            tokens_per_s=f"{num_tokens / seconds:.0f}",
+            mfu_percent=mfu,
+            peak_memory_bytes=memory,
+            shares=shares,
+        )
+
+
+def _measure_provider(provider: str, config: ModelConfig, batch: Batch, *, dry_run: bool) -> tuple[float, int, str]:
+    """Return (seconds per step, peak memory, shares); what one provider allocates is gone before the next."""
+    device = batch.packed["input_ids_T"].device
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    step = step_of(provider, make_model(provider, config, device), batch, dry_run=dry_run)
+    seconds = seconds_per_step(step, device, dry_run=dry_run)
+    if device.type != "cuda":
+        return seconds, 0, ""
+    return seconds, torch.cuda.max_memory_allocated(device), shares_of_time(step)
+
+
+def main() -> int:
+    """Parse, test, time, append."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--batches", nargs="+", default=list(BATCHES), choices=list(BATCHES))
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="a tiny model on any device, writes nothing"
+    )
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not args.dry_run:
+        raise SystemExit("no CUDA device: nothing here is worth timing; --dry_run tries the script itself")
+    red = [] if args.dry_run else [op for op in OPS if not tests_are_green(op)]
+    if red:
+        raise SystemExit(f"the tests of {', '.join(red)} fail, so nothing is timed")
+    pairs = [("tiny", "tiny")] if args.dry_run else list(itertools.product(args.models, args.batches))
+    for model_name, batch_name in pairs:
+        for row in measure(model_name, batch_name, device, dry_run=args.dry_run):
+            figures = (
+                "ran" if args.dry_run else f"{row.tokens_per_s:>9} tokens/s  MFU {row.mfu_percent} %  {row.shares}"
+            )
+            print(f"{row.model:6} {row.batch:14} {row.provider:22} {figures}", flush=True)
+            if not args.dry_run:
+                append_rows(RESULTS / "train_step.csv", [row])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
