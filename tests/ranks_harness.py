@@ -38,15 +38,13 @@ def _enter(rank: int, worker: Callable[..., Any], world_size: int, port: int, ar
     )
     torch.set_num_threads(1)
     try:
-        import deepspeed
+        from bert_ds.ranks import Ranks
+        from bert_ds.training.process_group import joined_ranks
 
-        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-        results.put((rank, worker(rank, world_size, *args), None))
+        with joined_ranks(Ranks(rank, rank, world_size)):
+            results.put((rank, worker(rank, world_size, *args), None))
     except BaseException:
         results.put((rank, None, traceback.format_exc()))
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:

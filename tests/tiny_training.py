@@ -19,6 +19,7 @@ from bert_ds.run_log import RunLog
 from bert_ds.training.checkpoints import CheckpointPolicy, resume, save_checkpoint
 from bert_ds.training.engine import make_engine
 from bert_ds.training.param_groups import decay_groups
+from bert_ds.training.process_group import leave_out_shared_memory_operator
 from bert_ds.training.restart import StopRequest
 from bert_ds.training.throughput import Throughput
 from bert_ds.training.train_loop import Services, train
@@ -150,6 +151,7 @@ def join_alone() -> None:
     if not dist.is_initialized():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    leave_out_shared_memory_operator()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False, dist_init_required=False)
 
 

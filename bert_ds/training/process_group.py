@@ -37,10 +37,7 @@ def joined_ranks(ranks: Ranks, *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> It
             if ranks.world_size > 1:
                 raise ConfigError(f"{name} is not set: {ranks.world_size} ranks need it to find each other")
             os.environ[name] = alone
-    if get_accelerator().device_name() == "cpu":
-        # DeepSpeed would compile this operator now (a minute, and a crash where there is no compiler). It serves its
-        # inference engine only.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    leave_out_shared_memory_operator()
     deepspeed.init_distributed(
         dist_backend="nccl" if get_accelerator().device_name() == "cuda" else "gloo",
         auto_mpi_discovery=False,
@@ -51,7 +48,18 @@ def joined_ranks(ranks: Ranks, *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> It
         yield
     finally:
         # Without this the background threads of gloo abort an interpreter that ends by an exception.
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def leave_out_shared_memory_operator() -> None:
+    """Keep DeepSpeed on a CPU from compiling its shared-memory collectives when a process group is initialised.
+
+    They take a minute to compile (and end the process where there is no compiler), and every rank leaves 66 MB in
+    /dev/shm behind for good. Only DeepSpeed's inference engine uses them.
+    """
+    if get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def device_name() -> str:
