@@ -1,7 +1,9 @@
 # make pretrain   build .venv, pre-train the embedded default under DeepSpeed ZeRO-2, export it, fill some masks
 # make test       everything that needs no GPU
 # make check      ruff, format, mypy, import-linter
-# make campaign-NAME   a long measurement that records its results: zero-curves, shards, peer, lamb; TEXT=folder of text
+# make bench-gpu  the kernel benchmarks and the whole training step, on one NVIDIA GPU; rows into kernels/benchmarks/results
+# make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, shards and peer (each wants
+#                 TEXT=folder of text), lamb, kernels
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
 
 SHELL := /bin/bash
@@ -11,7 +13,8 @@ BIN := .venv/bin
 RUN_DIR := runs/default
 DEEPSPEED_CONFIG := ds_configs/zero2.json
 
-.PHONY: pretrain test check format env env-dev clean campaign-zero-curves campaign-shards campaign-peer campaign-lamb
+.PHONY: pretrain test check format env env-dev clean bench-gpu
+.PHONY: campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer campaign-lamb campaign-kernels
 
 env:
 	@.ci/make_env.sh
@@ -35,15 +38,24 @@ check: env-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-campaign-zero-curves campaign-shards campaign-peer: env-dev
+campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer: env-dev
 	@[[ -n "$(TEXT)" ]] || { echo "TEXT=folder is missing: the text that the measurement is made on"; exit 2; }
 	$(BIN)/python tests/$(subst -,_,$@).py --text $(TEXT) --work runs/$@
+
+campaign-kernels: env-dev
+	$(BIN)/python -m pytest -n 2 -m campaign tests/test_kernel_*.py
+	$(BIN)/python kernels/benchmarks/aot_table.py
 
 campaign-lamb: env-dev
 	$(BIN)/python -m pytest -m campaign tests/test_lamb_campaign.py
 	$(BIN)/python tests/campaign_lamb.py errors
 	$(BIN)/python tests/campaign_lamb.py times
 	$(BIN)/python tests/campaign_lamb.py table
+
+bench-gpu: env-dev
+	$(BIN)/python -m pytest -m gpu tests
+	$(BIN)/python kernels/benchmarks/bench_ops.py
+	$(BIN)/python kernels/benchmarks/bench_train_step.py
 
 format: env-dev
 	$(BIN)/ruff check --fix .
