@@ -44,7 +44,7 @@ campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer: env-dev
 
 campaign-kernels: env-dev
 	$(BIN)/python -m pytest -n 2 -m campaign tests/test_kernel_*.py
-	$(BIN)/python kernels/benchmarks/aot_table.py
+	$(BIN)/python kernels/benchmarks/aot_table.py --check
 
 campaign-lamb: env-dev
 	$(BIN)/python -m pytest -m campaign tests/test_lamb_campaign.py
