@@ -36,17 +36,17 @@ from bert_ds.training.train_loop import train
 from bert_ds.training.train_state import TrainState
 from bert_ds.training.universal_checkpoint import convert, weights_only_forced
 
-PARTS_PER_STEP = 4
 CONFIGS = {"lamb": LambConfig, "adamw": AdamWConfig, "stableadamw": StableAdamWConfig, "lion": LionConfig}
 
 
 class Kind(NamedTuple):
-    """What is trained how."""
+    """What is trained how; `parts` micro-batches per step over all ranks."""
 
     stage: int
     optimizer: str = "lamb"
     precision: str = "fp32"
     zero: tuple[tuple[str, Any], ...] = ()
+    parts: int = 4
 
     def __str__(self) -> str:
         return "-".join([f"stage{self.stage}", self.optimizer, self.precision, *(key for key, _ in self.zero)])
@@ -64,7 +64,7 @@ KINDS = [
 
 def run(folder: Path, kind: Kind, *, rank: int = 0, world_size: int = 1, steps: int = 6) -> tuple[Any, TrainState]:
     """Resume what the folder holds and train on to `steps` of 6, saving at the end."""
-    model, accumulation = TinyModel(), PARTS_PER_STEP // world_size
+    model, accumulation = TinyModel(), kind.parts // world_size
     config = ds_config(kind.stage, precision=kind.precision, accumulation=accumulation, world_size=world_size)
     config["zero_optimization"].update(kind.zero)
     optimizer = make_optimizer(CONFIGS[kind.optimizer](lr=1e-2, weight_decay=0.1), model.named_parameters())
@@ -143,6 +143,27 @@ def test_weights_step_counts_and_progress_are_those_of_the_uninterrupted_run(way
 def test_nothing_of_the_conversion_is_left(way: str, kind: Kind, runs: Any) -> None:
     left = {path.name for path in (runs[0] / way / str(kind) / "checkpoints").iterdir()}
     assert left == {"global_step3", "global_step6", "latest"}
+
+
+CHAINED = [Kind(stage, optimizer, parts=12) for stage in (1, 2, 3) for optimizer in ("lamb", "adamw")]
+
+
+def one_more_step(rank: int, world_size: int, folder: str, step: int) -> None:
+    """Worker: continue every kind up to a step."""
+    for kind in CHAINED:
+        run(Path(folder) / str(kind), kind, rank=rank, world_size=world_size, steps=step)
+
+
+@pytest.mark.campaign
+def test_a_run_that_changes_its_ranks_at_every_step_has_the_losses_of_one_that_does_not(tmp_path: Path) -> None:
+    for step, world_size in enumerate((4, 3, 1, 2, 4, 1), start=1):
+        run_ranks(one_more_step, world_size, str(tmp_path / "changing"), step, timeout_s=600)
+    run_ranks(one_more_step, 1, str(tmp_path / "whole"), 6)
+    for kind in CHAINED:
+        changing, whole = (
+            read_metrics(tmp_path / name / str(kind) / "metrics.jsonl") for name in ("changing", "whole")
+        )
+        assert [row["loss"] for row in changing] == pytest.approx([row["loss"] for row in whole], rel=1e-5)
 
 
 @pytest.fixture
