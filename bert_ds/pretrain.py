@@ -156,6 +156,7 @@ def build_engine(plan: RunPlan, ds_config: dict[str, Any]) -> DeepSpeedEngine:
         model.named_parameters(),
         no_decay_patterns=model.no_decay_patterns,
         equal_parts=model.equal_parts,
+        kernels=run.training.kernels,
     )
     return make_engine(model, optimizer, ds_config)
 

@@ -184,3 +184,24 @@ def test_a_configuration_without_a_nan_guard_is_refused(changes: dict[str, Any],
     optimizer = make_optimizer(AdamWConfig(lr=1e-3), model.named_parameters())
     with pytest.raises(ValueError, match=field):
         make_engine(model, optimizer, ds_config(1) | changes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs where there is no GPU")
+def test_the_kernels_setting_chooses_the_side_of_lamb_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bert_kernels.lamb as lamb
+
+    used, weights = [], {}
+    triton = lamb.lamb_moments_triton
+    monkeypatch.setattr(
+        lamb, "lamb_moments_triton", lambda *args, **options: used.append(1) or triton(*args, **options)
+    )
+    for kernels in ("torch", "triton"):
+        weight = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 300).view(20, 15).clone())
+        named = [("dense.weight", weight), ("dense.bias", torch.nn.Parameter(torch.ones(20)))]
+        optimizer = make_optimizer(LambConfig(lr=0.1), named, no_decay_patterns=("*bias",), kernels=kernels)
+        for _, parameter in named:
+            parameter.grad = torch.cos(torch.arange(parameter.numel())).view(parameter.shape)
+        optimizer.step()
+        weights[kernels] = weight.detach().clone()
+        assert bool(used) == (kernels == "triton")
+    torch.testing.assert_close(weights["triton"], weights["torch"], atol=1e-6, rtol=1e-6)

@@ -99,6 +99,8 @@ class Lamb(ShardedOptimizer):
     """LAMB with one trust ratio per tensor at any ZeRO stage and world size."""
 
     default_flags: ClassVar[LambFlags] = LambFlags()
+    kernels: str = "auto"
+    """The recipe's training.kernels: which side of `bert_kernels.lamb` computes."""
 
     def __init__(
         self,
@@ -137,7 +139,8 @@ class Lamb(ShardedOptimizer):
         sums = [group.zeros(2) for group in groups]
         for group, sums_R2 in zip(groups, sums, strict=True):
             for shard in group.shards:
-                lamb_moments(shard.flat, self._scalars(group.settings, shard.step), sums_R2=sums_R2)
+                scalars = self._scalars(group.settings, shard.step)
+                lamb_moments(shard.flat, scalars, sums_R2=sums_R2, kernels=self.kernels)
         sum_over_ranks(groups, sums)
         for group, sums_R2 in zip(groups, sums, strict=True):
             ratios_R = trust_ratios(sums_R2, self._adapted(group, sums_R2.device), self.flags)
@@ -145,7 +148,7 @@ class Lamb(ShardedOptimizer):
             for shard in group.shards:
                 scalars = self._scalars(group.settings, shard.step)
                 lr = float(group.settings["lr"]) * self._lr_factor(group.settings, shard.step)
-                lamb_apply(shard.flat, scalars, ratios_R=ratios_R.float(), lr=lr)
+                lamb_apply(shard.flat, scalars, ratios_R=ratios_R.float(), lr=lr, kernels=self.kernels)
 
     def _scalars(self, settings: dict[str, Any], step: int) -> LambScalars:
         return adam_scalars(settings, step, self.flags)

@@ -50,6 +50,7 @@ def make_optimizer(
     *,
     no_decay_patterns: Sequence[str] = NO_DECAY_PATTERNS,
     equal_parts: EqualParts | None = None,
+    kernels: str = "auto",
 ) -> Optimizer:
     """Return the optimizer of a recipe over the trainable parameters; call it before `deepspeed.initialize`.
 
@@ -61,6 +62,7 @@ def make_optimizer(
         no_decay_patterns: names of the parameters that are not decayed.
         equal_parts: name pattern -> names of the equal parts of a tensor that holds several weights side by side; each
             part gets its own trust ratio. Foreign kernels treat such a tensor as one.
+        kernels: "auto", "triton" or "torch", for LAMB; the other optimizers have no Triton kernel.
 
     Raises:
         ConfigError: a foreign kernel is not installed or cannot be built here.
@@ -76,6 +78,8 @@ def make_optimizer(
         settings["flags"] = replace(_OWN[type(config)].default_flags, **flags)
     decay_of = decay_per_tensor(parameters, config.weight_decay, patterns=no_decay_patterns)
     optimizer = _OWN[type(config)](parameters, weight_decay_of=decay_of, **settings)
+    if isinstance(optimizer, Lamb):
+        optimizer.kernels = kernels
     optimizer.declare_parts(equal_parts or {})
     return optimizer
 
