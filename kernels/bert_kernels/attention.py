@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,30 +48,12 @@ def attention_reference(
         window: keys at most this many positions away are seen, all where None.
     """
     check_dropout(dropout_p, dropout_seed, qkv_T3HK.device)
-    _, _, num_heads, head_dim = qkv_T3HK.shape
-    scale = softmax_scale if softmax_scale is not None else head_dim**-0.5
+    scale = softmax_scale if softmax_scale is not None else qkv_T3HK.shape[-1] ** -0.5
+    keep = None if keep_threshold(dropout_p) == 256 else _Dropout(dropout_p, dropout_seed, site)
     parts, index = [], []
     for starts, lengths in _groups(cu_seqlens):
         offsets_NS, key_mask_NS = _token_grid(starts, lengths, qkv_T3HK.device)
-        grid = (*offsets_NS.shape, 3, num_heads, head_dim)
-        q, k, v = qkv_T3HK.index_select(0, offsets_NS.flatten()).view(grid).permute(2, 0, 3, 1, 4).unbind(0)
-        bias = _score_bias(key_mask_NS, lengths[0], window, q)
-        # Written out rather than scaled_dot_product_attention: its CPU backward is 3 times slower in bf16.
-        scores_NHSS = (q * scale) @ k.transpose(-2, -1)
-        p_NHSS = torch.softmax(scores_NHSS if bias is None else scores_NHSS + bias, dim=-1)
-        if keep_threshold(dropout_p) < 256:
-            assert dropout_seed is not None
-            keep = keep_mask_reference(
-                offsets_NS[:, None],
-                lengths[0],
-                dropout_p=dropout_p,
-                dropout_seed=dropout_seed,
-                site=site,
-                heads=torch.arange(num_heads, device=q.device)[:, None],
-                layout=ATTENTION,
-            )
-            p_NHSS = p_NHSS * keep
-        out_PHK = (p_NHSS @ v).transpose(1, 2).flatten(0, 1)
+        out_PHK = _padded_attention(qkv_T3HK, offsets_NS, key_mask_NS, scale=scale, window=window, dropout=keep)
         rows = offsets_NS.flatten()
         if key_mask_NS is not None:
             inside = key_mask_NS.flatten().nonzero().squeeze(1)
@@ -82,7 +64,45 @@ def attention_reference(
         return qkv_T3HK[:, 0] * 0
     # Each packed token is in exactly one group, so the inverse permutation puts the rows back.
     out_THK = torch.cat(parts).index_select(0, torch.argsort(torch.cat(index)))
-    return out_THK * keep_scale(dropout_p) if keep_threshold(dropout_p) < 256 else out_THK
+    return out_THK if keep is None else out_THK * keep_scale(dropout_p)
+
+
+class _Dropout(NamedTuple):
+    dropout_p: float
+    seed: Tensor | None
+    site: int
+
+
+def _padded_attention(
+    qkv_T3HK: Tensor,
+    offsets_NS: Tensor,
+    key_mask_NS: Tensor | None,
+    *,
+    scale: float,
+    window: int | None,
+    dropout: _Dropout | None,
+) -> Tensor:
+    """Return the output (N S, H, K) of one padded group; kept values are not scaled yet."""
+    num_heads, head_dim = qkv_T3HK.shape[2:]
+    num_columns = offsets_NS.shape[1]
+    grid = (*offsets_NS.shape, 3, num_heads, head_dim)
+    q, k, v = qkv_T3HK.index_select(0, offsets_NS.flatten()).view(grid).permute(2, 0, 3, 1, 4).unbind(0)
+    bias = _score_bias(key_mask_NS, num_columns, window, q)
+    # Written out rather than scaled_dot_product_attention: its CPU backward is 3 times slower in bf16.
+    scores_NHSS = (q * scale) @ k.transpose(-2, -1)
+    p_NHSS = torch.softmax(scores_NHSS if bias is None else scores_NHSS + bias, dim=-1)
+    if dropout is not None:
+        assert dropout.seed is not None
+        p_NHSS = p_NHSS * keep_mask_reference(
+            offsets_NS[:, None],
+            num_columns,
+            dropout_p=dropout.dropout_p,
+            dropout_seed=dropout.seed,
+            site=dropout.site,
+            heads=torch.arange(num_heads, device=q.device)[:, None],
+            layout=ATTENTION,
+        )
+    return (p_NHSS @ v).transpose(1, 2).flatten(0, 1)
 
 
 def _token_grid(starts: list[int], lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
