@@ -34,6 +34,7 @@ from bert_ds.run_plan import RunPlan, make_plan, plan_table
 from bert_ds.training.checkpoint_folder import find_checkpoint
 from bert_ds.training.checkpoints import CheckpointPolicy, resume, save_checkpoint
 from bert_ds.training.engine import make_engine
+from bert_ds.training.evaluation import Evaluation, evaluate
 from bert_ds.training.fp32_weights import load_fp32_state_dict
 from bert_ds.training.optimizers import make_optimizer
 from bert_ds.training.probe import fits_in_memory, largest_that_fits, probe_longest
@@ -88,7 +89,7 @@ def pretrain(
         stop=stop,
         throughput=make_throughput(plan, data),
         save=lambda reached: save_checkpoint(engine, run_dir, state=reached, policy=policy, log=log) is not None,
-        validation=lambda: validation_batches(run, data, ranks),
+        evaluate=lambda reached: Evaluation(evaluate(engine, validation_batches(run, data, ranks))),
         row_facts=lambda step: source_facts(data, step),
     )
     train(engine, training_batches(plan, data, ranks, state), state=state, plan=loop_plan(run), services=services)

@@ -26,7 +26,7 @@ from tiny_training import (
 
 from bert_ds.ranks import CheckpointError, DataError, DivergedError
 from bert_ds.run_log import read_metrics
-from bert_ds.training.evaluation import evaluate
+from bert_ds.training.evaluation import Evaluation, evaluate
 from bert_ds.training.train_loop import train
 from bert_ds.training.train_state import TrainState
 
@@ -190,6 +190,11 @@ def alone(folder: Path, **changes: Any) -> tuple[Any, Any]:
     return tiny_engine(ds_config(2)), tiny_services(folder, 0, 1, **changes)
 
 
+def alone_and_evaluated(folder: Path) -> tuple[Any, Any]:
+    engine, services = alone(folder)
+    return engine, replace(services, evaluate=lambda state: Evaluation(evaluate(engine, [micro_batch(0, 0)])))
+
+
 def test_a_rank_without_validation_batches_is_a_data_error(tmp_path: Path) -> None:
     engine, _ = alone(tmp_path)
     with pytest.raises(DataError, match="smaller than the number of ranks"):
@@ -229,17 +234,30 @@ def test_rows_are_written_at_the_first_the_last_and_every_nth_step(tmp_path: Pat
 
 
 def test_the_run_is_evaluated_at_the_chosen_steps_and_at_its_end(tmp_path: Path) -> None:
-    engine, services = alone(tmp_path, validation=lambda: [micro_batch(0, 0)])
+    engine, services = alone_and_evaluated(tmp_path)
     plan = tiny_plan(5, evaluate_every_steps=2)
     train(engine, step_batches(0, 0, 1), state=TrainState(), plan=plan, services=services)
     rows = read_metrics(tmp_path / "metrics.jsonl", "evaluation")
     assert [row["step"] for row in rows] == [2, 4, 5]
 
 
+def test_an_evaluation_that_sees_nothing_more_to_gain_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
+    saved = []
+    engine, services = alone(
+        tmp_path,
+        evaluate=lambda state: Evaluation({"score": 0.5}, stop=state.step == 4),
+        save=lambda state: not saved.append(state.step),
+    )
+    plan = tiny_plan(7, evaluate_every_steps=2, checkpoint_every_steps=3)
+    state = train(engine, step_batches(0, 0, 1), state=TrainState(), plan=plan, services=services)
+    assert (state.step, saved) == (4, [3, 4])
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl", "evaluation")] == [2, 4]
+
+
 def test_evaluation_changes_nothing_that_is_trained(tmp_path: Path) -> None:
     losses = []
-    for folder, validation in (("with", lambda: [micro_batch(0, 0)]), ("without", None)):
-        engine, services = alone(tmp_path / folder, validation=validation)
+    for folder, made in (("with", alone_and_evaluated), ("without", alone)):
+        engine, services = made(tmp_path / folder)
         plan = tiny_plan(4, evaluate_every_steps=1)
         train(engine, step_batches(0, 0, 1), state=TrainState(), plan=plan, services=services)
         losses.append([row["loss"] for row in read_metrics(tmp_path / folder / "metrics.jsonl")])

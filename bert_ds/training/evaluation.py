@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -13,6 +13,15 @@ from torch import Tensor
 from bert_ds.ranks import DataError
 from bert_ds.training.agreement import max_over_ranks, sum_over_ranks
 from bert_ds.training.train_state import MicroBatch
+
+
+class Evaluation(NamedTuple):
+    """What the training loop is told by an evaluation."""
+
+    means: Mapping[str, float]
+    """Figures by name, the same on all ranks."""
+    stop: bool = False
+    """Whether the run has nothing more to gain and ends here; the same on all ranks."""
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ all-reduce per step. Losses that are reported are those of the very step, so a r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from deepspeed import DeepSpeedEngine
 
 from bert_ds.ranks import CheckpointError, DivergedError
 from bert_ds.run_log import RunLog
-from bert_ds.training.evaluation import evaluate, named_means
+from bert_ds.training.evaluation import Evaluation, named_means
 from bert_ds.training.lr_schedule import learning_rate
 from bert_ds.training.optimizers import set_learning_rate
 from bert_ds.training.restart import StopRequest
@@ -33,8 +33,8 @@ class Services:
     throughput: Throughput
     save: Callable[[TrainState], bool] | None = None
     """Saves a checkpoint; a collective. False, on all ranks alike, where it could not be written."""
-    validation: Callable[[], Iterable[MicroBatch]] | None = None
-    """Makes this rank's validation batches, the same every time."""
+    evaluate: Callable[[TrainState], Evaluation] | None = None
+    """Measures the model as it is; a collective."""
     row_facts: Callable[[int], Mapping[str, Any]] | None = None
     """What the caller adds to the training row of a step, on rank 0."""
 
@@ -48,6 +48,8 @@ def train(
     services: Services,
 ) -> TrainState:
     """Train from the state's step to the plan's last, or until a rank is asked to stop; a collective.
+
+    An evaluation may end the run too, before its last step: the state is saved there like at the end.
 
     Args:
         engine: from `make_engine`.
@@ -71,11 +73,13 @@ def train(
         elif step.number % plan.log_every_steps == 0 or step.number in (1, plan.last_step):
             _log_step(engine, step, plan=plan, services=services)
         if _is_due(state.step, plan.evaluate_every_steps):
-            evaluated_step = _evaluate(engine, state.step, services=services)
+            evaluated_step = state.step
+            if _evaluate(engine, state, services=services):
+                break
         if _is_due(state.step, plan.checkpoint_every_steps):
             saved_step = _save(state, services=services, must=False)
     if state.step == plan.total_steps and evaluated_step != state.step:
-        _evaluate(engine, state.step, services=services)
+        _evaluate(engine, state, services=services)
     if saved_step != state.step:
         _save(state, services=services, must=True)
     return state
@@ -140,13 +144,17 @@ def _log_bad_step(
         )
 
 
-def _evaluate(engine: DeepSpeedEngine, step: int, *, services: Services) -> int:
-    if services.validation is not None:
-        with services.throughput.paused():
-            means = evaluate(engine, services.validation())
-        services.log.evaluation_row(step, means)
-        _write_monitor(engine, "evaluation", means)
-    return step
+def _evaluate(engine: DeepSpeedEngine, state: TrainState, *, services: Services) -> bool:
+    """Write the row of an evaluation and say whether it ends the run."""
+    if services.evaluate is None:
+        return False
+    with services.throughput.paused():
+        found = services.evaluate(state)
+    services.log.evaluation_row(state.step, found.means)
+    _write_monitor(engine, "evaluation", found.means)
+    if found.stop:
+        services.log.info(f"nothing more to gain: the run ends at step {state.step} of {services.log.total_steps}")
+    return found.stop
 
 
 def _save(state: TrainState, *, services: Services, must: bool) -> int:
