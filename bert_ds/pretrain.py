@@ -36,6 +36,7 @@ from bert_ds.training.checkpoints import CheckpointPolicy, resume, save_checkpoi
 from bert_ds.training.engine import make_engine
 from bert_ds.training.evaluation import Evaluation, evaluate
 from bert_ds.training.fp32_weights import load_fp32_state_dict
+from bert_ds.training.hang_watchdog import Heartbeat, watched_for_hangs
 from bert_ds.training.optimizers import make_optimizer
 from bert_ds.training.probe import fits_in_memory, largest_that_fits, probe_longest
 from bert_ds.training.process_group import device_name, joined_ranks
@@ -91,8 +92,11 @@ def pretrain(
         save=lambda reached: save_checkpoint(engine, run_dir, state=reached, policy=policy, log=log) is not None,
         evaluate=lambda reached: Evaluation(evaluate(engine, validation_batches(run, data, ranks))),
         row_facts=lambda step: source_facts(data, step),
+        heartbeat=Heartbeat(),
     )
-    train(engine, training_batches(plan, data, ranks, state), state=state, plan=loop_plan(run), services=services)
+    batches = training_batches(plan, data, ranks, state)
+    with watched_for_hangs(services.heartbeat, run_dir, ranks=ranks, limit_s=args.hang_limit):
+        train(engine, batches, state=state, plan=loop_plan(run), services=services)
     if state.step < run.training.total_steps:
         return EXIT_RUN_AGAIN
     if ranks.is_main:
@@ -115,11 +119,21 @@ def parse_arguments() -> argparse.Namespace:
         default="never",
         help="auto: continue from the newest whole checkpoint if there is one (default: %(default)s)",
     )
+    parser.add_argument(
+        "--hang_limit",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="end with exit code 75 and the stacks of all ranks after so long without progress, 0: never "
+        "(default: %(default)s; at least 1800 in the first step, an evaluation or a save)",
+    )
     parser.add_argument("--dry_run", action="store_true", help="take one step on the longest batch, print the memory")
     parser.add_argument("--find_micro_batch", action="store_true", help="double the micro-batch until it does not fit")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if not 0 <= args.hang_limit < float("inf"):
+        parser.error(f"--hang_limit {args.hang_limit}: wanted a number of seconds, or 0")
     args.run_dir = args.run_dir.absolute()
     return args
 

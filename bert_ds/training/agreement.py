@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
@@ -15,10 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Longer than rank 0 may need to build a corpus or to write a checkpoint while the others wait."""
+
 
 @lru_cache(maxsize=1)
 def _gloo(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    return world if dist.get_backend(world) == "gloo" else dist.new_group(backend="gloo")
+    if dist.get_backend(world) == "gloo":
+        return world
+    return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
 
 def host_group() -> dist.ProcessGroup:

@@ -15,9 +15,7 @@ from deepspeed.accelerator import get_accelerator
 
 from bert_ds.ranks import Ranks
 from bert_ds.run_config import ConfigError
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""Longer than rank 0 may need to build a corpus or to write a checkpoint while the others wait."""
+from bert_ds.training.agreement import COLLECTIVE_TIMEOUT
 
 
 @contextmanager

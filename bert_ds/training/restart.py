@@ -64,12 +64,12 @@ def follow_launcher(stop: StopRequest, *, grace_s: float = 60.0, poll_s: float =
     watched = {os.getppid(): "the launcher"}
     _signal_at_parents_death(signal.SIGTERM)
     watched.update(_runner_above(os.getppid()))
-    facts = {pid: (name, _identity(pid)) for pid, name in watched.items()}
+    facts = {pid: (name, process_identity(pid)) for pid, name in watched.items()}
 
     def watch() -> None:
-        while all(_identity(pid) == identity for pid, (_, identity) in facts.items()):
+        while all(process_identity(pid) == identity for pid, (_, identity) in facts.items()):
             time.sleep(poll_s)
-        gone = [name for pid, (name, identity) in facts.items() if _identity(pid) != identity]
+        gone = [name for pid, (name, identity) in facts.items() if process_identity(pid) != identity]
         stop.request(f"{gone[0]} has died")
         time.sleep(grace_s)
         faulthandler.dump_traceback(all_threads=True)
@@ -84,7 +84,7 @@ def _signal_at_parents_death(number: signal.Signals) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
-def _identity(pid: int) -> str | None:
+def process_identity(pid: int) -> str | None:
     """Return what tells a process from a later one with the same number; None when it is gone or a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -7,7 +7,7 @@ all-reduce per step. Losses that are reported are those of the very step, so a r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
@@ -15,6 +15,7 @@ from deepspeed import DeepSpeedEngine
 from bert_ds.ranks import CheckpointError, DivergedError
 from bert_ds.run_log import RunLog
 from bert_ds.training.evaluation import Evaluation, named_means
+from bert_ds.training.hang_watchdog import Heartbeat
 from bert_ds.training.lr_schedule import learning_rate
 from bert_ds.training.optimizers import set_learning_rate
 from bert_ds.training.restart import StopRequest
@@ -37,6 +38,8 @@ class Services:
     """Measures the model as it is; a collective."""
     row_facts: Callable[[int], Mapping[str, Any]] | None = None
     """What the caller adds to the training row of a step, on rank 0."""
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    """Is told what this rank is doing."""
 
 
 def train(
@@ -94,14 +97,18 @@ def _take_one(
     services: Services,
 ) -> Step | None:
     """Take the next optimizer step and count it, or return None if a rank is asked to stop."""
+    number, heart = state.step + 1, services.heartbeat
+    heart.enter("data wait", step=number)
     micro_batches, data_wait_s = fetch(batches)
+    heart.enter("agreement", step=number)
     totals = agree_on_totals(micro_batches, data_wait_s=data_wait_s, stop=services.stop.requested)
     if totals.stop:
         return None
-    number = state.step + 1
     lr = learning_rate(number, peak=plan.peak_lr, schedule=plan.schedule, total_steps=plan.total_steps)
     set_learning_rate(engine.optimizer, lr)
+    heart.enter("forward and backward", step=number)
     sums = forward_backward(engine, micro_batches, counts=totals.loss_counts, seed=plan.seed, step=number)
+    heart.enter("optimizer", step=number)
     applied, grad_norm = take_step(engine)
     state.advance(applied, examples=engine.train_batch_size())
     services.throughput.add(
@@ -148,6 +155,7 @@ def _evaluate(engine: DeepSpeedEngine, state: TrainState, *, services: Services)
     """Write the row of an evaluation and say whether it ends the run."""
     if services.evaluate is None:
         return False
+    services.heartbeat.enter("evaluation", step=state.step, patient=True)
     with services.throughput.paused():
         found = services.evaluate(state)
     services.log.evaluation_row(state.step, found.means)
@@ -161,6 +169,7 @@ def _save(state: TrainState, *, services: Services, must: bool) -> int:
     """Save and return the step that is now safe, -1 if it is not; at the end of a launch a failure is final."""
     if services.save is None:
         return state.step
+    services.heartbeat.enter("checkpoint", step=state.step, patient=True)
     with services.throughput.paused():
         saved = services.save(state)
     if must and not saved:

@@ -1,0 +1,127 @@
+"""A launch that hangs, tried on two real ranks: stopped by a signal, asleep in its data, stuck in a read."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks_harness import free_port
+from tiny_training import ds_config, step_batches, tiny_engine, tiny_plan, tiny_services
+
+from bert_ds.ranks import Ranks
+from bert_ds.training.hang_watchdog import Heartbeat, explain_hang, watched_for_hangs
+from bert_ds.training.process_group import joined_ranks
+from bert_ds.training.train_loop import train
+from bert_ds.training.train_state import TrainState
+
+LIMIT_S = 2.0
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def hang(kind: str, run_dir: Path) -> None:
+    """Do as a sick rank does."""
+    if kind == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if kind == "asleep":
+        time.sleep(600)
+    if kind == "reading":
+        (run_dir / "shard").open("rb").read()  # a FIFO without a writer
+
+
+def sick_batches(kind: str, run_dir: Path, rank: int) -> Iterator[Any]:
+    """Batches whose 4th step hangs on rank 1."""
+    for step, micro_batches in enumerate(step_batches(0, rank, 1), start=1):
+        if step == 4 and rank == 1:
+            hang(kind, run_dir)
+        yield micro_batches
+
+
+def train_until_it_hangs(kind: str, run_dir: Path) -> None:
+    """One of the two processes of a launch: it must not return."""
+    rank, heartbeat = int(os.environ["RANK"]), Heartbeat()
+    ranks = Ranks(rank, rank, 2)
+    with joined_ranks(ranks):
+        engine = tiny_engine(ds_config(2, world_size=2))
+        services = tiny_services(run_dir, rank, 2, heartbeat=heartbeat)
+        with watched_for_hangs(heartbeat, run_dir, ranks=ranks, limit_s=LIMIT_S):
+            batches = sick_batches(kind, run_dir, rank)
+            train(engine, batches, state=TrainState(), plan=tiny_plan(9), services=services)
+
+
+def launch(kind: str, run_dir: Path) -> list[subprocess.Popen[str]]:
+    """Start two ranks."""
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, __file__, kind, str(run_dir)],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "codes", "said"),
+    [
+        ("stopped", (75, -9), "hang: rank 1 does not answer (stopped, or its machine is gone); the others wait in agr"),
+        ("asleep", (75, 75), "s in data wait of step 4; the others wait in agreement of step 4"),
+        ("reading", (75, 75), "s in data wait of step 4; the others wait in agreement of step 4"),
+    ],
+)
+def test_a_hang_is_named_and_ended_with_the_stacks_of_both_ranks(
+    kind: str, codes: tuple[int, int], said: str, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "shard")
+    ranks = launch(kind, tmp_path)
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert tuple(process.returncode for process in ranks) == codes
+    assert said in errors[0] + errors[1]
+    for rank, function in ((0, "agree_on_totals"), (1, "in train_until_it_hangs")):
+        log = (tmp_path / f"logs/rank_{rank}.log").read_text()
+        assert function in log
+        assert "in watch\n" in log  # all threads, not the main one alone
+
+
+def test_a_long_evaluation_and_the_first_step_are_not_a_hang() -> None:
+    heart = Heartbeat()
+    heart.enter("data wait", step=8)
+    assert heart.patient
+    heart.enter("data wait", step=9)
+    assert not heart.patient
+    heart.enter("evaluation", step=9, patient=True)
+    assert heart.patient
+
+
+def test_the_rank_that_is_least_far_is_named() -> None:
+    report = {"count": 20, "phase": "forward and backward", "step": 5, "silent_s": 61.0}
+    behind = report | {"count": 17, "phase": "data wait", "step": 4}
+    assert explain_hang({0: report, 1: report, 2: behind, 3: report}, world_size=4) == (
+        "rank 2 made no progress for 61 s in data wait of step 4; the others wait in forward and backward of step 5"
+    )
+    assert explain_hang({0: report, 1: report}, world_size=2).startswith("all ranks made no progress for 61 s")
+
+
+if __name__ == "__main__":
+    train_until_it_hangs(sys.argv[1], Path(sys.argv[2]))
