@@ -43,6 +43,17 @@ class SpecialIds(NamedTuple):
     mask: int
 
 
+class EncodedText(NamedTuple):
+    """Pieces of a text and the characters that each was made of."""
+
+    ids: np.ndarray
+    """int32 [n]."""
+    starts: np.ndarray
+    """int32 [n]: piece i is made of the characters starts[i] to stops[i] - 1."""
+    stops: np.ndarray
+    """int32 [n]."""
+
+
 class TextRules(NamedTuple):
     """What happens to text before it is cut into pieces."""
 
@@ -87,6 +98,12 @@ class WordPieceTokenizer:
     def encode_sentences(self, sentences: list[str]) -> list[np.ndarray]:
         """Return the ids of each sentence, without special tokens, as arrays of `dtype`."""
         return [np.frombuffer(self.encode(sentence), dtype=self.dtype) for sentence in sentences]
+
+    def encode_with_offsets(self, text: str) -> EncodedText:
+        """Return the ids of `encode`, and where in the text each comes from; slower, and nothing is cached."""
+        found = self._cache.backend.encode(text, add_special_tokens=False)
+        offsets = np.array(found.offsets, dtype=np.int32).reshape(-1, 2)
+        return EncodedText(np.array(found.ids, dtype=np.int32), offsets[:, 0], offsets[:, 1])
 
     def decode(self, ids: list[int]) -> str:
         """Return readable text for ids; special pieces stay visible."""
@@ -162,14 +179,14 @@ class _PartCache(dict[str, bytes]):
 
     def __init__(self, backend: Tokenizer, dtype: np.dtype) -> None:
         super().__init__()
-        self._backend = Tokenizer.from_str(backend.to_str())
-        self._backend.encode_special_tokens = True
+        self.backend = Tokenizer.from_str(backend.to_str())
+        self.backend.encode_special_tokens = True
         self._dtype = dtype
 
     def __missing__(self, part: str) -> bytes:
         if len(self) >= _MAX_CACHED_PARTS:
             self.clear()
-        ids = self._backend.encode(part, add_special_tokens=False).ids
+        ids = self.backend.encode(part, add_special_tokens=False).ids
         self[part] = found = np.array(ids, dtype=self._dtype).tobytes()
         return found
 
