@@ -46,7 +46,7 @@ class RunLog:
         if self.is_main:
             path = run_dir / "metrics.jsonl"
             repair_metrics(path)
-            self.attempt = 1 + max((row.get("attempt", 0) for row in _rows(path)), default=0)
+            self.attempt = 1 + max((row.get("attempt", 0) for row in read_rows(path)), default=0)
             self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def start(self, step: int, facts: Mapping[str, Any]) -> None:
@@ -156,12 +156,23 @@ def read_metrics(path: Path, kind: str = "train") -> list[dict[str, Any]]:
     superseded, even where the later attempt has not come as far yet. A line torn by a kill or a full disk is ignored.
     """
     newest: dict[int, dict[str, Any]] = {}
-    for row in _rows(path):
+    for row in read_rows(path):
         if row.get("kind") == "start":
             newest = {step: old for step, old in newest.items() if step <= row["step"]}
         if row.get("kind") == kind:
             newest[row["step"]] = row
     return [newest[step] for step in sorted(newest)]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return every whole row of the file as it was written, superseded ones included."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def repair_metrics(path: Path) -> None:
@@ -226,16 +237,6 @@ def _rank_logger(run_dir: Path, ranks: Ranks) -> logging.Logger:
     logger.addHandler(handler)
     logging.getLogger("DeepSpeed").addHandler(handler)
     return logger
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,147 @@
+"""The report of a run: two lines on the console, figures, and one HTML page."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_training import TinyModel, ds_config, join_alone, step_batches, tiny_plan, tiny_services
+
+from bert_ds.optimizer_config import AdamWConfig, LambConfig
+from bert_ds.ranks import DataError
+from bert_ds.run_config import ConfigError
+from bert_ds.run_figures import draw_figures
+from bert_ds.run_history import below_unigram, read_history, summary_lines
+from bert_ds.run_page import render_page
+from bert_ds.training.engine import make_engine
+from bert_ds.training.optimizers import make_optimizer
+from bert_ds.training.train_loop import train
+from bert_ds.training.train_state import TrainState
+
+ROOT = Path(__file__).resolve().parents[1]
+START = {"kind": "start", "step": 0, "attempt": 1, "time": 0.0, "data": {"unigram_cross_entropy": 7.0}}
+
+
+def trained(folder: Path, config: Any) -> Path:
+    """Train six steps of the tiny model, every one logged."""
+    join_alone()
+    model = TinyModel()
+    optimizer = make_optimizer(config(lr=1e-2, weight_decay=0.1), model.named_parameters())
+    engine = make_engine(model, optimizer, ds_config(1, accumulation=2))
+    services = tiny_services(folder, 0, 1)
+    services.log.start(0, {})
+    train(engine, step_batches(0, 0, 2), state=TrainState(), plan=tiny_plan(6, log_every_steps=1), services=services)
+    services.log.close()
+    return folder
+
+
+def written(folder: Path, *rows: dict[str, Any]) -> Path:
+    """A run folder with these rows."""
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def logged(kind: str, step: int, **values: Any) -> dict[str, Any]:
+    return {"kind": kind, "step": step, "attempt": 1, "time": 10.0 * step, "loss": 8.0, **values}
+
+
+def test_a_lamb_run_has_a_figure_of_the_trust_ratios_of_every_adapted_kind_of_layer(tmp_path: Path) -> None:
+    history = read_history(trained(tmp_path, LambConfig))
+    pictures = {picture.name: picture for picture in draw_figures(history)}
+    assert list(pictures) == ["loss", "rates", "speed", "trust_ratios", "update_norms"]
+    assert all(picture.png.startswith(b"\x89PNG") for picture in pictures.values())
+    assert (
+        "because it was 1 throughout: LayerNorm.bias, LayerNorm.weight, dense.bias" in pictures["trust_ratios"].caption
+    )
+    assert history.trust("trust_ratio").keys() == history.trust("update_norm").keys()
+
+
+def test_a_band_is_what_the_optimizer_logged(tmp_path: Path) -> None:
+    spreads = [{"min": 0.1, "median": 0.2, "max": 0.4}, {"min": 0.2, "median": 0.3, "max": None}]
+    rows = [
+        logged("train", step, trust={"dense.weight": {"trust_ratio": spread}})
+        for step, spread in enumerate(spreads, start=1)
+    ]
+    band = read_history(written(tmp_path, *rows)).trust("trust_ratio")["dense.weight"]
+    assert (band.low, band.median) == ([0.1, 0.2], [0.2, 0.3])
+    assert band.high == pytest.approx([0.4, float("nan")], nan_ok=True)
+
+
+def test_a_run_without_trust_ratios_has_no_figure_of_them(tmp_path: Path) -> None:
+    names = [picture.name for picture in draw_figures(read_history(trained(tmp_path, AdamWConfig)))]
+    assert names == ["loss", "rates", "speed"]
+
+
+def test_the_page_holds_its_figures_and_loads_nothing(tmp_path: Path) -> None:
+    history = read_history(trained(tmp_path, LambConfig))
+    pictures = draw_figures(history)
+    page = render_page(history, pictures)
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == len(pictures) and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"https?:|<script|<link|url\(", page)
+
+
+def test_the_page_tells_of_attempts_checkpoints_and_skipped_steps(tmp_path: Path) -> None:
+    again = {**START, "step": 2, "attempt": 2, "time": 25.0}
+    skipped = logged("skipped", 3, loss=None)
+    saved = logged("checkpoint", 2, bytes=3_000_000, seconds=0.5)
+    rows = [START, logged("train", 1), saved, logged("train", 3), again, skipped, logged("train", 4)]
+    page = render_page(read_history(written(tmp_path, *rows)), [])
+    for text in ("attempt 1 begins", "attempt 2 continues", "checkpoint, 3 MB in 0.5 s", "step skipped: loss nan"):
+        assert text in page
+    assert "not finished, step 4, 2 attempts" in page
+
+
+def test_what_a_user_wrote_is_escaped(tmp_path: Path) -> None:
+    folder = written(tmp_path, START, logged("train", 1))
+    (folder / "run_config.json").write_text(json.dumps({"name": "<script>alert(1)</script>"}))
+    assert "<script>" not in render_page(read_history(folder), [])
+
+
+def test_the_summary_compares_the_validation_loss_with_the_piece_frequencies(tmp_path: Path) -> None:
+    rows = [START, logged("train", 1, tokens_per_s=1234.5), logged("evaluation", 1, loss_mlm=6.25, mlm_accuracy=0.125)]
+    history = read_history(written(tmp_path, *rows))
+    assert summary_lines(history) == [
+        "step 1: 1,234 non-pad tokens/s (median of the logged intervals)",
+        "masked words of the validation text: loss 6.250 nats, accuracy 0.125; piece frequencies alone 7.000 nats, "
+        "0.750 above the model",
+    ]
+    assert below_unigram(history) == 0.75
+
+
+def test_a_run_without_evaluation_is_not_taken_for_one_that_has_learned(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no evaluation"):
+        below_unigram(read_history(written(tmp_path, START, logged("train", 1))))
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"metrics\.jsonl does not exist"):
+        read_history(tmp_path)
+    with pytest.raises(DataError, match="no logged step"):
+        read_history(written(tmp_path, START))
+
+
+def test_without_matplotlib_the_figures_say_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"pip install 'bert-ds\[plots\]'"):
+        draw_figures(read_history(written(tmp_path, START, logged("train", 1))))
+
+
+def test_the_command_writes_the_page_and_the_pictures(tmp_path: Path) -> None:
+    folder = written(tmp_path, START, logged("train", 1, grad_norm=None), logged("evaluation", 1, loss_mlm=6.25))
+    arguments = ["--run_dir", folder, "--html", "--require_below_unigram", "1"]
+    done = subprocess.run([sys.executable, ROOT / "bert_ds/report.py", *arguments], capture_output=True, text=True)
+    assert done.returncode == 5, done.stderr
+    assert "0.750 nats below the unigram cross-entropy, wanted at least 1.0" in done.stderr
+    assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert {path.name for path in (folder / "figures").iterdir()} == {
+        "loss.png",
+        "evaluation.png",
+        "rates.png",
+        "speed.png",
+    }
