@@ -1,7 +1,14 @@
-"""Turn a checkpoint of any ZeRO stage into a Hugging Face folder, and prove the folder right before saying done."""
+"""Turn a checkpoint of any ZeRO stage into a Hugging Face folder, and prove the folder right before saying done.
+
+    python bert_ds/export_hf.py --run_dir runs/mine [--onnx]       the newest checkpoint -> runs/mine/hf
+    python bert_ds/export_hf.py --model runs/mine/hf --onnx        a folder there is already, fine-tuned or not
+
+With --onnx the folder gets an onnx/ with model.onnx, config.json and tokenizer, run once in onnxruntime to prove it.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 
@@ -11,20 +18,23 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from bert_ds.command_line import make_parser, run_main
 from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, staged_folder, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
+from bert_ds.encoder.hf_onnx import ONNX_FILE, OnnxCheck, write_onnx
 from bert_ds.encoder.hf_verify import verify_export
 from bert_ds.ranks import CheckpointError
 from bert_ds.run_config import RunConfig, load_run_config
 from bert_ds.training.checkpoint_folder import find_checkpoint, read_manifest
 from bert_ds.training.fp32_weights import load_fp32_state_dict
 
+ONNX_FOLDER = "onnx"
+
 
 def main() -> None:
-    parser = make_parser("Export a checkpoint as a Hugging Face folder.")
-    parser.add_argument("--run_dir", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--checkpoint", metavar="global_stepN", help="name of the checkpoint (default: the newest)")
-    parser.add_argument("--output", type=Path, help="folder to write (default: RUN_DIR/hf)")
-    args = parser.parse_args()
-
+    args = _arguments()
+    if args.model is not None:
+        output = args.output or args.model / ONNX_FOLDER
+        with staged_folder(output) as folder:
+            _say_onnx(write_onnx(args.model, folder), output)
+        return
     run = load_run_config(args.run_dir / "run_config.json")
     checkpoint = find_checkpoint(args.run_dir, args.checkpoint)
     if checkpoint is None:
@@ -44,9 +54,33 @@ def main() -> None:
             model_card=model_card_text(run.name, _facts(run, checkpoint)),
         )
         check = verify_export(folder, run.model, state_dict=state_dict, tokenizer=tokenizer)
+        if args.onnx:
+            (folder / ONNX_FOLDER).mkdir()
+            _say_onnx(write_onnx(folder, folder / ONNX_FOLDER), output / ONNX_FOLDER)
     print(
         f"exported {checkpoint.name} to {output}: transformers' scores differ by at most "
         f"{check.max_difference:.1e} (largest score {check.scale:.1f}), tokenizer equal"
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = make_parser("Export a checkpoint as a Hugging Face folder, or a Hugging Face folder as ONNX.")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run_dir", type=Path, help="folder of the run")
+    source.add_argument("--model", type=Path, help="Hugging Face folder, exported or fine-tuned; wants --onnx")
+    parser.add_argument("--checkpoint", metavar="global_stepN", help="name of the checkpoint (default: the newest)")
+    parser.add_argument("--onnx", action="store_true", help="write an ONNX file and its tokenizer as well")
+    parser.add_argument("--output", type=Path, help="folder to write (default: RUN_DIR/hf or MODEL/onnx)")
+    args = parser.parse_args()
+    if args.model is not None and (not args.onnx or args.checkpoint):
+        parser.error("--model is a finished folder: wanted --onnx beside it, and no --checkpoint")
+    return args
+
+
+def _say_onnx(check: OnnxCheck, output: Path) -> None:
+    print(
+        f"wrote {output / ONNX_FILE}: onnxruntime's scores differ from transformers' by at most "
+        f"{check.max_difference:.1e} (largest score {check.scale:.1f})"
     )
 
 

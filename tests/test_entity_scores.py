@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from seqeval import metrics
+from seqeval.scheme import IOB2, IOBES
 
 from bert_ds.downstream.entity_scores import Entity, entities, entity_scores
 
@@ -59,14 +62,8 @@ def tag_pairs(tags: list[str]) -> st.SearchStrategy[list[tuple[list[str], list[s
     return st.lists(sentence.map(lambda pairs: tuple(map(list, zip(*pairs, strict=True)))), min_size=1, max_size=4)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(("scheme", "tags", "name"), [("BIO", BIO_TAGS, "IOB2"), ("BIOES", BIOES_TAGS, "IOBES")])
-def test_scores_are_those_of_seqeval_in_strict_mode(scheme: str, tags: list[str], name: str) -> None:
-    # An oracle that is no longer kept and that pip can build from source only, so not everybody has it.
-    metrics = pytest.importorskip(
-        "seqeval.metrics", reason="seqeval is not installed: strict entity scores not compared"
-    )
-    rules = getattr(pytest.importorskip("seqeval.scheme"), name)
-
+@pytest.mark.parametrize(("scheme", "tags", "rules"), [("BIO", BIO_TAGS, IOB2), ("BIOES", BIOES_TAGS, IOBES)])
+def test_scores_are_those_of_seqeval_in_strict_mode(scheme: str, tags: list[str], rules: Any) -> None:
     @settings(max_examples=150, deadline=None)
     @given(tag_pairs(tags))
     def compare(sentences: list[tuple[list[str], list[str]]]) -> None:

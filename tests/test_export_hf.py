@@ -237,3 +237,14 @@ def test_the_verb_ends_with_the_documented_exit_codes(
     assert _run_verb(monkeypatch, *run_dir) == 4
     assert "has no checkpoint yet" in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_run_is_exported_with_its_onnx_file(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _saved_run(tmp_path, tokenizer, stage=0, precision="fp32")
+    assert _run_verb(monkeypatch, "--run_dir", str(tmp_path), "--onnx") == 0
+    assert f"wrote {tmp_path}/hf/onnx/model.onnx: onnxruntime's scores differ" in capsys.readouterr().out
+    assert (tmp_path / "hf" / "onnx" / "model.onnx").is_file()
+    assert _run_verb(monkeypatch, "--model", str(tmp_path / "hf")) == 2
+    assert "--model is a finished folder: wanted --onnx beside it" in capsys.readouterr().err

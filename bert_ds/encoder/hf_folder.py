@@ -22,7 +22,8 @@ from bert_ds.ranks import CheckpointError, DataError
 from bert_ds.run_config import ConfigError, ModelConfig
 
 MAX_JSON_BYTES = 64 * 2**20
-_OUR_KEY = "sentence_pair_objective"
+_OUR_KEYS = ("sentence_pair_objective", "onnx")
+"""What config.json of an export has and that of no other folder."""
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -96,7 +97,7 @@ def staged_folder(output: Path) -> Iterator[Path]:
         staged = work / "new"
         staged.mkdir()
         yield staged
-        for path in [*staged.iterdir(), staged]:
+        for path in [*staged.rglob("*"), staged]:
             _fsync(path)
         if output.exists():
             output.rename(work / "old")
@@ -128,13 +129,13 @@ def write_hf_folder(
     ]
     if missing:
         raise DataError(f"tokenizer folder {tokenizer} lacks {', '.join(missing)}")
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copyfile(tokenizer / "tokenizer.json", folder / "tokenizer.json")
     shutil.copyfile(tokenizer / "vocab.txt", folder / "vocab.txt")
     # Without these two, transformers makes no [CLS] and [SEP], or lets 600 tokens run into an index error.
     facts = {"tokenizer_class": "BertTokenizer", "model_max_length": config["max_position_embeddings"]}
-    _write_json(folder / "tokenizer_config.json", {**read_json(tokenizer / "tokenizer_config.json"), **facts})
+    write_json(folder / "tokenizer_config.json", {**read_json(tokenizer / "tokenizer_config.json"), **facts})
     (folder / "README.md").write_text(model_card, encoding="utf-8")
 
 
@@ -176,6 +177,24 @@ def model_card_text(name: str, facts: Mapping[str, object]) -> str:
     return "\n".join(lines)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; ConfigError when it is something else or larger than MAX_JSON_BYTES."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ConfigError(f"{path} has {path.stat().st_size} bytes, wanted at most {MAX_JSON_BYTES}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is not a JSON object")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file as the exports have them."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _weight_parts(path: Path) -> list[Path]:
     """Return the files that an index names, or the one file itself."""
     if path.suffix != ".json":
@@ -199,29 +218,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; ConfigError when it is something else or larger than MAX_JSON_BYTES."""
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ConfigError(f"{path} has {path.stat().st_size} bytes, wanted at most {MAX_JSON_BYTES}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is not a JSON object")
-    return value
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _is_ours(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     if not any(folder.iterdir()):
         return True
-    return (folder / "config.json").is_file() and _OUR_KEY in read_json(folder / "config.json")
+    if not (folder / "config.json").is_file():
+        return False
+    facts = read_json(folder / "config.json")
+    return any(key in facts for key in _OUR_KEYS)
 
 
 def _fsync(path: Path) -> None:

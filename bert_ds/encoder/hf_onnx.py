@@ -1,0 +1,161 @@
+"""An ONNX file of a Hugging Face folder, proven by running it in onnxruntime beside transformers.
+
+torch's own exporter writes the graph of transformers' model, with batch and length as free axes. Tokenizer and
+config.json are copied beside it, so that the folder is all a server needs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bert_ds.encoder.hf_folder import read_json, write_json
+from bert_ds.ranks import CheckpointError
+from bert_ds.run_config import ConfigError
+
+MAX_RELATIVE_DIFFERENCE = 1e-4
+ONNX_FILE = "model.onnx"
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+_ARCHITECTURES = (
+    "BertModel",
+    "BertForMaskedLM",
+    "BertForPreTraining",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertForQuestionAnswering",
+)
+
+
+class OnnxCheck(NamedTuple):
+    """The largest difference of any output between onnxruntime and transformers, and the largest output."""
+
+    max_difference: float
+    scale: float
+
+
+def write_onnx(folder: Path, output: Path) -> OnnxCheck:
+    """Write model.onnx, config.json and the tokenizer of a Hugging Face folder into an existing folder.
+
+    Args:
+        folder: with config.json, weights and tokenizer.
+        output: where to; see `staged_folder`.
+
+    Returns:
+        What comparing both on random batches, from one token to the longest sequence, has shown.
+
+    Raises:
+        ConfigError: a package of the extra "onnx" is missing, or config.json names another architecture than
+            transformers' BERTs.
+        CheckpointError: the folder cannot be loaded, or onnxruntime gives other scores.
+    """
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f'{", ".join(missing)} not installed: --onnx wants pip install "bert-ds[onnx]"')
+    model = _load(folder)
+    _export(model, output / ONNX_FILE)
+    check = verify_onnx(model, output / ONNX_FILE)
+    for name in _TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, output / name)
+    facts = {"file": ONNX_FILE, "max_difference": check.max_difference}
+    write_json(output / "config.json", {**read_json(folder / "config.json"), "onnx": facts})
+    return check
+
+
+def verify_onnx(model: Any, path: Path) -> OnnxCheck:
+    """Run a transformers model and an ONNX file on the same batches; CheckpointError when they differ."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    longest = model.config.max_position_embeddings
+    differences, scales = [], []
+    for batch_size, length in ((1, 1), (1, longest), (3, -(-longest // 2))):
+        inputs = _random_inputs(model.config, batch_size, length)
+        with torch.no_grad():
+            wanted = model(**inputs)
+        found = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
+        mask_NS = inputs["attention_mask"].bool()
+        for name, array in zip(names, found, strict=True):
+            kept = mask_NS if wanted[name].shape[:2] == mask_NS.shape else slice(None)
+            differences.append((torch.from_numpy(array) - wanted[name])[kept].abs().max().item())
+            scales.append(wanted[name][kept].abs().max().item())
+    check = OnnxCheck(max(differences), max(scales))
+    if not check.max_difference <= MAX_RELATIVE_DIFFERENCE * check.scale:
+        raise CheckpointError(
+            f"{path}: onnxruntime's scores differ from transformers' by {check.max_difference:.3e}, "
+            f"wanted at most {MAX_RELATIVE_DIFFERENCE} of the largest score {check.scale:.3e}"
+        )
+    return check
+
+
+def _load(folder: Path) -> Any:
+    """Return transformers' model of the folder, in fp32; nothing may be missing."""
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json: wanted an exported or fine-tuned Hugging Face folder")
+    architectures = read_json(folder / "config.json").get("architectures") or ["missing"]
+    if architectures[0] not in _ARCHITECTURES:
+        raise ConfigError(
+            f"{folder}/config.json: architectures is {architectures}, wanted one of {', '.join(_ARCHITECTURES)}"
+        )
+    model, report = getattr(transformers, architectures[0]).from_pretrained(
+        folder, output_loading_info=True, local_files_only=True, dtype=torch.float32
+    )
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise CheckpointError(f"{folder}: transformers finds no weights for {report['missing_keys']}")
+    return model.eval()
+
+
+def _export(model: Any, path: Path) -> None:
+    inputs = _random_inputs(model.config, 2, min(8, model.config.max_position_embeddings))
+    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=model.config.max_position_embeddings)}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            _Outputs(model),
+            (),
+            kwargs=inputs,
+            dynamic_shapes=dict.fromkeys(inputs, free),
+            input_names=list(inputs),
+            output_names=list(model(**inputs).keys()),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None, "the exporter returns a program unless it is given a file"
+    program.save(path)
+
+
+class _Outputs(nn.Module):
+    """A transformers model that returns a plain tuple, as the exporter wants it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).values()
+        )
+
+
+def _random_inputs(config: Any, batch_size: int, length: int) -> dict[str, Tensor]:
+    """Return ids, mask and segments of sequences of which all but the first are padded."""
+    generator = torch.Generator().manual_seed(batch_size)
+    lengths_N = torch.tensor([max(1, length - 3 * index) for index in range(batch_size)])
+    shape = (batch_size, length)
+    return {
+        "input_ids": torch.randint(config.vocab_size, shape, generator=generator),
+        "attention_mask": (torch.arange(length) < lengths_N[:, None]).long(),
+        "token_type_ids": torch.randint(config.type_vocab_size, shape, generator=generator),
+    }

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+import transformers
+from export_cases import export, spread_state_dict, write_tokenizer
+
+from bert_ds.encoder.hf_folder import staged_folder
+from bert_ds.encoder.hf_onnx import verify_onnx, write_onnx
+from bert_ds.ranks import CheckpointError
+from bert_ds.run_config import ConfigError
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a fine-tuned classifier of three classes, and its ONNX folder within, written by the verb."""
+    folder = tmp_path_factory.mktemp("classifier")
+    export(folder, write_tokenizer(tmp_path_factory.mktemp("tokenizer")), spread_state_dict())
+    torch.manual_seed(0)
+    transformers.BertForSequenceClassification.from_pretrained(folder, num_labels=3).save_pretrained(folder)
+    script = Path(__file__).parents[1] / "bert_ds" / "export_hf.py"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", [str(script), "--model", str(folder), "--onnx"])
+        runpy.run_path(str(script), run_name="__main__")
+    assert end.value.code == 0
+    return folder
+
+
+def test_onnxruntime_gives_the_scores_of_transformers_for_texts_of_any_number_and_length(classifier: Path) -> None:
+    session = onnxruntime.InferenceSession(classifier / "onnx" / "model.onnx")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(classifier / "onnx")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier)
+    for texts in (["the cat."], ["", "a", "the 中文 naïve, reading.", "the " * 200]):
+        inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="np")
+        (found,) = session.run(["logits"], dict(inputs))
+        with torch.no_grad():
+            wanted = model(**{name: torch.from_numpy(array) for name, array in inputs.items()}).logits
+        assert found.shape == (len(texts), 3)
+        assert (torch.from_numpy(found) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_the_folder_says_what_was_measured_and_its_axes_have_names(classifier: Path) -> None:
+    folder = classifier / "onnx"
+    assert {path.name for path in folder.iterdir()} >= {"model.onnx", "tokenizer.json", "tokenizer_config.json"}
+    facts = json.loads((folder / "config.json").read_text())
+    assert facts["architectures"] == ["BertForSequenceClassification"]
+    assert 0 <= facts["onnx"]["max_difference"] < 1e-4
+    inputs = onnxruntime.InferenceSession(folder / "model.onnx").get_inputs()
+    assert [(one.name, one.shape) for one in inputs] == [
+        (name, ["batch", "sequence"]) for name in ("input_ids", "attention_mask", "token_type_ids")
+    ]
+
+
+def test_a_file_of_another_model_is_caught(classifier: Path) -> None:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier)
+    with torch.no_grad():
+        model.classifier.bias[0] += 0.1
+    with pytest.raises(CheckpointError, match=r"onnxruntime's scores differ from transformers' by 1\.000e-01"):
+        verify_onnx(model, classifier / "onnx" / "model.onnx")
+
+
+def test_a_folder_of_an_older_onnx_is_replaced(classifier: Path) -> None:
+    copy = classifier.parent / "copy"
+    copy.mkdir()
+    (copy / "config.json").write_bytes((classifier / "onnx" / "config.json").read_bytes())
+    with staged_folder(copy) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in copy.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize(("architectures", "found"), [(["RobertaForMaskedLM"], "Roberta"), (None, "missing")])
+def test_a_folder_of_another_architecture_is_refused(tmp_path: Path, architectures: object, found: str) -> None:
+    facts = {"model_type": "roberta", "architectures": architectures}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(ConfigError, match=f"architectures is .*{found}.*, wanted one of BertModel"):
+        write_onnx(tmp_path, tmp_path)
+
+
+def test_a_folder_without_a_head_that_its_architecture_needs_is_refused(tmp_path: Path) -> None:
+    export(tmp_path / "hf", write_tokenizer(tmp_path / "tokenizer"), spread_state_dict())
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": ["BertForTokenClassification"]}))
+    with pytest.raises(CheckpointError, match=r"transformers finds no weights for .*classifier.weight"):
+        write_onnx(tmp_path / "hf", tmp_path)
