@@ -9,21 +9,18 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bert_ds.config_problems import Problem, describe
+from bert_ds.config_problems import MAX_PROBLEMS, Problem, describe
+from bert_ds.config_secrets import is_secret_name, is_secret_value, secret_text
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 200_000
 MAX_DEPTH = 16
-MAX_PROBLEMS = 50
-SECRET_NAME = re.compile(
-    r"(^|[_-])(api_?key|access_?key|private_?key|token|password|passwd|secret|credentials?)$", re.IGNORECASE
-)
+MAX_NAMES = 1_000
 
 
 class ConfigError(ValueError):
@@ -222,6 +219,9 @@ def _plain(value: Any, path: tuple[str, ...], problems: list[Problem]) -> Any:
     if isinstance(value, _NotANumber):
         problems.append(Problem(where, f"found {value[:20]}, wanted a finite number below 2^63"))
         return None
+    if isinstance(value, str) and is_secret_value(value):
+        problems.append(Problem(where, secret_text(where)))
+        return None
     if isinstance(value, str) and (not value.isprintable() or "\ufffd" in value):
         problems.append(Problem(where, f"found {describe(value)}, wanted printable text"))
         return None
@@ -233,17 +233,18 @@ def _plain(value: Any, path: tuple[str, ...], problems: list[Problem]) -> Any:
 
 
 def _plain_object(value: dict[str, Any], path: tuple[str, ...], problems: list[Problem]) -> dict[str, Any]:
-    result = {}
+    result: dict[str, Any] = {}
+    if len(value) > MAX_NAMES:
+        problems.append(Problem(".".join(path), f"found {len(value)} names in one object, wanted at most {MAX_NAMES}"))
+        return result
     for key, inner in value.items():
         where = (*path, key)
         if key in getattr(value, "duplicates", ()):
             problems.append(Problem(".".join(where), "is given twice"))
         if not key.isprintable():
             problems.append(Problem(".".join(path), f"found the name {describe(key)}, wanted printable text"))
-        elif SECRET_NAME.search(key):
-            problems.append(
-                Problem(".".join(where), "looks like a secret; secrets are read from the environment, never from files")
-            )
+        elif is_secret_name(key):
+            problems.append(Problem(".".join(where), secret_text(".".join(where))))
         else:
             result[key] = _plain(inner, where, problems)
     return result

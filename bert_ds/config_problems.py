@@ -35,6 +35,8 @@ _WANTED = {
     "too_short": "at least one item",
 }
 _LONGEST_SHOWN = 60
+MAX_PROBLEMS = 50
+"""Lines of a message; looking for the nearest name of every unknown one in a hostile file would take minutes."""
 
 
 class Problem(NamedTuple):
@@ -88,12 +90,14 @@ def did_you_mean(name: Any, known: Iterable[str]) -> str:
 
 def section_problems(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
     """Return one problem per mistake that pydantic found."""
-    problems = []
+    problems: list[Problem] = []
     for item in error.errors(include_url=False):
         if item["type"] == "too_short" and item["input"]:
             continue  # items that are wrong themselves were left out of the count
         path, section = _locate(item["loc"], model)
-        problems.append(_problem(item, path, section, model))
+        is_unknown = item["type"] == "extra_forbidden" and len(problems) < MAX_PROBLEMS
+        hint = _hint(path[-1], section, model) if is_unknown else ""
+        problems.append(_problem(item, path, hint))
     return problems
 
 
@@ -134,10 +138,10 @@ def _field_name(model: type[BaseModel], key: int | str) -> str:
     return str(key)
 
 
-def _problem(item: Any, path: list[str], section: Any, model: type[BaseModel]) -> Problem:
+def _problem(item: Any, path: list[str], hint: str) -> Problem:
     kind, context = item["type"], item.get("ctx", {})
     if kind == "extra_forbidden":
-        return Problem(".".join(path), "unknown setting" + _hint(path[-1], section, model), True)
+        return Problem(".".join(path), "unknown setting" + hint, True)
     if kind == "value_error":
         return Problem(".".join(path), str(context["error"]))
     if kind == "missing":
@@ -153,7 +157,10 @@ def _problem(item: Any, path: list[str], section: Any, model: type[BaseModel]) -
 def _tag_problem(kind: str, context: dict[str, Any], path: list[str], value: Any) -> Problem:
     where = ".".join([*path, "type"])
     if kind == "union_tag_not_found":
-        return Problem(where, "is missing, wanted the kind of this section")
+        near = difflib.get_close_matches("type", [name.strip().lower() for name in value], n=1)
+        misspelt = [name for name in value if name.strip().lower() in near]
+        hint = f", which is misspelt {describe(misspelt[0])} here" if misspelt else ""
+        return Problem(where, f"is missing, wanted the kind of this section{hint}")
     tags = re.findall(r"'([^']*)'", context["expected_tags"])
     found = value.get("type") if isinstance(value, dict) else context["tag"]
     return Problem(where, found_wanted(found, one_of(tags)) + did_you_mean(found, tags))

@@ -13,8 +13,9 @@ Size = Annotated[int, Field(ge=1, le=2**20)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 DropoutProbability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0.0, le=1e9, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=1e9, allow_inf_nan=False)]
+"""Numbers that fp32 arithmetic can carry."""
 
 
 class Section(BaseModel):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bert_ds.config_section import PositiveFloat, PositiveInt, Probability, Section
+from bert_ds.config_section import PositiveInt, Probability, Section
 
 IGNORE_INDEX = -100
 """Label of a position or sequence that has no target."""
@@ -17,7 +17,7 @@ class ShardSource(Section):
 
     path: Annotated[str, Field(min_length=1)]
     """Folder with manifest.json. A relative path is taken from the recipe's own folder."""
-    weight: PositiveFloat = 1.0
+    weight: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
     """How many times the source's examples are seen in one epoch; 2.5 means two and a half times."""
 
 
@@ -43,6 +43,14 @@ class ShardCorpus(Section):
     """The shard folders."""
     tokenizer: Annotated[str, Field(min_length=1)]
     """Tokenizer folder; its fingerprint must be the one stored in every manifest."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ShardCorpus:
+        paths = [source.path for source in self.sources]
+        twice = next((path for path in paths if paths.count(path) > 1), None)
+        if twice is not None:
+            raise ValueError(f"sources names {twice} twice: name it once and give it a weight")
+        return self
 
 
 class SequenceConfig(Section):

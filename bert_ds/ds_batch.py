@@ -54,7 +54,10 @@ def split_batch(
     if share % micro:
         return _micro_problem(total, world_size, micro)
     if accumulation not in (None, share // micro):
-        text = f"found {accumulation}, but {total} examples over {world_size} ranks of {micro} take {share // micro}"
+        text = (
+            f"found {accumulation}, but {total} examples over {world_size} ranks with train_micro_batch_size_per_gpu "
+            f"{micro} take {share // micro}"
+        )
         return Problem("gradient_accumulation_steps", f"{text}; leave it out")
     return MicroBatch(micro, share // micro)
 

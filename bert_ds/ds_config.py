@@ -131,7 +131,7 @@ def pair_problems(run: RunConfig, ds: DsConfig) -> list[Problem]:
         problems.append(Problem("zero_optimization.stage", text))
     accumulate = ds.settings.get("data_types", {}).get("grad_accum_dtype")
     if stage == 0 and accumulate not in (None, "auto", *_SPELLINGS[precision]):
-        text = f'found "{accumulate}", wanted "{precision}": stage 0 accumulates in the dtype of the weights'
+        text = f'found "{accumulate}", wanted "{precision}": zero_optimization.stage 0 accumulates as it computes'
         problems.append(Problem("data_types.grad_accum_dtype", text))
     checkpoints = ds.settings.get("activation_checkpointing", {}).get("number_checkpoints")
     if checkpoints not in (None, run.model.num_hidden_layers):

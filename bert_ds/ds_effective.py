@@ -54,6 +54,8 @@ def effective_settings(
     if run_dir is not None:
         for monitor in ("tensorboard", "csv_monitor"):
             result[monitor]["output_path"] = os.path.join(run_dir, result[monitor]["output_path"] or "monitor")
+        if result["flops_profiler"].get("output_file"):
+            result["flops_profiler"]["output_file"] = os.path.join(run_dir, result["flops_profiler"]["output_file"])
     return result
 
 

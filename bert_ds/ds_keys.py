@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bert_ds.config_problems import Problem, did_you_mean, found_wanted, one_of
+from bert_ds.config_problems import MAX_PROBLEMS, Problem, did_you_mean, found_wanted, one_of
 
 Node = dict[str, Any]
 
@@ -40,6 +40,9 @@ AUTO = frozenset(
     }
 )
 """Settings that may be "auto": what the recipe decides, and the sizes that Hugging Face's files leave open."""
+
+LARGEST = 1e12
+"""No factor or scale of a run is larger; fp32 could not carry it."""
 
 _WANTED = {
     "bool": "true or false",
@@ -101,7 +104,7 @@ def _check_block(block: dict[str, Any], node: Node, prefix: str, problems: list[
         path = prefix + name
         known = node["keys"].get(name)
         if known is None:
-            problems.append(_unknown(name, path, node))
+            problems.append(_unknown(name, path, node, wants_hint=len(problems) < MAX_PROBLEMS))
             continue
         if known["kind"] == "deprecated":
             problems.append(Problem(path, f"is an old name that DeepSpeed drops; use {known['instead']}", True))
@@ -117,13 +120,13 @@ def _check_block(block: dict[str, Any], node: Node, prefix: str, problems: list[
     return result
 
 
-def _unknown(name: str, path: str, node: Node) -> Problem:
+def _unknown(name: str, path: str, node: Node, *, wants_hint: bool) -> Problem:
     removed = known_settings()["removed"]
     if path in removed:
         return Problem(path, removed[path], True)
-    near = did_you_mean(name, [*node["keys"]])
-    elsewhere = [one for one in setting_names() if one.split(".")[-1] == name]
-    if not near and elsewhere:
+    near = did_you_mean(name, [*node["keys"]]) if wants_hint else ""
+    elsewhere = [one for one in setting_names() if one.split(".")[-1] == name] if wants_hint and not near else []
+    if elsewhere:
         near = f'; did you mean "{elsewhere[0]}"?'
     version = known_settings()["deepspeed"]
     return Problem(path, f"unknown to DeepSpeed {version}, which would ignore it{near}", True)
@@ -145,6 +148,9 @@ def _check_value(value: Any, node: Node, path: str, problems: list[Problem]) -> 
         value = int(value)
     if not _has_kind(value, kind) or (kind == "int" and abs(value) >= 2**63):
         problems.append(Problem(path, found_wanted(value, _WANTED[kind]) + _about_auto(value)))
+        return None
+    if value == "auto" and path not in AUTO and "auto" not in node.get("choices", ()):
+        problems.append(Problem(path, f'found "auto", wanted another word: DeepSpeed drops it{_about_auto(value)}'))
         return None
     if kind == "list":
         wrong = [item for item in value if node.get("items") == "str" and not isinstance(item, str)]
@@ -177,6 +183,9 @@ def _check_range(value: Any, node: Node, path: str, problems: list[Problem]) -> 
             )
             return None
         return same[0]
+    if isinstance(value, float) and abs(value) > LARGEST:
+        problems.append(Problem(path, found_wanted(value, f"at most {LARGEST:g}")))
+        return None
     for name, sign, holds in _BOUNDS:
         if name in node and not holds(value, node[name]):
             problems.append(Problem(path, found_wanted(value, f"{sign} {node[name]}")))

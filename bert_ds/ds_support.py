@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Any
 
 from bert_ds.config_problems import Problem, describe, found_wanted, one_of
@@ -30,6 +31,7 @@ ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "checkpoint.load_universal": ((False,), "pretrain.py --resume does this where it is needed"),
     "checkpoint.parallel_write.pipeline_stage": ((False,), _OWN_CHECKPOINTS),
     "checkpoint.use_node_local_storage": ((False,), _OWN_CHECKPOINTS),
+    "comet.mode": ((None, "get", "create", "get_or_create"), "Comet has no other"),
     "data_parallel_size": ((), "the launcher decides it"),
     "data_types.buffer_dtype": ((None,), "the model has no buffers"),
     "data_types.keep_in_fp32_modules": (([], "auto"), "the model has no buffers"),
@@ -59,6 +61,12 @@ ALLOWED: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.zero_quantized_weights": ((False,), _QUANTIZED),
 }
 """Setting -> the values it may have here, and why no other."""
+
+WRITTEN_PATHS = ("tensorboard.output_path", "csv_monitor.output_path", "flops_profiler.output_file")
+"""Where DeepSpeed writes; taken from the run folder."""
+
+MAX_NAME_BYTES = 200
+"""A file system takes 255 bytes, and names get a suffix."""
 
 SWITCHED_OFF = {
     "autotuning": "pretrain.py --find_micro_batch finds the micro-batch",
@@ -92,7 +100,7 @@ def unsupported_settings(settings: dict[str, Any], *, stage_is_known: bool = Tru
             problems.append(Problem(path, f"{found_wanted(given[path], wanted)}: {reason}"))
     for path, reason in SWITCHED_OFF.items():
         problems += _switched_on(path, settings, reason)
-    return problems + (_combinations(settings, given) if stage_is_known else [])
+    return problems + _paths(given) + (_combinations(settings, given) if stage_is_known else [])
 
 
 def _switched_on(path: str, settings: dict[str, Any], reason: str) -> list[Problem]:
@@ -122,11 +130,23 @@ def _combinations(settings: dict[str, Any], given: dict[str, Any]) -> list[Probl
             problems.append(Problem(f"{path}.nvme_path", 'is missing, wanted a folder: device is "nvme"'))
     if given.get("bf16.immediate_grad_update") and stage != 1:
         problems.append(Problem("bf16.immediate_grad_update", f"is for stage 1, the stage is {stage}: {_UNUSED}"))
-    if zero.get("allgather_bucket_size", 0) % 2:
-        text = f"found {zero['allgather_bucket_size']}, wanted an even number"
+    if (bucket := zero.get("allgather_bucket_size", 2)) % 2 or bucket == 0:
+        text = f"found {bucket}, wanted an even number of at least 2"
         problems.append(Problem("zero_optimization.allgather_bucket_size", text))
+    return problems
+
+
+def _paths(given: dict[str, Any]) -> list[Problem]:
+    """Refuse names by which DeepSpeed would write outside the run folder; it joins and opens whatever it is given."""
+    problems = []
     for monitor in ("tensorboard", "csv_monitor"):
-        name = given.get(f"{monitor}.job_name", "")
-        if "/" in name or name.startswith("."):
+        name = given.get(f"{monitor}.job_name") or ""
+        if "/" in name or name.startswith(".") or len(name.encode()) > MAX_NAME_BYTES:
             problems.append(Problem(f"{monitor}.job_name", f"found {describe(name)}, wanted a plain folder name"))
+    for path in WRITTEN_PATHS:
+        name = given.get(path) or ""
+        parts = PurePosixPath(name).parts
+        if name.startswith(("/", "~")) or ".." in parts or any(len(part.encode()) > MAX_NAME_BYTES for part in parts):
+            text = "found {}, wanted a relative path without ..: it is written inside the run folder"
+            problems.append(Problem(path, text.format(describe(name))))
     return problems

@@ -108,10 +108,13 @@ def named_files(run: RunConfig) -> tuple[list[Problem], list[str]]:
     for where, name, check in checks:
         if name is None:
             continue
-        if not Path(name).exists():
-            missing.append(f"{where}: {name} does not exist here")
-            continue
-        text = check(Path(name))
+        try:
+            if not Path(name).exists():
+                missing.append(f"{where}: {name} does not exist here")
+                continue
+            text = check(Path(name))
+        except OSError as error:
+            text = f"{describe(name)} cannot be read: {error.strerror}"
         if text is not None:
             problems.append(Problem(where, text))
     return problems + _fingerprint_problems(run.corpus), missing

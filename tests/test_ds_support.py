@@ -62,6 +62,16 @@ def resolved(folder: Path, recipe: Any, deepspeed: Any, *, world_size: int = 1) 
         ("zero_allow_untested_optimizer", False, "this project sets it"),
         ("activation_checkpointing", {"cpu_checkpointing": True}, "number_checkpoints alone"),
         ("dataloader_drop_last", True, "own loader"),
+        ("zero_optimization.allgather_bucket_size", 0, "wanted an even number of at least 2"),
+        ("csv_monitor.output_path", "../../etc", "inside the run folder"),
+        ("tensorboard", {"enabled": True, "output_path": "/etc"}, "inside the run folder"),
+        ("flops_profiler.output_file", "logs/../../flops", "inside the run folder"),
+        ("csv_monitor.job_name", "x" * 300, "wanted a plain folder name"),
+        ("csv_monitor.job_name", "auto", 'found "auto", wanted another word: DeepSpeed drops it'),
+        ("wandb", {"project": "auto"}, "DeepSpeed drops it"),
+        ("comet.mode", "always", "Comet has no other"),
+        ("comet.api_key", "hunter2", "never from files: set COMET_API_KEY"),
+        ("gradient_predivide_factor", 1e300, "wanted at most 1e+12"),
     ],
 )
 def test_what_this_project_does_not_do_is_refused_with_a_reason(
