@@ -3,7 +3,7 @@
 # make check      ruff, format, mypy, import-linter
 # make bench-gpu  the kernel benchmarks and the whole training step, on one NVIDIA GPU; rows into kernels/benchmarks/results
 # make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, shards and peer (each wants
-#                 TEXT=folder of text), lamb, kernels
+#                 TEXT=folder of text), lamb, kernels, configs
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
 
 SHELL := /bin/bash
@@ -14,7 +14,7 @@ RUN_DIR := runs/default
 DEEPSPEED_CONFIG := ds_configs/zero2.json
 
 .PHONY: pretrain test check format env env-dev clean bench-gpu
-.PHONY: campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer campaign-lamb campaign-kernels
+.PHONY: campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer campaign-lamb campaign-kernels campaign-configs
 
 env:
 	@.ci/make_env.sh
@@ -45,6 +45,9 @@ campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer: env-dev
 campaign-kernels: env-dev
 	$(BIN)/python -m pytest -n 2 -m campaign tests/test_kernel_*.py
 	$(BIN)/python kernels/benchmarks/aot_table.py --check
+
+campaign-configs: env-dev
+	$(BIN)/python tests/campaign_configs.py
 
 campaign-lamb: env-dev
 	$(BIN)/python -m pytest -m campaign tests/test_lamb_campaign.py
