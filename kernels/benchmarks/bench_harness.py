@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import subprocess
 import sys
 import time
@@ -157,6 +158,6 @@ def reason(error: Exception) -> str:
 def importable(name: str) -> Any | None:
     """Return a module that need not be installed, or None; one that is broken counts as not installed."""
     try:
-        return __import__(name, fromlist=["_"])
+        return importlib.import_module(name)
     except (ImportError, OSError, RuntimeError):
         return None
