@@ -32,7 +32,8 @@ from bert_ds.run_config import RunConfig, dump_run_config
 from bert_ds.run_log import RunLog, write_environment
 from bert_ds.run_plan import RunPlan, make_plan, plan_table
 from bert_ds.training.checkpoint_folder import find_checkpoint
-from bert_ds.training.checkpoints import CheckpointPolicy, resume, save_checkpoint
+from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
+from bert_ds.training.checkpoints import resume
 from bert_ds.training.engine import make_engine
 from bert_ds.training.evaluation import Evaluation, evaluate
 from bert_ds.training.fp32_weights import load_fp32_state_dict
@@ -79,7 +80,9 @@ def pretrain(
         keep_last=run.checkpoints.keep_last,
         keep_every_steps=run.checkpoints.keep_every_steps,
         facts={"data": data.fingerprint},
+        asynchronous=run.checkpoints.asynchronous,
     )
+    saver = CheckpointSaver(engine, run_dir, policy=policy, log=log)
     state = None
     if args.resume != "never":
         state = resume(engine, run_dir, name=None, facts=policy.facts, log=log)
@@ -89,7 +92,8 @@ def pretrain(
         log=log,
         stop=stop,
         throughput=make_throughput(plan, data),
-        save=lambda reached: save_checkpoint(engine, run_dir, state=reached, policy=policy, log=log) is not None,
+        save=saver.save,
+        settle=lambda wait: saver.settle(wait=wait),
         evaluate=lambda reached: Evaluation(evaluate(engine, validation_batches(run, data, ranks))),
         row_facts=lambda step: source_facts(data, step),
         heartbeat=Heartbeat(),

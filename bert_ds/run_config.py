@@ -160,6 +160,8 @@ class CheckpointConfig(Section):
     """Newest checkpoints that are kept."""
     keep_every_steps: PositiveInt | None = None
     """Checkpoints at multiples of this are kept for good."""
+    asynchronous: bool = False
+    """Copy the state into host memory and write it behind the training; the copy takes as much room as a checkpoint."""
 
 
 class RunConfig(Section):

@@ -28,13 +28,17 @@ from bert_ds.training.checkpoint_folder import find_checkpoint, step_of
 TOTAL_STEPS = 100_000
 
 
+ASYNCHRONOUS = sys.argv[4:] == ["asynchronous"]
+
+
 def train_in_child(run_dir: Path, steps: int, *, kill_at: int | None) -> None:
     """Resume, train to `steps` saving every step, and leave the process."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     join_alone()
     if kill_at is not None:
         kill_at_operation(run_dir / "checkpoints", kill_at)
-    run_tiny(run_dir, Ranks(0, 0, 1), config=ds_config(2), steps=steps, total_steps=TOTAL_STEPS, save_every=1)
+    how = {"steps": steps, "total_steps": TOTAL_STEPS, "save_every": 1, "asynchronous": ASYNCHRONOUS}
+    run_tiny(run_dir, Ranks(0, 0, 1), config=ds_config(2), **how)
     os._exit(0)
 
 

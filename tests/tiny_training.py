@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from bert_ds.ranks import Ranks
 from bert_ds.run_config import ScheduleConfig
 from bert_ds.run_log import RunLog
-from bert_ds.training.checkpoints import CheckpointPolicy, resume, save_checkpoint
+from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
+from bert_ds.training.checkpoints import resume
 from bert_ds.training.engine import make_engine
 from bert_ds.training.param_groups import decay_groups
 from bert_ds.training.process_group import leave_out_shared_memory_operator
@@ -192,21 +193,26 @@ FACTS = {"data_fingerprint": "d1"}
 
 
 def run_tiny(
-    run_dir: Path, ranks: Ranks, *, config: dict[str, Any], steps: int, total_steps: int = 6, save_every: int = 2
+    run_dir: Path,
+    ranks: Ranks,
+    *,
+    config: dict[str, Any],
+    steps: int,
+    total_steps: int = 6,
+    save_every: int = 2,
+    asynchronous: bool = False,
 ) -> tuple[Any, TrainState]:
     """Resume what the folder holds and train on to `steps`, saving now and then."""
     engine = tiny_engine(config)
     services = tiny_services(run_dir, ranks.rank, ranks.world_size)
     log = services.log
     state = resume(engine, run_dir, name=None, facts=FACTS, log=log) or TrainState()
-    policy = CheckpointPolicy(keep_last=2, facts=FACTS)
-
-    def save(state: TrainState) -> bool:
-        return save_checkpoint(engine, run_dir, state=state, policy=policy, log=log) is not None
-
+    policy = CheckpointPolicy(keep_last=2, facts=FACTS, asynchronous=asynchronous)
+    saver = CheckpointSaver(engine, run_dir, policy=policy, log=log)
     log.start(state.step, {})
     batches = step_batches(state.step, ranks.rank, config["gradient_accumulation_steps"])
     plan = tiny_plan(total_steps, checkpoint_every_steps=save_every, max_steps=steps)
-    train(engine, batches, state=state, plan=plan, services=replace(services, save=save))
+    services = replace(services, save=saver.save, settle=lambda wait: saver.settle(wait=wait))
+    train(engine, batches, state=state, plan=plan, services=services)
     log.close()
     return engine, state

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -36,21 +37,41 @@ class VerifiedCheckpointEngine(CheckpointEngine):
         self.parameter_names = parameter_names
         self.written: dict[str, dict[str, Any]] = {}
         self.error: str | None = None
+        self.in_memory = False
+        """Whether `save` keeps files in host memory; they are written by `write_snapshots`."""
+        self._snapshots: dict[str, list[bytes]] = {}
 
     def create(self, info: CheckpointCommitInfo) -> None:
         """Forget the files of an earlier save."""
-        self.written, self.error = {}, None
+        self.written, self.error, self._snapshots = {}, None, {}
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Do nothing: the folder was made, and agreed on, before DeepSpeed was called."""
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write one file to the disk itself; its size and sha256 are in `written`, or the reason is in `error`."""
+        """Write one file to the disk itself, or keep its bytes for `write_snapshots`.
+
+        Its size and sha256 are in `written`, or the reason is in `error`.
+        """
+        if self.in_memory:
+            snapshot = _MemoryStream()
+            _serialize(state_dict, snapshot)
+            self._snapshots[path] = snapshot.chunks
+        else:
+            self._write(path, lambda stream: _serialize(state_dict, stream))
+
+    def write_snapshots(self) -> None:
+        """Write the files that are kept in memory and let go of each one; for a thread beside the training."""
+        while self._snapshots:
+            path, chunks = self._snapshots.popitem()
+            self._write(path, partial(_pour, chunks))
+
+    def _write(self, path: str, produce: Callable[[_HashingStream], None]) -> None:
         name = os.path.basename(path)
         try:
             with open(path, "wb", buffering=0) as file:
                 stream = _HashingStream(file)
-                torch.save(state_dict, cast(IO[bytes], stream))
+                produce(stream)
                 os.fsync(file.fileno())
             if os.path.getsize(path) != stream.num_bytes:
                 raise OSError(f"{os.path.getsize(path)} bytes are on the disk, {stream.num_bytes} were written")
@@ -83,6 +104,35 @@ def load_safely(path: Path, *, map_location: Any = "cpu", mmap: bool = False) ->
     """Load a checkpoint file without unpickling anything but tensors, containers and `_ALLOWED`."""
     with allowed_classes():
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+
+
+def _serialize(state_dict: Any, stream: _HashingStream | _MemoryStream) -> None:
+    """Write a file's bytes. Zip's own checksum, which nobody reads, would cost as much as all the rest."""
+    checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state_dict, cast(IO[bytes], stream))
+    finally:
+        torch.serialization.set_crc32_options(checksums)
+
+
+def _pour(chunks: list[bytes], stream: _HashingStream) -> None:
+    for chunk in chunks:
+        stream.write(chunk)
+
+
+class _MemoryStream:
+    """A write-only file object that keeps a copy of what passes."""
+
+    def __init__(self) -> None:
+        self.chunks: list[bytes] = []
+
+    def write(self, data: Any) -> int:
+        self.chunks.append(bytes(memoryview(data).cast("B")))
+        return len(self.chunks[-1])
+
+    def flush(self) -> None:
+        """Nothing to do."""
 
 
 class _HashingStream:

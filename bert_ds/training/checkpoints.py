@@ -1,20 +1,12 @@
-"""Saving and loading the training state; every public function here is a collective.
-
-A save: all ranks write into one temporary folder through `VerifiedCheckpointEngine`; they agree on sizes, hashes and
-errors; rank 0 writes the manifest, forces it to the disk, renames the folder and moves the pointer, then deletes old
-checkpoints. Killed at any moment it leaves the older checkpoints and perhaps a temporary folder that nothing reads.
+"""Finding and loading what a run has saved; every public function here is a collective.
 
 A checkpoint belongs to its ZeRO stage and precision; on another number of ranks it continues by `load_resized`.
 """
 
 from __future__ import annotations
 
-import secrets
-import shutil
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,57 +14,20 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
 from bert_ds.ranks import CheckpointError
-from bert_ds.run_log import RunLog, library_versions
+from bert_ds.run_log import RunLog
 from bert_ds.training import checkpoint_folder
-from bert_ds.training.agreement import broadcast_json, gather_json
-from bert_ds.training.checkpoint_engine import VerifiedCheckpointEngine
+from bert_ds.training.checkpoint_folder import checkpoints_dir
+from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver, precision_of, try_on_main
 from bert_ds.training.train_state import TrainState
 from bert_ds.training.universal_checkpoint import load_resized
-from bert_ds.training.zero_limits import universal_checkpoint_blockers
-
-
-@dataclass(frozen=True)
-class CheckpointPolicy:
-    """What a run writes into its manifests and how many checkpoints it keeps."""
-
-    keep_last: int = 2
-    keep_every_steps: int | None = None
-    facts: Mapping[str, str] = field(default_factory=dict)
-    """Fingerprints of recipe, data and tokenizer; a resume is refused where one of them differs."""
 
 
 def save_checkpoint(
     engine: DeepSpeedEngine, run_dir: Path, *, state: TrainState, policy: CheckpointPolicy, log: RunLog
 ) -> Path | None:
-    """Save, publish and rotate; return the checkpoint, or None on all ranks alike where it could not be written.
-
-    A failure leaves the older checkpoints alone and is logged with its reason.
-    """
-    writer = engine.checkpoint_engine
-    assert isinstance(writer, VerifiedCheckpointEngine), "the engine was not built by make_engine"
-    begun, tag = time.perf_counter(), f"global_step{state.step}"
-    folder = checkpoint_folder.checkpoints_dir(run_dir)
-    started = _on_main(lambda: _start(folder, tag, needed_bytes=checkpoint_bytes(engine)))
-    if "error" in started:
-        _log_failure(log, tag, started["error"])
-        return None
-    temporary = folder / started["value"]
-    client_state = {"parameter_names": writer.parameter_names}
-    engine.save_checkpoint(str(folder), tag=temporary.name, client_state=client_state, save_latest=False)
-    parts = gather_json({"files": writer.written, "error": writer.error})
-    errors = [f"rank {rank}: {part['error']}" for rank, part in enumerate(parts) if part["error"]]
-    manifest = _manifest(engine, parts, state=state, facts=policy.facts)
-    published = _on_main(lambda: _finish(temporary, tag, manifest=manifest, errors=errors))
-    if "error" in published:
-        _log_failure(log, tag, published["error"])
-        return None
-    path = folder / tag
-    if log.is_main:
-        _rotate(run_dir, path, policy=policy, log=log)
-    seconds, num_bytes = time.perf_counter() - begun, sum(record["bytes"] for record in manifest["files"].values())
-    log.row("checkpoint", state.step, {"seconds": seconds, "bytes": num_bytes})
-    log.info(f"saved {path}: {num_bytes:,} bytes in {seconds:.1f} s")
-    return path
+    """Save at once, publish and rotate; return the checkpoint, or None on all ranks alike where that failed."""
+    saver = CheckpointSaver(engine, run_dir, policy=replace(policy, asynchronous=False), log=log)
+    return checkpoints_dir(run_dir) / f"global_step{state.step}" if saver.save(state) else None
 
 
 def resume(
@@ -85,13 +40,13 @@ def resume(
     Raises:
         CheckpointError: there are checkpoints but none is whole, or see `load_checkpoint`.
     """
-    found = _on_main(lambda: _found(run_dir, name, warn=log.warning))
+    found = try_on_main(lambda: _found(run_dir, name, warn=log.warning))
     if "error" in found:
         raise CheckpointError(found["error"])
     if found["value"] is None:
         return None
     tag, saved_by = found["value"]
-    path = checkpoint_folder.checkpoints_dir(run_dir) / tag
+    path = checkpoints_dir(run_dir) / tag
     if saved_by != dist.get_world_size():
         log.info(f"{tag} was saved by {saved_by} ranks, continuing on {dist.get_world_size()}")
     state = load_checkpoint(engine, path, facts=facts, verified=True)
@@ -117,7 +72,7 @@ def load_checkpoint(
         CheckpointError: the checkpoint is damaged, belongs to another stage, precision, optimizer or data, or cannot be
             converted for this number of ranks.
     """
-    answer = _on_main(lambda: checkpoint_folder.verify_checkpoint(path, hashes=not verified))
+    answer = try_on_main(lambda: checkpoint_folder.verify_checkpoint(path, hashes=not verified))
     if "error" in answer:
         raise CheckpointError(answer["error"])
     manifest = answer["value"]
@@ -139,86 +94,10 @@ def load_checkpoint(
     return state
 
 
-def checkpoint_bytes(engine: DeepSpeedEngine) -> int:
-    """Return how many bytes a checkpoint takes over all ranks, at most: two moments, an fp32 master, the weights."""
-    parameters = list(engine.module.parameters())
-    numel = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
-    stage = engine.zero_optimization_stage()
-    weights = 0 if stage == 3 else parameters[0].element_size()
-    masters = 0 if stage == 0 and parameters[0].element_size() == 4 else 4
-    return numel * (weights + masters + 8) + (1 << 20) * (1 + dist.get_world_size())
-
-
-def _on_main(action: Callable[[], Any]) -> dict[str, Any]:
-    """Run an action on rank 0 and return {"value": ...} or {"error": ...} on all ranks."""
-    answer: dict[str, Any] = {}
-    if dist.get_rank() == 0:
-        try:
-            answer = {"value": action()}
-        except (OSError, CheckpointError) as error:
-            answer = {"error": str(error)}
-    return broadcast_json(answer)
-
-
-def _start(folder: Path, tag: str, *, needed_bytes: int) -> str:
-    """Make the temporary folder, if the disk has room, and return its name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint_folder.remove_leftovers(folder.parent)
-    free = shutil.disk_usage(folder).free
-    if free < 1.1 * needed_bytes:
-        raise CheckpointError(f"{folder} has {free:,} bytes free, a checkpoint needs {round(1.1 * needed_bytes):,}")
-    name = f"{checkpoint_folder.TEMPORARY_PREFIX}{tag}-{secrets.token_hex(4)}"
-    (folder / name).mkdir()
-    return name
-
-
-def _finish(temporary: Path, tag: str, *, manifest: dict[str, Any], errors: list[str]) -> None:
-    """Publish a whole folder; delete it if a rank has failed."""
-    try:
-        if errors:
-            raise CheckpointError("; ".join(errors))
-        checkpoint_folder.write_manifest(temporary, manifest)
-        checkpoint_folder.publish(temporary, tag)
-    except (OSError, CheckpointError):
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
 def _found(run_dir: Path, name: str | None, *, warn: Callable[[str], None]) -> tuple[str, int] | None:
     """Return name and world size of the checkpoint to continue from."""
     path = checkpoint_folder.find_checkpoint(run_dir, name, warn=warn)
     return None if path is None else (path.name, checkpoint_folder.read_manifest(path)["world_size"])
-
-
-def _rotate(run_dir: Path, newest: Path, *, policy: CheckpointPolicy, log: RunLog) -> None:
-    try:
-        checkpoint_folder.rotate(run_dir, newest, keep_last=policy.keep_last, keep_every_steps=policy.keep_every_steps)
-    except OSError as error:
-        log.warning(f"an old checkpoint could not be deleted: {error}")
-
-
-def _log_failure(log: RunLog, tag: str, reason: str) -> None:
-    if log.is_main:
-        log.warning(f"checkpoint {tag} was not written, older ones are untouched: {reason}")
-
-
-def _manifest(
-    engine: DeepSpeedEngine, parts: list[dict[str, Any]], *, state: TrainState, facts: Mapping[str, str]
-) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "step": state.step,
-        "state": state.to_dict(),
-        "world_size": dist.get_world_size(),
-        "zero_stage": int(engine.zero_optimization_stage()),
-        "precision": _precision(engine),
-        "optimizer": type(engine.basic_optimizer).__name__,
-        "universal_blockers": universal_checkpoint_blockers(engine),
-        "facts": dict(facts),
-        "versions": library_versions(),
-        "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "files": {name: record for part in parts for name, record in sorted(part["files"].items())},
-    }
 
 
 def _refuse_foreign(
@@ -227,7 +106,7 @@ def _refuse_foreign(
     """Raise if the checkpoint was written by another kind of run than this one."""
     wanted = {
         "zero_stage": int(engine.zero_optimization_stage()),
-        "precision": _precision(engine),
+        "precision": precision_of(engine),
         "optimizer": type(engine.basic_optimizer).__name__,
     }
     for name, value in wanted.items():
@@ -238,10 +117,6 @@ def _refuse_foreign(
             raise CheckpointError(
                 f"{path} was saved with {name} {manifest['facts'].get(name)}, this run has {name} {value}"
             )
-
-
-def _precision(engine: DeepSpeedEngine) -> str:
-    return str(engine.get_data_types()[0]).removeprefix("torch.")
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

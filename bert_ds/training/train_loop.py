@@ -33,7 +33,10 @@ class Services:
     stop: StopRequest
     throughput: Throughput
     save: Callable[[TrainState], bool] | None = None
-    """Saves a checkpoint; a collective. False, on all ranks alike, where it could not be written."""
+    """Saves a checkpoint, or begins to; a collective. False, on all ranks alike, where it could not be written."""
+    settle: Callable[[bool], bool] = lambda wait: True
+    """Is called after every step while a save may be under way; a collective. Given True it waits for the end of the
+    save. False where the newest save has failed."""
     evaluate: Callable[[TrainState], Evaluation] | None = None
     """Measures the model as it is; a collective."""
     row_facts: Callable[[int], Mapping[str, Any]] | None = None
@@ -75,6 +78,7 @@ def train(
             _log_bad_step(engine, step, state=state, plan=plan, services=services)
         elif step.number % plan.log_every_steps == 0 or step.number in (1, plan.last_step):
             _log_step(engine, step, plan=plan, services=services)
+        services.settle(False)
         if _is_due(state.step, plan.evaluate_every_steps):
             evaluated_step = state.step
             if _evaluate(engine, state, services=services):
@@ -83,7 +87,8 @@ def train(
             saved_step = _save(state, services=services, must=False)
     if state.step == plan.total_steps and evaluated_step != state.step:
         _evaluate(engine, state, services=services)
-    if saved_step != state.step:
+    services.heartbeat.enter("checkpoint", step=state.step, patient=True)
+    if not services.settle(True) or saved_step != state.step:
         _save(state, services=services, must=True)
     return state
 
@@ -171,7 +176,7 @@ def _save(state: TrainState, *, services: Services, must: bool) -> int:
         return state.step
     services.heartbeat.enter("checkpoint", step=state.step, patient=True)
     with services.throughput.paused():
-        saved = services.save(state)
+        saved = services.save(state) and (services.settle(True) if must else True)
     if must and not saved:
         raise CheckpointError(f"the last checkpoint, at step {state.step}, could not be written")
     return state.step if saved else -1
