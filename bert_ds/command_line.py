@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
+from bert_ds.exit_record import record_exit
 from bert_ds.ranks import (
     EXIT_CHECKPOINT,
     EXIT_CONFIG,
@@ -57,19 +58,23 @@ def run_main(main: Callable[[], int | None], *, leave_at_once: bool = False) -> 
             process group: a background thread of gloo that is still there aborts the teardown now and then, and the
             launcher then takes a finished run for a failed one.
     """
+    message = ""
     try:
         code = main() or EXIT_DONE
     except tuple(kind for kind, _ in _EXIT_CODES) as error:
+        message = str(error)
         print(f"{_program_name()}: error: {error}", file=sys.stderr)
         code = next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
     except KeyboardInterrupt:
         print(f"{_program_name()}: interrupted", file=sys.stderr)
         code = 130
-    except Exception:
+    except Exception as error:
+        record_exit(1, f"{type(error).__name__}: {error}")
         if not leave_at_once:
             raise
         traceback.print_exc()
-        code = 1
+        code, message = 1, f"{type(error).__name__}: {error}"
+    record_exit(code, message)
     if leave_at_once:
         atexit._run_exitfuncs()
         sys.stdout.flush()

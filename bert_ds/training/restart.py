@@ -113,6 +113,9 @@ def mark_done(run_dir: Path, facts: dict[str, Any]) -> None:
     write_json(run_dir / "DONE", facts)
 
 
-def is_done(run_dir: Path) -> bool:
-    """Whether the run in this folder has ended well."""
-    return (run_dir / "DONE").exists()
+def is_done(run_dir: Path, *, since: Path | None = None) -> bool:
+    """Whether the run in this folder has ended well; with `since`, no earlier than that file was written."""
+    marker = run_dir / "DONE"
+    if since is None or not marker.exists():
+        return marker.exists()
+    return marker.stat().st_mtime_ns >= since.stat().st_mtime_ns

@@ -1,0 +1,59 @@
+"""Say what a job does now that a launch has ended; called by the job scripts in slurm/ after every launch.
+
+    python bert_ds/judge_launch.py --run_dir runs/mine --job 17 --world_size 16 --srun_code 137
+
+Prints one line for the script: done, again, requeue or stop, then the exit code and the seconds to wait. The reason is
+one sentence on stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+if __name__ == "__main__":  # a script run by path finds its package beside itself
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bert_ds.command_line import make_parser, run_main
+from bert_ds.exit_record import read_exits
+from bert_ds.run_log import write_json
+from bert_ds.training.checkpoint_folder import candidates, step_of
+from bert_ds.training.restart import is_done
+from bert_ds.training.restart_policy import LaunchEnd, Progress, judge
+
+PROGRESS = "restarts.json"
+
+
+def main() -> None:
+    parser = make_parser("Decide what a job does after a launch.")
+    parser.add_argument("--run_dir", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--job", required=True, help="number of the Slurm job")
+    parser.add_argument("--world_size", type=int, required=True, help="number of ranks")
+    parser.add_argument("--srun_code", type=int, required=True, help="exit code of srun")
+    parser.add_argument("--stop", choices=("", "USR1", "TERM"), default="", help="signal that the job has received")
+    parser.add_argument("--nodes_answer", choices=("yes", "no"), default="yes", help="whether every node answers")
+    parser.add_argument(
+        "--limit", type=int, default=3, help="launches without a newer checkpoint (default %(default)s)"
+    )
+    args = parser.parse_args()
+    saved = candidates(args.run_dir)
+    end = LaunchEnd(
+        exits=read_exits(args.run_dir / "logs/exits"),
+        world_size=args.world_size,
+        srun_code=args.srun_code,
+        newest_step=step_of(saved[0].name) if saved else 0,
+        is_done=is_done(args.run_dir, since=args.run_dir / "logs/exits/started"),
+        stop=args.stop,
+        nodes_answer=args.nodes_answer == "yes",
+    )
+    progress = Progress.load(args.run_dir / PROGRESS, args.job)
+    verdict, progress = judge(end, progress, limit=args.limit)
+    record = {**progress._asdict(), "action": verdict.action, "reason": verdict.sentence, "time": round(time.time(), 3)}
+    write_json(args.run_dir / PROGRESS, record)
+    print(f"job {args.job}: {verdict.sentence}", file=sys.stderr)
+    print(verdict.action, verdict.exit_code, verdict.delay_s)
+
+
+if __name__ == "__main__":
+    run_main(main)
