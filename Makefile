@@ -1,6 +1,7 @@
 # make pretrain   build .venv, pre-train the embedded default under DeepSpeed ZeRO-2, export it, fill some masks
 # make test       everything that needs no GPU
 # make check      ruff, format, mypy, import-linter
+# make test-slurm a real Slurm of two nodes on this machine, through every fault a job meets (Debian: slurm-wlm munge shellcheck)
 # make bench-gpu  the kernel benchmarks and the whole training step, on one NVIDIA GPU; rows into kernels/benchmarks/results
 # make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, shards and peer (each wants
 #                 TEXT=folder of text), lamb, kernels, configs
@@ -13,7 +14,7 @@ BIN := .venv/bin
 RUN_DIR := runs/default
 DEEPSPEED_CONFIG := ds_configs/zero2.json
 
-.PHONY: pretrain test check format env env-dev clean bench-gpu
+.PHONY: pretrain test test-slurm check format env env-dev clean bench-gpu
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer campaign-lamb campaign-kernels campaign-configs
 
 env:
@@ -30,7 +31,11 @@ pretrain: env
 	@$(BIN)/python bert_ds/show_masks.py --model $(RUN_DIR)/hf
 
 test: env-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15 -m "not campaign and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15 -m "not campaign and not gpu and not slurm"
+
+test-slurm: env-dev
+	@$(BIN)/python tests/slurm_cluster.py
+	$(BIN)/python -m pytest -m "slurm and not campaign" --durations 0 --durations-min 5 tests/test_slurm.py
 
 check: env-dev
 	$(BIN)/ruff check .
