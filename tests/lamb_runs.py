@@ -63,6 +63,8 @@ class Case:
     with_unused: bool = False
     fused_qkv: bool = False
     """Query, key and value are parts of one tensor."""
+    scaled_rates: bool = False
+    """Every tensor has its own factor of the learning rate."""
     poison_padding: bool = False
     """Write NaN into every element of the shards that belongs to no parameter, before the first step."""
 
@@ -70,7 +72,11 @@ class Case:
     def label(self) -> str:
         """Short name for tables and test ids."""
         options = [f"{key}={value}" for key, value in {**self.zero, **self.top}.items()]
-        flags = [name for name in ("zero_init", "with_unused", "fused_qkv", "poison_padding") if getattr(self, name)]
+        flags = [
+            name
+            for name in ("zero_init", "with_unused", "fused_qkv", "scaled_rates", "poison_padding")
+            if getattr(self, name)
+        ]
         return "-".join([f"stage{self.stage}", self.precision, self.optimizer, *options, *flags]).replace(" ", "")
 
 
@@ -111,6 +117,8 @@ class Shadowed(ShardedOptimizer):
 
     formula: Formula
 
+    scaled_rates = False
+
     def watch(self, named_parameters: Sequence[tuple[str, nn.Parameter]], dtype: torch.dtype) -> None:
         self.params = dict(named_parameters)
         self.shadow = {name: whole_model_value(p).to(dtype).float() for name, p in self.params.items()}
@@ -126,7 +134,8 @@ class Shadowed(ShardedOptimizer):
         for group, whole in zip(groups, gradients, strict=True):
             masters = self._whole([shard.flat.param_E for shard in group.shards], group)
             for name, gradient in whole.items():
-                settings = SETTINGS._replace(decay=decay_of(name), lr=group.settings["lr"])
+                lr = group.settings["lr"] * (rate_of(name) if self.scaled_rates else 1.0)
+                settings = SETTINGS._replace(decay=decay_of(name), lr=lr)
                 new = type(self).formula(self.shadow[name].view(-1), gradient, self._flat_state(name), settings)
                 self.shadow[name] = new.view(self.shadow[name].shape)
                 self.worst = max(self.worst, relative_error(masters[name], new))
@@ -257,7 +266,15 @@ def make_optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
     optimizer = OPTIMIZERS[name](named, weight_decay_of=decays.__getitem__, **common, **flags)
     if case.fused_qkv:
         optimizer.declare_parts(PARTS)
+    if case.scaled_rates:
+        optimizer.declare_rates(rate_of)
+        optimizer.scaled_rates = True
     return optimizer
+
+
+def rate_of(name: str) -> float:
+    """A factor of the learning rate that differs between tensors."""
+    return (1.0, 0.5, 0.1)[len(name) % 3]
 
 
 class OneGroupPerTensor(PlainLamb):

@@ -57,6 +57,25 @@ def test_twelve_steps_follow_the_published_formula(
     assert worst_distance(optimizer_class, formula) < 1e-6
 
 
+def test_a_weight_whose_rate_is_zero_stays_and_the_others_do_not_notice() -> None:
+    alone, scaled = parameters(), parameters()
+    before = scaled[0][1].detach().clone()
+    for named, rates in ((alone, None), (scaled, {"matrix": 0.0, "bias": 1.0})):
+        optimizer = AdamW(named, lr=0.1)
+        if rates is not None:
+            optimizer.declare_rates(rates.__getitem__)
+        for _, p in named:
+            p.grad = gradient(1, p)
+        optimizer.step()
+    assert torch.equal(scaled[0][1].detach(), before)
+    assert torch.equal(scaled[1][1], alone[1][1])
+
+
+def test_a_rate_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(ValueError, match="learning rate factor of matrix is nan"):
+        AdamW(parameters(), lr=0.1).declare_rates(lambda name: float("nan"))
+
+
 def test_stable_adamw_damps_what_adamw_does_not() -> None:
     assert worst_distance(StableAdamW, reference.adamw) > 0.1
 

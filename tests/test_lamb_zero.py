@@ -59,6 +59,8 @@ SHADOWS = [
     Shadow(3, "bf16", zero={"zero_hpz_partition_size": 2}),
     Shadow(3, top=AUTOCAST),
     *[Shadow(stage, optimizer=name) for stage in (1, 3) for name in ("lans", "stable_adamw", "adamw", "lion")],
+    *[Shadow(stage, optimizer="shadowed", scaled_rates=True) for stage in (2, 3)],
+    *[Shadow(3, optimizer=name, scaled_rates=True) for name in ("lans", "stable_adamw", "adamw", "lion")],
 ]
 OVERFLOWS = [Shadow(stage, "fp16", top=FP16, num_steps=9) for stage in (1, 2, 3)]
 COUNTED = [Shadow(stage, optimizer="counting", num_steps=1) for stage in (1, 2, 3)]

@@ -48,16 +48,17 @@ class AdamW(ShardedOptimizer):
 
     def _update(self, groups: Sequence[GroupStep]) -> None:
         for group in groups:
-            by_kind: dict[tuple[int, float], list[Piece]] = {}
+            by_kind: dict[tuple[int, float, float], list[Piece]] = {}
             for shard in group.shards:
                 for segment in shard.flat.table.segments:
-                    by_kind.setdefault((shard.step, segment.decay), []).append(shard.flat.cut(segment))
-            for (step, decay), pieces in by_kind.items():
-                _fused_adamw(pieces, group.settings, step=step, decay=decay)
+                    kind = (shard.step, segment.decay, group.lr_of(segment.row))
+                    by_kind.setdefault(kind, []).append(shard.flat.cut(segment))
+            for (step, decay, lr), pieces in by_kind.items():
+                _fused_adamw(pieces, group.settings, step=step, decay=decay, lr=lr)
 
 
-def _fused_adamw(pieces: Sequence[Piece], settings: dict[str, Any], *, step: int, decay: float) -> None:
-    """One kernel over all segments that share step and decay; torch's own AdamW(fused=True) ends in the same call."""
+def _fused_adamw(pieces: Sequence[Piece], settings: dict[str, Any], *, step: int, decay: float, lr: float) -> None:
+    """One kernel over all segments of one step, decay and rate; torch's own AdamW(fused=True) ends in the same call."""
     params, grads, exp_avgs, exp_avg_sqs = (list(buffers) for buffers in zip(*pieces, strict=True))
     steps = [torch.full((), float(step), device=params[0].device)] * len(params)
     beta1, beta2 = settings["betas"]
@@ -68,7 +69,7 @@ def _fused_adamw(pieces: Sequence[Piece], settings: dict[str, Any], *, step: int
         exp_avg_sqs,
         [],
         steps,
-        lr=float(settings["lr"]),
+        lr=lr,
         beta1=beta1,
         beta2=beta2,
         weight_decay=decay,
@@ -90,6 +91,7 @@ class StableAdamW(AdamW):
         for group, sums_R2 in zip(groups, sums, strict=True):
             squares_R, counts_R = sums_R2.unbind(dim=1)
             lr_R = float(group.settings["lr"]) / (squares_R / counts_R).sqrt().clamp(min=1.0)
+            lr_R = group.scale_by_rate(lr_R)
             for shard in group.shards:
                 _descend(shard, group, lr_R=lr_R.float())
 
@@ -124,14 +126,14 @@ class Lion(ShardedOptimizer):
 
     def _update(self, groups: Sequence[GroupStep]) -> None:
         for group in groups:
-            (beta1, beta2), lr = group.settings["betas"], float(group.settings["lr"])
+            beta1, beta2 = group.settings["betas"]
             for shard in group.shards:
                 for segment, piece in shard.flat.pieces():
                     update = piece.exp_avg.mul(beta1).add_(piece.grad, alpha=1 - beta1).sign_()
                     if segment.decay:
                         update.add_(piece.param, alpha=segment.decay)
                     piece.exp_avg.mul_(beta2).add_(piece.grad, alpha=1 - beta2)
-                    piece.param.sub_(update, alpha=lr)
+                    piece.param.sub_(update, alpha=group.lr_of(segment.row))
 
 
 def _descend(shard: ShardStep, group: GroupStep, *, lr_R: Tensor | None) -> None:

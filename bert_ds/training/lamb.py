@@ -148,7 +148,8 @@ class Lamb(ShardedOptimizer):
             for shard in group.shards:
                 scalars = self._scalars(group.settings, shard.step)
                 lr = float(group.settings["lr"]) * self._lr_factor(group.settings, shard.step)
-                lamb_apply(shard.flat, scalars, ratios_R=ratios_R.float(), lr=lr, kernels=self.kernels)
+                steps_R = group.scale_by_rate(ratios_R).float()
+                lamb_apply(shard.flat, scalars, ratios_R=steps_R, lr=lr, kernels=self.kernels)
 
     def _scalars(self, settings: dict[str, Any], step: int) -> LambScalars:
         return adam_scalars(settings, step, self.flags)
@@ -208,7 +209,8 @@ class Lans(Lamb):
         for shard in group.shards:
             scalars = self._scalars(group.settings, shard.step)
             lr = float(group.settings["lr"])
-            sizes_R2 = lr * torch.stack([scalars.beta1 * by_momentum, scalars.beta3 * by_gradient], dim=1)
+            sizes = [scalars.beta1 * by_momentum, scalars.beta3 * by_gradient]
+            sizes_R2 = lr * torch.stack([group.scale_by_rate(size_R) for size_R in sizes], dim=1)
             lans_apply(shard.flat, scalars, grad_scales_R=scales_R, sizes_R2=sizes_R2.float())
 
 

@@ -6,7 +6,8 @@ its own trust ratio. Such a tensor is declared to consist of equal contiguous pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ class OwnedParameter(NamedTuple):
     name: str
     param: Tensor
     decay: float
+    lr_scale: float = 1.0
+    """Factor of the learning rate."""
     parts: tuple[str, ...] = ()
     """Names of its equal contiguous parts; empty where it is one row."""
 
@@ -33,6 +36,8 @@ class RowTable(NamedTuple):
 
     names: tuple[str, ...]
     decays: tuple[float, ...]
+    lr_scales: tuple[float, ...]
+    """Factor of the learning rate of each row."""
     first: tuple[int, ...]
     """First row of each tensor."""
 
@@ -41,12 +46,14 @@ def number_rows(entries: Sequence[OwnedParameter]) -> RowTable:
     """Number the rows of these tensors in their order."""
     names: list[str] = []
     decays: list[float] = []
+    lr_scales: list[float] = []
     first = []
     for entry in entries:
         first.append(len(names))
         names += [f"{entry.name}.{part}" for part in entry.parts] or [entry.name]
         decays += [entry.decay] * max(1, len(entry.parts))
-    return RowTable(tuple(names), tuple(decays), tuple(first))
+        lr_scales += [entry.lr_scale] * max(1, len(entry.parts))
+    return RowTable(tuple(names), tuple(decays), tuple(lr_scales), tuple(first))
 
 
 def cut_segments(entry: OwnedParameter, first_row: int, *, begin: int, end: int, at: int) -> list[Segment]:
@@ -61,14 +68,21 @@ def cut_segments(entry: OwnedParameter, first_row: int, *, begin: int, end: int,
     return segments
 
 
-def with_parts(entries: Sequence[OwnedParameter], equal_parts: EqualParts) -> list[OwnedParameter]:
+def with_parts(
+    entries: Sequence[OwnedParameter], equal_parts: EqualParts, *, frozen: Sequence[str] = ()
+) -> list[OwnedParameter]:
     """Return the parameters with the parts that the patterns declare.
 
+    Args:
+        entries: the trainable parameters.
+        equal_parts: pattern over names -> names of the parts.
+        frozen: names that a pattern may match without effect.
+
     Raises:
-        ValueError: a pattern matches no parameter, a parameter matches two, or it cannot be cut into equal parts.
+        ValueError: a pattern matches nothing at all, a parameter matches two, or it cannot be cut into equal parts.
     """
     found = []
-    unused = set(equal_parts)
+    unused = {pattern for pattern in equal_parts if not any(fnmatchcase(name, pattern) for name in frozen)}
     for entry in entries:
         patterns = [pattern for pattern in equal_parts if fnmatchcase(entry.name, pattern)]
         if len(patterns) > 1:
@@ -80,6 +94,19 @@ def with_parts(entries: Sequence[OwnedParameter], equal_parts: EqualParts) -> li
         found.append(entry._replace(parts=parts))
     if unused:
         raise ValueError(f"no parameter matches the part pattern {min(unused)!r}")
+    return found
+
+
+def with_rates(entries: Sequence[OwnedParameter], lr_scale_of: Callable[[str], float]) -> list[OwnedParameter]:
+    """Return the parameters with a factor of the learning rate each, by name.
+
+    Raises:
+        ValueError: a factor is negative or not finite.
+    """
+    found = [entry._replace(lr_scale=float(lr_scale_of(entry.name))) for entry in entries]
+    for entry in found:
+        if not 0.0 <= entry.lr_scale < math.inf:
+            raise ValueError(f"learning rate factor of {entry.name} is {entry.lr_scale}, must be at least 0 and finite")
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +51,7 @@ def make_optimizer(
     no_decay_patterns: Sequence[str] = NO_DECAY_PATTERNS,
     equal_parts: EqualParts | None = None,
     kernels: str = "auto",
+    lr_scale_of: Callable[[str], float] | None = None,
 ) -> Optimizer:
     """Return the optimizer of a recipe over the trainable parameters; call it before `deepspeed.initialize`.
 
@@ -63,12 +64,17 @@ def make_optimizer(
         equal_parts: name pattern -> names of the equal parts of a tensor that holds several weights side by side; each
             part gets its own trust ratio. Foreign kernels treat such a tensor as one.
         kernels: "auto", "triton" or "torch", for LAMB; the other optimizers have no Triton kernel.
+        lr_scale_of: factor of the learning rate of a parameter, by name; foreign kernels have one rate.
 
     Raises:
-        ConfigError: a foreign kernel is not installed or cannot be built here.
+        ConfigError: a foreign kernel is not installed, cannot be built here, or was given factors.
     """
-    parameters = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    parameters = list(named_parameters)
     if type(config) not in _OWN:
+        if lr_scale_of is not None:
+            raise ConfigError(
+                f'optimizer.type "{config.type}" has one learning rate for all layers: wanted one of ours'
+            )
         return make_foreign_optimizer(config, decay_groups(parameters, config.weight_decay, patterns=no_decay_patterns))
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas}
     if not isinstance(config, LionConfig):
@@ -78,6 +84,8 @@ def make_optimizer(
         settings["flags"] = replace(_OWN[type(config)].default_flags, **flags)
     decay_of = decay_per_tensor(parameters, config.weight_decay, patterns=no_decay_patterns)
     optimizer = _OWN[type(config)](parameters, weight_decay_of=decay_of, **settings)
+    if lr_scale_of is not None:
+        optimizer.declare_rates(lr_scale_of)
     if isinstance(optimizer, Lamb):
         optimizer.kernels = kernels
     optimizer.declare_parts(equal_parts or {})

@@ -42,8 +42,9 @@ def decay_groups(
     Returns:
         Parameter groups for a torch optimizer; an empty group is left out.
     """
-    trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-    exempt = without_decay([name for name, _ in trainable], patterns)
+    parameters = list(named_parameters)
+    exempt = without_decay([name for name, _ in parameters], patterns)
+    trainable = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for name, p in trainable if name not in exempt], "weight_decay": weight_decay},
         {"params": [p for name, p in trainable if name in exempt], "weight_decay": 0.0},
@@ -59,7 +60,7 @@ def decay_per_tensor(
     Raises:
         KeyError: the returned function is asked for a parameter that is not among named_parameters.
     """
-    trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-    exempt = without_decay([name for name, _ in trainable], patterns)
-    decays = {parameter: 0.0 if name in exempt else weight_decay for name, parameter in trainable}
+    parameters = list(named_parameters)
+    exempt = without_decay([name for name, _ in parameters], patterns)
+    decays = {p: 0.0 if name in exempt else weight_decay for name, p in parameters if p.requires_grad}
     return decays.__getitem__

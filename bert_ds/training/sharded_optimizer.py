@@ -25,7 +25,7 @@ from bert_ds.training.lamb_layout import (
     collective_device,
     find_layouts,
 )
-from bert_ds.training.lamb_rows import EqualParts, OwnedParameter, with_parts
+from bert_ds.training.lamb_rows import EqualParts, OwnedParameter, with_parts, with_rates
 from bert_kernels.lamb import FlatShard
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
@@ -52,6 +52,17 @@ class GroupStep(NamedTuple):
         device = self.layout.shards[0][0].device
         return torch.zeros(len(self.layout.names), num_columns, dtype=torch.float64, device=device)
 
+    def lr_of(self, row: int) -> float:
+        """Return the learning rate of a row: the group's, scaled."""
+        return float(self.settings["lr"]) * self.layout.rows.lr_scales[row]
+
+    def scale_by_rate(self, values_R: Tensor) -> Tensor:
+        """Return per-row numbers multiplied by the rows' factors of the learning rate."""
+        scales = self.layout.rows.lr_scales
+        if all(scale == 1.0 for scale in scales):
+            return values_R
+        return values_R * torch.tensor(scales, dtype=values_R.dtype, device=values_R.device)
+
 
 class ShardedOptimizer(torch.optim.Optimizer):
     """An optimizer over one group of named parameters, exact per tensor under DeepSpeed ZeRO 0, 1, 2 and 3."""
@@ -77,6 +88,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         entries = list(named_parameters)
         if not entries or not all(isinstance(entry, tuple) and len(entry) == 2 for entry in entries):
             raise ValueError("give (name, parameter) pairs, as model.named_parameters() does")
+        self._frozen = [name for name, param in entries if not param.requires_grad]
         entries = [(name, param) for name, param in entries if param.requires_grad]
         if not entries:
             raise ValueError("no parameter is trainable")
@@ -96,7 +108,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
             ValueError: a pattern matches no parameter, or one that cannot be cut into equal parts.
         """
         assert not self._layouts, "the parts of a tensor cannot change after the first step"
-        self._owned = with_parts(self._owned, equal_parts)
+        self._owned = with_parts(self._owned, equal_parts, frozen=self._frozen)
+
+    def declare_rates(self, lr_scale_of: Callable[[str], float]) -> None:
+        """Multiply the learning rate of every tensor by a factor of its own; call it before the first step.
+
+        Like the decay, the factor is kept out of `param_groups`: the schedule goes on setting one rate.
+
+        Raises:
+            ValueError: a factor is negative or not finite.
+        """
+        assert not self._layouts, "the rate of a tensor cannot change after the first step"
+        self._owned = with_rates(self._owned, lr_scale_of)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Accept the first group only: decay is per parameter, so a second group is never needed."""
