@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from bert_ds.config_problems import Problem, describe, did_you_mean, one_of
 from bert_ds.ds_keys import leaves
-from bert_ds.run_config import RunConfig
+from bert_ds.run_config import RunConfig, TrainedRun
 
 _DTYPES = {"half": "fp16", "float16": "fp16", "bfloat16": "bf16", "float": "fp32", "float32": "fp32"}
 
@@ -49,7 +49,7 @@ class Owned(NamedTuple):
     value: Any
 
 
-def owned_settings(run: RunConfig) -> list[Owned]:
+def owned_settings(run: TrainedRun) -> list[Owned]:
     """Return what the recipe decides, as far as it does not depend on the number of ranks."""
     training = run.training
     return [
@@ -61,7 +61,7 @@ def owned_settings(run: RunConfig) -> list[Owned]:
     ]
 
 
-def disagreements(run: RunConfig, settings: dict[str, Any], recipe_name: str) -> list[Problem]:
+def disagreements(run: TrainedRun, settings: dict[str, Any], recipe_name: str) -> list[Problem]:
     """Return one problem per setting of the DeepSpeed file that contradicts the recipe."""
     problems = []
     given = dict(leaves(settings))
@@ -118,7 +118,7 @@ def _optimizer_from_block(block: dict[str, Any], default: RunConfig, problems: l
     return section
 
 
-def _optimizer_problems(run: RunConfig, block: dict[str, Any], recipe_name: str) -> list[Problem]:
+def _optimizer_problems(run: TrainedRun, block: dict[str, Any], recipe_name: str) -> list[Problem]:
     problems: list[Problem] = []
     if block.get("type", "auto") == "auto":
         kind: str = run.optimizer.type
@@ -173,7 +173,7 @@ def _fixed_parameter_problems(block: dict[str, Any], kind: str) -> list[Problem]
     return problems
 
 
-def _schedule_problems(run: RunConfig, block: dict[str, Any], recipe_name: str) -> list[Problem]:
+def _schedule_problems(run: TrainedRun, block: dict[str, Any], recipe_name: str) -> list[Problem]:
     kind = block.get("type", "auto")
     if kind == "auto":
         return [
@@ -195,7 +195,7 @@ def _schedule_problems(run: RunConfig, block: dict[str, Any], recipe_name: str) 
     return problems
 
 
-def _deepspeed_schedules(run: RunConfig) -> dict[str, dict[str, Any]]:
+def _deepspeed_schedules(run: TrainedRun) -> dict[str, dict[str, Any]]:
     """DeepSpeed's schedules that compute what the recipe's does, with the parameters they would need."""
     schedule, steps, lr = run.schedule, run.training.total_steps, run.optimizer.lr
     warmup = {"warmup_num_steps": schedule.num_warmup_steps(steps), "warmup_type": "linear"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from bert_ds.config_problems import Problem
-from bert_ds.run_config import RunConfig
+from bert_ds.run_config import TrainedRun
 
 AUTO_TOKENS = 16_384
 """Upper bound on the tokens of a micro-batch that is "auto"."""
@@ -21,7 +21,7 @@ class MicroBatch(NamedTuple):
 
 
 def split_batch(
-    run: RunConfig, world_size: int, *, micro: int | None = None, accumulation: int | None = None
+    run: TrainedRun, world_size: int, *, micro: int | None = None, accumulation: int | None = None
 ) -> MicroBatch | Problem:
     """Cut the global batch, or say what is wrong and what would be right.
 
@@ -29,7 +29,7 @@ def split_batch(
     micro-batch x max_seq_length within AUTO_TOKENS, and at least 1.
 
     Args:
-        run: the recipe, which has the global batch.
+        run: the recipe or the task, which has the global batch.
         world_size: number of ranks.
         micro: examples per rank and micro-step, from the DeepSpeed file.
         accumulation: micro-steps per step, from the DeepSpeed file.
@@ -49,7 +49,7 @@ def split_batch(
             return Problem("gradient_accumulation_steps", f"{text}; the nearest that does is {near}")
         micro = share // accumulation
     if micro is None:
-        longest = max(1, AUTO_TOKENS // run.sequences.max_seq_length)
+        longest = max(1, AUTO_TOKENS // run.max_seq_length)
         micro = max(one for one in _divisors(share) if one <= longest)
     if share % micro:
         return _micro_problem(total, world_size, micro)

@@ -30,7 +30,7 @@ from bert_ds.ds_batch import MicroBatch, split_batch
 from bert_ds.ds_effective import effective_settings
 from bert_ds.ds_keys import check_settings
 from bert_ds.ds_support import unsupported_settings
-from bert_ds.run_config import RunConfig, load_run_config, parse_run_config
+from bert_ds.run_config import RunConfig, TrainedRun, load_run_config, parse_run_config
 
 DEFAULT_RECIPE = "recipes/embedded_default.json"
 """What is trained without a recipe."""
@@ -119,7 +119,7 @@ def load_pair(
     return run, replace(ds, recipe_name=str(run_path) if run_path is not None else "the default recipe")
 
 
-def pair_problems(run: RunConfig, ds: DsConfig) -> list[Problem]:
+def pair_problems(run: TrainedRun, ds: DsConfig) -> list[Problem]:
     """Return what is wrong with the two files together, whatever the number of ranks."""
     problems = disagreements(run, ds.settings, ds.recipe_name)
     precision, stage = run.training.precision, ds.zero_stage
@@ -140,14 +140,14 @@ def pair_problems(run: RunConfig, ds: DsConfig) -> list[Problem]:
     return problems
 
 
-def resolve_ds_config(run: RunConfig, ds: DsConfig, world_size: int, *, run_dir: str | None = None) -> dict[str, Any]:
+def resolve_ds_config(run: TrainedRun, ds: DsConfig, world_size: int, *, run_dir: str | None = None) -> dict[str, Any]:
     """Return the dictionary for `deepspeed.initialize`: every value explicit, no "auto", no optimizer or scheduler.
 
     The optimizer and the schedule are the recipe's and are handed over as objects; a leftover block would change how
     DeepSpeed wraps them.
 
     Args:
-        run: the recipe.
+        run: the recipe, or a task.
         ds: the DeepSpeed file.
         world_size: number of ranks.
         run_dir: where monitors write that have no output_path of their own; None leaves that to DeepSpeed.

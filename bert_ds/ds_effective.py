@@ -8,7 +8,7 @@ from typing import Any
 from bert_ds.ds_batch import MicroBatch
 from bert_ds.ds_keys import known_settings
 from bert_ds.ds_support import SWITCHED_OFF
-from bert_ds.run_config import RunConfig
+from bert_ds.run_config import TrainedRun
 
 _WRITTEN_OUT = (
     *("zero_optimization", "bf16", "fp16", "data_types", "activation_checkpointing", "flops_profiler", "checkpoint"),
@@ -21,12 +21,12 @@ _LEFT_OUT = ("optimizer", "scheduler", "api_key", "writer", "leaf_module")
 
 
 def effective_settings(
-    run: RunConfig, settings: dict[str, Any], batch: MicroBatch, *, run_dir: str | None
+    run: TrainedRun, settings: dict[str, Any], batch: MicroBatch, *, run_dir: str | None
 ) -> dict[str, Any]:
     """Return the settings with every value explicit; `settings` is consumed.
 
     Args:
-        run: the recipe.
+        run: the recipe, or a task.
         settings: a checked DeepSpeed file that agrees with it.
         batch: micro-batch and accumulation.
         run_dir: where monitors write that have no output_path.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_ds.config_problems import Problem, describe
-from bert_ds.run_config import EmbeddedCorpus, ModelConfig, RunConfig, ShardCorpus
+from bert_ds.run_config import EmbeddedCorpus, ModelConfig, RunConfig, ScheduleConfig, ShardCorpus, TrainedRun
 
 MAX_JSON_BYTES = 64_000_000
 MODEL_SIZES = (
@@ -45,14 +45,14 @@ def recipe_problems(run: RunConfig) -> list[Problem]:
         problems.append(Problem("checkpoints.keep_every_steps", text))
     if checkpoints.keep_every_steps is not None and checkpoints.every_steps is None:
         problems.append(Problem("checkpoints.keep_every_steps", "needs checkpoints.every_steps"))
-    return problems + _schedule_problems(run, training.total_steps)
+    return problems + schedule_problems(run.schedule, training.total_steps)
 
 
-def spread_problems(run: RunConfig, *, stage: int, offloaded: bool) -> list[Problem]:
+def spread_problems(run: TrainedRun, *, stage: int, offloaded: bool) -> list[Problem]:
     """Return optimizers that do not compute what they claim, or do not run, at this ZeRO stage.
 
     Args:
-        run: the recipe.
+        run: the recipe, or a task.
         stage: of the DeepSpeed file.
         offloaded: optimizer state lies on the host.
     """
@@ -66,6 +66,19 @@ def spread_problems(run: RunConfig, *, stage: int, offloaded: bool) -> list[Prob
     if kind == "deepspeed_fused_adam" and offloaded:
         text = f'"{kind}" works on the GPU and the state is offloaded: wanted "deepspeed_cpu_adam" or "adamw"'
         return [Problem("optimizer.type", text)]
+    return []
+
+
+def schedule_problems(schedule: ScheduleConfig, total_steps: int) -> list[Problem]:
+    """Return what of a schedule does not fit into a run of total_steps."""
+    warmup = schedule.num_warmup_steps(total_steps)
+    if warmup > total_steps:
+        text = f"{warmup} is more than training.total_steps {total_steps}"
+        return [Problem("schedule.warmup_steps", text)]
+    decay = round(schedule.decay_fraction * total_steps)
+    if schedule.type == "wsd" and warmup + decay > total_steps:
+        text = f"{decay} steps of decay and {warmup} of warm-up are more than training.total_steps {total_steps}"
+        return [Problem("schedule.decay_fraction", text)]
     return []
 
 
@@ -132,19 +145,6 @@ def corpus_tokens(run: RunConfig) -> int | None:
             return None
         total += tokens * source.weight
     return int(total)
-
-
-def _schedule_problems(run: RunConfig, total_steps: int) -> list[Problem]:
-    schedule = run.schedule
-    warmup = schedule.num_warmup_steps(total_steps)
-    if warmup > total_steps:
-        text = f"{warmup} is more than training.total_steps {total_steps}"
-        return [Problem("schedule.warmup_steps", text)]
-    decay = round(schedule.decay_fraction * total_steps)
-    if schedule.type == "wsd" and warmup + decay > total_steps:
-        text = f"{decay} steps of decay and {warmup} of warm-up are more than training.total_steps {total_steps}"
-        return [Problem("schedule.decay_fraction", text)]
-    return []
 
 
 def _tokenizer_problem(folder: Path, vocab_size: int) -> str | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -60,6 +60,7 @@ __all__ = [
     "SequenceConfig",
     "ShardCorpus",
     "ShardSource",
+    "TrainedRun",
     "TrainingConfig",
     "dump_run_config",
     "load_run_config",
@@ -164,6 +165,35 @@ class CheckpointConfig(Section):
     """Copy the state into host memory and write it behind the training; the copy takes as much room as a checkpoint."""
 
 
+class TrainedRun(Protocol):
+    """What a DeepSpeed file has to agree with, whatever is trained: a recipe, or a task with its number of steps."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """Shape of the network."""
+        ...
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """The optimizer and its peak learning rate."""
+        ...
+
+    @property
+    def schedule(self) -> ScheduleConfig:
+        """The learning rate over the steps."""
+        ...
+
+    @property
+    def training(self) -> TrainingConfig:
+        """Steps, global batch and precision."""
+        ...
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens of the longest sequence."""
+        ...
+
+
 class RunConfig(Section):
     """A whole recipe, as loaded from one JSON file."""
 
@@ -186,6 +216,11 @@ class RunConfig(Section):
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.sequences.max_seq_length
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -139,6 +139,13 @@ def test_rotation_keeps_the_last_and_every_nth(
     assert steps_in(tmp_path) == left
 
 
+def test_rotation_keeps_the_steps_it_is_told_to(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        newest = fake_checkpoint(tmp_path, step)
+    rotate(tmp_path, newest, keep_last=1, keep_every_steps=None, keep_steps=frozenset({20}))
+    assert steps_in(tmp_path) == [20, 40]
+
+
 def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         fake_checkpoint(tmp_path, step)

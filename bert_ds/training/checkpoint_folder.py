@@ -185,11 +185,18 @@ def publish(temporary: Path, tag: str) -> Path:
     return path
 
 
-def rotate(run_dir: Path, newest: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
+def rotate(
+    run_dir: Path,
+    newest: Path,
+    *,
+    keep_last: int,
+    keep_every_steps: int | None,
+    keep_steps: frozenset[int] = frozenset(),
+) -> list[Path]:
     """Delete checkpoints older than the newest, which has just been verified; return what was deleted.
 
-    Kept are the newest, the keep_last - 1 whole ones before it, and multiples of keep_every_steps. What has a later
-    step is damaged, and left for a human to look at.
+    Kept are the newest, the keep_last - 1 whole ones before it, multiples of keep_every_steps, and keep_steps. What has
+    a later step is damaged, and left for a human to look at.
     """
     step = step_of(newest.name)
     older = [path for path in candidates(run_dir) if step_of(path.name) < step]
@@ -197,7 +204,8 @@ def rotate(run_dir: Path, newest: Path, *, keep_last: int, keep_every_steps: int
     kept = set([path for path in older if _is_whole(path)][: keep_last - 1])
     deleted = []
     for path in older:
-        if path not in kept and not (keep_every_steps and step_of(path.name) % keep_every_steps == 0):
+        at = step_of(path.name)
+        if path not in kept and at not in keep_steps and not (keep_every_steps and at % keep_every_steps == 0):
             remove(path)
             deleted.append(path)
     return deleted

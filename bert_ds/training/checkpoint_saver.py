@@ -44,6 +44,8 @@ class CheckpointPolicy:
     keep_every_steps: int | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
     """Fingerprints of recipe, data and tokenizer; a resume is refused where one of them differs."""
+    keep_steps: Callable[[], frozenset[int]] = frozenset
+    """Steps whose checkpoints are kept whatever their age, asked at every rotation."""
     asynchronous: bool = False
     """Write behind the training, from a copy in host memory."""
 
@@ -135,7 +137,8 @@ class CheckpointSaver:
             raise
         keep, every = self._policy.keep_last, self._policy.keep_every_steps
         try:
-            checkpoint_folder.rotate(self._run_dir, path, keep_last=keep, keep_every_steps=every)
+            steps = self._policy.keep_steps()
+            checkpoint_folder.rotate(self._run_dir, path, keep_last=keep, keep_every_steps=every, keep_steps=steps)
         except OSError as error:
             self._log.warning(f"an old checkpoint could not be deleted: {error}")
 

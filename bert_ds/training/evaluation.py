@@ -20,6 +20,8 @@ class Evaluation(NamedTuple):
 
     means: Mapping[str, float]
     """Figures by name, the same on all ranks."""
+    save: bool = False
+    """Whether this state is worth a checkpoint; the same on all ranks."""
     stop: bool = False
     """Whether the run has nothing more to gain and ends here; the same on all ranks."""
 
@@ -68,7 +70,8 @@ def named_means(model: Any, sums: Sequence[float], *, counts: Sequence[float]) -
     is counted over the targets of the k-th loss. A term without targets is left out.
 
     Returns:
-        `loss` (the weighted total), `loss_<name>`, `perplexity` of the first term, and for a metric `<name>_correct`
+        `loss` (the weighted total), `loss_<name>`, `perplexity` of the first term unless the model says that it
+        `reports_perplexity` not, and for a metric `<name>_correct`
         `<name>_accuracy`, for any other its mean under its own name.
     """
     num_losses = len(model.loss_names)
@@ -77,7 +80,7 @@ def named_means(model: Any, sums: Sequence[float], *, counts: Sequence[float]) -
         if count:
             means[f"loss_{name}"] = total / count
             means["loss"] += weight * total / count
-    if counts[0]:
+    if counts[0] and getattr(model, "reports_perplexity", True):
         means["perplexity"] = _exp(sums[0] / counts[0])
     for name, total, count in zip(model.metric_names, sums[num_losses:], counts, strict=False):
         if count:

@@ -26,7 +26,8 @@ Shapes = Mapping[str, Sequence[int]]
 def load_fp32_state_dict(checkpoint: Path) -> dict[str, Tensor]:
     """Return the fp32 weights and the buffers of a checkpoint under the names of `module.state_dict()`.
 
-    Shared weights are there under each of their names, as one tensor. Frozen parameters are refused.
+    Shared weights are there under each of their names, as one tensor. Frozen weights have no fp32 master: they come as
+    they were computed with, rounded where the run was in low precision.
 
     Args:
         checkpoint: `checkpoints/global_stepN`, of any ZeRO stage and world size.
@@ -38,11 +39,10 @@ def load_fp32_state_dict(checkpoint: Path) -> dict[str, Tensor]:
     stage, world_size = manifest["zero_stage"], manifest["world_size"]
     name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
     model = load_safely(checkpoint / name)
-    if model.get("frozen_param_shapes"):
-        raise CheckpointError(f"{checkpoint} holds frozen parameters, which are not merged")
     buffers = {name: model["module"][name] for name in model["buffer_names"]}
     if stage == 0:
-        return {**model["module"], **_stage_0_masters(model), **buffers}
+        module = {name: tensor.float() for name, tensor in model["module"].items()}
+        return {**module, **_stage_0_masters(model), **buffers}
     prefix = "bf16_" if manifest["precision"] == "bfloat16" else ""
     files = [f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(world_size)]
     shards = [load_safely(checkpoint / file, mmap=True)["optimizer_state_dict"] for file in files]
@@ -50,11 +50,30 @@ def load_fp32_state_dict(checkpoint: Path) -> dict[str, Tensor]:
         weights = dict(_merge_stage_3(model["param_shapes"], shards))
     else:
         weights = dict(_merge_stage_1_2(model["param_shapes"], shards))
+    weights.update(_frozen_weights(checkpoint, model, stage=stage, world_size=world_size))
     for alias, name in model["shared_params"].items():
         weights[alias] = weights[name]
     if missing := set(model["module"]) - set(weights) - set(buffers):
         raise CheckpointError(f"{checkpoint} has no fp32 weights of {min(missing)}")
     return {**weights, **buffers}
+
+
+def _frozen_weights(
+    checkpoint: Path, model: Mapping[str, Any], *, stage: int, world_size: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what the optimizer was not given; at stage 3 each rank's file has a part of it."""
+    trained = {name for names in model["parameter_names"] for name in names}
+    if stage < 3:
+        left_out = trained | set(model["shared_params"]) | set(model["buffer_names"])
+        yield from ((name, tensor.float()) for name, tensor in model["module"].items() if name not in left_out)
+        return
+    shapes = {name: shape for name, shape in (model["frozen_param_shapes"] or {}).items() if name not in trained}
+    if shapes:
+        files = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(world_size)]
+        parts = [load_safely(checkpoint / file)["frozen_param_fragments"] for file in files]
+        for name, shape in shapes.items():
+            whole = torch.cat([part[name].flatten() for part in parts])
+            yield name, whole[: math.prod(shape)].view(tuple(shape)).float()
 
 
 def _stage_0_masters(model: Mapping[str, Any]) -> dict[str, Tensor]:

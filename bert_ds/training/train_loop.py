@@ -79,12 +79,14 @@ def train(
         elif step.number % plan.log_every_steps == 0 or step.number in (1, plan.last_step):
             _log_step(engine, step, plan=plan, services=services)
         services.settle(False)
+        found = Evaluation({})
         if _is_due(state.step, plan.evaluate_every_steps):
-            evaluated_step = state.step
-            if _evaluate(engine, state, services=services):
-                break
-        if _is_due(state.step, plan.checkpoint_every_steps):
+            found, evaluated_step = _evaluate(engine, state, services=services), state.step
+        if found.save or _is_due(state.step, plan.checkpoint_every_steps):
             saved_step = _save(state, services=services, must=False)
+        if found.stop:
+            services.log.info(f"nothing more to gain: the run ends at step {state.step} of {plan.total_steps}")
+            break
     if state.step == plan.total_steps and evaluated_step != state.step:
         _evaluate(engine, state, services=services)
     services.heartbeat.enter("checkpoint", step=state.step, patient=True)
@@ -156,18 +158,16 @@ def _log_bad_step(
         )
 
 
-def _evaluate(engine: DeepSpeedEngine, state: TrainState, *, services: Services) -> bool:
-    """Write the row of an evaluation and say whether it ends the run."""
+def _evaluate(engine: DeepSpeedEngine, state: TrainState, *, services: Services) -> Evaluation:
+    """Measure the model and write the row of it."""
     if services.evaluate is None:
-        return False
+        return Evaluation({})
     services.heartbeat.enter("evaluation", step=state.step, patient=True)
     with services.throughput.paused():
         found = services.evaluate(state)
     services.log.evaluation_row(state.step, found.means)
     _write_monitor(engine, "evaluation", found.means)
-    if found.stop:
-        services.log.info(f"nothing more to gain: the run ends at step {state.step} of {services.log.total_steps}")
-    return found.stop
+    return found
 
 
 def _save(state: TrainState, *, services: Services, must: bool) -> int:
