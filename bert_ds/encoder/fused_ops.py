@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bert_kernels import attention, bias_gelu, embedding, layer_norm, mlm_cross_entropy
+from bert_kernels import attention, bias_gelu, dropout_mask, embedding, layer_norm, mlm_cross_entropy
 
 _REFERENCES: dict[str, Callable[..., Any]] = {
     "attention": attention.attention_reference,
@@ -21,6 +21,7 @@ _REFERENCES: dict[str, Callable[..., Any]] = {
     "bias_gelu": bias_gelu.bias_gelu_reference,
     "mlm_cross_entropy": mlm_cross_entropy.mlm_cross_entropy_reference,
     "embedding": embedding.embedding_reference,
+    "dropout": dropout_mask.dropout_reference,
 }
 _TRITON: dict[str, Callable[..., Any]] = {
     "attention": attention.attention,
@@ -29,6 +30,7 @@ _TRITON: dict[str, Callable[..., Any]] = {
     "bias_gelu": bias_gelu.bias_gelu,
     "mlm_cross_entropy": mlm_cross_entropy.mlm_cross_entropy,
     "embedding": embedding.embedding,
+    "dropout": dropout_mask.dropout_reference,
 }
 
 
@@ -42,6 +44,8 @@ class FusedOps:
     bias_gelu: Callable[..., Tensor]
     mlm_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
     embedding: Callable[..., Tensor]
+    dropout: Callable[..., Tensor]
+    """For the input of a head, a row per sequence: too little work for a kernel of its own."""
 
 
 def fused_ops(kernels: str) -> FusedOps:

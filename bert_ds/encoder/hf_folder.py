@@ -22,7 +22,7 @@ from bert_ds.ranks import CheckpointError, DataError
 from bert_ds.run_config import ConfigError, ModelConfig
 
 MAX_JSON_BYTES = 64 * 2**20
-_OUR_KEYS = ("sentence_pair_objective", "onnx")
+_OUR_KEYS = ("sentence_pair_objective", "finetuned_task", "onnx")
 """What config.json of an export has and that of no other folder."""
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -223,10 +223,8 @@ def _is_ours(folder: Path) -> bool:
         return False
     if not any(folder.iterdir()):
         return True
-    if not (folder / "config.json").is_file():
-        return False
-    facts = read_json(folder / "config.json")
-    return any(key in facts for key in _OUR_KEYS)
+    configs = [path for path in (folder / "config.json", *folder.glob("*/config.json")) if path.is_file()]
+    return bool(configs) and all(any(key in read_json(path) for key in _OUR_KEYS) for path in configs)
 
 
 def _fsync(path: Path) -> None:

@@ -6,7 +6,7 @@ vocabulary, and a decoder that is tied and therefore never in the file. `to_hf` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ _DECODER = "cls.predictions.decoder.weight"
 _WORDS = "bert.embeddings.word_embeddings.weight"
 _BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
 _PAIR_ONLY = ("bert.pooler.", "cls.seq_relationship.")
+HEAD_PREFIXES = ("cls.", "classifier.", "qa_outputs.")
+"""Names of what stands on top of an encoder in transformers' BertFor... classes."""
 _SHARED_KEYS = (
     "vocab_size",
     "hidden_size",
@@ -36,7 +38,7 @@ _SHARED_KEYS = (
 )
 
 
-class _Tensor(NamedTuple):
+class TensorRow(NamedTuple):
     """One of our tensors: its name and shape, and the Hugging Face tensors it is made of, row block after row block."""
 
     name: str
@@ -54,7 +56,15 @@ def to_hf(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape.
     """
-    table = list(_tensors(config, has_pair_head="seq_relationship.weight" in state_dict))
+    return rows_to_hf(state_dict, list(_tensors(config, has_pair_head="seq_relationship.weight" in state_dict)))
+
+
+def rows_to_hf(state_dict: Mapping[str, Tensor], table: Sequence[TensorRow]) -> dict[str, Tensor]:
+    """Return Hugging Face's tensors of a state dict that consists of the rows of a table.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of another shape.
+    """
     _check({name: tuple(tensor.shape) for name, tensor in state_dict.items()}, {row.name: row.shape for row in table})
     result = {}
     for row in table:
@@ -73,10 +83,31 @@ def from_hf(tensors: Mapping[str, Tensor], config: ModelConfig, *, has_pair_head
     Raises:
         CheckpointError: a tensor is missing, unknown, of another shape, or the decoder is not the word embedding.
     """
-    tensors = _modern_names(tensors)
+    tensors = modern_names(tensors)
     if not has_pair_head:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PAIR_ONLY)}
-    table = list(_tensors(config, has_pair_head=has_pair_head))
+    return rows_from_hf(tensors, list(_tensors(config, has_pair_head=has_pair_head)))
+
+
+def encoder_from_hf(tensors: Mapping[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the encoder in our names, with its pooler if there is one, and the names of the heads left aside.
+
+    Raises:
+        CheckpointError: a tensor of the encoder is missing, unknown or of another shape.
+    """
+    tensors = modern_names(tensors)
+    heads = tuple(name for name in tensors if name.startswith(HEAD_PREFIXES))
+    kept = {name: tensor for name, tensor in tensors.items() if name not in heads}
+    has_pooler = any(name.startswith("bert.pooler.") for name in kept)
+    return rows_from_hf(kept, list(encoder_rows(config, has_pooler=has_pooler))), heads
+
+
+def rows_from_hf(tensors: Mapping[str, Tensor], table: Sequence[TensorRow]) -> dict[str, Tensor]:
+    """Return our state dict of Hugging Face's tensors, padding with zero rows.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown or of another shape.
+    """
     wanted = {name: (row.num_hf_rows, *row.shape[1:]) for row in table for name in row.hf_names}
     _check({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted)
     result = {}
@@ -141,45 +172,52 @@ def model_config_from_hf(config: Mapping[str, Any], *, pad_vocab_size_to_multipl
         raise ConfigError(f"config.json: {found}") from None
 
 
-def _tensors(config: ModelConfig, *, has_pair_head: bool) -> Iterator[_Tensor]:
-    """Yield every tensor of the model, in the model's order."""
-    hidden, padded_vocab = config.hidden_size, config.padded_vocab_size
-
-    def same(name: str, hf_name: str, *shape: int) -> _Tensor:
-        return _Tensor(name, shape, (hf_name,), shape[0])
-
-    def layer_norm(name: str, hf_name: str) -> Iterator[_Tensor]:
-        for kind in ("weight", "bias"):
-            yield same(f"{name}.layer_norm_{kind}", f"{hf_name}.LayerNorm.{kind}", hidden)
-
-    embeddings = "bert.embeddings"
-    yield _Tensor(f"{embeddings}.word_weight", (padded_vocab, hidden), (_WORDS,), config.vocab_size)
+def encoder_rows(config: ModelConfig, *, has_pooler: bool) -> Iterator[TensorRow]:
+    """Yield every tensor of the encoder, in the model's order."""
+    hidden, embeddings = config.hidden_size, "bert.embeddings"
+    yield TensorRow(f"{embeddings}.word_weight", (config.padded_vocab_size, hidden), (_WORDS,), config.vocab_size)
     for name, hf_name, rows in (
         ("position_weight", "position_embeddings", config.max_position_embeddings),
         ("token_type_weight", "token_type_embeddings", config.type_vocab_size),
     ):
-        yield same(f"{embeddings}.{name}", f"{embeddings}.{hf_name}.weight", rows, hidden)
-    yield from layer_norm(embeddings, embeddings)
+        yield same_row(f"{embeddings}.{name}", f"{embeddings}.{hf_name}.weight", rows, hidden)
+    yield from _layer_norm_rows(embeddings, embeddings, hidden)
     for layer in range(config.num_hidden_layers):
         yield from _layer_tensors(f"bert.layer.{layer}", f"bert.encoder.layer.{layer}", config)
-    if has_pair_head:
-        yield same("bert.pooler.dense_weight", "bert.pooler.dense.weight", hidden, hidden)
-        yield same("bert.pooler.dense_bias", "bert.pooler.dense.bias", hidden)
-    yield same("predictions.transform_weight", "cls.predictions.transform.dense.weight", hidden, hidden)
-    yield same("predictions.transform_bias", "cls.predictions.transform.dense.bias", hidden)
-    yield from layer_norm("predictions", "cls.predictions.transform")
-    yield _Tensor("predictions.bias", (padded_vocab,), ("cls.predictions.bias",), config.vocab_size)
-    if has_pair_head:
-        yield same("seq_relationship.weight", "cls.seq_relationship.weight", 2, hidden)
-        yield same("seq_relationship.bias", "cls.seq_relationship.bias", 2)
+    if has_pooler:
+        yield same_row("bert.pooler.dense_weight", "bert.pooler.dense.weight", hidden, hidden)
+        yield same_row("bert.pooler.dense_bias", "bert.pooler.dense.bias", hidden)
 
 
-def _layer_tensors(name: str, hf_name: str, config: ModelConfig) -> Iterator[_Tensor]:
+def same_row(name: str, hf_name: str, *shape: int) -> TensorRow:
+    """Return the row of a tensor that is the same on both sides, up to its name."""
+    return TensorRow(name, shape, (hf_name,), shape[0])
+
+
+def _tensors(config: ModelConfig, *, has_pair_head: bool) -> Iterator[TensorRow]:
+    """Yield every tensor of the pre-training model, in the model's order."""
+    hidden = config.hidden_size
+    yield from encoder_rows(config, has_pooler=has_pair_head)
+    yield same_row("predictions.transform_weight", "cls.predictions.transform.dense.weight", hidden, hidden)
+    yield same_row("predictions.transform_bias", "cls.predictions.transform.dense.bias", hidden)
+    yield from _layer_norm_rows("predictions", "cls.predictions.transform", hidden)
+    yield TensorRow("predictions.bias", (config.padded_vocab_size,), ("cls.predictions.bias",), config.vocab_size)
+    if has_pair_head:
+        yield same_row("seq_relationship.weight", "cls.seq_relationship.weight", 2, hidden)
+        yield same_row("seq_relationship.bias", "cls.seq_relationship.bias", 2)
+
+
+def _layer_norm_rows(name: str, hf_name: str, hidden_size: int) -> Iterator[TensorRow]:
+    for kind in ("weight", "bias"):
+        yield same_row(f"{name}.layer_norm_{kind}", f"{hf_name}.LayerNorm.{kind}", hidden_size)
+
+
+def _layer_tensors(name: str, hf_name: str, config: ModelConfig) -> Iterator[TensorRow]:
     """Yield the tensors of one transformer layer."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     for kind, columns in (("weight", (hidden,)), ("bias", ())):
         parts = tuple(f"{hf_name}.attention.self.{part}.{kind}" for part in ("query", "key", "value"))
-        yield _Tensor(f"{name}.attention.qkv_{kind}", (3 * hidden, *columns), parts, hidden)
+        yield TensorRow(f"{name}.attention.qkv_{kind}", (3 * hidden, *columns), parts, hidden)
     for ours, theirs, rows, columns in (
         ("attention.output", "attention.output.dense", hidden, (hidden,)),
         ("attention.layer_norm", "attention.output.LayerNorm", hidden, ()),
@@ -187,11 +225,11 @@ def _layer_tensors(name: str, hf_name: str, config: ModelConfig) -> Iterator[_Te
         ("feed_forward.output", "output.dense", hidden, (intermediate,)),
         ("feed_forward.layer_norm", "output.LayerNorm", hidden, ()),
     ):
-        yield _Tensor(f"{name}.{ours}_weight", (rows, *columns), (f"{hf_name}.{theirs}.weight",), rows)
-        yield _Tensor(f"{name}.{ours}_bias", (rows,), (f"{hf_name}.{theirs}.bias",), rows)
+        yield TensorRow(f"{name}.{ours}_weight", (rows, *columns), (f"{hf_name}.{theirs}.weight",), rows)
+        yield TensorRow(f"{name}.{ours}_bias", (rows,), (f"{hf_name}.{theirs}.bias",), rows)
 
 
-def _modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors under today's names, without buffers and without the tied decoder."""
     result: dict[str, Tensor] = {}
     for old_name, tensor in tensors.items():

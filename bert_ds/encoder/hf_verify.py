@@ -58,7 +58,7 @@ def verify_export(
         different = [key for key, value in config.model_dump().items() if getattr(exported, key) != value]
         raise CheckpointError(f"{folder}/config.json differs from the run in {', '.join(different)}")
     has_pair_head = "seq_relationship.weight" in state_dict
-    theirs = _load_with_transformers(folder, facts, has_pair_head=has_pair_head)
+    theirs = load_with_transformers(folder, "BertForPreTraining" if has_pair_head else "BertForMaskedLM")
     refuse_broken_tensors(theirs.state_dict(), where=f"{folder}, as transformers loads it")
     loaded = from_hf(theirs.state_dict(), config, has_pair_head=has_pair_head)
     changed = [name for name, tensor in state_dict.items() if not torch.equal(loaded[name], tensor.float().cpu())]
@@ -73,22 +73,24 @@ def verify_export(
             f"wanted at most {MAX_RELATIVE_DIFFERENCE} of the largest score {check.scale:.3e}"
         )
     if tokenizer is not None:
-        _verify_tokenizer(folder, config, tokenizer)
+        verify_tokenizer(folder, config, tokenizer)
     return check
 
 
-def _load_with_transformers(folder: Path, facts: Mapping[str, Any], *, has_pair_head: bool) -> Any:
-    """Return transformers' model of the folder; anything missing, unexpected or misshapen is refused."""
+def load_with_transformers(folder: Path, architecture: str) -> Any:
+    """Return transformers' model of a folder, offline; anything missing, unexpected or misshapen is refused.
+
+    Raises:
+        CheckpointError: the folder is of another architecture, or transformers had to improvise.
+    """
     # Importing transformers takes seconds, which only an export should pay.
     import transformers
 
-    architectures = ["BertForPreTraining" if has_pair_head else "BertForMaskedLM"]
-    if facts.get("architectures") != architectures:
-        raise CheckpointError(
-            f"{folder}/config.json: architectures is {facts.get('architectures')}, wanted {architectures}"
-        )
+    architectures = read_json(folder / "config.json").get("architectures")
+    if architectures != [architecture]:
+        raise CheckpointError(f"{folder}/config.json: architectures is {architectures}, wanted {[architecture]}")
     try:
-        model, report = getattr(transformers, architectures[0]).from_pretrained(
+        model, report = getattr(transformers, architecture).from_pretrained(
             folder, output_loading_info=True, local_files_only=True, dtype=torch.float32, attn_implementation="eager"
         )
     except (RuntimeError, OSError, ValueError, KeyError, SafetensorError) as error:
@@ -99,25 +101,42 @@ def _load_with_transformers(folder: Path, facts: Mapping[str, Any], *, has_pair_
     return model.eval()
 
 
-@torch.no_grad()
-def _compare_scores(ours: BertForPreTraining, theirs: Any) -> ExportCheck:
-    """Compare all scores on random sequences from one token to the longest possible, segments included."""
-    config = ours.config
+class ProbeSequences(NamedTuple):
+    """Random sequences from one token to the longest possible, segments included, in both forms."""
+
+    padded: dict[str, Tensor]
+    """Arguments of a model of transformers, [N, S]."""
+    packed: dict[str, Any]
+    """Arguments of our encoder, [T]."""
+
+
+def probe_sequences(config: ModelConfig) -> ProbeSequences:
+    """Return the sequences on which scores are compared."""
     longest = config.max_position_embeddings
     lengths = [longest, 1, -(-longest // 2), -(-longest // 3)]
     generator = torch.Generator().manual_seed(0)
     mask_NS = torch.arange(longest) < torch.tensor(lengths)[:, None]
     ids_NS = torch.randint(config.vocab_size, mask_NS.shape, generator=generator) * mask_NS
     types_NS = torch.randint(config.type_vocab_size, mask_NS.shape, generator=generator) * mask_NS
-    wanted = theirs(input_ids=ids_NS, token_type_ids=types_NS, attention_mask=mask_NS.long())
-    found = ours.logits(
-        input_ids_T=ids_NS[mask_NS],
-        token_type_ids_T=types_NS[mask_NS],
-        position_ids_T=torch.arange(longest).expand_as(ids_NS)[mask_NS],
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
-        max_seqlen=longest,
-        masked_positions_P=torch.arange(sum(lengths)),
+    return ProbeSequences(
+        {"input_ids": ids_NS, "token_type_ids": types_NS, "attention_mask": mask_NS.long()},
+        {
+            "input_ids_T": ids_NS[mask_NS],
+            "token_type_ids_T": types_NS[mask_NS],
+            "position_ids_T": torch.arange(longest).expand_as(ids_NS)[mask_NS],
+            "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(),
+            "max_seqlen": longest,
+        },
     )
+
+
+@torch.no_grad()
+def _compare_scores(ours: BertForPreTraining, theirs: Any) -> ExportCheck:
+    """Compare all scores on the probe sequences."""
+    probe = probe_sequences(ours.config)
+    mask_NS = probe.padded["attention_mask"].bool()
+    wanted = theirs(**probe.padded)
+    found = ours.logits(**probe.packed, masked_positions_P=torch.arange(int(mask_NS.sum())))
     pairs = [(found.mlm_PV, (wanted.logits if found.pair_N2 is None else wanted.prediction_logits)[mask_NS])]
     if found.pair_N2 is not None:
         pairs.append((found.pair_N2, wanted.seq_relationship_logits))
@@ -125,7 +144,7 @@ def _compare_scores(ours: BertForPreTraining, theirs: Any) -> ExportCheck:
     return ExportCheck(max(differences), max(b.abs().max().item() for _, b in pairs))
 
 
-def _verify_tokenizer(folder: Path, config: ModelConfig, tokenizer: Path) -> None:
+def verify_tokenizer(folder: Path, config: ModelConfig, tokenizer: Path) -> None:
     """Raise CheckpointError unless AutoTokenizer gives the ids that the training tokenizer gave."""
     import transformers
     from tokenizers import Tokenizer

@@ -1,0 +1,79 @@
+"""The encoder of a pre-trained folder, as a start for a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from bert_ds.encoder.hf_folder import load_hf_folder, read_json
+from bert_ds.encoder.hf_mapping import encoder_from_hf
+from bert_ds.ranks import CheckpointError, DataError
+from bert_ds.run_config import ModelConfig
+
+
+class Pretrained(NamedTuple):
+    """What a task starts from."""
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    """Our names, all of them under "bert."; with the pooler where the folder has one."""
+    unused: tuple[str, ...]
+    """Names of the heads in the folder, which a task has no use for."""
+
+
+def load_pretrained(folder: Path) -> Pretrained:
+    """Read the encoder of a Hugging Face folder; its heads are left aside and listed.
+
+    Raises:
+        ConfigError: config.json is missing, unreadable, or no BERT that this model can be.
+        CheckpointError: the weights are missing or damaged, or a tensor is missing, unknown or of another shape.
+    """
+    source = load_hf_folder(folder)
+    tensors, unused = encoder_from_hf(source.tensors, source.config)
+    return Pretrained(source.config, tensors, unused)
+
+
+def check_tokenizer(folder: Path, *, vocab_size: int, fingerprint: str) -> None:
+    """Check that a tokenizer is the one that the model of a folder was made with.
+
+    Args:
+        folder: of the model; its config.json holds the fingerprint where this project wrote it.
+        vocab_size: pieces of the tokenizer.
+        fingerprint: of the tokenizer.
+
+    Raises:
+        DataError: the model has another number of pieces, or was trained with another tokenizer.
+    """
+    facts = read_json(folder / "config.json")
+    if facts.get("vocab_size") != vocab_size:
+        raise DataError(
+            f"{folder}: the tokenizer has {vocab_size} pieces, the model {facts.get('vocab_size')}: wanted the "
+            "tokenizer that the model was trained with"
+        )
+    wanted = facts.get("tokenizer_fingerprint")
+    if wanted not in (None, fingerprint):
+        raise DataError(
+            f"{folder}: the model was trained with the tokenizer {wanted}, the folder holds {fingerprint}: two "
+            "tokenizers are mixed up"
+        )
+
+
+def start_from(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Copy pre-trained tensors into a model and return the names of its weights that keep their initial values.
+
+    A pooler that the model does not have is left out.
+
+    Raises:
+        CheckpointError: a weight of the encoder other than the pooler's has no tensor.
+    """
+    own = model.state_dict()
+    used = {name: tensor for name, tensor in tensors.items() if name in own}
+    fresh = [name for name in own if name not in used]
+    missing = [name for name in fresh if name.startswith("bert.") and not name.startswith("bert.pooler.")]
+    if missing:
+        raise CheckpointError(f"the pre-trained folder has no {', '.join(missing)}")
+    model.load_state_dict({**own, **used})
+    return fresh
