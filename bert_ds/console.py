@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TRAINING_VERBS = ("pretrain",)
+TRAINING_VERBS = ("pretrain", "finetune")
 """Verbs that run on every rank, through the DeepSpeed launcher."""
 
 SINGLE_VERBS = ("train_wordpiece", "build_shards", "check_run", "judge_launch", "export_hf", "report", "show_masks")

@@ -1,11 +1,11 @@
-"""Write the two generated files: the table of DeepSpeed's settings and the JSON Schema of a recipe.
+"""Write the generated files: the table of DeepSpeed's settings and the JSON Schemas of a recipe and of a task.
 
     python ds_configs/generate.py
 
 `bert_ds/ds_keys.json` comes from the installed DeepSpeed. Blocks that are pydantic models are read from their fields.
 For the others DeepSpeed's own parser is run on a dictionary that records what is looked up and with which default, so a
 setting that a new release reads appears by itself; one without a default needs a line in KINDS below, and its absence
-is an error here. `ds_configs/schema.json` comes from the models of the recipe.
+is an error here. `ds_configs/schema.json` comes from the models of the recipe, `task_schema.json` from those of a task.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from bert_ds.run_config import RunConfig
+from bert_ds.task_config import TaskConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -128,14 +129,15 @@ BOUNDS: dict[str, dict[str, float]] = {
 
 
 def main() -> None:
-    """Write both files."""
+    """Write all files."""
     (ROOT / "bert_ds/ds_keys.json").write_text(ds_keys_text(), encoding="utf-8")
-    (ROOT / "ds_configs/schema.json").write_text(schema_text(), encoding="utf-8")
+    (ROOT / "ds_configs/schema.json").write_text(schema_text(RunConfig), encoding="utf-8")
+    (ROOT / "ds_configs/task_schema.json").write_text(schema_text(TaskConfig), encoding="utf-8")
 
 
-def schema_text() -> str:
-    """Return the JSON Schema of a recipe."""
-    schema = RunConfig.model_json_schema(by_alias=True)
+def schema_text(model: type[BaseModel]) -> str:
+    """Return the JSON Schema of a recipe or of a task."""
+    schema = model.model_json_schema(by_alias=True)
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from bert_ds.ds_config import load_ds_config, load_pair, resolve_ds_config
 from bert_ds.ds_keys import setting_names
-from bert_ds.run_config import ConfigError
+from bert_ds.run_config import ConfigError, RunConfig
+from bert_ds.task_config import TaskConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -127,14 +128,16 @@ def test_the_committed_table_of_settings_is_that_of_the_installed_deepspeed() ->
     )
 
 
-def test_the_committed_schema_is_that_of_the_recipe_models() -> None:
-    assert (ROOT / "ds_configs/schema.json").read_text(encoding="utf-8") == generator().schema_text(), (
+@pytest.mark.parametrize(("name", "model"), [("schema", RunConfig), ("task_schema", TaskConfig)])
+def test_the_committed_schema_is_that_of_the_models(name: str, model: type[Any]) -> None:
+    assert (ROOT / f"ds_configs/{name}.json").read_text(encoding="utf-8") == generator().schema_text(model), (
         "run: python ds_configs/generate.py"
     )
 
 
-def test_the_schema_describes_every_setting() -> None:
-    schema = json.loads((ROOT / "ds_configs/schema.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["schema", "task_schema"])
+def test_the_schema_describes_every_setting(name: str) -> None:
+    schema = json.loads((ROOT / f"ds_configs/{name}.json").read_text(encoding="utf-8"))
     undescribed = [
         f"{name}.{key}"
         for name, section in schema["$defs"].items()

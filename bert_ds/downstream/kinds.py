@@ -1,0 +1,15 @@
+"""The table of kinds: everything that differs between tasks, as plain functions.
+
+A new kind is a row here, a row in `task_kinds.py` (what its files hold and what is measured), and a file of functions.
+"""
+
+from __future__ import annotations
+
+from bert_ds.downstream import text_kinds
+from bert_ds.downstream.kind import Kind
+
+KINDS: dict[str, Kind] = {
+    "classification": text_kinds.CLASSIFICATION,
+    "multi_label": text_kinds.MULTI_LABEL,
+    "regression": text_kinds.REGRESSION,
+}

@@ -1,0 +1,136 @@
+"""The rows of a task: read, split, made into sequences; the same on every rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from bert_ds.corpus.wordpiece import WordPieceTokenizer
+from bert_ds.downstream.examples import Example, Labels
+from bert_ds.downstream.features import Feature, FeatureContext
+from bert_ds.downstream.kind import Kind
+from bert_ds.downstream.kinds import KINDS
+from bert_ds.downstream.records import read_records
+from bert_ds.downstream.splits import drop_overlap, first_by_hash, hold_out
+from bert_ds.ranks import DataError
+from bert_ds.run_config import IGNORE_INDEX
+from bert_ds.task_config import TaskConfig
+from bert_ds.task_data_config import DataFile
+
+Say = Callable[[str], None]
+_SHOWN_LABELS = 60
+
+
+class Side(NamedTuple):
+    """Rows that are trained on, chosen by, or predicted."""
+
+    examples: list[Example]
+    features: list[Feature]
+
+
+class TaskRows(NamedTuple):
+    """All rows of a task and the labels that occur in training."""
+
+    labels: Labels
+    train: Side
+    validation: Side
+    test: Side | None
+
+
+def read_task(task: TaskConfig, tokenizer: WordPieceTokenizer, *, labels: Labels | None = None, say: Say) -> TaskRows:
+    """Read the files of a task.
+
+    Args:
+        task: names files, columns and split.
+        tokenizer: of the model.
+        labels: of a model that is fine-tuned already; None takes those of the training rows.
+        say: takes counts of rows, classes, and of all that was dropped, cut or repaired.
+
+    Raises:
+        DataError: a file or a row is not as the task says; the message names it.
+    """
+    kind = KINDS[task.kind]
+    train, validation = _split(task, kind, say=say)
+    test = _read(task.data.test, task, kind, is_optional=True)
+    labels = kind.make_labels(train, task) if labels is None else labels
+    context = FeatureContext(tokenizer, task, labels, say)
+    sides = {"training": train, "validation": validation, "test": test}
+    features = {name: kind.make_features(rows, context) for name, rows in sides.items()}
+    for name, rows in sides.items():
+        if rows:
+            sequences = "" if len(features[name]) == len(rows) else f" in {len(features[name]):,} sequences"
+            say(f"{name} rows: {len(rows):,}{sequences}")
+    for name, text in _balance(labels, features["training"]).items():
+        say(f"{name}s of the training rows: {text}")
+    made = {name: Side(rows, features[name]) for name, rows in sides.items()}
+    return TaskRows(labels, made["training"], made["validation"], made["test"] if test else None)
+
+
+def balanced_weights(labels: Sequence[str], features: Sequence[Feature], *, target: str) -> tuple[float, ...]:
+    """Return a weight per label in inverse proportion to its frequency, with a mean of 1 over all targets.
+
+    Raises:
+        DataError: a label never occurs in training, so that it would have an infinite weight.
+    """
+    counts = _counts(features, target)
+    missing = [label for index, label in enumerate(labels) if not counts[index]]
+    if missing:
+        raise DataError(f'class_weights "balanced": no training row has the label {", ".join(missing)}')
+    total = sum(counts.values())
+    return tuple(total / (len(labels) * counts[index]) for index in range(len(labels)))
+
+
+def _split(task: TaskConfig, kind: Kind, *, say: Say) -> tuple[list[Example], list[Example]]:
+    train = _read(task.data.train, task, kind, is_optional=False)
+    if task.data.validation_fraction is None:
+        validation = _read(task.data.validation, task, kind, is_optional=False)
+    else:
+        split = hold_out([kind.row_text(example) for example in train], task.data.validation_fraction)
+        train, validation = [train[i] for i in split.train], [train[i] for i in split.validation]
+    if task.data.drop_overlap:
+        rows = [[kind.row_text(example) for example in side] for side in (train, validation)]
+        kept = drop_overlap(*rows)
+        say(
+            f"dropped as part of a row of the other side: {len(train) - len(kept.train):,} training rows and "
+            f"{len(validation) - len(kept.validation):,} validation rows"
+        )
+        train, validation = [train[i] for i in kept.train], [validation[i] for i in kept.validation]
+    train = [train[i] for i in first_by_hash(list(map(kind.row_text, train)), task.data.max_train_rows)]
+    limit = task.data.max_validation_rows
+    validation = [validation[i] for i in first_by_hash(list(map(kind.row_text, validation)), limit)]
+    for name, side in (("training", train), ("validation", validation)):
+        if not side:
+            raise DataError(f"task {task.name}: no {name} row is left, wanted at least one")
+    return train, validation
+
+
+def _read(files: Sequence[DataFile], task: TaskConfig, kind: Kind, *, is_optional: bool) -> list[Example]:
+    records = [record for file in files for record in read_records(file)]
+    return [kind.make_example(record, index, task, is_optional) for index, record in enumerate(records)]
+
+
+def _balance(labels: Labels, features: Sequence[Feature]) -> dict[str, str]:
+    """Return how often each label occurs in training, the most frequent first."""
+    texts = {}
+    for name, names in labels.items():
+        counts = _counts(features, name)
+        total = sum(counts.values()) or 1
+        shown = [
+            f"{names[index]} {count:,} ({count / total:.1%})" for index, count in counts.most_common(_SHOWN_LABELS)
+        ]
+        texts[name] = ", ".join(shown) + (", ..." if len(counts) > _SHOWN_LABELS else "")
+    return texts
+
+
+def _counts(features: Sequence[Feature], target: str) -> Counter[int]:
+    counts: Counter[int] = Counter()
+    for feature in features:
+        values = feature.targets.get(target)
+        if values is None:
+            continue
+        if values.dtype.kind == "f":
+            counts.update(values.nonzero()[1].tolist())
+        else:
+            counts.update(values[values != IGNORE_INDEX].tolist())
+    return counts

@@ -1,0 +1,232 @@
+"""Fine-tune a pre-trained BERT on a task under DeepSpeed: rows, model, engine, loop, predictions, Hugging Face folder.
+
+    deepspeed bert_ds/finetune.py --task sst2 --data DATA --model DIR --deepspeed_config ds_configs/zero1.json
+    deepspeed bert_ds/finetune.py --task mine.json --model DIR --deepspeed_config ds_configs/zero1.json --seeds 1 2 3
+
+The task file says what is trained, the DeepSpeed file how it is spread. The step with the best metric on the validation
+rows is what is predicted with and exported.
+Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint, 5 diverged, 75 stopped on request, run me again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+# Nothing here may reach for the network; transformers reads this when it is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from deepspeed import DeepSpeedEngine
+
+from bert_ds.command_line import make_parser, run_main
+from bert_ds.corpus.wordpiece import WordPieceTokenizer, load_tokenizer
+from bert_ds.downstream.kinds import KINDS
+from bert_ds.downstream.outcome import Outcome, conclude, write_summary
+from bert_ds.downstream.task_batches import features_fingerprint, step_batches
+from bert_ds.downstream.task_engine import BestStep, build_model, task_plan
+from bert_ds.downstream.task_rows import TaskRows, read_task
+from bert_ds.ds_config import DsConfig, load_ds_config, resolve_ds_config
+from bert_ds.encoder.pretrained import Pretrained, check_tokenizer, load_pretrained
+from bert_ds.ranks import EXIT_DONE, EXIT_RUN_AGAIN, Ranks, read_ranks
+from bert_ds.run_log import RunLog, write_environment
+from bert_ds.task_config import TaskConfig, TrainedTask, dump_task, load_task, trained_task
+from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
+from bert_ds.training.checkpoints import resume
+from bert_ds.training.engine import make_engine
+from bert_ds.training.hang_watchdog import Heartbeat, watched_for_hangs
+from bert_ds.training.optimizers import make_optimizer
+from bert_ds.training.process_group import device_name, joined_ranks
+from bert_ds.training.restart import StopRequest, follow_launcher, mark_done
+from bert_ds.training.run_folder import enter_run_folder, on_main_rank, prove_same_files
+from bert_ds.training.throughput import Throughput
+from bert_ds.training.train_loop import Services, train
+from bert_ds.training.train_state import TrainPlan, TrainState
+
+
+@dataclass(frozen=True)
+class Start:
+    """What all seeds of a task share."""
+
+    ds: DsConfig
+    pretrained: Pretrained
+    tokenizer: WordPieceTokenizer
+    rows: TaskRows
+    ranks: Ranks
+    stop: StopRequest
+    args: argparse.Namespace
+
+
+def main() -> int:
+    args = parse_arguments()
+    task = load_task(args.task, args.set, data=args.data)
+    run_dir: Path = (args.run_dir or Path("runs") / task.name).absolute()
+    ds = replace(load_ds_config(args.deepspeed_config), recipe_name=str(args.task))
+    ranks = read_ranks()
+    stop = StopRequest()
+    stop.install()
+    follow_launcher(stop)
+    with joined_ranks(ranks):
+        start = open_task(task, ds, args=args, ranks=ranks, stop=stop)
+        if not args.seeds:
+            return finetune(task, run_dir, start=start)
+        for seed in args.seeds:
+            code = finetune(task.model_copy(update={"seed": seed}), run_dir / f"seed_{seed}", start=start)
+            if code != EXIT_DONE:
+                return code
+        on_main_rank(lambda: write_summary(run_dir, [run_dir / f"seed_{seed}" for seed in args.seeds]))
+    return EXIT_DONE
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line; what a launcher or habit adds (--local_rank, --deepspeed) is accepted and unused."""
+    parser = make_parser("Fine-tune a pre-trained BERT on a task under DeepSpeed.")
+    parser.add_argument("--task", required=True, help="task file, or the name of a shipped task")
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of a pre-trained BERT")
+    parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed file")
+    parser.add_argument("--data", type=Path, help="folder of the data files (default: that of the task file)")
+    parser.add_argument("--run_dir", type=Path, help="run folder (default: runs/NAME of the task)")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one setting")
+    parser.add_argument("--seed", type=int, help="seed of this run, instead of the task's")
+    parser.add_argument("--seeds", type=int, nargs="+", help="a run for each seed, with mean and deviation at the end")
+    parser.add_argument("--random_weights", action="store_true", help="the same network from random weights")
+    parser.add_argument(
+        "--resume",
+        choices=("never", "auto", "must"),
+        default="never",
+        help="auto: continue from the newest whole checkpoint if there is one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--hang_limit",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="end a launch that makes no progress for so long; 0: never (default: %(default)s)",
+    )
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.seed is not None and args.seeds:
+        parser.error("--seed and --seeds exclude each other")
+    if not 0 <= args.hang_limit < float("inf"):
+        parser.error(f"--hang_limit {args.hang_limit}: wanted a number of seconds, or 0")
+    args.set += [] if args.seed is None else [f"seed={args.seed}"]
+    return args
+
+
+def open_task(task: TaskConfig, ds: DsConfig, *, args: argparse.Namespace, ranks: Ranks, stop: StopRequest) -> Start:
+    """Read model, tokenizer and rows; a collective."""
+    tokenizer = load_tokenizer(args.model)
+    check_tokenizer(args.model, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
+    pretrained = load_pretrained(args.model)
+    prove_same_files([Path(file.path) for file in (*task.data.train, *task.data.validation, *task.data.test)])
+    rows = read_task(task, tokenizer, say=print if ranks.is_main else lambda text: None)
+    return Start(ds, pretrained, tokenizer, rows, ranks, stop, args)
+
+
+def finetune(task: TaskConfig, run_dir: Path, *, start: Start) -> int:
+    """Run folder, engine, loop and outcome of one seed; a collective. Returns the exit code."""
+    ranks, rows = start.ranks, start.rows
+    plan = trained_task(task, start.pretrained.config, num_sequences=len(rows.train.features))
+    plan = task_plan(plan, start.ds, ranks)
+    ds_config = resolve_ds_config(plan, start.ds, ranks.world_size, run_dir=str(run_dir))
+    descriptions = {"task_config.json": dump_task(task), "ds_config.json": json.dumps(ds_config, indent=2) + "\n"}
+    enter_run_folder(run_dir, descriptions, resume=start.args.resume)
+    log = RunLog(run_dir, ranks, total_steps=plan.training.total_steps)
+    write_environment(run_dir, ranks, devices=[device_name()])
+    on_main_rank(lambda: start.tokenizer.save(run_dir / "tokenizer"))
+    state, best = run_training(plan, ds_config, run_dir, start=start, log=log)
+    if state.step < plan.training.total_steps and not best.is_exhausted:
+        return EXIT_RUN_AGAIN
+    outcome = Outcome(task, rows, start.tokenizer, run_dir, start.pretrained.config)
+    conclude(outcome, best.step, log=log)
+    if ranks.is_main:
+        mark_done(run_dir, {"step": state.step, "best_step": best.step})
+    log.close()
+    return EXIT_DONE
+
+
+def run_training(
+    plan: TrainedTask, ds_config: dict[str, Any], run_dir: Path, *, start: Start, log: RunLog
+) -> tuple[TrainState, BestStep]:
+    """Build the engine, resume if asked to, and train until the last step or until nothing more is gained."""
+    task, kind, rows = plan.task, KINDS[plan.task.kind], start.rows
+    engine = build_engine(plan, ds_config, start=start, log=log)
+    settings = f"{task.seed} {task.training.train_batch_size} {start.tokenizer.fingerprint}"
+    facts = {"data": features_fingerprint(rows.train.features, settings=settings)}
+    state = None
+    if start.args.resume != "never":
+        state = resume(engine, run_dir, name=None, facts=facts, log=log)
+    state = state or TrainState()
+    best = BestStep(engine, task, rows.validation, rows.labels, run_dir=run_dir, from_step=state.step)
+    policy = CheckpointPolicy(
+        keep_last=task.checkpoints.keep_last,
+        keep_every_steps=task.checkpoints.keep_every_steps,
+        facts=facts,
+        keep_steps=best.kept_steps,
+        asynchronous=task.checkpoints.asynchronous,
+    )
+    saver = CheckpointSaver(engine, run_dir, policy=policy, log=log)
+    log.start(state.step, {"training_rows": len(rows.train.examples), "validation_rows": len(rows.validation.examples)})
+    services = Services(
+        log=log,
+        stop=start.stop,
+        throughput=Throughput(world_size=start.ranks.world_size),
+        save=saver.save,
+        settle=lambda wait: saver.settle(wait=wait),
+        evaluate=best.evaluate,
+        heartbeat=Heartbeat(),
+    )
+    batches = step_batches(
+        rows.train.features,
+        state.step,
+        seed=task.seed,
+        parts=(start.ranks.rank, start.ranks.world_size, engine.gradient_accumulation_steps()),
+        micro_batch_size=engine.train_micro_batch_size_per_gpu(),
+        count_targets=kind.count_targets,
+    )
+    if not best.is_exhausted:
+        with watched_for_hangs(services.heartbeat, run_dir, ranks=start.ranks, limit_s=start.args.hang_limit):
+            train(engine, batches, state=state, plan=loop_plan(plan, len(rows.train.features)), services=services)
+    engine.destroy()
+    return state, best
+
+
+def build_engine(plan: TrainedTask, ds_config: dict[str, Any], *, start: Start, log: RunLog) -> DeepSpeedEngine:
+    """Make model and optimizer and hand them to DeepSpeed; a collective."""
+    model, lr_scale_of = build_model(
+        plan,
+        start.rows,
+        tensors={} if start.args.random_weights else start.pretrained.tensors,
+        activation_checkpointing=start.ds.activation_checkpointing,
+        say=log.info,
+    )
+    optimizer = make_optimizer(
+        plan.optimizer,
+        model.named_parameters(),
+        no_decay_patterns=model.no_decay_patterns,
+        equal_parts=model.equal_parts,
+        kernels=plan.training.kernels,
+        lr_scale_of=lr_scale_of,
+    )
+    return make_engine(model, optimizer, ds_config)
+
+
+def loop_plan(plan: TrainedTask, num_sequences: int) -> TrainPlan:
+    """Return what the loop needs of the task."""
+    return TrainPlan(
+        total_steps=plan.training.total_steps,
+        seed=plan.task.seed,
+        peak_lr=plan.optimizer.lr,
+        schedule=plan.schedule,
+        log_every_steps=plan.training.log_every_steps,
+        evaluate_every_steps=plan.every_steps(plan.task.evaluation.every_epochs, num_sequences=num_sequences),
+        checkpoint_every_steps=plan.task.checkpoints.every_steps,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main, leave_at_once=True)

@@ -1,0 +1,271 @@
+"""The task: one frozen, validated object that describes a fine-tuning run.
+
+A task file names the kind of task, its files with their columns, and the metric; everything else has a default. It has
+the sections `optimizer`, `schedule`, `training`, `evaluation` and `checkpoints` of a recipe, counted in epochs where
+that is more natural. `TrainedTask` is the task once its number of steps and its network are known; to the DeepSpeed
+file it looks like a recipe.
+
+Standard library and pydantic only. Validators check and never change a value.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from bert_ds.config_files import (
+    ConfigError,
+    ConfigFile,
+    apply_overrides,
+    raise_problems,
+    read_config_file,
+    resolve_paths,
+    shipped_file,
+)
+from bert_ds.config_problems import Problem, did_you_mean, found_wanted, one_of, section_problems
+from bert_ds.config_section import (
+    DropoutProbability,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Size,
+)
+from bert_ds.optimizer_config import AdamWConfig, OptimizerConfig, ScheduleConfig
+from bert_ds.run_config import CheckpointConfig, ModelConfig, TrainingConfig
+from bert_ds.task_data_config import TaskDataConfig
+from bert_ds.task_kinds import KIND_FACTS, KindName
+
+TASK_PATHS = ("data.train.*.path", "data.validation.*.path", "data.test.*.path")
+"""Settings that name a file; `*` stands for every item of a list."""
+
+DEFAULT_EPOCHS = 3.0
+
+DEFAULT_SECTIONS = {
+    "optimizer": {"type": "adamw", "lr": 5e-5},
+    "schedule": {"type": "linear", "warmup_fraction": 0.1},
+}
+"""Sections that a file may leave out and an override may still change in part."""
+
+
+class FreezeConfig(Section):
+    """Weights that stay as they were pre-trained."""
+
+    embeddings: bool = False
+    """The embeddings and their LayerNorm."""
+    layers: NonNegativeInt = 0
+    """The first layers of the encoder."""
+    encoder: bool = False
+    """The embeddings and all layers: only pooler and head are trained."""
+
+
+class TaskTrainingConfig(Section):
+    """Length, global batch and precision."""
+
+    epochs: PositiveFloat | None = None
+    """Times that the training rows are seen; null is 3, unless total_steps is given."""
+    total_steps: PositiveInt | None = None
+    """Optimizer steps, instead of epochs."""
+    train_batch_size: Annotated[int, Field(ge=1, le=2**24)] = 32
+    """Sequences per optimizer step over all ranks."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Dtype of weights and activations in forward and backward; optimizer state is always fp32."""
+    gradient_clipping: NonNegativeFloat = 1.0
+    """Global gradient norm is clipped to this; 0 switches clipping off."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """auto: the Triton kernels on CUDA, torch elsewhere."""
+    log_every_steps: PositiveInt = 50
+    """Steps between two lines of the log and rows of metrics.jsonl."""
+
+
+class TaskEvaluationConfig(Section):
+    """When the validation rows are measured, and when that ends the run."""
+
+    every_epochs: PositiveFloat | None = 1.0
+    """Epochs between evaluations; null evaluates at the end only."""
+    batch_size: PositiveInt = 64
+    """Sequences per forward pass and rank."""
+    patience: PositiveInt | None = None
+    """Stop after this many evaluations in a row without a better metric; null never stops early."""
+
+
+class TaskConfig(Section):
+    """A whole task, as loaded from one JSON file."""
+
+    schema_: Annotated[str | None, Field(alias="$schema")] = None
+    """Path of task_schema.json, for editors."""
+    format: Annotated[int, Field(ge=1, le=1)] = 1
+    """Version of this file format."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """Name of the task; part of file names."""
+    kind: KindName
+    """What is predicted from what."""
+    data: TaskDataConfig
+    metric: Annotated[str, Field(min_length=1)] | None = None
+    """Figure by which the best step is chosen; null is the first of the kind."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
+    """Seed of the head's initial weights, data order and dropout."""
+    max_seq_length: Size = 128
+    """Longest sequence in tokens; what is longer is cut or split, as the kind allows."""
+    dropout: DropoutProbability = 0.1
+    """Dropout in the encoder and before the head, whatever the pre-trained config says."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: a row counts in inverse proportion to how frequent its label is; the mean weight is 1."""
+    freeze: FreezeConfig = FreezeConfig()
+    layerwise_lr_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Each layer has this times the learning rate of the layer above it."""
+    optimizer: OptimizerConfig = AdamWConfig(lr=5e-5)
+    """The optimizer and its peak learning rate."""
+    schedule: ScheduleConfig = ScheduleConfig(type="linear", warmup_fraction=0.1)
+    """The learning rate over the steps."""
+    training: TaskTrainingConfig = TaskTrainingConfig()
+    evaluation: TaskEvaluationConfig = TaskEvaluationConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def chosen_metric(self) -> str:
+        """The metric, or the first of the kind."""
+        return self.metric or KIND_FACTS[self.kind].metrics[0]
+
+
+@dataclass(frozen=True)
+class TrainedTask:
+    """A task with its number of steps and its network: what the DeepSpeed file has to agree with."""
+
+    task: TaskConfig
+    model: ModelConfig
+    training: TrainingConfig
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """The optimizer of the task."""
+        return self.task.optimizer
+
+    @property
+    def schedule(self) -> ScheduleConfig:
+        """The schedule of the task."""
+        return self.task.schedule
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.task.max_seq_length
+
+    def every_steps(self, epochs: float | None, *, num_sequences: int) -> int | None:
+        """Return a number of epochs in optimizer steps, rounded up."""
+        if epochs is None:
+            return None
+        return math.ceil(epochs * num_sequences / self.training.train_batch_size)
+
+
+def trained_task(task: TaskConfig, model: ModelConfig, *, num_sequences: int) -> TrainedTask:
+    """Return the task as it will be trained on num_sequences training sequences."""
+    settings = task.training
+    steps = settings.total_steps
+    if steps is None:
+        steps = math.ceil((settings.epochs or DEFAULT_EPOCHS) * num_sequences / settings.train_batch_size)
+    shared = settings.model_dump(exclude={"epochs", "total_steps"})
+    return TrainedTask(task, model, TrainingConfig(total_steps=steps, num_workers=0, **shared))
+
+
+def load_task(task: str | Path, overrides: Sequence[str] = (), *, data: Path | None = None) -> TaskConfig:
+    """Read, override and validate a task.
+
+    Args:
+        task: a JSON file, or the name of a shipped task.
+        overrides: "section.name=value" each; value is JSON, or else a plain string.
+        data: folder that relative paths of data files start from; None takes the folder of the task file.
+
+    Raises:
+        ConfigError: with one line per problem of the file, all at once.
+    """
+    file = read_config_file(_task_file(str(task)))
+    file.folder = file.folder if data is None else str(data.absolute())
+    file.data = {**copy.deepcopy(DEFAULT_SECTIONS), **file.data}
+    apply_overrides(file, overrides)
+    return _parse_task(file)
+
+
+def dump_task(task: TaskConfig) -> str:
+    """Return the task as JSON with every default written out; load_task gives the same object back."""
+    content = task.model_dump(mode="json", by_alias=True, exclude={"schema_"})
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def task_problems(task: TaskConfig) -> list[Problem]:
+    """Return contradictions inside a task."""
+    facts, data, problems = KIND_FACTS[task.kind], task.data, []
+    for role in data.fields:
+        if role not in facts.roles:
+            known = f"wanted {one_of(facts.roles)}{did_you_mean(role, facts.roles)}"
+            problems.append(Problem(f"data.fields.{role}", f"a {task.kind} task has no such field; {known}", True))
+    given = {*data.fields, *(name for file in data.train for name in file.values)}
+    for role in facts.fields:
+        if role not in given and not all(file.format in facts.own_formats for file in data.train):
+            problems.append(Problem(f"data.fields.{role}", "is missing, wanted the column that holds it"))
+    if task.metric is not None and task.metric not in facts.metrics:
+        text = found_wanted(task.metric, one_of(facts.metrics)) + did_you_mean(task.metric, facts.metrics)
+        problems.append(Problem("metric", text))
+    if bool(data.validation) == (data.validation_fraction is not None):
+        text = "give exactly one of data.validation and data.validation_fraction"
+        problems.append(Problem("data.validation", text))
+    if task.training.epochs is not None and task.training.total_steps is not None:
+        problems.append(Problem("training.epochs", "give training.epochs or training.total_steps, not both"))
+    if task.class_weights != "none" and not facts.has_class_weights:
+        problems.append(Problem("class_weights", f'"{task.class_weights}" is for classification and token tasks'))
+    if data.tag_scheme != "none" and "tags" not in facts.roles:
+        problems.append(Problem("data.tag_scheme", f"a {task.kind} task has no tags"))
+    return problems + _file_problems(data)
+
+
+def _file_problems(data: TaskDataConfig) -> list[Problem]:
+    """Return settings of data files that belong to another format."""
+    owners = {
+        "has_header": ("tsv", "csv"),
+        "pattern": ("lines",),
+        "record": ("xml",),
+        "strips_last_character": ("conll",),
+    }
+    problems = []
+    for side in ("train", "validation", "test"):
+        for index, file in enumerate(getattr(data, side)):
+            for name, formats in owners.items():
+                if name in file.model_fields_set and file.format not in formats:
+                    text = f'is for {one_of(formats)}, the format is "{file.format}"'
+                    problems.append(Problem(f"data.{side}.{index}.{name}", text))
+            if file.format == "xml" and file.record is None:
+                problems.append(Problem(f"data.{side}.{index}.record", "is missing, wanted the element that is a row"))
+    return problems
+
+
+def _parse_task(file: ConfigFile) -> TaskConfig:
+    data = resolve_paths(file, TASK_PATHS)
+    task, problems = None, []
+    try:
+        task = TaskConfig.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        problems = section_problems(error, TaskConfig)
+    else:
+        problems = task_problems(task)
+    raise_problems(file, problems)
+    assert task is not None, "no problem was raised and nothing was validated"
+    return task
+
+
+def _task_file(task: str) -> Path:
+    """Return the file of a task given by path or by the name of a shipped one."""
+    if task.endswith(".json") or "/" in task:
+        return Path(task)
+    folder = shipped_file("tasks/sst2.json").parent
+    names = sorted(path.stem for path in folder.glob("*.json"))
+    if task not in names:
+        raise ConfigError(f"--task: {found_wanted(task, one_of(names) + ' or a file')}{did_you_mean(task, names)}")
+    return folder / f"{task}.json"

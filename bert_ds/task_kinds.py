@@ -1,0 +1,53 @@
+"""The kinds of tasks: what their rows consist of and what is measured. Standard library only.
+
+`downstream/kinds.py` has the functions of each kind.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+KindName = Literal[
+    "classification",
+    "multi_label",
+    "regression",
+    "token_classification",
+    "intent_slot",
+    "multiple_choice",
+    "question_answering",
+    "sentence_embedding",
+]
+
+
+class KindFacts(NamedTuple):
+    """What a task file may say about a kind."""
+
+    fields: tuple[str, ...]
+    """What every row has."""
+    optional_fields: tuple[str, ...]
+    """What a row may have."""
+    metrics: tuple[str, ...]
+    """Figures that the best step can be chosen by; the first is the default."""
+    own_formats: tuple[str, ...] = ()
+    """Formats that bring the fields by themselves."""
+    has_class_weights: bool = False
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """All fields."""
+        return (*self.fields, *self.optional_fields)
+
+
+_CLASSES = ("accuracy", "macro_f1", "matthews")
+_TAGS = ("f1", "accuracy")
+
+KIND_FACTS: dict[str, KindFacts] = {
+    "classification": KindFacts(("text", "label"), ("text_pair", "id"), _CLASSES, has_class_weights=True),
+    "multi_label": KindFacts(("text", "labels"), ("text_pair", "id"), ("micro_f1", "macro_f1", "exact")),
+    "regression": KindFacts(("text", "score"), ("text_pair", "id"), ("pearson", "spearman")),
+    "token_classification": KindFacts(("words", "tags"), ("id",), _TAGS, ("conllu",), has_class_weights=True),
+    "intent_slot": KindFacts(("words", "tags", "intent"), ("id",), ("exact", "intent_accuracy", "f1")),
+    "multiple_choice": KindFacts(("text", "choices", "label"), ("text_pair", "id"), ("accuracy",)),
+    "question_answering": KindFacts((), (), ("f1", "exact_match"), ("squad",)),
+    "sentence_embedding": KindFacts(("text", "text_pair", "score"), ("id",), ("spearman", "pearson")),
+}

@@ -1,0 +1,110 @@
+"""A tiny pre-trained export and small files of each format, for the tests of fine-tuning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from encoder_cases import small_config, spread_weights
+
+from bert_ds.corpus.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
+from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, write_hf_folder
+from bert_ds.encoder.hf_mapping import hf_config, to_hf
+from bert_ds.task_config import TaskConfig, load_task
+
+GOOD = ("lovely", "great", "charming", "superb", "moving")
+BAD = ("dull", "awful", "tedious", "clumsy", "boring")
+OTHER = (
+    "the",
+    "film",
+    "is",
+    "very",
+    "play",
+    "and",
+    "book",
+    "this",
+    "story",
+    "in",
+    "paris",
+    "london",
+    "we",
+    "saw",
+    "it",
+)
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+PIECES = [
+    *SPECIAL_PIECES,
+    *GOOD,
+    *BAD,
+    *OTHER,
+    *LETTERS,
+    *(f"##{letter}" for letter in LETTERS),
+    ".",
+    ",",
+    "?",
+    "中",
+    "文",
+]
+CONFIG = small_config(vocab_size=len(PIECES), hidden_size=32, max_position_embeddings=48)
+
+
+def write_tiny_export(folder: Path, *, has_pair_head: bool = True) -> Path:
+    """Write a folder as export_hf.py does, of a two-layer BERT that has learned nothing, and return it."""
+    tokenizer = folder.with_name("tokenizer")
+    WordPieceTokenizer(PIECES, TextRules()).save(tokenizer)
+    folder.mkdir()
+    model = BertForPreTraining(CONFIG, has_pair_head=has_pair_head)
+    spread_weights(model, CONFIG, scale=0.05)
+    write_hf_folder(
+        folder,
+        config=hf_config(
+            CONFIG, sentence_pair="nsp" if has_pair_head else "none", pad_token_id=pad_token_id(tokenizer)
+        ),
+        tensors=to_hf(model.state_dict(), CONFIG),
+        tokenizer=tokenizer,
+        model_card=model_card_text("tiny", {"steps": 0}),
+    )
+    return folder
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> Path:
+    """Write lines, each with its end, and return the path."""
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def review_rows(number: int) -> list[str]:
+    """Rows "text<TAB>label" of which the adjective decides the label; all differ."""
+    rows = []
+    for index in range(number):
+        word = (GOOD if index % 2 else BAD)[index // 2 % 5]
+        rows.append(f"the film is {word} {index}\t{'good' if index % 2 else 'bad'}")
+    return rows
+
+
+def write_task(folder: Path, content: Mapping[str, Any]) -> Path:
+    """Write a task file beside its data and return its path."""
+    path = folder / "task.json"
+    path.write_text(json.dumps({"name": "tiny", "max_seq_length": 24, **content}), encoding="utf-8")
+    return path
+
+
+def review_task(folder: Path, *, rows: int = 64, **content: Any) -> Path:
+    """Write a task of two classes with its file and return the task file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_lines(folder / "train.tsv", ["text\tlabel", *review_rows(rows)])
+    data = {
+        "train": [{"path": "train.tsv", "format": "tsv"}],
+        "fields": {"text": "text", "label": "label"},
+        "validation_fraction": 0.25,
+    }
+    settings = {"kind": "classification", "optimizer": {"type": "adamw", "lr": 5e-3}, "dropout": 0.0}
+    return write_task(folder, {**settings, "data": data, **content})
+
+
+def task_of(folder: Path, content: Mapping[str, Any]) -> TaskConfig:
+    """Write a task and load it."""
+    return load_task(write_task(folder, content))

@@ -1,0 +1,97 @@
+"""Fine-tuning as a user starts it: train, kill, resume, several seeds, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from downstream_cases import review_task
+
+from bert_ds.run_log import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def finetune(
+    task: Path, model: Path, run_dir: Path, *extra: object, stage: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """Run finetune.py as one rank, without a launcher."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    files = ["--task", task, "--model", model, "--run_dir", run_dir]
+    command = [
+        ROOT / "bert_ds/finetune.py",
+        *files,
+        "--deepspeed_config",
+        ROOT / f"ds_configs/zero{stage}.json",
+        *extra,
+    ]
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, timeout=240
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The task and the run folder of a finished run of two seeds."""
+    folder = tmp_path_factory.mktemp("finetune")
+    training = {"epochs": 12, "train_batch_size": 8, "log_every_steps": 1}
+    task = review_task(folder, training=training, checkpoints={"every_steps": 10})
+    done = finetune(task, tiny_export, folder / "run", "--seeds", 1, 2)
+    assert done.returncode == 0, done.stderr
+    return task, folder / "run"
+
+
+def test_a_small_task_is_learned_and_everything_about_it_is_written(finished: tuple[Path, Path]) -> None:
+    run_dir = finished[1]
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["seeds"] == [1, 2]
+    assert results["validation"]["accuracy"]["mean"] > 0.9
+    assert len(results["validation"]["accuracy"]["values"]) == 2
+    written = {str(path.relative_to(run_dir / "seed_1")) for path in (run_dir / "seed_1").rglob("*") if path.is_file()}
+    assert written >= {
+        *("DONE", "task_config.json", "ds_config.json", "environment.json", "metrics.jsonl", "results.json"),
+        *("evaluations.json", "predictions/validation/predictions.tsv", "hf/model.safetensors", "hf/tokenizer.json"),
+        *("figures/validation_classes.txt", "figures/validation_confusion.tsv", "figures/validation_confusion.png"),
+    }
+
+
+def test_predictions_are_in_glues_format_and_give_the_accuracy(finished: tuple[Path, Path]) -> None:
+    run_dir = finished[1] / "seed_1"
+    header, *rows = (run_dir / "predictions/validation/predictions.tsv").read_text().splitlines()
+    assert header == "index\tprediction"
+    truth = ["good" if int(row.split("\t")[0]) % 2 else "bad" for row in rows]
+    accuracy = sum(row.split("\t")[1] == label for row, label in zip(rows, truth, strict=True)) / len(rows)
+    assert accuracy == json.loads((run_dir / "results.json").read_text())["validation"]["accuracy"]
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def test_a_run_killed_before_its_last_checkpoint_repeats_its_losses_and_its_result(
+    finished: tuple[Path, Path], tiny_export: Path, tmp_path: Path
+) -> None:
+    task, whole = finished[0], finished[1] / "seed_1"
+    killed = tmp_path / "run"
+    shutil.copytree(whole, killed)
+    for name in ("DONE", "results.json"):
+        (killed / name).unlink()
+    shutil.rmtree(killed / "hf")
+    shutil.rmtree(killed / "checkpoints/global_step72")
+    again = finetune(task, tiny_export, killed, "--seed", 1, "--resume", "must")
+    assert again.returncode == 0, again.stderr
+    assert "resumed from" in again.stdout and "global_step70" in again.stdout
+    assert losses(killed) == losses(whole)
+    assert json.loads((killed / "results.json").read_text()) == json.loads((whole / "results.json").read_text())
+
+
+def test_a_run_folder_that_is_in_use_is_refused(finished: tuple[Path, Path], tiny_export: Path) -> None:
+    task, run_dir = finished
+    refused = finetune(task, tiny_export, run_dir, "--seeds", 1)
+    assert refused.returncode == 2
+    assert "holds" in refused.stderr and "--resume auto continues it" in refused.stderr
