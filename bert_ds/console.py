@@ -13,7 +13,17 @@ from pathlib import Path
 TRAINING_VERBS = ("pretrain", "finetune")
 """Verbs that run on every rank, through the DeepSpeed launcher."""
 
-SINGLE_VERBS = ("train_wordpiece", "build_shards", "check_run", "judge_launch", "export_hf", "report", "show_masks")
+SINGLE_VERBS = (
+    "train_wordpiece",
+    "build_shards",
+    "check_run",
+    "submit",
+    "runs",
+    "judge_launch",
+    "export_hf",
+    "report",
+    "show_masks",
+)
 """Verbs that run once, on one machine."""
 
 USAGE = """usage: bert-ds VERB [arguments]

@@ -49,7 +49,8 @@ def main() -> None:
     )
     progress = Progress.load(args.run_dir / PROGRESS, args.job)
     verdict, progress = judge(end, progress, limit=args.limit)
-    record = {**progress._asdict(), "action": verdict.action, "reason": verdict.sentence, "time": round(time.time(), 3)}
+    record = {**progress._asdict(), "action": verdict.action, "exit_code": verdict.exit_code}
+    record |= {"reason": verdict.sentence, "time": round(time.time(), 3)}
     write_json(args.run_dir / PROGRESS, record)
     print(f"job {args.job}: {verdict.sentence}", file=sys.stderr)
     print(verdict.action, verdict.exit_code, verdict.delay_s)

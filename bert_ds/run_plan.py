@@ -165,8 +165,17 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
     ]
     rows += [_memory_row(plan, stage) for stage in (0, 1, 2, 3)]
     kept = kept_checkpoints(run)
-    disk = f"{_size(plan.checkpoint_bytes)} each, {_size(plan.disk_bytes)} for {kept} at a time (estimate)"
+    disk = f"{size_text(plan.checkpoint_bytes)} each, {size_text(plan.disk_bytes)} for {kept} at a time (estimate)"
     return [*rows, ("checkpoints", disk)]
+
+
+def size_text(number: float) -> str:
+    """Return a number of bytes with a unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if number >= 100 or unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
 
 
 def _rank_problems(ds: DsConfig, world_size: int) -> list[Problem]:
@@ -195,7 +204,7 @@ def _with_memory_warning(plan: RunPlan, gpu_memory_bytes: int | None) -> RunPlan
     needed = plan.memory().device
     if gpu_memory_bytes is None or needed <= gpu_memory_bytes:
         return plan
-    text = f"a rank needs about {_size(needed)}, a GPU has {_size(gpu_memory_bytes)}: try a smaller micro-batch"
+    text = f"a rank needs about {size_text(needed)}, a GPU has {size_text(gpu_memory_bytes)}: try a smaller micro-batch"
     return replace(plan, warnings=(*plan.warnings, text))
 
 
@@ -209,19 +218,11 @@ def _epochs(plan: RunPlan) -> str:
 def _memory_row(plan: RunPlan, stage: int) -> tuple[str, str]:
     found = plan.memory(stage)
     parts = [
-        f"weights {_size(found.weights)}",
-        f"gradients {_size(found.gradients)}",
-        f"optimizer {_size(found.optimizer)}",
-        f"activations {_size(found.activations)}",
+        f"weights {size_text(found.weights)}",
+        f"gradients {size_text(found.gradients)}",
+        f"optimizer {size_text(found.optimizer)}",
+        f"activations {size_text(found.activations)}",
     ]
-    host = f"; {_size(found.host)} on the host" if found.host else ""
+    host = f"; {size_text(found.host)} on the host" if found.host else ""
     mark = " <- this run" if stage == plan.zero_stage else ""
-    return f"memory at stage {stage}", f"{_size(found.device)} per rank (estimate): {', '.join(parts)}{host}{mark}"
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if number >= 100 or unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
+    return f"memory at stage {stage}", f"{size_text(found.device)} per rank (estimate): {', '.join(parts)}{host}{mark}"
