@@ -33,7 +33,7 @@ from bert_ds.run_log import RunLog, write_environment
 from bert_ds.run_plan import RunPlan, make_plan, plan_table
 from bert_ds.training.checkpoint_folder import find_checkpoint
 from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
-from bert_ds.training.checkpoints import resume
+from bert_ds.training.checkpoints import resume, roll_back
 from bert_ds.training.engine import make_engine
 from bert_ds.training.evaluation import Evaluation, evaluate
 from bert_ds.training.fp32_weights import load_fp32_state_dict
@@ -41,6 +41,7 @@ from bert_ds.training.hang_watchdog import Heartbeat, watched_for_hangs
 from bert_ds.training.optimizers import make_optimizer
 from bert_ds.training.probe import fits_in_memory, largest_that_fits, probe_longest
 from bert_ds.training.process_group import device_name, joined_ranks
+from bert_ds.training.replay import replay_step
 from bert_ds.training.restart import StopRequest, follow_launcher, mark_done
 from bert_ds.training.run_folder import enter_run_folder, on_main_rank, prove_same_files
 from bert_ds.training.throughput import Throughput, peak_flops
@@ -82,12 +83,24 @@ def pretrain(
         facts={"data": data.fingerprint},
         asynchronous=run.checkpoints.asynchronous,
     )
+
+    def batch_at(place: int) -> list[PackedBatch]:
+        return next(training_batches(plan, data, ranks, start=place))
+
+    if args.replay_step is not None:
+        replay_step(engine, args.replay_step, batch=batch_at, seed=run.seed, facts=policy.facts, log=log)
+        return EXIT_DONE
     saver = CheckpointSaver(engine, run_dir, policy=policy, log=log)
     state = None
     if args.resume != "never":
         state = resume(engine, run_dir, name=None, facts=policy.facts, log=log)
     state = state or TrainState()
     log.start(state.step, announce(plan, data, log=log))
+
+    def go_back(at: TrainState) -> Iterator[list[PackedBatch]] | None:
+        went = roll_back(engine, run_dir, state=at, facts=policy.facts, log=log)
+        return training_batches(plan, data, ranks, start=at.step + at.passed_over) if went else None
+
     services = Services(
         log=log,
         stop=stop,
@@ -95,10 +108,11 @@ def pretrain(
         save=saver.save,
         settle=lambda wait: saver.settle(wait=wait),
         evaluate=lambda reached: Evaluation(evaluate(engine, validation_batches(run, data, ranks))),
-        row_facts=lambda step: source_facts(data, step),
+        row_facts=lambda step: source_facts(data, step + state.passed_over),
+        roll_back=go_back,
         heartbeat=Heartbeat(),
     )
-    batches = training_batches(plan, data, ranks, state)
+    batches = training_batches(plan, data, ranks, start=state.step + state.passed_over)
     with watched_for_hangs(services.heartbeat, run_dir, ranks=ranks, limit_s=args.hang_limit):
         train(engine, batches, state=state, plan=loop_plan(run), services=services)
     if state.step < run.training.total_steps:
@@ -131,6 +145,9 @@ def parse_arguments() -> argparse.Namespace:
         help="end with exit code 75 and the stacks of all ranks after so long without progress, 0: never "
         "(default: %(default)s; at least 1800 in the first step, an evaluation or a save)",
     )
+    parser.add_argument(
+        "--replay_step", type=int, metavar="N", help="show what the examples of step N do to the gradients, and end"
+    )
     parser.add_argument("--dry_run", action="store_true", help="take one step on the longest batch, print the memory")
     parser.add_argument("--find_micro_batch", action="store_true", help="double the micro-batch until it does not fit")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
@@ -138,6 +155,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if not 0 <= args.hang_limit < float("inf"):
         parser.error(f"--hang_limit {args.hang_limit}: wanted a number of seconds, or 0")
+    if args.replay_step is not None:
+        args.resume = "must"
     args.run_dir = args.run_dir.absolute()
     return args
 
@@ -211,12 +230,10 @@ def make_throughput(plan: RunPlan, data: PretrainingData) -> Throughput:
     )
 
 
-def training_batches(
-    plan: RunPlan, data: PretrainingData, ranks: Ranks, state: TrainState
-) -> Iterator[list[PackedBatch]]:
-    """Yield this rank's micro-batches of every step after the state's."""
+def training_batches(plan: RunPlan, data: PretrainingData, ranks: Ranks, *, start: int) -> Iterator[list[PackedBatch]]:
+    """Yield this rank's micro-batches of every step's place in the order of the data, from `start`, counted from 0."""
     return data.step_batches(
-        state.step,
+        start,
         rank=ranks.rank,
         world_size=ranks.world_size,
         micro_batch_size=plan.micro_batch_size,
@@ -250,6 +267,10 @@ def loop_plan(run: RunConfig) -> TrainPlan:
         log_every_steps=run.training.log_every_steps,
         evaluate_every_steps=run.evaluation.every_steps,
         checkpoint_every_steps=run.checkpoints.every_steps,
+        max_bad_steps=run.recovery.max_bad_steps,
+        max_rollbacks=run.recovery.max_rollbacks,
+        spike_sigmas=run.recovery.spike_sigmas,
+        spike_window=run.recovery.spike_window,
     )
 
 

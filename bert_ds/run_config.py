@@ -30,6 +30,7 @@ from bert_ds.config_problems import section_problems
 from bert_ds.config_section import (
     DropoutProbability,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -55,6 +56,7 @@ __all__ = [
     "LambConfig",
     "MaskingConfig",
     "ModelConfig",
+    "RecoveryConfig",
     "RunConfig",
     "ScheduleConfig",
     "SequenceConfig",
@@ -165,6 +167,19 @@ class CheckpointConfig(Section):
     """Copy the state into host memory and write it behind the training; the copy takes as much room as a checkpoint."""
 
 
+class RecoveryConfig(Section):
+    """What is done about losses and gradients that spike or are not finite."""
+
+    spike_sigmas: PositiveFloat | None = 6.0
+    """After warm-up, a step whose loss is so many standard deviations above the mean is skipped; null: none is."""
+    spike_window: Annotated[int, Field(ge=8, le=10_000)] = 128
+    """Applied steps that mean and deviation are taken over."""
+    max_bad_steps: PositiveInt = 10
+    """Consecutive skipped steps after which the run goes back to its newest checkpoint and passes over the batches."""
+    max_rollbacks: NonNegativeInt = 2
+    """How many times the run goes back before it ends with exit code 5."""
+
+
 class TrainedRun(Protocol):
     """What a DeepSpeed file has to agree with, whatever is trained: a recipe, or a task with its number of steps."""
 
@@ -216,6 +231,7 @@ class RunConfig(Section):
     training: TrainingConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
 
     @property
     def max_seq_length(self) -> int:

@@ -94,6 +94,20 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in read_metrics(run_dir / "metrics.jsonl")]
 
 
+def test_a_step_can_be_replayed_alone_and_shows_its_examples_and_gradients(workshop: Path, finished_run: Path) -> None:
+    before = (finished_run / "metrics.jsonl").read_text()
+    replayed = run(*pretrain_command(workshop, finished_run, "--replay_step", 10))
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    assert "step 10, batch 10, on the weights of step 8" in replayed.stdout
+    part = json.loads(replayed.stdout.split("rank 0 micro-step 0: ")[1].splitlines()[0])
+    assert (len(part["example_ids"]), part["not_finite"], len(part["largest_gradients"])) == (8, [], 10)
+    assert set(part["loss_shares"]) == {"mlm", "pair"}
+    assert (finished_run / "metrics.jsonl").read_text() == before
+    too_early = run(*pretrain_command(workshop, finished_run, "--replay_step", 3))
+    assert too_early.returncode == 4
+    assert "holds no whole checkpoint from before step 3" in too_early.stderr
+
+
 def test_the_launcher_trains_two_ranks_and_leaves_a_whole_run_folder(workshop: Path) -> None:
     run_dir = workshop / "runs/two_ranks"
     script, *arguments = pretrain_command(workshop, run_dir)

@@ -114,7 +114,8 @@ class CheckpointSaver:
         published = try_on_main(save.result)
         self._pending = None
         if "error" in published:
-            return self._fail(save.tag, published["error"])
+            needed = checkpoint_bytes(self._engine)
+            return self._fail(save.tag, f"{published['error']} (a checkpoint needs about {needed:,} bytes)")
         self._report(save)
         self._good = True
         return True

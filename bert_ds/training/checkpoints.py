@@ -57,6 +57,39 @@ def resume(
     return state
 
 
+def roll_back(
+    engine: DeepSpeedEngine, run_dir: Path, *, state: TrainState, facts: Mapping[str, str], log: RunLog
+) -> bool:
+    """Put engine and state back to the newest whole checkpoint; False, on all ranks alike, where there is none.
+
+    One that was saved between bad steps does not count. The state then passes over all batches that it has seen since.
+    """
+    found = try_on_main(lambda: _newest_with(lambda at: not at["bad_streak"], run_dir, warn=log.warning))
+    if found.get("value") is None:
+        return False
+    path, bad_step = checkpoints_dir(run_dir) / found["value"], state.step
+    state.go_back(load_checkpoint(engine, path, facts=facts, verified=True))
+    if log.is_main:
+        checkpoint_folder.abandon_newer(path)
+    log.row("start", state.step, {"rolled_back_from": bad_step, "passed_over": state.passed_over})
+    log.warning(f"went back from step {bad_step} to {path}; {state.passed_over} batches are passed over by now")
+    return True
+
+
+def load_before(
+    engine: DeepSpeedEngine, run_dir: Path, step: int, *, facts: Mapping[str, str], log: RunLog
+) -> TrainState:
+    """Load the newest whole checkpoint that is older than a step.
+
+    Raises:
+        CheckpointError: there is none, or see `load_checkpoint`.
+    """
+    found = try_on_main(lambda: _newest_with(lambda at: at["step"] < step, run_dir, warn=log.warning))
+    if found.get("value") is None:
+        raise CheckpointError(f"{checkpoints_dir(run_dir)} holds no whole checkpoint from before step {step}")
+    return load_checkpoint(engine, checkpoints_dir(run_dir) / found["value"], facts=facts, verified=True)
+
+
 def load_checkpoint(
     engine: DeepSpeedEngine, path: Path, *, facts: Mapping[str, str] | None = None, verified: bool = False
 ) -> TrainState:
@@ -98,6 +131,19 @@ def _found(run_dir: Path, name: str | None, *, warn: Callable[[str], None]) -> t
     """Return name and world size of the checkpoint to continue from."""
     path = checkpoint_folder.find_checkpoint(run_dir, name, warn=warn)
     return None if path is None else (path.name, checkpoint_folder.read_manifest(path)["world_size"])
+
+
+def _newest_with(wanted: Callable[[dict[str, Any]], bool], run_dir: Path, *, warn: Callable[[str], None]) -> str | None:
+    """Return the name of the newest whole checkpoint whose state is wanted."""
+    for path in checkpoint_folder.candidates(run_dir):
+        try:
+            manifest = checkpoint_folder.verify_checkpoint(path)
+        except CheckpointError as error:
+            warn(f"checkpoint passed over: {error}")
+        else:
+            if wanted(manifest["state"]):
+                return path.name
+    return None
 
 
 def _refuse_foreign(

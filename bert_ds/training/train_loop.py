@@ -14,15 +14,28 @@ from deepspeed import DeepSpeedEngine
 
 from bert_ds.ranks import CheckpointError, DivergedError
 from bert_ds.run_log import RunLog
+from bert_ds.training.bad_steps import gradient_report, trouble_folder, write_report
 from bert_ds.training.evaluation import Evaluation, named_means
 from bert_ds.training.hang_watchdog import Heartbeat
+from bert_ds.training.loss_guard import LossGuard
 from bert_ds.training.lr_schedule import learning_rate
 from bert_ds.training.optimizers import set_learning_rate
 from bert_ds.training.restart import StopRequest
 from bert_ds.training.throughput import Throughput
 from bert_ds.training.train_state import MicroBatch, TrainPlan, TrainState
-from bert_ds.training.train_step import Step, agree_on_totals, fetch, forward_backward, sum_of_ranks, take_step
+from bert_ds.training.train_step import (
+    Judge,
+    Step,
+    agree_on_totals,
+    fetch,
+    forward_backward,
+    sum_of_ranks,
+    take_step,
+)
 from bert_ds.training.trust_statistics import trust_row
+
+MAX_REPORTS = 20
+"""Skipped steps of a run after which no more reports are left in its folder."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,9 @@ class Services:
     """Measures the model as it is; a collective."""
     row_facts: Callable[[int], Mapping[str, Any]] | None = None
     """What the caller adds to the training row of a step, on rank 0."""
+    roll_back: Callable[[TrainState], Iterator[Sequence[MicroBatch]] | None] = lambda state: None
+    """Puts engine and state back to the newest checkpoint and gives the batches from there on; a collective. None
+    where there is no checkpoint."""
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     """Is told what this rank is doing."""
 
@@ -55,7 +71,9 @@ def train(
 ) -> TrainState:
     """Train from the state's step to the plan's last, or until a rank is asked to stop; a collective.
 
-    An evaluation may end the run too, before its last step: the state is saved there like at the end.
+    An evaluation may end the run too, before its last step: the state is saved there like at the end. A step whose loss
+    or gradients are not finite, or whose loss spikes, leaves the weights alone; after plan.max_bad_steps of them in a
+    row the run goes back to its newest checkpoint and on with the batches that it has not seen.
 
     Args:
         engine: from `make_engine`.
@@ -63,27 +81,31 @@ def train(
         state: advanced in place and returned; `state.step == plan.total_steps` says that the run is complete.
 
     Raises:
-        DivergedError: plan.max_bad_steps steps in a row had gradients that are not finite.
+        DivergedError: too many bad steps in a row, and the run cannot go back (again).
         CheckpointError: the checkpoint at the end, or at a requested stop, could not be written.
     """
     engine.train()
-    saved_step, evaluated_step = state.step, -1
+    saved_step, evaluated_step, guard = state.step, -1, _guard(engine, state, plan=plan)
     while state.step < plan.last_step:
-        step = _take_one(engine, batches, state=state, plan=plan, services=services)
+        step = _take_one(engine, batches, state=state, plan=plan, services=services, guard=guard)
         if step is None:
             reason = services.stop.reason or "on another rank"
             services.log.info(f"asked to stop ({reason}), saving at step {state.step}")
             break
         if not step.applied:
-            _log_bad_step(engine, step, state=state, plan=plan, services=services)
+            _look_into(engine, step, state=state, plan=plan, services=services, guard=guard)
+            if state.bad_streak >= plan.max_bad_steps:
+                batches = _go_back(step, state=state, plan=plan, services=services)
+                saved_step, guard = state.step, _guard(engine, state, plan=plan)
+                continue
         elif step.number % plan.log_every_steps == 0 or step.number in (1, plan.last_step):
             _log_step(engine, step, plan=plan, services=services)
         services.settle(False)
         found = Evaluation({})
         if _is_due(state.step, plan.evaluate_every_steps):
             found, evaluated_step = _evaluate(engine, state, services=services), state.step
-        if found.save or _is_due(state.step, plan.checkpoint_every_steps):
-            saved_step = _save(state, services=services, must=False)
+        if found.save or (_is_due(state.step, plan.checkpoint_every_steps) and not state.bad_streak):
+            saved_step = _save(state, services=services, must=False, guard=guard)
         if found.stop:
             services.log.info(f"nothing more to gain: the run ends at step {state.step} of {plan.total_steps}")
             break
@@ -91,7 +113,7 @@ def train(
         _evaluate(engine, state, services=services)
     services.heartbeat.enter("checkpoint", step=state.step, patient=True)
     if not services.settle(True) or saved_step != state.step:
-        _save(state, services=services, must=True)
+        _save(state, services=services, must=True, guard=guard)
     return state
 
 
@@ -102,6 +124,7 @@ def _take_one(
     state: TrainState,
     plan: TrainPlan,
     services: Services,
+    guard: LossGuard | None,
 ) -> Step | None:
     """Take the next optimizer step and count it, or return None if a rank is asked to stop."""
     number, heart = state.step + 1, services.heartbeat
@@ -114,14 +137,16 @@ def _take_one(
     lr = learning_rate(number, peak=plan.peak_lr, schedule=plan.schedule, total_steps=plan.total_steps)
     set_learning_rate(engine.optimizer, lr)
     heart.enter("forward and backward", step=number)
-    sums = forward_backward(engine, micro_batches, counts=totals.loss_counts, seed=plan.seed, step=number)
+    warmed_up = number > plan.schedule.num_warmup_steps(plan.total_steps)
+    judge = Judge(guard, armed=warmed_up) if guard else None
+    sums = forward_backward(engine, micro_batches, counts=totals.loss_counts, seed=plan.seed, step=number, judge=judge)
     heart.enter("optimizer", step=number)
     applied, grad_norm = take_step(engine)
     state.advance(applied, examples=engine.train_batch_size())
     services.throughput.add(
         num_tokens=totals.num_tokens, padded_tokens=totals.padded_tokens, data_wait_s=totals.data_wait_s
     )
-    return Step(number, lr, totals, sums, applied, grad_norm)
+    return Step(number, lr, totals, sums, applied, grad_norm, micro_batches)
 
 
 def _log_step(engine: DeepSpeedEngine, step: Step, *, plan: TrainPlan, services: Services) -> None:
@@ -141,21 +166,56 @@ def _log_step(engine: DeepSpeedEngine, step: Step, *, plan: TrainPlan, services:
     _write_monitor(engine, "train", {**means, "grad_norm": row["grad_norm"], "tokens_per_s": row["tokens_per_s"]})
 
 
-def _log_bad_step(
-    engine: DeepSpeedEngine, step: Step, *, state: TrainState, plan: TrainPlan, services: Services
+def _guard(engine: DeepSpeedEngine, state: TrainState, *, plan: TrainPlan) -> LossGuard | None:
+    """Return a guard that knows the losses up to the state, or None where no spike is to be skipped."""
+    if plan.spike_sigmas is None:
+        return None
+    return LossGuard(plan.spike_sigmas, plan.spike_window, recent=state.recent_losses, device=engine.device)
+
+
+def _look_into(
+    engine: DeepSpeedEngine,
+    step: Step,
+    *,
+    state: TrainState,
+    plan: TrainPlan,
+    services: Services,
+    guard: LossGuard | None,
 ) -> None:
-    """Write the row of a step that was not applied; raise after too many of them in a row."""
+    """Say what was wrong with a step that was not applied; of the first in a row leave a report in `trouble/`."""
     means = named_means(engine.module, sum_of_ranks(step.sums), counts=step.totals.loss_counts)
-    services.log.row("skipped", step.number, {**means, "lr": step.lr, "skipped_steps": state.skipped_steps})
-    services.log.info(
-        f"step {step.number} skipped: loss {means['loss']:.4g}, gradient norm {float(step.grad_norm):.4g}"
-    )
-    if engine.fp16_enabled() and abs(means["loss"]) < float("inf"):
+    spike = guard.explain() if guard else None
+    reason = spike or f"loss {means['loss']:.4g}, gradient norm {float(step.grad_norm):.4g}"
+    services.log.info(f"step {step.number} skipped: {reason}")
+    facts = {**means, "lr": step.lr, "skipped_steps": state.skipped_steps, "spike": spike is not None}
+    services.log.row("skipped", step.number, facts)
+    if engine.fp16_enabled() and spike is None and abs(means["loss"]) < float("inf"):
         state.bad_streak = 0  # fp16 looks for its loss scale by overflowing; its own lower bound ends a futile search
-    if state.bad_streak >= plan.max_bad_steps:
-        raise DivergedError(
-            f"{state.bad_streak} steps in a row, up to step {step.number}, had a loss or gradients that are not finite"
+    if state.bad_streak == 1 and state.skipped_steps <= MAX_REPORTS:
+        report = gradient_report(
+            engine, step.micro_batches, counts=step.totals.loss_counts, seed=plan.seed, step=step.number
         )
+        folder = trouble_folder(services.log.run_dir, step.number)
+        batch = step.number + state.passed_over
+        write_report(folder, {"step": step.number, "batch": batch, "reason": reason, "lr": step.lr, **means}, report)
+        services.log.info(f"tensors and examples of step {step.number} are in {folder}")
+
+
+def _go_back(step: Step, *, state: TrainState, plan: TrainPlan, services: Services) -> Iterator[Sequence[MicroBatch]]:
+    """Return to the newest checkpoint and give the batches after those seen so far."""
+    bad = f"{state.bad_streak} steps in a row, up to step {step.number}, had a loss or gradients that"
+    bad += " are not finite or spike" if plan.spike_sigmas is not None else " are not finite"
+    first = trouble_folder(services.log.run_dir, step.number - state.bad_streak + 1)
+    if state.rollbacks >= plan.max_rollbacks:
+        again = f" after going back {state.rollbacks} times" if state.rollbacks else ""
+        raise DivergedError(f"{bad}{again}: look at {first}, the learning rate and the data")
+    services.heartbeat.enter("checkpoint", step=state.step, patient=True)
+    services.settle(True)
+    with services.throughput.paused():
+        batches = services.roll_back(state)
+    if batches is None:
+        raise DivergedError(f"{bad}, and there is no checkpoint to go back to: look at {first}")
+    return batches
 
 
 def _evaluate(engine: DeepSpeedEngine, state: TrainState, *, services: Services) -> Evaluation:
@@ -170,10 +230,11 @@ def _evaluate(engine: DeepSpeedEngine, state: TrainState, *, services: Services)
     return found
 
 
-def _save(state: TrainState, *, services: Services, must: bool) -> int:
+def _save(state: TrainState, *, services: Services, must: bool, guard: LossGuard | None) -> int:
     """Save and return the step that is now safe, -1 if it is not; at the end of a launch a failure is final."""
     if services.save is None:
         return state.step
+    state.recent_losses = guard.recent() if guard else []
     services.heartbeat.enter("checkpoint", step=state.step, patient=True)
     with services.throughput.paused():
         saved = services.save(state) and (services.settle(True) if must else True)

@@ -16,6 +16,7 @@ from bert_ds.ranks import DivergedError
 from bert_ds.training.agreement import sum_over_ranks
 from bert_ds.training.dropout_seeds import dropout_seed
 from bert_ds.training.engine import has_own_nan_guard, step_guard
+from bert_ds.training.loss_guard import LossGuard
 from bert_ds.training.step_loss import poison_if_not_finite, step_loss
 from bert_ds.training.train_state import MicroBatch
 
@@ -41,6 +42,15 @@ class Step(NamedTuple):
     applied: bool
     """Whether weights changed; the same on all ranks."""
     grad_norm: Any
+    micro_batches: Sequence[MicroBatch]
+    """Of this rank."""
+
+
+class Judge(NamedTuple):
+    """A guard, and whether it drops the spikes of this step."""
+
+    guard: LossGuard
+    armed: bool
 
 
 def fetch(batches: Iterator[Sequence[MicroBatch]]) -> tuple[Sequence[MicroBatch], float]:
@@ -60,7 +70,13 @@ def agree_on_totals(micro_batches: Sequence[MicroBatch], *, data_wait_s: float, 
 
 
 def forward_backward(
-    engine: DeepSpeedEngine, micro_batches: Sequence[MicroBatch], *, counts: Sequence[float], seed: int, step: int
+    engine: DeepSpeedEngine,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    counts: Sequence[float],
+    seed: int,
+    step: int,
+    judge: Judge | None = None,
 ) -> Tensor:
     """Accumulate the gradients of one step and return this rank's loss and metric sums, on the device."""
     accumulation = engine.gradient_accumulation_steps()
@@ -72,11 +88,14 @@ def forward_backward(
         inputs = batch.to(engine.device).model_inputs()
         loss_sums_L, metric_sums_M = engine(**inputs, dropout_seed=dropout_seed(seed, step, part, device=engine.device))
         loss = poison_if_not_finite(step_loss(loss_sums_L, counts, weights=weights))
-        engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
-        if micro_step < accumulation - 1:
-            engine.step()
         sums = torch.cat([loss_sums_L.detach(), metric_sums_M.detach()]).double()
         total = sums if total is None else total + sums
+        is_last = micro_step == accumulation - 1
+        if is_last and judge is not None:
+            loss = loss * judge.guard.judge(total, counts=counts, weights=weights, armed=judge.armed)
+        engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+        if not is_last:
+            engine.step()
     assert total is not None
     return total
 
