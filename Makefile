@@ -4,7 +4,7 @@
 # make test-slurm a real Slurm of two nodes on this machine, through every fault a job meets (Debian: slurm-wlm munge shellcheck)
 # make bench-gpu  the kernel benchmarks and the whole training step, on one NVIDIA GPU; rows into kernels/benchmarks/results
 # make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, shards and peer (each wants
-#                 TEXT=folder of text), lamb, kernels, configs
+#                 TEXT=folder of text), lamb, kernels, configs, kills, damage (wants root, for a small disk in memory)
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
 
 SHELL := /bin/bash
@@ -15,6 +15,7 @@ RUN_DIR := runs/default
 DEEPSPEED_CONFIG := ds_configs/zero2.json
 
 .PHONY: pretrain test test-slurm check format env env-dev clean bench-gpu
+.PHONY: campaign-kills campaign-damage
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer campaign-lamb campaign-kernels campaign-configs
 
 env:
@@ -59,6 +60,15 @@ campaign-lamb: env-dev
 	$(BIN)/python tests/campaign_lamb.py errors
 	$(BIN)/python tests/campaign_lamb.py times
 	$(BIN)/python tests/campaign_lamb.py table
+
+campaign-kills: env-dev
+	$(BIN)/python tests/campaign_kills.py kills
+	$(BIN)/python tests/campaign_kills.py soak
+	$(BIN)/python tests/campaign_kills.py table
+
+campaign-damage: env-dev
+	$(BIN)/python tests/campaign_damage.py
+	$(BIN)/python tests/campaign_disk.py
 
 bench-gpu: env-dev
 	$(BIN)/python -m pytest -m gpu tests
