@@ -13,6 +13,8 @@ from transformers import pipeline
 from transformers.utils import logging
 
 from bert_ds.command_line import make_parser, run_main
+from bert_ds.encoder.hf_folder import read_json
+from bert_ds.encoder.hf_mapping import model_config_from_hf
 from bert_ds.run_config import ConfigError
 
 TEXTS = (
@@ -31,12 +33,22 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.model / "config.json").is_file():
         raise ConfigError(f"{args.model} has no config.json: wanted an exported folder, see export_hf.py")
+    try:
+        model_config_from_hf(read_json(args.model / "config.json"))
+    except ConfigError as error:
+        raise ConfigError(f"{args.model}: {error}") from None
     texts = args.text or list(TEXTS)
     for text in texts:
         if text.count("[MASK]") != 1:
             raise ConfigError(f"--text {text!r} has {text.count('[MASK]')} [MASK], wanted one")
     logging.disable_progress_bar()
-    fill_mask: Any = pipeline("fill-mask", model=str(args.model), top_k=args.top_k)
+    fill_mask: Any = pipeline(
+        "fill-mask",
+        model=str(args.model),
+        top_k=args.top_k,
+        trust_remote_code=False,
+        model_kwargs={"use_safetensors": True, "local_files_only": True},
+    )
     for text in texts:
         answers = fill_mask(text.replace("[MASK]", fill_mask.tokenizer.mask_token))
         words = ", ".join(f"{answer['token_str']} {answer['score']:.2f}" for answer in answers)

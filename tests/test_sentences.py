@@ -73,3 +73,7 @@ def test_only_white_space_is_lost(text: str) -> None:
 @given(st.text(max_size=60))
 def test_sentences_are_stripped_and_not_empty(text: str) -> None:
     assert all(sentence and sentence == sentence.strip() for sentence in split_sentences(text))
+
+
+def test_a_title_that_is_never_closed_holds_back_a_thousand_characters_and_no_more() -> None:
+    assert [len(found) for found in split_sentences("《" + "好" * 997 + "。" + "好" * 5 + "。" + "好")] == [1005, 1]

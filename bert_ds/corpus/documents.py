@@ -17,7 +17,11 @@ MAX_DOCUMENT_BYTES = 1 << 26
 
 _DOC_START = re.compile(r"<doc\b.*>\s*$")
 _DOC_TITLE = re.compile(r'\btitle="(.*)"[^"]*>\s*$')
-_PARQUET_ROWS_AT_ONCE = 256
+_PARQUET_ROWS_AT_ONCE = 16
+"""A dictionary lets a small file hold many rows of the largest size: each is a copy of its own in memory."""
+_LINE_OVERHEAD = 64
+"""Bytes that a line takes in memory beside its characters: a document may consist of empty lines."""
+_LONGEST_TAG = 4096
 
 
 class Document(NamedTuple):
@@ -100,7 +104,7 @@ def _blank_line_separated(
         if line.strip():
             first = first if block else number
             block.append(line)
-            size = _bounded(file, first, size + len(line))
+            size = _bounded(file, first, size + len(line) + _LINE_OVERHEAD)
         elif block:
             yield Document(f"{file.path}, line {first}", "\n".join(block))
             block, size = [], 0
@@ -117,7 +121,7 @@ def _extracts(file: InputFile, number: int, line: str, lines: Iterator[tuple[int
             is_open = False
         elif is_open:
             block.append(line)
-            size = _bounded(file, first, size + len(line))
+            size = _bounded(file, first, size + len(line) + _LINE_OVERHEAD)
         elif _DOC_START.match(line):
             first, tag, block, size, is_open = number, line, [], 0, True
         elif line.strip():
@@ -128,7 +132,7 @@ def _extracts(file: InputFile, number: int, line: str, lines: Iterator[tuple[int
 
 def _without_title(tag: str, block: list[str]) -> str:
     """Extracts repeat the title as the first line, which is no prose."""
-    title = _DOC_TITLE.search(tag)
+    title = _DOC_TITLE.search(tag) if len(tag) <= _LONGEST_TAG else None
     if title and block and block[0].strip() == html.unescape(title.group(1)).strip():
         block = block[1:]
     return "\n".join(block)
@@ -186,8 +190,10 @@ def _read_parquet(file: InputFile, text_field: str) -> Iterator[Document]:
                 raise DataError(f'{file.path}: column "{text_field}" is {kind}, wanted string')
             row = 0
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS_AT_ONCE, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
+                for value in batch.column(0):
+                    row, text = row + 1, value.as_py()
+                    if text is not None and len(text) > MAX_DOCUMENT_BYTES:
+                        raise DataError(f"{file.path}, row {row}: longer than {MAX_DOCUMENT_BYTES} bytes")
                     if text is None:
                         raise DataError(f'{file.path}, row {row}: column "{text_field}" is null, wanted a string')
                     yield Document(f"{file.path}, row {row}", text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import os
-import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -27,6 +26,8 @@ COMPRESSIONS = (".gz", ".zst")
 KNOWN_NAMES = f"{', '.join(FORMATS)}, each also with {' or '.join(COMPRESSIONS)}"
 
 _READ_AT_ONCE = 1 << 18
+_UNPACKED_AT_ONCE = 1 << 11
+"""Compressed bytes given to zstd at a time: it makes up to 32,768 times as many of them, all in memory."""
 
 
 class InputFile(NamedTuple):
@@ -104,9 +105,18 @@ def open_seekable(file: InputFile) -> Iterator[IO[bytes]]:
             yield plain
             return
         with tempfile.TemporaryFile() as unpacked:
-            shutil.copyfileobj(plain, unpacked, _READ_AT_ONCE)
+            _copy_bounded(file, plain, unpacked)
             unpacked.seek(0)
             yield unpacked
+
+
+def _copy_bounded(file: InputFile, plain: IO[bytes], target: IO[bytes]) -> None:
+    """Copy what is compressed already inside; more than a hundredfold of it is a bomb, not text."""
+    limit = 100 * file.num_bytes + (1 << 26)
+    while content := plain.read(_READ_AT_ONCE):
+        target.write(content)
+        if target.tell() > limit:
+            raise DataError(f"{file.path} unpacks to more than {limit} bytes, a hundredfold: refused")
 
 
 class _ZstdReader(io.RawIOBase):
@@ -121,7 +131,7 @@ class _ZstdReader(io.RawIOBase):
         self._raw = raw
         self._path = path
         self._frame: Any = None
-        self._compressed = b""
+        self._compressed = memoryview(b"")
         self._plain = memoryview(b"")
 
     def readable(self) -> bool:
@@ -130,7 +140,7 @@ class _ZstdReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._plain:
             if not self._compressed:
-                self._compressed = self._raw.read(_READ_AT_ONCE)
+                self._compressed = memoryview(self._raw.read(_READ_AT_ONCE))
                 if not self._compressed:
                     if self._frame is not None:
                         raise DataError(f"{self._path} is damaged: it ends inside a zstd frame")
@@ -145,12 +155,13 @@ class _ZstdReader(io.RawIOBase):
         if self._frame is None:
             self._frame = self._library.ZstdDecompressor().decompressobj()
         try:
-            self._plain = memoryview(self._frame.decompress(self._compressed))
+            self._plain = memoryview(self._frame.decompress(self._compressed[:_UNPACKED_AT_ONCE]))
         except self._library.ZstdError as error:
             raise DataError(f"{self._path} is damaged: {error}") from None
-        self._compressed = b""
+        rest = self._compressed[_UNPACKED_AT_ONCE:]
+        self._compressed = rest
         if self._frame.eof:
-            self._compressed = self._frame.unused_data
+            self._compressed = memoryview(self._frame.unused_data + bytes(rest))
             self._frame = None
 
 

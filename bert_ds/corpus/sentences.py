@@ -15,6 +15,8 @@ _STOP = re.compile(rf"[.!?…{_CHINESE_STOPS}]+[{_CLOSERS}]*(?:\[\d+\])*(\s*)")
 _CHINESE_CHARACTER = re.compile(f"[{_CHINESE}]")
 _LAST_WORD = re.compile(r"([^\s\"'“‘(\[—–-]+)\.$")
 _ACRONYM = re.compile(r"(?:[^\W\d_]\.)*[^\W\d_]")
+_LOOK, _LONGEST_TITLE = 24, 1000
+"""Characters that are looked at around a stop, however long the line is."""
 _OPENERS = "\"'“‘([「『（《【«¿¡"
 
 
@@ -67,7 +69,7 @@ def _ends_sentence(line: str, start: int, stop: re.Match[str]) -> bool:
     if not stop.group(1):
         return first in "!?" and _CHINESE_CHARACTER.match(following) is not None
     if following in _OPENERS:
-        following = line[stop.end() :].lstrip(_OPENERS)[:1]
+        following = line[stop.end() : stop.end() + _LOOK].lstrip(_OPENERS)[:1]
     if following.islower():
         return False
     if first != "." or line[stop.start() + 1] == ".":
@@ -77,6 +79,7 @@ def _ends_sentence(line: str, start: int, stop: re.Match[str]) -> bool:
 
 def _titles_are_closed(line: str, start: int, end: int) -> bool:
     """A stop inside a Chinese book title belongs to the title."""
+    start = max(start, end - _LONGEST_TITLE)
     return line.count("《", start, end) <= line.count("》", start, end)
 
 

@@ -181,7 +181,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DataError(f"{path}: {where}: {first['msg']}") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise error if isinstance(error, DataError) else DataError(f"{path} cannot be read: {error}") from None
     _check_sums(path, manifest)
     return manifest

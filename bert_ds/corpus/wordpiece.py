@@ -22,6 +22,9 @@ from bert_ds.ranks import DataError
 SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """In the order of the ids that a newly trained vocabulary gives them."""
 
+MAX_FILE_BYTES = 64 << 20
+"""A vocabulary of a million pieces is smaller."""
+
 MODEL_MAX_LENGTH = 512
 """Written for Hugging Face, whose own default is no limit at all: longer inputs then crash in the position table."""
 
@@ -199,9 +202,11 @@ def _fingerprint(pieces: list[str], rules: TextRules) -> str:
 def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise DataError(f"{path} has {path.stat().st_size} bytes, wanted at most {MAX_FILE_BYTES}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}, wanted an object")
@@ -211,6 +216,8 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def _read_vocab(path: Path) -> list[str] | None:
     if not path.is_file():
         return None
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise DataError(f"{path} has {path.stat().st_size} bytes, wanted at most {MAX_FILE_BYTES}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -223,10 +230,14 @@ def _pieces_of(path: Path, whole: dict[str, Any]) -> list[str]:
     kind = model.get("type", "WordPiece") if isinstance(model, dict) else None
     if kind != "WordPiece" or not isinstance(model, dict):
         raise DataError(f"{path} holds a {kind} model, wanted WordPiece")
-    ids = dict(model["vocab"])
-    for added in whole.get("added_tokens") or ():
-        ids.setdefault(added["content"], added["id"])
-    if sorted(ids.values()) != list(range(len(ids))):
+    try:
+        ids = {str(piece): int(index) for piece, index in model["vocab"].items()}
+        for added in whole.get("added_tokens") or ():
+            ids.setdefault(added["content"], added["id"])
+        is_whole = sorted(ids.values()) == list(range(len(ids)))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} holds no vocabulary of pieces and ids: {error!r}") from None
+    if not is_whole:
         raise DataError(f"{path}: the ids of its {len(ids)} pieces are not 0..{len(ids) - 1}, each once")
     return sorted(ids, key=ids.__getitem__)
 

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from bert_ds.encoder.hf_mapping import model_config_from_hf
 from bert_ds.ranks import CheckpointError, DataError
 from bert_ds.run_config import ConfigError, ModelConfig
+from bert_ds.tensor_files import load_tensor_file
 
 MAX_JSON_BYTES = 64 * 2**20
 _OUR_KEYS = ("sentence_pair_objective", "finetuned_task", "onnx")
@@ -183,7 +183,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} has {path.stat().st_size} bytes, wanted at most {MAX_JSON_BYTES}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is not a JSON object")
@@ -199,7 +199,10 @@ def _weight_parts(path: Path) -> list[Path]:
     """Return the files that an index names, or the one file itself."""
     if path.suffix != ".json":
         return [path]
-    names = sorted(set(read_json(path)["weight_map"].values()))
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{path} has no weight_map from tensors to file names")
+    names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or not (path.parent / name).is_file():
             raise CheckpointError(f"{path} names the file {name!r}, which is not in its folder")
@@ -207,12 +210,12 @@ def _weight_parts(path: Path) -> list[Path]:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or holds more than tensors: {error}") from error
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
+    tensors = load_tensor_file(path)
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise CheckpointError(f"{path} is not a table of tensors")
     return tensors

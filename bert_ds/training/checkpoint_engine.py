@@ -20,6 +20,8 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from bert_ds.tensor_files import load_tensor_file
+
 _ALLOWED = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
 """Plain data classes that DeepSpeed's files hold beside tensors and containers."""
 
@@ -101,9 +103,13 @@ def allowed_classes() -> Iterator[None]:
 
 
 def load_safely(path: Path, *, map_location: Any = "cpu", mmap: bool = False) -> Any:
-    """Load a checkpoint file without unpickling anything but tensors, containers and `_ALLOWED`."""
+    """Load a checkpoint file without unpickling anything but tensors, containers and `_ALLOWED`.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds something else.
+    """
     with allowed_classes():
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        return load_tensor_file(path, map_location=map_location, mmap=mmap)
 
 
 def _serialize(state_dict: Any, stream: _HashingStream | _MemoryStream) -> None:

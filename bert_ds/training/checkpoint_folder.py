@@ -25,6 +25,7 @@ POINTER = "latest"
 TEMPORARY_PREFIX = ".tmp-"
 _TAG = re.compile(r"global_step(\d+)")
 _CHUNK = 8 << 20
+_MAX_MANIFEST_BYTES = 64 << 20
 
 
 def checkpoints_dir(run_dir: Path) -> Path:
@@ -62,15 +63,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     content = parse_manifest(folder)
     if content.get("format") != 1 or content.get("step") != step_of(folder.name):
         raise CheckpointError(f"{folder / MANIFEST} is of format {content.get('format')}, step {content.get('step')}")
+    files = content.get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{folder / MANIFEST} lists no files")
+    for name, record in files.items():
+        is_inside = name != ".." and Path(name).name == name
+        if not is_inside or not isinstance(record, dict) or set(record) != {"bytes", "sha256"}:
+            raise CheckpointError(f"{folder / MANIFEST} does not describe the file {name!r:.60} of its own folder")
     return content
 
 
 def parse_manifest(folder: Path) -> dict[str, Any]:
     """Return the content of a manifest that matches its own checksum, whatever it describes."""
     try:
+        if (size := (folder / MANIFEST).stat().st_size) > _MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{folder / MANIFEST} has {size} bytes, wanted at most {_MAX_MANIFEST_BYTES}")
         content = json.loads((folder / MANIFEST).read_bytes())
         checksum = content.pop("checksum")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error!r}") from None
     if checksum != _checksum(content):
         raise CheckpointError(f"{folder / MANIFEST} does not match its own checksum")
@@ -121,6 +131,7 @@ def find_checkpoint(run_dir: Path, name: str | None = None, *, warn: Callable[[s
     """
     folder = checkpoints_dir(run_dir)
     if name is not None:
+        step_of(name)
         verify_checkpoint(folder / name)
         return folder / name
     damage = []

@@ -36,6 +36,13 @@ def load_fp32_state_dict(checkpoint: Path) -> dict[str, Tensor]:
         CheckpointError: the checkpoint is damaged, or its layout is not one of the four.
     """
     manifest = verify_checkpoint(checkpoint)
+    try:
+        return _merged(checkpoint, manifest)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint} does not hold what DeepSpeed writes: {error!r}") from error
+
+
+def _merged(checkpoint: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
     stage, world_size = manifest["zero_stage"], manifest["world_size"]
     name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
     model = load_safely(checkpoint / name)
