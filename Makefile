@@ -1,6 +1,6 @@
 # make pretrain   build .venv, pre-train the embedded default under DeepSpeed ZeRO-2, export it, fill some masks
 # make test       everything that needs no GPU
-# make check      ruff, format, mypy, import-linter
+# make check      ruff, format, mypy, import-linter, pip-audit
 # make test-slurm a real Slurm of two nodes on this machine, through every fault a job meets (Debian: slurm-wlm munge shellcheck)
 # make bench-gpu  the kernel benchmarks and the whole training step, on one NVIDIA GPU; rows into kernels/benchmarks/results
 # make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, shards and peer (each wants
@@ -43,6 +43,7 @@ check: env-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python .ci/audit.py
 
 campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer: env-dev
 	@[[ -n "$(TEXT)" ]] || { echo "TEXT=folder is missing: the text that the measurement is made on"; exit 2; }

@@ -65,6 +65,7 @@ setup(
             "ruff==0.17.5",
             "mypy==2.4.1",
             "import-linter>=2.0",
+            "pip-audit>=2.7",
             "pyarrow>=15",
             "zstandard>=0.22",
             "matplotlib>=3.8",
