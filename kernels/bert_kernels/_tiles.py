@@ -95,6 +95,11 @@ LAYER_NORM: TileTable = {
 BIAS_GELU: TileTable = {"default": ((_ANY, Tile(16, 256, 4, 1)),)}
 # Row programs of the backward, each with a row of partial sums of dbias.
 BIAS_GELU_PROGRAMS = 64
+# Key: kernel. Size: intermediate size. block_m: rows, block_n: columns.
+GEGLU: Mapping[str, TileTable] = {
+    "fwd": {"default": ((_ANY, Tile(8, 256, 4, 1)),)},
+    "bwd": {"default": ((_ANY, Tile(4, 256, 4, 1)),)},
+}
 
 # Size: columns of the logits. block_n: columns of a block; a row that fits one block is read once.
 MLM_CROSS_ENTROPY: TileTable = {

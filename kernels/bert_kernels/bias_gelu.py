@@ -41,7 +41,7 @@ def bias_gelu_reference(x_TF: Tensor, bias_F: Tensor, *, approximate: Approximat
 
 
 @triton.jit
-def _gelu(u, TANH: tl.constexpr, EXACT_ERF: tl.constexpr):  # type: ignore[no-untyped-def]
+def gelu_and_slope(u, TANH: tl.constexpr, EXACT_ERF: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return gelu(u) and its derivative; what the caller does not use is not computed."""
     if TANH:
         twice_v = 2.0 * _TANH_SCALE * (u + 0.044715 * u * u * u)
@@ -77,7 +77,7 @@ def _bias_gelu_fwd_kernel(  # type: ignore[no-untyped-def]
     offs = first_row * width + (tl.arange(0, BLOCK_M)[:, None] * width + offs_n[None, :])
     bias = tl.load(bias_ptr + offs_n, mask=offs_n < width, other=0.0).to(tl.float32)
     u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
-    y, _slope = _gelu(u, TANH, EXACT_ERF)
+    y, _slope = gelu_and_slope(u, TANH, EXACT_ERF)
     tl.store(y_ptr + offs, as_operand(y, y_ptr.dtype.element_ty, CPU_BF16), mask=mask)
 
 
@@ -97,7 +97,7 @@ def _bias_gelu_bwd_kernel(  # type: ignore[no-untyped-def]
         offs = first_row * width + (tl.arange(0, BLOCK_M)[:, None] * width + offs_n[None, :])
         u = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
         dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        _y, slope = _gelu(u, TANH, EXACT_ERF)
+        _y, slope = gelu_and_slope(u, TANH, EXACT_ERF)
         dx = dy * slope
         dbias += dx
         tl.store(dx_ptr + offs, as_operand(dx, dx_ptr.dtype.element_ty, CPU_BF16), mask=mask)
