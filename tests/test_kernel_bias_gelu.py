@@ -79,10 +79,8 @@ def test_strided_inputs_and_no_rows_are_handled() -> None:
     assert empty["out"].shape == (0, 40) and bool((empty["dbias"] == 0).all())
 
 
-def test_the_operator_passes_torchs_own_checks_and_compiles() -> None:
+def test_it_compiles_without_a_graph_break() -> None:
     x, bias = inputs(3, 16)
-    arguments = (x.requires_grad_(), bias.requires_grad_(), "none")
-    torch.library.opcheck(torch.ops.bert_kernels.bias_gelu.default, arguments)
     compiled = torch.compile(bias_gelu, backend="aot_eager", fullgraph=True)
     eager, traced = (out_and_gradients(op, x, bias, "tanh") for op in (bias_gelu, compiled))
     assert all(torch.equal(eager[name], traced[name]) for name in eager)
@@ -96,13 +94,3 @@ def test_what_the_kernel_cannot_do_is_refused_with_both_numbers() -> None:
         bias_gelu(x.double(), bias)
     with pytest.raises(ValueError, match="'none' or 'tanh', got 'erf'"):
         bias_gelu(x, bias, approximate="erf")  # type: ignore[arg-type]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="races show on a GPU only")
-def test_a_thousand_runs_on_a_gpu_give_the_same_bits() -> None:
-    x, bias = inputs(8191, 3072, torch.bfloat16)
-    first = out_and_gradients(bias_gelu, x, bias, "none")
-    for _ in range(1000):
-        again = out_and_gradients(bias_gelu, x, bias, "none")
-        assert all(torch.equal(first[name], again[name]) for name in first)
