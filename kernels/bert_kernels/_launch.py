@@ -38,16 +38,17 @@ class Launch:
 class _Recording:
     architecture: str
     launches: list[Launch]
+    run: bool
 
 
 _recording: _Recording | None = None
 
 
 @contextmanager
-def record_launches(architecture: str) -> Iterator[list[Launch]]:
-    """Collect the launches that the given architecture would see, on CPU tensors, without running them."""
+def record_launches(architecture: str, *, run: bool = False) -> Iterator[list[Launch]]:
+    """Collect the launches that the given architecture would see; without `run` on CPU tensors and not run."""
     global _recording
-    _recording = _Recording(architecture, [])
+    _recording = _Recording(architecture, [], run)
     try:
         yield _recording.launches
     finally:
@@ -86,16 +87,28 @@ def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: dict[str, 
     """Launch a kernel with a tile's warps and stages, on the device of its tensors; an empty grid is no launch."""
     if 0 in grid:
         return
+    this = Launch(kernel, grid, arguments, tile)
     if _recording is not None:
-        _recording.launches.append(Launch(kernel, grid, arguments, tile))
-        return
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+        _recording.launches.append(this)
+        if not _recording.run:
+            return
+    start(this)
+
+
+def start(launch: Launch) -> None:
+    """Run a launch."""
+    device = next(value.device for value in launch.arguments.values() if isinstance(value, Tensor))
     if device.type != "cuda":
         _let_interpreted_scalars_bound_loops()
-        kernel[grid](**arguments)
+        launch.kernel[launch.grid](**launch.arguments)
         return
     with torch.cuda.device(device):
-        kernel[grid](**arguments, **tile.options)
+        launch.kernel[launch.grid](**launch.arguments, **launch.tile.options)
+
+
+def kernel_name(launch: Launch) -> str:
+    """Return a kernel's name as records have it: `attention_fwd` for `_attention_fwd_kernel`."""
+    return launch.kernel.__name__.strip("_").removesuffix("_kernel")
 
 
 @functools.cache
