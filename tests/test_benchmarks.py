@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "kernels/benchmarks"
 
@@ -19,22 +17,72 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments", "wanted"),
-    [
-        ("bench_ops.py", ["--ops", "lamb", "bias_gelu"], ["lamb", "bias_gelu", "torch eager"]),
-        ("bench_train_step.py", [], ["ours compiled", "transformers eager", "transformers compiled"]),
-    ],
-)
-def test_a_dry_run_calls_every_provider_and_writes_nothing(
-    script: str, arguments: list[str], wanted: list[str]
-) -> None:
-    records = [BENCHMARKS / "results" / name for name in ("ops.csv", "train_step.csv")]
-    before = [path.stat().st_mtime_ns if path.exists() else None for path in records]
-    result = run_python(str(BENCHMARKS / script), "--dry_run", *arguments)
+def test_a_dry_run_calls_every_provider_of_every_operator_and_step_and_writes_nothing(tmp_path: Path) -> None:
+    result = run_python(str(BENCHMARKS / "bench_gpu.py"), "--dry_run", "--results", str(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert all(text in result.stdout for text in wanted), result.stdout
-    assert [path.stat().st_mtime_ns if path.exists() else None for path in records] == before
+    ops = ("attention", "layer_norm", "bias_gelu", "geglu", "mlm_cross_entropy", "embedding", "lamb")
+    ran = {
+        tuple(line.split()[:: len(line.split()) - 1]) for line in result.stdout.splitlines() if line.endswith(" ran")
+    }
+    assert {(op, "ran") for op in (*ops, "tiny")} == ran
+    for provider in ("torch eager", "torch compile", "sdpa math", "gemms alone", "ours compiled", "transformers eager"):
+        assert provider in result.stdout, provider
+    assert result.stdout.count("not measured") == 15
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_references_run_on_a_cpu_at_small_sizes(tmp_path: Path) -> None:
+    result = run_python(str(BENCHMARKS / "bench_ops.py"), "--on_cpu", "--dry_run", "--results", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "torch padded sdpa" in result.stdout and "left out" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_most_important_cases_come_first_and_a_second_call_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
+    script = f"""
+import itertools, time
+from bench_ops import *
+def case(op, priority):
+    make, providers = (lambda: Inputs(())), {{"ours": lambda x: None, "other": lambda x: None}}
+    return Case(op, "s", make, providers, Work(1, 0), Work(0, 0), priority, differentiable=False)
+class TwoCases(Budget):
+    def __init__(self):
+        self.left = 2
+    def allows(self, seconds):
+        self.left -= 1
+        return self.left >= 0
+facts = {{"time": "t", "gpu": "g", "torch": "1", "triton": "2", "commit": "abc"}}
+path, cases = Path({str(tmp_path)!r}) / "ops.csv", [case("b", 2), case("c", 3), case("a", 1)]
+def bench(facts):
+    known = recorded(path, facts, ("op", "shape", "provider"))
+    return Bench(torch.device("cpu"), facts, Ceilings(1e9, 1e12), TwoCases(), known, False)
+assert time_all(cases, bench(facts), path) == 1
+from bench_harness import read_rows
+assert [(row["op"], row["provider"]) for row in read_rows(path)] == [(o, p) for o in "ab" for p in ("ours", "other")]
+assert time_all([case("c", 0), *cases[:1]], bench(facts), path) == 0
+assert [row["op"] for row in read_rows(path)] == ["a", "a", "b", "b", "c", "c"]
+# Of other circumstances, or of a commit with changes, nothing counts as done.
+for other in ({{"gpu": "h"}}, {{"commit": "abd"}}, {{"commit": "abc+"}}, {{"commit": "unknown"}}):
+    assert recorded(path, facts | other, ("op",)) == set()
+"""
+    result = run_python("-c", script)
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_operator_whose_tests_fail_is_named_and_one_that_passed_is_not_tested_again(tmp_path: Path) -> None:
+    script = f"""
+from bench_harness import *
+facts = {{"time": "t", "gpu": "g", "torch": "1", "triton": "2", "commit": "abc"}}
+folder = Path({str(tmp_path)!r})
+# There is tests/test_kernel_numerics.py, and no such file of the other.
+assert red_ops(["numerics", "of_nothing"], facts, folder) == ["of_nothing"]
+assert [row["op"] for row in read_rows(folder / "tests_green.csv")] == ["numerics"]
+assert red_ops(["numerics"], facts, folder) == []
+assert len(read_rows(folder / "tests_green.csv")) == 1
+"""
+    result = run_python("-c", script)
+    assert result.returncode == 0, result.stderr
+    assert "test_kernel_of_nothing.py" in result.stderr
 
 
 def test_the_arithmetic_of_the_benchmarks() -> None:

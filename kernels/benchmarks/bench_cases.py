@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bert_kernels.attention import attention, attention_reference
 from bert_kernels.bias_gelu import bias_gelu
+from bert_kernels.geglu import geglu
 from bert_kernels.layer_norm import dropout_add_layer_norm, layer_norm
 
 DTYPE = torch.bfloat16
@@ -45,6 +46,8 @@ class Case:
     """What returns the output; of several outputs the first counts."""
     forward: Work
     backward: Work
+    priority: int = 1
+    """Cases of a small number are timed first."""
     differentiable: bool = True
 
 
@@ -60,6 +63,7 @@ def random(*shape: int, device: torch.device, dtype: torch.dtype = DTYPE) -> Ten
 
 def attention_cases(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
     """Yield attention of 12 heads of 64 with and without dropout."""
+    plain_compiled = compiled(_plain_attention, dry_run=dry_run)
     heads, head_dim = (2, 16) if dry_run else (12, 64)
     sizes = [(2, 16)] if dry_run else [(64, 128), (256, 128), (16, 512), (64, 512)]
     shapes = {f"N={n} S={s} H={heads} K={head_dim}": [s] * n for n, s in sizes}
@@ -67,21 +71,29 @@ def attention_cases(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
     shapes[f"N={len(real)} wikipedia H={heads} K={head_dim}"] = [min(n, 20) for n in real] if dry_run else real
     for shape, lengths in shapes.items():
         for dropout_p in (0.0, 0.1):
-            yield _attention_case(f"{shape} p={dropout_p}", lengths, (heads, head_dim), dropout_p, device)
+            make = _attention_inputs(lengths, (heads, head_dim), dropout_p, device)
+            providers = _attention_providers(lengths, dropout_p, plain_compiled)
+            size, lse = 2.0 * sum(lengths) * heads * head_dim, 4.0 * sum(lengths) * heads
+            flops = 4.0 * sum(length * length for length in lengths) * heads * head_dim
+            work = Work(4 * size + lse, flops), Work(8 * size + lse, 2.5 * flops)
+            yield Case("attention", f"{shape} p={dropout_p}", make, providers, *work, priority=int(max(lengths) < 512))
 
 
-def _attention_case(
-    shape: str, lengths: list[int], heads_and_dim: tuple[int, int], dropout_p: float, device: torch.device
-) -> Case:
-    heads, head_dim = heads_and_dim
-    num_tokens, squares = sum(lengths), sum(length * length for length in lengths)
-
+def _attention_inputs(
+    lengths: list[int], heads_and_dim: tuple[int, int], dropout_p: float, device: torch.device
+) -> Callable[[], Inputs]:
     def make() -> Inputs:
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
         extra = {"cu_seqlens": bounds, "longest": max(lengths), "dropout_p": dropout_p, "num_sequences": len(lengths)}
         extra["seed"] = torch.tensor([7], device=device)
-        return Inputs((random(num_tokens, 3, heads, head_dim, device=device),), extra)
+        return Inputs((random(sum(lengths), 3, *heads_and_dim, device=device),), extra)
 
+    return make
+
+
+def _attention_providers(
+    lengths: list[int], dropout_p: float, plain_compiled: Callable[..., Tensor]
+) -> dict[str, Callable[[Inputs], Any]]:
     providers: dict[str, Callable[[Inputs], Any]] = {
         "ours": lambda x: _packed(attention, x),
         "torch eager": lambda x: _packed(attention_reference, x),
@@ -90,6 +102,9 @@ def _attention_case(
         kinds = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
         kinds |= {"efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
         providers |= {f"sdpa {name}": _sdpa(kind) for name, kind in kinds.items()}
+        providers["torch compile"] = lambda x: plain_compiled(
+            x.tensors[0], x.extra["num_sequences"], x.extra["dropout_p"]
+        )
     varlen, flash = importable("torch.nn.attention.varlen"), importable("flash_attn")
     if varlen is not None and dropout_p == 0.0:
         providers["torch varlen"] = lambda x: varlen.varlen_attn(
@@ -99,9 +114,7 @@ def _attention_case(
         providers["flash-attn"] = lambda x: flash.flash_attn_varlen_qkvpacked_func(
             x.tensors[0], x.extra["cu_seqlens"], x.extra["longest"], dropout_p=dropout_p
         )
-    size, lse = 2.0 * num_tokens * heads * head_dim, 4.0 * num_tokens * heads
-    flops = 4.0 * squares * heads * head_dim
-    return Case("attention", shape, make, providers, Work(4 * size + lse, flops), Work(8 * size + lse, 2.5 * flops))
+    return providers
 
 
 def _packed(op: Callable[..., Tensor], x: Inputs) -> Tensor:
@@ -109,10 +122,21 @@ def _packed(op: Callable[..., Tensor], x: Inputs) -> Tensor:
     return op(x.tensors[0], x.extra["cu_seqlens"], x.extra["longest"], **options)
 
 
+def _heads_first(qkv_T3HK: Tensor, num_sequences: int) -> tuple[Tensor, ...]:
+    """Return q, k and v (N, H, S, K) of sequences of one length."""
+    return qkv_T3HK.unflatten(0, (num_sequences, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _plain_attention(qkv_T3HK: Tensor, num_sequences: int, dropout_p: float) -> Tensor:
+    q, k, v = _heads_first(qkv_T3HK, num_sequences)
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    return F.dropout(torch.softmax(scores.float(), dim=-1).to(v.dtype), dropout_p) @ v
+
+
 def _sdpa(kind: SDPBackend) -> Callable[[Inputs], Tensor]:
     def call(x: Inputs) -> Tensor:
-        q, k, v = x.tensors[0].unflatten(0, (x.extra["num_sequences"], -1)).permute(2, 0, 3, 1, 4).unbind(0)
         with sdpa_kernel(kind):
+            q, k, v = _heads_first(x.tensors[0], x.extra["num_sequences"])
             return F.scaled_dot_product_attention(q, k, v, dropout_p=x.extra["dropout_p"])
 
     return call
@@ -143,7 +167,8 @@ def layer_norm_cases(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
             plain["apex"] = lambda x: apex.fused_layer_norm.fused_layer_norm_affine(
                 x.tensors[0], *x.tensors[2:4], x.tensors[2].shape, EPS
             )
-        yield Case("layer_norm", f"plain {shape}", make, plain, Work(2 * size, 0), Work(3 * size, 0))
+        priority = _priority(num_tokens, width)
+        yield Case("layer_norm", f"plain {shape}", make, plain, Work(2 * size, 0), Work(3 * size, 0), priority + 1)
         fused: dict[str, Callable[[Inputs], Any]] = {
             "ours": lambda x: dropout_add_layer_norm(
                 *x.tensors[:4], EPS, x_bias_D=x.tensors[4], dropout_p=0.1, dropout_seed=x.extra["seed"]
@@ -151,13 +176,19 @@ def layer_norm_cases(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
             "torch eager": lambda x: _plain_dropout_add_layer_norm(*x.tensors),
             "torch compile": lambda x: fused_compiled(*x.tensors),
         }
-        yield Case("layer_norm", f"dropout_add p=0.1 {shape}", make, fused, Work(3 * size, 0), Work(5 * size, 0))
+        work = Work(3 * size, 0), Work(5 * size, 0)
+        yield Case("layer_norm", f"dropout_add p=0.1 {shape}", make, fused, *work, priority)
 
 
 def _token_shapes(dry_run: bool) -> list[tuple[int, int]]:
     if dry_run:
         return [(5, 32)]
     return [(num_tokens, width) for width in (768, 1024) for num_tokens in (2048, 8192, 32768, 65536)]
+
+
+def _priority(num_tokens: int, width: int) -> int:
+    """BERT-large at the size that no cache holds comes first, then its usual size."""
+    return {(32768, 1024): 0, (8192, 1024): 1}.get((num_tokens, width), 2)
 
 
 def _plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -183,8 +214,35 @@ def bias_gelu_cases(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
                 "torch compile": lambda x, kind=kind: gelu_compiled(*x.tensors, kind),
             }
             size, shape = 8.0 * num_tokens * width, f"{kind} T={num_tokens} F={4 * width}"
-            yield Case("bias_gelu", shape, make, providers, Work(2 * size, 0), Work(3 * size, 0))
+            priority = _priority(num_tokens, width) + (kind == "tanh")
+            yield Case("bias_gelu", shape, make, providers, Work(2 * size, 0), Work(3 * size, 0), priority)
 
 
 def _plain_bias_gelu(x: Tensor, bias: Tensor, kind: str) -> Tensor:
     return F.gelu(x + bias, approximate=kind)
+
+
+def geglu_cases(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
+    """Yield gelu(a) * b of ModernBERT-large's width, without a bias as it has none."""
+    geglu_compiled = compiled(_plain_geglu, dry_run=dry_run)
+    liger = importable("liger_kernel.ops.geglu")
+    for num_tokens, width in [(5, 32)] if dry_run else [(8192, 2624), (32768, 2624)]:
+
+        def make(num_tokens: int = num_tokens, width: int = width) -> Inputs:
+            return Inputs((random(num_tokens, 2 * width, device=device),))
+
+        providers: dict[str, Callable[[Inputs], Any]] = {
+            "ours": lambda x: geglu(*x.tensors),
+            "torch eager": lambda x: _plain_geglu(*x.tensors),
+            "torch compile": lambda x: geglu_compiled(*x.tensors),
+        }
+        if liger is not None:
+            # Liger's is the tanh form, of two tensors.
+            providers["liger tanh"] = lambda x: liger.LigerGELUMulFunction.apply(*x.tensors[0].chunk(2, dim=-1))
+        size = 2.0 * num_tokens * width
+        yield Case("geglu", f"T={num_tokens} F={width}", make, providers, Work(3 * size, 0), Work(5 * size, 0), 2)
+
+
+def _plain_geglu(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return F.gelu(a) * b

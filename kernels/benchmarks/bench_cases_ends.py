@@ -54,7 +54,8 @@ def mlm_cross_entropy_cases(device: torch.device, *, dry_run: bool) -> Iterator[
         # Rows, table and their gradients; logits need not touch memory.
         tensors_bytes = 2.0 * (num_rows + rows_of_table) * width
         work = (Work(tensors_bytes, 2 * size), Work(2 * tensors_bytes, 4 * size))
-        yield Case("mlm_cross_entropy", f"P={num_rows} V={rows_of_table} D={width}", make, providers, *work)
+        priority = int(num_rows != 4915)
+        yield Case("mlm_cross_entropy", f"P={num_rows} V={rows_of_table} D={width}", make, providers, *work, priority)
 
 
 def _plain_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Tensor:
@@ -131,7 +132,8 @@ def lamb_cases(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
             providers["deepspeed FusedLamb"] = lambda x, deepspeed=deepspeed: x.extra["optimizer"](deepspeed.FusedLamb)
         work = Work(42.0 * sum(sizes), 0)
         make = _lamb_inputs(sizes, device)
-        yield Case("lamb", f"{name} E={sum(sizes)}", make, providers, work, Work(0, 0), differentiable=False)
+        shape, priority = f"{name} E={sum(sizes)}", int(name != "BERT-large")
+        yield Case("lamb", shape, make, providers, work, Work(0, 0), priority, differentiable=False)
 
 
 def _lamb_inputs(sizes: list[int], device: torch.device) -> Callable[[], Inputs]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import csv
 import importlib
+import os
+import platform
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import triton
 
@@ -23,6 +28,9 @@ RESULTS = Path(__file__).parent / "results"
 WIKIPEDIA_512 = (60, 173, 291, 404, 458, 472, 479, 483, 487, 491, 493, 496, 498, 500, 502, 504, 506, 508, 510, 512)
 WIKIPEDIA_128 = (36, 60, 78, 87, 93, 98, 101, 105, 107, 110, 112, 114, 116, 118, 120, 121, 123, 125, 126, 128)
 HALF_FULL_512 = (13, 38, 64, 90, 115, 141, 166, 192, 218, 243, 269, 294, 320, 346, 371, 397, 422, 448, 474, 499)
+
+
+_CIRCUMSTANCES = ("gpu", "torch", "triton", "commit")
 
 
 class Quantiles(NamedTuple):
@@ -72,46 +80,102 @@ class Row:
     gemm_flops_per_s: str
 
 
+@dataclass(frozen=True)
+class GreenRow:
+    """One line of the record of tests: those of an operator passed under these circumstances."""
+
+    time: str
+    gpu: str
+    torch: str
+    triton: str
+    commit: str
+    op: str
+
+
+class Budget:
+    """Wall-clock time that a command may take."""
+
+    def __init__(self, minutes: float) -> None:
+        self._end = time.monotonic() + 60.0 * minutes
+
+    def allows(self, seconds: float) -> bool:
+        """Return whether something that takes this long still fits."""
+        return time.monotonic() + seconds <= self._end
+
+
 def roofline_s(work: Work, ceilings: Ceilings) -> float:
     """Return the shortest time in which the work can be done."""
     return max(work.bytes / ceilings.bytes_per_s, work.flops / ceilings.flops_per_s)
 
 
-def time_cold(function: Callable[[], Any], *, dry_run: bool, rep_ms: int = 100) -> Quantiles:
-    """Return the time of a call whose inputs are not in the cache; a dry run calls once."""
-    if dry_run:
-        start = time.perf_counter()
-        function()
-        return Quantiles(*[time.perf_counter() - start] * 3)
-    times = triton.testing.do_bench(function, warmup=25, rep=rep_ms, quantiles=[0.2, 0.5, 0.8])
-    return Quantiles(*(milliseconds * 1e-3 for milliseconds in times))
+def time_cold(function: Callable[[], Any], device: torch.device, *, dry_run: bool, rep_ms: int = 100) -> Quantiles:
+    """Return the time of a call whose inputs are not in the GPU's cache; a CPU's is as it is. A dry run calls once."""
+    if dry_run or device.type == "cpu":
+        times = [_seconds(function) for _ in range(1 if dry_run else 12)]
+        # The first two warm up.
+        return Quantiles(*np.quantile(times[2:] or times, [0.2, 0.5, 0.8]).tolist())
+    milliseconds = triton.testing.do_bench(function, warmup=25, rep=rep_ms, quantiles=[0.2, 0.5, 0.8])
+    return Quantiles(*(1e-3 * each for each in milliseconds))
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def measure_ceilings(device: torch.device, *, dry_run: bool) -> Ceilings:
     """Time a copy and a matrix product."""
-    size = 64 if dry_run else 8192
+    size = 64 if dry_run else 8192 if device.type == "cuda" else 2048
     source = torch.empty(size * size * (1 if dry_run else 8), dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
-    copy = time_cold(lambda: target.copy_(source), dry_run=dry_run)
+    copy = time_cold(lambda: target.copy_(source), device, dry_run=dry_run)
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-    gemm = time_cold(lambda: a @ b, dry_run=dry_run)
+    gemm = time_cold(lambda: a @ b, device, dry_run=dry_run)
     return Ceilings(2 * source.numel() * source.element_size() / copy.p50, 2.0 * size**3 / gemm.p50)
 
 
-def tests_are_green(op: str) -> bool:
-    """Run the tests of an operator on this machine's device."""
+def red_ops(ops: Sequence[str], facts: dict[str, str], results: Path) -> list[str]:
+    """Run the tests of operators on this device, all at once, and return those whose tests fail.
+
+    What passed is recorded; under the same circumstances it is not run again.
+    """
+    path = results / "tests_green.csv"
+    waiting = [op for op in ops if (op,) not in recorded(path, facts, ("op",))]
+    red = []
+    with ExitStack() as stack:
+        outputs = {op: stack.enter_context(tempfile.TemporaryFile("w+")) for op in waiting}
+        running = {op: _start_tests(op, output) for op, output in outputs.items()}
+        for op, process in running.items():
+            if process.wait() == 0:
+                append_rows(path, [GreenRow(**facts, op=op)])
+                continue
+            outputs[op].seek(0)
+            print(outputs[op].read()[-4000:], file=sys.stderr)
+            red.append(op)
+    return red
+
+
+def _start_tests(op: str, output: Any) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not campaign and not gpu", f"tests/test_kernel_{op}.py"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if result.returncode != 0:
-        print(result.stdout[-3000:], result.stderr[-1000:], sep="\n", file=sys.stderr)
-    return result.returncode == 0
+    return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
 
 
 def circumstances(device: torch.device) -> dict[str, str]:
     """Return what a reader must know to repeat a measurement."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    found = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "gpu": gpu}
+    found = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "gpu": _device_name(device)}
     return found | {"torch": torch.__version__, "triton": triton.__version__, "commit": _commit()}
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return f"cpu {models[0] if models else platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def _commit() -> str:
@@ -120,6 +184,25 @@ def _commit() -> str:
         return "unknown"
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "kernels", "bert_ds"], cwd=ROOT)
     return commit.stdout.strip() + ("+" if changed.returncode else "")
+
+
+def recorded(path: Path, facts: Mapping[str, str], columns: Sequence[str]) -> set[tuple[str, ...]]:
+    """Return the values of columns of a record's rows of these circumstances; none of a commit with changes."""
+    if not path.exists() or facts["commit"] == "unknown" or facts["commit"].endswith("+"):
+        return set()
+    return {
+        tuple(row[column] for column in columns)
+        for row in read_rows(path)
+        if all(row[name] == facts[name] for name in _CIRCUMSTANCES)
+    }
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a record, none where there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def append_rows(path: Path, rows: Sequence[Any]) -> None:

@@ -1,11 +1,14 @@
 """Time the operators against others on this GPU and append the rows to results/ops.csv.
 
     python kernels/benchmarks/bench_ops.py                      every operator; needs a CUDA device
-    python kernels/benchmarks/bench_ops.py --ops lamb embedding
+    python kernels/benchmarks/bench_ops.py --ops lamb embedding --minutes 5
+    python kernels/benchmarks/bench_ops.py --on_cpu             the torch references on a CPU, into results/ops_cpu.csv
     TRITON_INTERPRET=1 python kernels/benchmarks/bench_ops.py --dry_run    tiny sizes, anywhere, writes nothing
 
 An operator whose tests fail is not timed. Times are cold: the L2 cache is flushed before every call. The roofline of a
-row is max(bytes / copy bandwidth, FLOPs / GEMM rate), both measured in the same run.
+row is max(bytes / copy bandwidth, FLOPs / GEMM rate), both measured in the same run. The most important cases come
+first; what --minutes cuts off is done by the next call, which leaves out what the record has of the same GPU, versions
+and commit.
 """
 
 from __future__ import annotations
@@ -13,13 +16,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cases import Case, Inputs, attention_cases, bias_gelu_cases, layer_norm_cases
+from bench_cases import Case, Inputs, attention_cases, bias_gelu_cases, geglu_cases, layer_norm_cases
+from bench_cases_cpu import CPU_OPS
 from bench_cases_ends import embedding_cases, lamb_cases, mlm_cross_entropy_cases
 from bench_harness import (
     RESULTS,
+    Budget,
     Ceilings,
     Row,
     Work,
@@ -27,8 +34,9 @@ from bench_harness import (
     circumstances,
     measure_ceilings,
     reason,
+    recorded,
+    red_ops,
     roofline_s,
-    tests_are_green,
     time_cold,
 )
 
@@ -36,10 +44,13 @@ OPS = {
     "attention": attention_cases,
     "layer_norm": layer_norm_cases,
     "bias_gelu": bias_gelu_cases,
+    "geglu": geglu_cases,
     "mlm_cross_entropy": mlm_cross_entropy_cases,
     "embedding": embedding_cases,
     "lamb": lamb_cases,
 }
+# What a case may take, most of it torch.compile.
+_CASE_S = 30.0
 
 
 def modes_of(
@@ -68,52 +79,90 @@ def modes_of(
     yield "both", forward_and_backward, both
 
 
-def time_case(case: Case, ceilings: Ceilings, facts: dict[str, str], *, dry_run: bool) -> Iterator[Row]:
+@dataclass(frozen=True)
+class Bench:
+    """What all cases of one command share."""
+
+    device: torch.device
+    facts: dict[str, str]
+    ceilings: Ceilings
+    budget: Budget
+    recorded: set[tuple[str, ...]]
+    """(op, shape, provider) that need not be timed again."""
+    dry_run: bool
+
+
+def time_case(case: Case, bench: Bench) -> Iterator[Row]:
     """Yield a row for each provider and mode; what a provider cannot do is printed and left out."""
-    inputs = case.make()
-    for name, provider in case.providers.items():
+    waiting = [name for name in case.providers if (case.op, case.shape, name) not in bench.recorded]
+    inputs = case.make() if waiting else None
+    for name in waiting:
+        assert inputs is not None
         try:
-            for mode, function, work in modes_of(case, provider, inputs):
-                times = time_cold(function, dry_run=dry_run)
-                percent = 100.0 * roofline_s(work, ceilings) / times.p50
-                names = ("p20_us", "p50_us", "p80_us")
-                numbers = {column: f"{1e6 * value:.2f}" for column, value in zip(names, times, strict=True)}
-                numbers |= {"bytes": f"{work.bytes:.0f}", "flops": f"{work.flops:.0f}"}
-                numbers["roofline_percent"] = f"{percent:.1f}"
-                numbers["copy_bytes_per_s"] = f"{ceilings.bytes_per_s:.4e}"
-                numbers["gemm_flops_per_s"] = f"{ceilings.flops_per_s:.4e}"
-                yield Row(**facts, op=case.op, shape=case.shape, provider=name, mode=mode, **numbers)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            # All modes or none: a provider with some rows in the record would count as done.
+            yield from list(_time_provider(case, name, inputs, bench))
+        except Exception as error:
+            # Other people's code may raise anything where it cannot do a case or does not build.
             if name == "ours":
                 raise
             print(f"{case.op} {case.shape}: {name} left out: {reason(error)}", file=sys.stderr)
 
 
-def main() -> int:
-    """Parse, test, time, append."""
+def _time_provider(case: Case, name: str, inputs: Inputs, bench: Bench) -> Iterator[Row]:
+    for mode, function, work in modes_of(case, case.providers[name], inputs):
+        times = time_cold(function, bench.device, dry_run=bench.dry_run)
+        percent = 100.0 * roofline_s(work, bench.ceilings) / times.p50
+        names = ("p20_us", "p50_us", "p80_us")
+        numbers = {column: f"{1e6 * value:.2f}" for column, value in zip(names, times, strict=True)}
+        numbers |= {"bytes": f"{work.bytes:.0f}", "flops": f"{work.flops:.0f}", "roofline_percent": f"{percent:.1f}"}
+        numbers["copy_bytes_per_s"] = f"{bench.ceilings.bytes_per_s:.4e}"
+        numbers["gemm_flops_per_s"] = f"{bench.ceilings.flops_per_s:.4e}"
+        yield Row(**bench.facts, op=case.op, shape=case.shape, provider=name, mode=mode, **numbers)
+
+
+def time_all(cases: list[Case], bench: Bench, path: Path) -> int:
+    """Time the cases in order of priority and append their rows; return how many the budget left out."""
+    ordered = sorted(cases, key=lambda case: case.priority)
+    for i, case in enumerate(ordered):
+        if not bench.budget.allows(_CASE_S):
+            print(f"the time is spent: {len(ordered) - i} cases left, run again to go on", file=sys.stderr)
+            return len(ordered) - i
+        for row in time_case(case, bench):
+            figures = "ran" if bench.dry_run else f"{row.p50_us:>12} us {row.roofline_percent:>6} %"
+            print(f"{row.op:18} {row.shape:34} {row.provider:20} {row.mode:9} {figures}", flush=True)
+            if not bench.dry_run:
+                append_rows(path, [row])
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no case that would end later")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--on_cpu", "--on-cpu", action="store_true", help="time the torch references on the CPU")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="tiny sizes on any device, writes nothing")
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not args.dry_run:
-        raise SystemExit("no CUDA device: nothing here is worth timing; --dry_run tries the script itself")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Parse, test, time, append."""
+    args = parse()
+    budget = Budget(args.minutes)
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.on_cpu else "cpu")
+    if device.type == "cpu" and not args.dry_run and not args.on_cpu:
+        raise SystemExit("no CUDA device: --on_cpu times the torch references, --dry_run tries the script itself")
     torch.manual_seed(0)
-    facts = circumstances(device)
-    ceilings = measure_ceilings(device, dry_run=args.dry_run)
-    red = []
-    for op in args.ops:
-        if not args.dry_run and not tests_are_green(op):
-            print(f"{op}: its tests fail, so it is not timed", file=sys.stderr)
-            red.append(op)
-            continue
-        for case in OPS[op](device, dry_run=args.dry_run):
-            rows = list(time_case(case, ceilings, facts, dry_run=args.dry_run))
-            for row in rows:
-                figures = "ran" if args.dry_run else f"{row.p50_us:>12} us {row.roofline_percent:>6} %"
-                print(f"{row.op:18} {row.shape:34} {row.provider:20} {row.mode:9} {figures}", flush=True)
-            if not args.dry_run:
-                append_rows(RESULTS / "ops.csv", rows)
+    facts, path = circumstances(device), args.results / ("ops_cpu.csv" if args.on_cpu else "ops.csv")
+    red = [] if args.dry_run else red_ops(args.ops, facts, args.results)
+    if red:
+        print(f"not timed, because their tests fail: {', '.join(red)}", file=sys.stderr)
+    known = recorded(path, facts, ("op", "shape", "provider"))
+    bench = Bench(device, facts, measure_ceilings(device, dry_run=args.dry_run), budget, known, args.dry_run)
+    make = CPU_OPS if args.on_cpu else OPS
+    cases = [case for op in args.ops if op not in red for case in make[op](device, dry_run=args.dry_run)]
+    time_all(cases, bench, path)
     return 1 if red else 0
 
 

@@ -19,8 +19,9 @@ import gc
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +31,13 @@ from bench_harness import (
     RESULTS,
     WIKIPEDIA_128,
     WIKIPEDIA_512,
+    Budget,
     append_rows,
     circumstances,
     lengths_of,
     reason,
-    tests_are_green,
+    recorded,
+    red_ops,
 )
 from bench_ops import OPS
 from torch import Tensor, nn
@@ -44,21 +47,23 @@ from bert_ds.run_config import IGNORE_INDEX, ModelConfig
 from bert_ds.training.throughput import peak_flops
 
 MODELS = {
-    "base": ModelConfig(),
     "large": ModelConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+    "base": ModelConfig(),
 }
 TINY = ModelConfig(
     vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
     max_position_embeddings=32,
 )  # fmt: skip
+# In order of importance, as the models above.
 BATCHES = {
-    "full_128": lengths_of((128,), 256),
-    "wikipedia_128": lengths_of(WIKIPEDIA_128, 256),
+    "half_full_512": lengths_of(HALF_FULL_512, 64),
     "full_512": lengths_of((512,), 64),
     "wikipedia_512": lengths_of(WIKIPEDIA_512, 64),
-    "half_full_512": lengths_of(HALF_FULL_512, 64),
+    "wikipedia_128": lengths_of(WIKIPEDIA_128, 256),
+    "full_128": lengths_of((128,), 256),
 }
-PROVIDERS = ("ours", "ours compiled", "transformers eager", "transformers compiled")
+# In order of importance, and the most seconds that each may take, most of them torch.compile.
+PROVIDERS = {"ours": 40.0, "transformers compiled": 150.0, "transformers eager": 40.0, "ours compiled": 150.0}
 # Parts of kernel names, in the order in which they are tried.
 KINDS = {
     "attention": ("attention", "flash", "fmha", "sdp"),
@@ -213,36 +218,36 @@ def flops_per_token(config: ModelConfig, batch: Batch) -> float:
     return dense + attention + head
 
 
-def measure(model_name: str, batch_name: str, device: torch.device, *, dry_run: bool) -> Iterator[StepRow]:
-    """Yield a row for each provider; one that cannot do the step is printed and left out."""
+def measure(model_name: str, batch_name: str, provider: str, device: torch.device, *, dry_run: bool) -> StepRow | None:
+    """Return the row of a provider; one that cannot do the step is printed and gives None."""
     config = TINY if dry_run else MODELS[model_name]
     lengths = [16, 11, 9] if dry_run else BATCHES[batch_name]
     facts, num_tokens = circumstances(device), sum(lengths)
     peak = peak_flops(facts["gpu"], "bf16")
     torch.manual_seed(0)
     batch = make_batch(lengths, config, device)
-    for provider in PROVIDERS:
-        try:
-            seconds, memory, shares = _measure_provider(provider, config, batch, dry_run=dry_run)
-        except (RuntimeError, ImportError) as error:
-            if provider == "ours":
-                raise
-            print(f"{model_name} {batch_name}: {provider} left out: {reason(error)}", file=sys.stderr)
-            continue
-        mfu = "" if peak is None else f"{100 * flops_per_token(config, batch) * num_tokens / seconds / peak:.1f}"
-        yield StepRow(
-            **facts,
-            model=model_name,
-            batch=batch_name,
-            provider=provider,
-            num_tokens=num_tokens,
-            padded_tokens=len(lengths) * max(lengths),
-            step_ms=f"{1e3 * seconds:.3f}",
-            tokens_per_s=f"{num_tokens / seconds:.0f}",
-            mfu_percent=mfu,
-            peak_memory_bytes=memory,
-            shares=shares,
-        )
+    try:
+        seconds, memory, shares = _measure_provider(provider, config, batch, dry_run=dry_run)
+    except Exception as error:
+        # Other people's code may raise anything.
+        if provider == "ours":
+            raise
+        print(f"{model_name} {batch_name}: {provider} left out: {reason(error)}", file=sys.stderr)
+        return None
+    mfu = "" if peak is None else f"{100 * flops_per_token(config, batch) * num_tokens / seconds / peak:.1f}"
+    return StepRow(
+        **facts,
+        model=model_name,
+        batch=batch_name,
+        provider=provider,
+        num_tokens=num_tokens,
+        padded_tokens=len(lengths) * max(lengths),
+        step_ms=f"{1e3 * seconds:.3f}",
+        tokens_per_s=f"{num_tokens / seconds:.0f}",
+        mfu_percent=mfu,
+        peak_memory_bytes=memory,
+        shares=shares,
+    )
 
 
 def _measure_provider(provider: str, config: ModelConfig, batch: Batch, *, dry_run: bool) -> tuple[float, int, str]:
@@ -260,30 +265,44 @@ def _measure_provider(provider: str, config: ModelConfig, batch: Batch, *, dry_r
     return seconds, torch.cuda.max_memory_allocated(device), shares_of_time(step)
 
 
-def main() -> int:
-    """Parse, test, time, append."""
+def parse() -> argparse.Namespace:
+    """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--batches", nargs="+", default=list(BATCHES), choices=list(BATCHES))
+    parser.add_argument("--minutes", type=float, default=120.0, help="begin no measurement that would end later")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
     parser.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="a tiny model on any device, writes nothing"
     )
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Parse, test, time, append."""
+    args = parse()
+    budget, device = Budget(args.minutes), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.dry_run:
         raise SystemExit("no CUDA device: nothing here is worth timing; --dry_run tries the script itself")
-    red = [] if args.dry_run else [op for op in OPS if not tests_are_green(op)]
+    facts, path = circumstances(device), args.results / "train_step.csv"
+    red = [] if args.dry_run else red_ops(list(OPS), facts, args.results)
     if red:
         raise SystemExit(f"the tests of {', '.join(red)} fail, so nothing is timed")
-    pairs = [("tiny", "tiny")] if args.dry_run else list(itertools.product(args.models, args.batches))
-    for model_name, batch_name in pairs:
-        for row in measure(model_name, batch_name, device, dry_run=args.dry_run):
-            figures = (
-                "ran" if args.dry_run else f"{row.tokens_per_s:>9} tokens/s  MFU {row.mfu_percent} %  {row.shares}"
-            )
-            print(f"{row.model:6} {row.batch:14} {row.provider:22} {figures}", flush=True)
-            if not args.dry_run:
-                append_rows(RESULTS / "train_step.csv", [row])
+    known = recorded(path, facts, ("model", "batch", "provider"))
+    # A batch after the other, the most important one first, each for all models.
+    pairs = [("tiny", "tiny")] if args.dry_run else [(m, b) for b in args.batches for m in args.models]
+    left = [(m, b, provider) for m, b in pairs for provider in PROVIDERS if (m, b, provider) not in known]
+    for model_name, batch_name, provider in left:
+        if not budget.allows(PROVIDERS[provider]):
+            print(f"{model_name} {batch_name}: no time left for {provider}, run again to go on", file=sys.stderr)
+            continue
+        row = measure(model_name, batch_name, provider, device, dry_run=args.dry_run)
+        if row is None:
+            continue
+        figures = "ran" if args.dry_run else f"{row.tokens_per_s:>9} tokens/s  MFU {row.mfu_percent} %  {row.shares}"
+        print(f"{row.model:6} {row.batch:14} {row.provider:22} {figures}", flush=True)
+        if not args.dry_run:
+            append_rows(path, [row])
     return 0
 
 

@@ -98,7 +98,9 @@ def seconds(subject: Subject, case: Case, architecture: str, tile: Tile, device:
     """Return the time of the launches that count, each with a cold cache; on a CPU one run is timed."""
     with device:
         launches = launches_of(subject, case, architecture, tile, run=True)
-    times = (time_cold(lambda launch=launch: start(launch), dry_run=device.type == "cpu") for launch in launches)
+    times = (
+        time_cold(lambda launch=launch: start(launch), device, dry_run=device.type == "cpu") for launch in launches
+    )
     return sum(time.p50 for time in times)
 
 
