@@ -38,32 +38,42 @@ _ANY = 1 << 62
 ATTENTION: Mapping[str, TileTable] = {
     "fwd/64": {
         "sm_90": ((_ANY, Tile(128, 64, 8, 3, 128)),),
+        "sm_100": ((_ANY, Tile(128, 64, 8, 3)),),
         "default": ((_ANY, Tile(128, 64, 8, 2)),),
     },
-    "fwd/128": {"default": ((_ANY, Tile(128, 64, 8, 2)),)},
+    "fwd/128": {
+        "sm_90": ((_ANY, Tile(128, 64, 8, 2)),),
+        "sm_100": ((_ANY, Tile(128, 64, 8, 2)),),
+        "default": ((_ANY, Tile(64, 64, 8, 2)),),
+    },
     "fwd/fp32": {"default": ((_ANY, Tile(32, 64, 8, 1)),)},
     "short/64": {
         "sm_80": ((64, Tile(64, 64, 8, 1)), (_ANY, Tile(128, 64, 8, 1))),
         "sm_90": ((64, Tile(64, 64, 4, 1)), (_ANY, Tile(128, 64, 8, 2))),
+        "sm_100": ((64, Tile(64, 64, 8, 1)), (_ANY, Tile(128, 64, 8, 1))),
         "default": ((_ANY, Tile(64, 64, 8, 1)),),
     },
     "short/128": {
         "sm_90": ((_ANY, Tile(64, 64, 8, 2)),),
+        "sm_100": ((_ANY, Tile(128, 64, 8, 1)),),
         "default": ((_ANY, Tile(64, 64, 8, 1)),),
     },
     "short/fp32": {"default": ((_ANY, Tile(0, 64, 8, 1)),)},
     "dq/64": {
-        "sm_90": ((_ANY, Tile(128, 64, 8, 2, 128)),),
+        "sm_90": ((_ANY, Tile(64, 64, 4, 2)),),
+        "sm_100": ((_ANY, Tile(64, 64, 4, 2)),),
         "default": ((_ANY, Tile(64, 64, 4, 2)),),
     },
-    "dq/128": {"default": ((_ANY, Tile(64, 64, 8, 2)),)},
+    "dq/128": {"sm_100": ((_ANY, Tile(64, 64, 8, 2)),), "default": ((_ANY, Tile(64, 64, 8, 2)),)},
     "dq/fp32": {"default": ((_ANY, Tile(32, 64, 8, 1)),)},
     "dkdv/64": {
         "sm_90": ((_ANY, Tile(64, 64, 4, 2)),),
-        "default": ((_ANY, Tile(64, 64, 8, 2)),),
+        "sm_100": ((_ANY, Tile(64, 64, 8, 2)),),
+        "default": ((_ANY, Tile(32, 64, 8, 2)),),
     },
     "dkdv/128": {
         "sm_90": ((_ANY, Tile(128, 64, 8, 1)),),
+        "sm_100": ((_ANY, Tile(64, 64, 8, 2)),),
         "default": ((_ANY, Tile(64, 64, 8, 1)),),
     },
     "dkdv/fp32": {"default": ((_ANY, Tile(16, 64, 8, 1)),)},
@@ -73,14 +83,15 @@ ATTENTION: Mapping[str, TileTable] = {
 COLUMN_SUMS = Tile(32, 32, 4, 2)
 
 # Size: hidden size rounded up to a power of two. block_m: rows (even, for the mask); block_n: programs of the backward,
-# each with a row of partial sums. A warp holds 256 columns, so that a thread owns whole columns of all rows.
+# each with a row of partial sums, a multiple of the card's multiprocessors. A warp holds 256 columns, so that a thread
+# owns whole columns of all rows.
 LAYER_NORM: TileTable = {
-    "default": (
-        (256, Tile(4, 512, 1, 1)),
-        (512, Tile(4, 512, 2, 1)),
-        (1024, Tile(4, 512, 4, 1)),
-        (2048, Tile(2, 256, 8, 1)),
-        (_ANY, Tile(2, 256, 16, 1)),
+    "sm_80": (
+        (256, Tile(4, 432, 1, 1)),
+        (512, Tile(4, 432, 2, 1)),
+        (1024, Tile(4, 432, 4, 1)),
+        (2048, Tile(2, 216, 8, 1)),
+        (_ANY, Tile(2, 216, 16, 1)),
     ),
     "sm_90": (
         (256, Tile(4, 528, 1, 1)),
@@ -88,6 +99,20 @@ LAYER_NORM: TileTable = {
         (1024, Tile(4, 528, 4, 1)),
         (2048, Tile(2, 264, 8, 1)),
         (_ANY, Tile(2, 264, 16, 1)),
+    ),
+    "sm_100": (
+        (256, Tile(4, 592, 1, 1)),
+        (512, Tile(4, 592, 2, 1)),
+        (1024, Tile(4, 592, 4, 1)),
+        (2048, Tile(2, 296, 8, 1)),
+        (_ANY, Tile(2, 296, 16, 1)),
+    ),
+    "default": (
+        (256, Tile(4, 512, 1, 1)),
+        (512, Tile(4, 512, 2, 1)),
+        (1024, Tile(4, 512, 4, 1)),
+        (2048, Tile(2, 256, 8, 1)),
+        (_ANY, Tile(2, 256, 16, 1)),
     ),
 }
 
