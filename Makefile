@@ -2,7 +2,11 @@
 # make test       everything that needs no GPU
 # make check      ruff, format, mypy, import-linter, pip-audit
 # make test-slurm a real Slurm of two nodes on this machine, through every fault a job meets (Debian: slurm-wlm munge shellcheck)
-# make bench-gpu  the kernel benchmarks and the whole training step, on one NVIDIA GPU; rows into kernels/benchmarks/results
+# make bench-gpu  the kernel benchmarks and the whole training step, 9 minutes on one NVIDIA GPU; rows into
+#                 kernels/benchmarks/results, pictures into kernels/README.md; again to go on where it stopped
+# make bench-cpu  the torch references of the operators on this CPU
+# make test-gpu   the kernels on an NVIDIA GPU, among that a thousand runs of equal bits; make sanitize-gpu: the same at
+#                 small sizes under compute-sanitizer
 # make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, shards and peer (each wants
 #                 TEXT=folder of text), lamb, kernels, configs, kills, damage (wants root, for a small disk in memory)
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
@@ -17,6 +21,7 @@ DEEPSPEED_CONFIG := ds_configs/zero2.json
 .PHONY: pretrain test test-slurm check format env env-dev clean bench-gpu
 .PHONY: campaign-kills campaign-damage
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer campaign-lamb campaign-kernels campaign-configs
+.PHONY: bench-cpu test-gpu sanitize-gpu
 
 env:
 	@.ci/make_env.sh
@@ -72,9 +77,21 @@ campaign-damage: env-dev
 	$(BIN)/python tests/campaign_disk.py
 
 bench-gpu: env-dev
-	$(BIN)/python -m pytest -m gpu tests
-	$(BIN)/python kernels/benchmarks/bench_ops.py
-	$(BIN)/python kernels/benchmarks/bench_train_step.py
+	$(BIN)/python kernels/benchmarks/bench_gpu.py --minutes 9
+	$(BIN)/python kernels/benchmarks/plot_results.py
+
+bench-cpu: env-dev
+	$(BIN)/python kernels/benchmarks/bench_ops.py --on_cpu --minutes 9
+
+test-gpu: env-dev
+	$(BIN)/python -m pytest -m "not campaign" tests/test_kernel*.py
+
+# Races, accesses out of bounds and barriers that not all threads reach; compute-sanitizer comes with the CUDA toolkit.
+sanitize-gpu: env-dev
+	for tool in memcheck racecheck synccheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	  $(BIN)/python -m pytest -m "not gpu" tests/test_kernels_on_gpu.py || exit 1; \
+	done
 
 format: env-dev
 	$(BIN)/ruff check --fix .
