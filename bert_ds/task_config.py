@@ -41,7 +41,7 @@ from bert_ds.config_section import (
 )
 from bert_ds.optimizer_config import AdamWConfig, OptimizerConfig, ScheduleConfig
 from bert_ds.run_config import CheckpointConfig, ModelConfig, TrainingConfig
-from bert_ds.task_data_config import TaskDataConfig
+from bert_ds.task_data_config import DataFile, TaskDataConfig
 from bert_ds.task_kinds import KIND_FACTS, KindName
 
 TASK_PATHS = ("data.train.*.path", "data.validation.*.path", "data.test.*.path")
@@ -132,7 +132,9 @@ class TaskConfig(Section):
 
     @property
     def chosen_metric(self) -> str:
-        """The metric, or the first of the kind."""
+        """The metric, or the first of the kind; tags that mark no entities are measured by accuracy."""
+        if self.metric is None and self.kind == "token_classification" and self.data.tag_scheme == "none":
+            return "accuracy"
         return self.metric or KIND_FACTS[self.kind].metrics[0]
 
 
@@ -221,6 +223,8 @@ def task_problems(task: TaskConfig) -> list[Problem]:
         problems.append(Problem("training.epochs", "give training.epochs or training.total_steps, not both"))
     if task.class_weights != "none" and not facts.has_class_weights:
         problems.append(Problem("class_weights", f'"{task.class_weights}" is for classification and token tasks'))
+    if task.kind == "token_classification" and task.metric == ("f1" if data.tag_scheme == "none" else "macro_f1"):
+        problems.append(Problem("metric", f'"{task.metric}" does not go with data.tag_scheme "{data.tag_scheme}"'))
     if data.tag_scheme != "none" and "tags" not in facts.roles:
         problems.append(Problem("data.tag_scheme", f"a {task.kind} task has no tags"))
     return problems + _file_problems(data)
@@ -238,7 +242,7 @@ def _file_problems(data: TaskDataConfig) -> list[Problem]:
     for side in ("train", "validation", "test"):
         for index, file in enumerate(getattr(data, side)):
             for name, formats in owners.items():
-                if name in file.model_fields_set and file.format not in formats:
+                if getattr(file, name) != DataFile.model_fields[name].default and file.format not in formats:
                     text = f'is for {one_of(formats)}, the format is "{file.format}"'
                     problems.append(Problem(f"data.{side}.{index}.{name}", text))
             if file.format == "xml" and file.record is None:

@@ -39,13 +39,13 @@ class KindFacts(NamedTuple):
 
 
 _CLASSES = ("accuracy", "macro_f1", "matthews")
-_TAGS = ("f1", "accuracy")
+_TAGS = ("f1", "accuracy", "macro_f1")
 
 KIND_FACTS: dict[str, KindFacts] = {
     "classification": KindFacts(("text", "label"), ("text_pair", "id"), _CLASSES, has_class_weights=True),
     "multi_label": KindFacts(("text", "labels"), ("text_pair", "id"), ("micro_f1", "macro_f1", "exact")),
     "regression": KindFacts(("text", "score"), ("text_pair", "id"), ("pearson", "spearman")),
-    "token_classification": KindFacts(("words", "tags"), ("id",), _TAGS, ("conllu",), has_class_weights=True),
+    "token_classification": KindFacts(("words", "tags"), ("id",), _TAGS, has_class_weights=True),
     "intent_slot": KindFacts(("words", "tags", "intent"), ("id",), ("exact", "intent_accuracy", "f1")),
     "multiple_choice": KindFacts(("text", "choices", "label"), ("text_pair", "id"), ("accuracy",)),
     "question_answering": KindFacts((), (), ("f1", "exact_match"), ("squad",)),

@@ -120,6 +120,11 @@ def read_task_folder(folder: Path, kind: Kind, *, kernels: str) -> tuple[TaskMod
     return model.eval(), labels
 
 
+def tokenizer_folder(folder: Path, kind: Kind) -> Path:
+    """Return the folder of a fine-tuned model that holds its tokenizer and its config.json."""
+    return folder / kind.hf_forms[0].folder
+
+
 def _form_rows(form: HfForm, model: TaskModel) -> list[TensorRow]:
     """Return the tensors of a form: the encoder's and those of its part of the head."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

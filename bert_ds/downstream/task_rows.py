@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from bert_ds.corpus.wordpiece import WordPieceTokenizer
 from bert_ds.downstream.examples import Example, Labels
 from bert_ds.downstream.features import Feature, FeatureContext
-from bert_ds.downstream.kind import Kind
+from bert_ds.downstream.kind import Kind, Say
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.records import read_records
 from bert_ds.downstream.splits import drop_overlap, first_by_hash, hold_out
@@ -18,7 +18,6 @@ from bert_ds.run_config import IGNORE_INDEX
 from bert_ds.task_config import TaskConfig
 from bert_ds.task_data_config import DataFile
 
-Say = Callable[[str], None]
 _SHOWN_LABELS = 60
 
 
@@ -52,7 +51,7 @@ def read_task(task: TaskConfig, tokenizer: WordPieceTokenizer, *, labels: Labels
     """
     kind = KINDS[task.kind]
     train, validation = _split(task, kind, say=say)
-    test = _read(task.data.test, task, kind, is_optional=True)
+    test = _read(task.data.test, task, kind, is_optional=True, say=say)
     labels = kind.make_labels(train, task) if labels is None else labels
     context = FeatureContext(tokenizer, task, labels, say)
     sides = {"training": train, "validation": validation, "test": test}
@@ -82,9 +81,9 @@ def balanced_weights(labels: Sequence[str], features: Sequence[Feature], *, targ
 
 
 def _split(task: TaskConfig, kind: Kind, *, say: Say) -> tuple[list[Example], list[Example]]:
-    train = _read(task.data.train, task, kind, is_optional=False)
+    train = _read(task.data.train, task, kind, is_optional=False, say=say)
     if task.data.validation_fraction is None:
-        validation = _read(task.data.validation, task, kind, is_optional=False)
+        validation = _read(task.data.validation, task, kind, is_optional=False, say=say)
     else:
         split = hold_out([kind.row_text(example) for example in train], task.data.validation_fraction)
         train, validation = [train[i] for i in split.train], [train[i] for i in split.validation]
@@ -105,9 +104,10 @@ def _split(task: TaskConfig, kind: Kind, *, say: Say) -> tuple[list[Example], li
     return train, validation
 
 
-def _read(files: Sequence[DataFile], task: TaskConfig, kind: Kind, *, is_optional: bool) -> list[Example]:
+def _read(files: Sequence[DataFile], task: TaskConfig, kind: Kind, *, is_optional: bool, say: Say) -> list[Example]:
     records = [record for file in files for record in read_records(file)]
-    return [kind.make_example(record, index, task, is_optional) for index, record in enumerate(records)]
+    examples = [kind.make_example(record, index, task, is_optional) for index, record in enumerate(records)]
+    return examples if kind.mend is None else kind.mend(examples, task, say)
 
 
 def _balance(labels: Labels, features: Sequence[Feature]) -> dict[str, str]:

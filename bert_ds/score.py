@@ -1,0 +1,72 @@
+"""Score a fine-tuned folder on a task without training: metrics and predictions.
+
+    python bert_ds/score.py --model runs/sst2/hf --task sst2 --data DATA
+    deepspeed bert_ds/score.py --model DIR --task mine.json --side test --output scores
+
+Any Hugging Face folder of the task's architecture will do. Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+# Nothing here may reach for the network; transformers reads this when it is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+from bert_ds.command_line import make_parser, run_main
+from bert_ds.corpus.wordpiece import load_tokenizer
+from bert_ds.downstream.kinds import KINDS
+from bert_ds.downstream.outcome import measure_side, write_side
+from bert_ds.downstream.task_folder import read_task_folder, tokenizer_folder
+from bert_ds.downstream.task_rows import read_task
+from bert_ds.encoder.pretrained import check_tokenizer
+from bert_ds.ranks import DataError, Ranks, read_ranks
+from bert_ds.run_log import write_json
+from bert_ds.task_config import load_task
+from bert_ds.training.process_group import joined_ranks
+from bert_ds.training.run_folder import on_main_rank
+
+
+def main() -> None:
+    parser = make_parser("Score a fine-tuned folder on a task.")
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of a fine-tuned BERT")
+    parser.add_argument("--task", required=True, help="task file, or the name of a shipped task")
+    parser.add_argument("--data", type=Path, help="folder of the data files (default: that of the task file)")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one setting")
+    parser.add_argument("--side", choices=("train", "validation", "test"), default="validation", help="which rows")
+    parser.add_argument("--output", type=Path, help="folder for predictions, figures and results.json")
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    ranks = read_ranks()
+    with joined_ranks(ranks):
+        score(args, ranks)
+
+
+def score(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Read model and rows, predict, measure, write; a collective."""
+    task = load_task(args.task, args.set, data=args.data)
+    kind = KINDS[task.kind]
+    model, labels = read_task_folder(args.model, kind, kernels=task.training.kernels)
+    folder = tokenizer_folder(args.model, kind)
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(folder, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
+    rows = read_task(task, tokenizer, labels=labels, say=print if ranks.is_main else lambda text: None)
+    side = {"train": rows.train, "validation": rows.validation, "test": rows.test}[args.side]
+    if side is None:
+        raise DataError(f"task {task.name} has no test rows: wanted data.test, or another --side")
+    found = measure_side(model.to("cuda" if torch.cuda.is_available() else "cpu"), task, side, labels)
+    if args.output is not None:
+        on_main_rank(lambda: write_side(args.output, args.side, task, side, found))
+        results = {"task": task.name, "metric": task.chosen_metric, args.side: found.figures}
+        on_main_rank(lambda: write_json(args.output / "results.json", results))
+    if ranks.is_main:
+        print(f"{task.name}, {args.side}: " + "  ".join(f"{name} {value:.4f}" for name, value in found.figures.items()))
+
+
+if __name__ == "__main__":
+    run_main(main, leave_at_once=True)
