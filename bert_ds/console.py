@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TRAINING_VERBS = ("pretrain", "finetune")
+TRAINING_VERBS = ("pretrain", "finetune", "score")
 """Verbs that run on every rank, through the DeepSpeed launcher."""
 
 SINGLE_VERBS = (
@@ -21,7 +21,6 @@ SINGLE_VERBS = (
     "runs",
     "judge_launch",
     "export_hf",
-    "score",
     "report",
     "show_masks",
 )

@@ -41,6 +41,7 @@ from bert_ds.training.hang_watchdog import Heartbeat, watched_for_hangs
 from bert_ds.training.optimizers import make_optimizer
 from bert_ds.training.probe import fits_in_memory, largest_that_fits, probe_longest
 from bert_ds.training.process_group import device_name, joined_ranks
+from bert_ds.training.rank_times import RankTimes
 from bert_ds.training.replay import replay_step
 from bert_ds.training.restart import StopRequest, follow_launcher, mark_done
 from bert_ds.training.run_folder import enter_run_folder, on_main_rank, prove_same_files
@@ -110,6 +111,7 @@ def pretrain(
         evaluate=lambda reached: Evaluation(evaluate(engine, validation_batches(run, data, ranks))),
         row_facts=lambda step: source_facts(data, step + state.passed_over),
         roll_back=go_back,
+        rank_times=RankTimes(engine.module),
         heartbeat=Heartbeat(),
     )
     batches = training_batches(plan, data, ranks, start=state.step + state.passed_over)

@@ -140,6 +140,7 @@ def step_line(step: int, total_steps: int, *, values: Mapping[str, Any]) -> str:
         ("padding avoided", "padding_avoided", "{:.0%}"),
         ("MFU", "mfu", "{:.1%}"),
         ("data wait", "data_wait_share", "{:.0%}"),
+        ("slow:", "slow_rank", "{}"),
     ):
         if values.get(key) is not None:
             parts.append(f"{label} {text.format(values[key])}".strip())

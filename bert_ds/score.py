@@ -1,9 +1,9 @@
-"""Score a Hugging Face folder on a task without training: figures and predictions.
+"""Score a fine-tuned folder on a task without training: metrics and predictions.
 
-    python bert_ds/score.py --task sst2 --data DATA --model runs/sst2/hf     a fine-tuned model, on its validation rows
-    python bert_ds/score.py --task blimp --data DATA --model runs/mine/hf    a pre-trained one: grammar, words, prompts
+    python bert_ds/score.py --model runs/sst2/hf --task sst2 --data DATA
+    deepspeed bert_ds/score.py --model DIR --task mine.json --side test --output scores
 
-Figures are printed and written to OUTPUT/results.json, predictions in the form of their task beside them.
+Any Hugging Face folder of the task's architecture will do. Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint.
 """
 
 from __future__ import annotations
@@ -21,61 +21,52 @@ from bert_ds.command_line import make_parser, run_main
 from bert_ds.corpus.wordpiece import load_tokenizer
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.outcome import measure_side, write_side
-from bert_ds.downstream.task_folder import read_task_folder
+from bert_ds.downstream.task_folder import read_task_folder, tokenizer_folder
 from bert_ds.downstream.task_rows import read_task
-from bert_ds.downstream.untrained import UNTRAINED
-from bert_ds.encoder.pretrained import check_tokenizer, load_masked_lm
-from bert_ds.ranks import Ranks
+from bert_ds.encoder.pretrained import check_tokenizer
+from bert_ds.ranks import DataError, Ranks, read_ranks
 from bert_ds.run_log import write_json
-from bert_ds.task_config import TaskConfig, load_task
+from bert_ds.task_config import load_task
 from bert_ds.training.process_group import joined_ranks
+from bert_ds.training.run_folder import on_main_rank
 
 
 def main() -> None:
-    args = parse_arguments()
-    task = load_task(args.task, args.set, data=args.data)
-    output: Path = args.output or Path("runs") / f"{task.name}-score"
-    output.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(args.model)
-    check_tokenizer(args.model, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if task.kind in UNTRAINED:
-        model = load_masked_lm(args.model, kernels=task.training.kernels).to(device)
-        found = UNTRAINED[task.kind](model, tokenizer, task, print)
-        for name, text in found.files.items():
-            (output / name).write_text(text, encoding="utf-8")
-        figures = {"validation": found.figures}
-    else:
-        figures = score_fine_tuned(task, args.model, output, device=device)
-    write_json(output / "results.json", {"task": task.name, **figures})
-    for side, values in figures.items():
-        for name, value in values.items():
-            print(f"{side} {name}: {value:.4f}")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = make_parser("Score a Hugging Face folder on a task without training.")
+    parser = make_parser("Score a fine-tuned folder on a task.")
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of a fine-tuned BERT")
     parser.add_argument("--task", required=True, help="task file, or the name of a shipped task")
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder, fine-tuned or pre-trained")
     parser.add_argument("--data", type=Path, help="folder of the data files (default: that of the task file)")
-    parser.add_argument("--output", type=Path, help="folder of results and predictions (default: runs/NAME-score)")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one setting")
-    return parser.parse_args()
+    parser.add_argument("--side", choices=("train", "validation", "test"), default="validation", help="which rows")
+    parser.add_argument("--output", type=Path, help="folder for predictions, figures and results.json")
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    ranks = read_ranks()
+    with joined_ranks(ranks):
+        score(args, ranks)
 
 
-def score_fine_tuned(task: TaskConfig, folder: Path, output: Path, *, device: str) -> dict[str, dict[str, float]]:
-    """Predict and measure the validation and test rows; returns figures by side."""
-    model, labels = read_task_folder(folder, KINDS[task.kind], kernels=task.training.kernels)
-    rows = read_task(task, load_tokenizer(folder), labels=labels, say=print)
-    sides = {"validation": rows.validation, **({"test": rows.test} if rows.test else {})}
-    figures = {}
-    with joined_ranks(Ranks(0, 0, 1)):
-        for name, side in sides.items():
-            found = measure_side(model.to(device), task, side, labels)
-            write_side(output, name, task, side, found)
-            figures[name] = found.figures
-    return figures
+def score(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Read model and rows, predict, measure, write; a collective."""
+    task = load_task(args.task, args.set, data=args.data)
+    kind = KINDS[task.kind]
+    model, labels = read_task_folder(args.model, kind, kernels=task.training.kernels)
+    folder = tokenizer_folder(args.model, kind)
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(folder, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
+    rows = read_task(task, tokenizer, labels=labels, say=print if ranks.is_main else lambda text: None)
+    side = {"train": rows.train, "validation": rows.validation, "test": rows.test}[args.side]
+    if side is None:
+        raise DataError(f"task {task.name} has no test rows: wanted data.test, or another --side")
+    found = measure_side(model.to("cuda" if torch.cuda.is_available() else "cpu"), task, side, labels)
+    if args.output is not None:
+        on_main_rank(lambda: write_side(args.output, args.side, task, side, found))
+        results = {"task": task.name, "metric": task.chosen_metric, args.side: found.figures}
+        on_main_rank(lambda: write_json(args.output / "results.json", results))
+    if ranks.is_main:
+        print(f"{task.name}, {args.side}: " + "  ".join(f"{name} {value:.4f}" for name, value in found.figures.items()))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, leave_at_once=True)

@@ -16,9 +16,6 @@ KindName = Literal[
     "multiple_choice",
     "question_answering",
     "sentence_embedding",
-    "prompted_classification",
-    "minimal_pairs",
-    "word_similarity",
 ]
 
 
@@ -34,10 +31,6 @@ class KindFacts(NamedTuple):
     own_formats: tuple[str, ...] = ()
     """Formats that bring the fields by themselves."""
     has_class_weights: bool = False
-    is_trained: bool = True
-    """Whether finetune.py can train it; otherwise score.py scores a pre-trained folder on it as it is."""
-    needs_train: bool = True
-    """Whether data.train may not be empty."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -46,20 +39,15 @@ class KindFacts(NamedTuple):
 
 
 _CLASSES = ("accuracy", "macro_f1", "matthews")
-_TAGS = ("f1", "accuracy")
+_TAGS = ("f1", "accuracy", "macro_f1")
 
 KIND_FACTS: dict[str, KindFacts] = {
     "classification": KindFacts(("text", "label"), ("text_pair", "id"), _CLASSES, has_class_weights=True),
     "multi_label": KindFacts(("text", "labels"), ("text_pair", "id"), ("micro_f1", "macro_f1", "exact")),
     "regression": KindFacts(("text", "score"), ("text_pair", "id"), ("pearson", "spearman")),
-    "token_classification": KindFacts(("words", "tags"), ("id",), _TAGS, ("conllu",), has_class_weights=True),
+    "token_classification": KindFacts(("words", "tags"), ("id",), _TAGS, has_class_weights=True),
     "intent_slot": KindFacts(("words", "tags", "intent"), ("id",), ("exact", "intent_accuracy", "f1")),
     "multiple_choice": KindFacts(("text", "choices", "label"), ("text_pair", "id"), ("accuracy",)),
     "question_answering": KindFacts((), (), ("f1", "exact_match"), ("squad",)),
     "sentence_embedding": KindFacts(("text", "text_pair", "score"), ("id",), ("spearman", "pearson")),
-    "prompted_classification": KindFacts(("text", "label"), ("text_pair", "id"), _CLASSES, is_trained=False),
-    "minimal_pairs": KindFacts(("good", "bad", "paradigm"), (), ("accuracy",), is_trained=False, needs_train=False),
-    "word_similarity": KindFacts(
-        ("left", "right", "score", "set"), (), ("encoder", "embedding"), is_trained=False, needs_train=False
-    ),
 }

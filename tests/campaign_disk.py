@@ -114,7 +114,7 @@ def disk_faults(
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         for limit in (0, 1000, size // 4):
             fault.act = lambda path, limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-            yield "optim_states.pt", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+            yield "File too large", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
     def read_only() -> Iterator[tuple[str, Callable[[], None]]]:
         fault.act = lambda path: remount(mount, "ro")

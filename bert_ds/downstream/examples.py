@@ -110,11 +110,11 @@ def label_id(label: str, labels: Sequence[str], *, where: str) -> int:
 
 
 def _value(record: Record, role: str, task: TaskConfig) -> Any:
-    return record.values[role] if role not in task.data.fields else pick(record, task.data.fields[role])
+    return pick(record, task.data.fields.get(role, role))
 
 
 def _has(record: Record, role: str, task: TaskConfig) -> bool:
     try:
         return _value(record, role, task) not in (None, "")
-    except (DataError, KeyError):
+    except DataError:
         return False

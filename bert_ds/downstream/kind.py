@@ -15,6 +15,9 @@ from bert_ds.encoder.fused_ops import FusedOps
 from bert_ds.run_config import IGNORE_INDEX, ModelConfig
 from bert_ds.task_config import TaskConfig
 
+Say = Callable[[str], None]
+"""Takes one line that is worth telling: how much was cut, split, dropped or mended."""
+
 
 class Prediction(NamedTuple):
     """What a model says of an example."""
@@ -54,8 +57,6 @@ class HfForm(NamedTuple):
     """Below the folder of the model: "." unless one model is several of theirs."""
     pipeline: str = ""
     """Its task in `transformers.pipeline`; "" where there is none."""
-    extra_files: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}
-    """What other libraries want in the folder: file name -> text."""
 
 
 class Kind(NamedTuple):
@@ -82,6 +83,8 @@ class Kind(NamedTuple):
     hf_forms: tuple[HfForm, ...]
     class_pairs: Callable[[Sequence[Example], Sequence[Prediction]], list[tuple[str, str]]] | None = None
     """True and predicted label of everything that is labelled, for the confusion matrix."""
+    mend: Callable[[Sequence[Example], TaskConfig, Say], list[Example]] | None = None
+    """Puts right what files get wrong, and says how often."""
 
 
 def count_labelled(features: Sequence[Feature], name: str) -> float:

@@ -41,11 +41,13 @@ def predict_features(
 
     Args:
         model: a DeepSpeed engine over a `TaskModel`, or a `TaskModel` that lies where it is to run.
-        features: the same on all ranks, at least one.
+        features: the same on all ranks, at least one; losses are measured where all of them have targets.
         batch_size: features per forward pass and rank.
         summarise: of the kind: the scores of a feature, as arrays, to a JSON value.
         count_targets: of the kind.
     """
+    if not all(feature.targets for feature in features):
+        features = [feature._replace(targets={}) for feature in features]
     own = list(range(dist.get_rank(), len(features), dist.get_world_size()))
     own.sort(key=lambda index: -len(features[index].input_ids))
     groups = [own[first : first + batch_size] for first in range(0, len(own), batch_size)]

@@ -90,9 +90,6 @@ def write_task_folder(output: Path, model: TaskModel, *, facts: TaskFacts, token
                 tokenizer=tokenizer,
                 model_card=_model_card(form, facts),
             )
-            for name, text in form.extra_files(model.config).items():
-                (folder / name).parent.mkdir(exist_ok=True)
-                (folder / name).write_text(text, encoding="utf-8")
             checks.append(_verify(folder, form, model))
             verify_tokenizer(folder, model.config, tokenizer)
     return checks
@@ -121,6 +118,11 @@ def read_task_folder(folder: Path, kind: Kind, *, kernels: str) -> tuple[TaskMod
         state.update(rows_from_hf(modern_names(source.tensors), _form_rows(form, model)))
     model.load_state_dict(state)
     return model.eval(), labels
+
+
+def tokenizer_folder(folder: Path, kind: Kind) -> Path:
+    """Return the folder of a fine-tuned model that holds its tokenizer and its config.json."""
+    return folder / kind.hf_forms[0].folder
 
 
 def _form_rows(form: HfForm, model: TaskModel) -> list[TensorRow]:
@@ -166,9 +168,6 @@ def _verify(folder: Path, form: HfForm, model: TaskModel) -> ExportCheck:
         answer = theirs(**probe.padded)
     if form.architecture == "BertForQuestionAnswering":
         wanted = torch.stack([answer.start_logits, answer.end_logits], dim=-1)
-    elif form.architecture == "BertModel":
-        kept_NS1 = probe.padded["attention_mask"][..., None]
-        wanted = (answer.last_hidden_state * kept_NS1).sum(dim=1) / kept_NS1.sum(dim=1)
     else:
         wanted = answer.logits
     wanted = wanted[mask_NS] if form.scores.startswith("token_") else wanted.view(found.shape)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from bert_ds.corpus.wordpiece import WordPieceTokenizer
 from bert_ds.downstream.examples import Example, Labels
 from bert_ds.downstream.features import Feature, FeatureContext
-from bert_ds.downstream.kind import Kind
+from bert_ds.downstream.kind import Kind, Say
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.records import read_records
 from bert_ds.downstream.splits import drop_overlap, first_by_hash, hold_out
@@ -18,7 +18,6 @@ from bert_ds.run_config import IGNORE_INDEX
 from bert_ds.task_config import TaskConfig
 from bert_ds.task_data_config import DataFile
 
-Say = Callable[[str], None]
 _SHOWN_LABELS = 60
 
 
@@ -51,8 +50,8 @@ def read_task(task: TaskConfig, tokenizer: WordPieceTokenizer, *, labels: Labels
         DataError: a file or a row is not as the task says; the message names it.
     """
     kind = KINDS[task.kind]
-    train, validation = split_rows(task, kind, say=say)
-    test = _read(task.data.test, task, kind, is_optional=True)
+    train, validation = _split(task, kind, say=say)
+    test = _read(task.data.test, task, kind, is_optional=True, say=say)
     labels = kind.make_labels(train, task) if labels is None else labels
     context = FeatureContext(tokenizer, task, labels, say)
     sides = {"training": train, "validation": validation, "test": test}
@@ -67,11 +66,24 @@ def read_task(task: TaskConfig, tokenizer: WordPieceTokenizer, *, labels: Labels
     return TaskRows(labels, made["training"], made["validation"], made["test"] if test else None)
 
 
-def split_rows(task: TaskConfig, kind: Kind, *, say: Say) -> tuple[list[Example], list[Example]]:
-    """Return the training and the validation rows of a task, of which none is part of one of the other side."""
-    train = _read(task.data.train, task, kind, is_optional=False)
+def balanced_weights(labels: Sequence[str], features: Sequence[Feature], *, target: str) -> tuple[float, ...]:
+    """Return a weight per label in inverse proportion to its frequency, with a mean of 1 over all targets.
+
+    Raises:
+        DataError: a label never occurs in training, so that it would have an infinite weight.
+    """
+    counts = _counts(features, target)
+    missing = [label for index, label in enumerate(labels) if not counts[index]]
+    if missing:
+        raise DataError(f'class_weights "balanced": no training row has the label {", ".join(missing)}')
+    total = sum(counts.values())
+    return tuple(total / (len(labels) * counts[index]) for index in range(len(labels)))
+
+
+def _split(task: TaskConfig, kind: Kind, *, say: Say) -> tuple[list[Example], list[Example]]:
+    train = _read(task.data.train, task, kind, is_optional=False, say=say)
     if task.data.validation_fraction is None:
-        validation = _read(task.data.validation, task, kind, is_optional=False)
+        validation = _read(task.data.validation, task, kind, is_optional=False, say=say)
     else:
         split = hold_out([kind.row_text(example) for example in train], task.data.validation_fraction)
         train, validation = [train[i] for i in split.train], [train[i] for i in split.validation]
@@ -92,23 +104,10 @@ def split_rows(task: TaskConfig, kind: Kind, *, say: Say) -> tuple[list[Example]
     return train, validation
 
 
-def balanced_weights(labels: Sequence[str], features: Sequence[Feature], *, target: str) -> tuple[float, ...]:
-    """Return a weight per label in inverse proportion to its frequency, with a mean of 1 over all targets.
-
-    Raises:
-        DataError: a label never occurs in training, so that it would have an infinite weight.
-    """
-    counts = _counts(features, target)
-    missing = [label for index, label in enumerate(labels) if not counts[index]]
-    if missing:
-        raise DataError(f'class_weights "balanced": no training row has the label {", ".join(missing)}')
-    total = sum(counts.values())
-    return tuple(total / (len(labels) * counts[index]) for index in range(len(labels)))
-
-
-def _read(files: Sequence[DataFile], task: TaskConfig, kind: Kind, *, is_optional: bool) -> list[Example]:
+def _read(files: Sequence[DataFile], task: TaskConfig, kind: Kind, *, is_optional: bool, say: Say) -> list[Example]:
     records = [record for file in files for record in read_records(file)]
-    return [kind.make_example(record, index, task, is_optional) for index, record in enumerate(records)]
+    examples = [kind.make_example(record, index, task, is_optional) for index, record in enumerate(records)]
+    return examples if kind.mend is None else kind.mend(examples, task, say)
 
 
 def _balance(labels: Labels, features: Sequence[Feature]) -> dict[str, str]:

@@ -69,7 +69,7 @@ class VerifiedCheckpointEngine(CheckpointEngine):
             self._write(path, partial(_pour, chunks))
 
     def _write(self, path: str, produce: Callable[[_HashingStream], None]) -> None:
-        name = os.path.basename(path)
+        name, stream = os.path.basename(path), None
         try:
             with open(path, "wb", buffering=0) as file:
                 stream = _HashingStream(file)
@@ -78,7 +78,9 @@ class VerifiedCheckpointEngine(CheckpointEngine):
             if os.path.getsize(path) != stream.num_bytes:
                 raise OSError(f"{os.path.getsize(path)} bytes are on the disk, {stream.num_bytes} were written")
         except (OSError, RuntimeError) as error:
-            self.error = self.error or f"{name}: {error}"
+            # torch.save answers a failed write with "unexpected pos 64 vs 0"; the reason is the stream's.
+            reason = (stream and stream.failure) or error
+            self.error = self.error or f"{name}: {reason}"
         else:
             self.written[name] = {"bytes": stream.num_bytes, "sha256": stream.digest.hexdigest()}
 
@@ -148,14 +150,19 @@ class _HashingStream:
         self._file = file
         self.digest = hashlib.sha256()
         self.num_bytes = 0
+        self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         self.digest.update(view)
         self.num_bytes += len(view)
         done = 0
-        while done < len(view):
-            done += self._file.write(view[done:])
+        try:
+            while done < len(view):
+                done += self._file.write(view[done:])
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
         return len(view)
 
     def flush(self) -> None:

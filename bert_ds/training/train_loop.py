@@ -20,6 +20,7 @@ from bert_ds.training.hang_watchdog import Heartbeat
 from bert_ds.training.loss_guard import LossGuard
 from bert_ds.training.lr_schedule import learning_rate
 from bert_ds.training.optimizers import set_learning_rate
+from bert_ds.training.rank_times import RankTimes
 from bert_ds.training.restart import StopRequest
 from bert_ds.training.throughput import Throughput
 from bert_ds.training.train_state import MicroBatch, TrainPlan, TrainState
@@ -57,6 +58,8 @@ class Services:
     roll_back: Callable[[TrainState], Iterator[Sequence[MicroBatch]] | None] = lambda state: None
     """Puts engine and state back to the newest checkpoint and gives the batches from there on; a collective. None
     where there is no checkpoint."""
+    rank_times: RankTimes | None = None
+    """Tells slow ranks from fast ones in every training row."""
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     """Is told what this rank is doing."""
 
@@ -130,6 +133,8 @@ def _take_one(
     number, heart = state.step + 1, services.heartbeat
     heart.enter("data wait", step=number)
     micro_batches, data_wait_s = fetch(batches)
+    if services.rank_times:
+        services.rank_times.data_wait_s += data_wait_s
     heart.enter("agreement", step=number)
     totals = agree_on_totals(micro_batches, data_wait_s=data_wait_s, stop=services.stop.requested)
     if totals.stop:
@@ -158,6 +163,7 @@ def _log_step(engine: DeepSpeedEngine, step: Step, *, plan: TrainPlan, services:
         "grad_norm": float(step.grad_norm),  # host sync: once per logged step
         "num_tokens": step.totals.num_tokens,
         **services.throughput.report(steps_left=plan.total_steps - step.number),
+        **(services.rank_times.report() if services.rank_times else {}),
     }
     if services.log.is_main:
         row.update(trust_row(engine.basic_optimizer))
