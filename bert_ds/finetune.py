@@ -33,7 +33,8 @@ from bert_ds.ds_config import DsConfig, load_ds_config, resolve_ds_config
 from bert_ds.encoder.pretrained import Pretrained, check_tokenizer, load_pretrained
 from bert_ds.ranks import EXIT_DONE, EXIT_RUN_AGAIN, Ranks, read_ranks
 from bert_ds.run_log import RunLog, write_environment
-from bert_ds.task_config import TaskConfig, TrainedTask, dump_task, load_task, trained_task
+from bert_ds.task_config import ConfigError, TaskConfig, TrainedTask, dump_task, load_task, trained_task
+from bert_ds.task_kinds import KIND_FACTS
 from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.checkpoints import resume
 from bert_ds.training.engine import make_engine
@@ -63,6 +64,8 @@ class Start:
 def main() -> int:
     args = parse_arguments()
     task = load_task(args.task, args.set, data=args.data)
+    if not KIND_FACTS[task.kind].is_trained:
+        raise ConfigError(f"{args.task}: a {task.kind} task has nothing to train: score.py scores a folder on it")
     run_dir: Path = (args.run_dir or Path("runs") / task.name).absolute()
     ds = replace(load_ds_config(args.deepspeed_config), recipe_name=str(args.task))
     ranks = read_ranks()

@@ -1,9 +1,11 @@
-"""Score a fine-tuned folder on a task without training: metrics and predictions.
+"""Score a Hugging Face folder on a task without training: metrics and predictions.
 
     python bert_ds/score.py --model runs/sst2/hf --task sst2 --data DATA
+    python bert_ds/score.py --model runs/mine/hf --task blimp --data DATA
     deepspeed bert_ds/score.py --model DIR --task mine.json --side test --output scores
 
-Any Hugging Face folder of the task's architecture will do. Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint.
+A fine-tuned task takes any folder of its architecture. Prompts, minimal pairs and word similarity take a pre-trained
+folder with its masked-word head, and run on one rank. Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint.
 """
 
 from __future__ import annotations
@@ -23,17 +25,18 @@ from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.outcome import measure_side, write_side
 from bert_ds.downstream.task_folder import read_task_folder, tokenizer_folder
 from bert_ds.downstream.task_rows import read_task
-from bert_ds.encoder.pretrained import check_tokenizer
+from bert_ds.downstream.untrained import UNTRAINED
+from bert_ds.encoder.pretrained import check_tokenizer, load_masked_lm
 from bert_ds.ranks import DataError, Ranks, read_ranks
 from bert_ds.run_log import write_json
-from bert_ds.task_config import load_task
+from bert_ds.task_config import ConfigError, TaskConfig, load_task
 from bert_ds.training.process_group import joined_ranks
 from bert_ds.training.run_folder import on_main_rank
 
 
 def main() -> None:
-    parser = make_parser("Score a fine-tuned folder on a task.")
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of a fine-tuned BERT")
+    parser = make_parser("Score a fine-tuned or a pre-trained folder on a task.")
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--task", required=True, help="task file, or the name of a shipped task")
     parser.add_argument("--data", type=Path, help="folder of the data files (default: that of the task file)")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one setting")
@@ -43,13 +46,32 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     ranks = read_ranks()
-    with joined_ranks(ranks):
-        score(args, ranks)
-
-
-def score(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Read model and rows, predict, measure, write; a collective."""
     task = load_task(args.task, args.set, data=args.data)
+    if task.kind in UNTRAINED:
+        return score_untrained(task, args, ranks)
+    with joined_ranks(ranks):
+        score_fine_tuned(task, args, ranks)
+
+
+def score_untrained(task: TaskConfig, args: argparse.Namespace, ranks: Ranks) -> None:
+    """Score a pre-trained folder as it is."""
+    if ranks.world_size > 1 or args.side != "validation":
+        raise ConfigError(f"a {task.kind} task is scored on its validation rows by one rank; found {args.side} rows")
+    tokenizer = load_tokenizer(args.model)
+    check_tokenizer(args.model, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
+    model = load_masked_lm(args.model, kernels=task.training.kernels)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    found = UNTRAINED[task.kind](model, tokenizer, task, print)
+    if args.output is not None:
+        folder = args.output / "predictions" / args.side
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in found.files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    report(task, args, found.figures)
+
+
+def score_fine_tuned(task: TaskConfig, args: argparse.Namespace, ranks: Ranks) -> None:
+    """Read model and rows, predict, measure, write; a collective."""
     kind = KINDS[task.kind]
     model, labels = read_task_folder(args.model, kind, kernels=task.training.kernels)
     folder = tokenizer_folder(args.model, kind)
@@ -62,10 +84,15 @@ def score(args: argparse.Namespace, ranks: Ranks) -> None:
     found = measure_side(model.to("cuda" if torch.cuda.is_available() else "cpu"), task, side, labels)
     if args.output is not None:
         on_main_rank(lambda: write_side(args.output, args.side, task, side, found))
-        results = {"task": task.name, "metric": task.chosen_metric, args.side: found.figures}
-        on_main_rank(lambda: write_json(args.output / "results.json", results))
-    if ranks.is_main:
-        print(f"{task.name}, {args.side}: " + "  ".join(f"{name} {value:.4f}" for name, value in found.figures.items()))
+    on_main_rank(lambda: report(task, args, found.figures))
+
+
+def report(task: TaskConfig, args: argparse.Namespace, figures: dict[str, float]) -> None:
+    """Print the figures, and write results.json where there is an output folder."""
+    if args.output is not None:
+        results = {"task": task.name, "metric": task.chosen_metric, args.side: figures}
+        write_json(args.output / "results.json", results)
+    print(f"{task.name}, {args.side}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
 
 
 if __name__ == "__main__":

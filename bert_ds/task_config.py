@@ -32,10 +32,6 @@ from bert_ds.config_files import (
 from bert_ds.config_problems import Problem, did_you_mean, found_wanted, one_of, section_problems
 from bert_ds.config_section import (
     DropoutProbability,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     Section,
     Size,
 )
@@ -43,6 +39,14 @@ from bert_ds.optimizer_config import AdamWConfig, OptimizerConfig, ScheduleConfi
 from bert_ds.run_config import CheckpointConfig, ModelConfig, TrainingConfig
 from bert_ds.task_data_config import DataFile, TaskDataConfig
 from bert_ds.task_kinds import KIND_FACTS, KindName
+from bert_ds.task_sections import (
+    EmbeddingConfig,
+    FreezeConfig,
+    PromptConfig,
+    QuestionAnsweringConfig,
+    TaskEvaluationConfig,
+    TaskTrainingConfig,
+)
 
 TASK_PATHS = ("data.train.*.path", "data.validation.*.path", "data.test.*.path")
 """Settings that name a file; `*` stands for every item of a list."""
@@ -54,47 +58,6 @@ DEFAULT_SECTIONS = {
     "schedule": {"type": "linear", "warmup_fraction": 0.1},
 }
 """Sections that a file may leave out and an override may still change in part."""
-
-
-class FreezeConfig(Section):
-    """Weights that stay as they were pre-trained."""
-
-    embeddings: bool = False
-    """The embeddings and their LayerNorm."""
-    layers: NonNegativeInt = 0
-    """The first layers of the encoder."""
-    encoder: bool = False
-    """The embeddings and all layers: only pooler and head are trained."""
-
-
-class TaskTrainingConfig(Section):
-    """Length, global batch and precision."""
-
-    epochs: PositiveFloat | None = None
-    """Times that the training rows are seen; null is 3, unless total_steps is given."""
-    total_steps: PositiveInt | None = None
-    """Optimizer steps, instead of epochs."""
-    train_batch_size: Annotated[int, Field(ge=1, le=2**24)] = 32
-    """Sequences per optimizer step over all ranks."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Dtype of weights and activations in forward and backward; optimizer state is always fp32."""
-    gradient_clipping: NonNegativeFloat = 1.0
-    """Global gradient norm is clipped to this; 0 switches clipping off."""
-    kernels: Literal["auto", "triton", "torch"] = "auto"
-    """auto: the Triton kernels on CUDA, torch elsewhere."""
-    log_every_steps: PositiveInt = 50
-    """Steps between two lines of the log and rows of metrics.jsonl."""
-
-
-class TaskEvaluationConfig(Section):
-    """When the validation rows are measured, and when that ends the run."""
-
-    every_epochs: PositiveFloat | None = 1.0
-    """Epochs between evaluations; null evaluates at the end only."""
-    batch_size: PositiveInt = 64
-    """Sequences per forward pass and rank."""
-    patience: PositiveInt | None = None
-    """Stop after this many evaluations in a row without a better metric; null never stops early."""
 
 
 class TaskConfig(Section):
@@ -129,6 +92,23 @@ class TaskConfig(Section):
     training: TaskTrainingConfig = TaskTrainingConfig()
     evaluation: TaskEvaluationConfig = TaskEvaluationConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
+    question_answering: QuestionAnsweringConfig | None = None
+    """For tasks of this kind; null takes its defaults."""
+    sentence_embedding: EmbeddingConfig | None = None
+    """For tasks of this kind; null takes its defaults."""
+
+    prompt: PromptConfig | None = None
+    """For prompted_classification, which has no default."""
+
+    @property
+    def answering(self) -> QuestionAnsweringConfig:
+        """The settings of question answering."""
+        return self.question_answering or QuestionAnsweringConfig()
+
+    @property
+    def embedding(self) -> EmbeddingConfig:
+        """The settings of sentence embeddings."""
+        return self.sentence_embedding or EmbeddingConfig()
 
     @property
     def chosen_metric(self) -> str:
@@ -209,9 +189,10 @@ def task_problems(task: TaskConfig) -> list[Problem]:
         if role not in facts.roles:
             known = f"wanted {one_of(facts.roles)}{did_you_mean(role, facts.roles)}"
             problems.append(Problem(f"data.fields.{role}", f"a {task.kind} task has no such field; {known}", True))
-    given = {*data.fields, *(name for file in data.train for name in file.values)}
+    files = (*data.train, *data.validation)
+    given = {*data.fields, *(name for file in files for name in file.values)}
     for role in facts.fields:
-        if role not in given and not all(file.format in facts.own_formats for file in data.train):
+        if role not in given and not all(file.format in facts.own_formats for file in files):
             problems.append(Problem(f"data.fields.{role}", "is missing, wanted the column that holds it"))
     if task.metric is not None and task.metric not in facts.metrics:
         text = found_wanted(task.metric, one_of(facts.metrics)) + did_you_mean(task.metric, facts.metrics)
@@ -227,7 +208,27 @@ def task_problems(task: TaskConfig) -> list[Problem]:
         problems.append(Problem("metric", f'"{task.metric}" does not go with data.tag_scheme "{data.tag_scheme}"'))
     if data.tag_scheme != "none" and "tags" not in facts.roles:
         problems.append(Problem("data.tag_scheme", f"a {task.kind} task has no tags"))
+    problems += _section_problems(task)
     return problems + _file_problems(data)
+
+
+def _section_problems(task: TaskConfig) -> list[Problem]:
+    """Return sections of other kinds, and the ones that are missing."""
+    owners = {
+        "question_answering": "question_answering",
+        "sentence_embedding": "sentence_embedding",
+        "prompt": "prompted_classification",
+    }
+    problems = [
+        Problem(section, f"is for {kind} tasks, the kind is {task.kind}")
+        for section, kind in owners.items()
+        if getattr(task, section) is not None and task.kind != kind
+    ]
+    if task.kind == "prompted_classification" and task.prompt is None:
+        problems.append(Problem("prompt", "is missing, wanted template and label_words"))
+    if not task.data.train and KIND_FACTS[task.kind].needs_train:
+        problems.append(Problem("data.train", "is empty, wanted at least one file"))
+    return problems
 
 
 def _file_problems(data: TaskDataConfig) -> list[Problem]:

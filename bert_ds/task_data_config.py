@@ -38,8 +38,8 @@ class DataFile(Section):
 class TaskDataConfig(Section):
     """Files of a task, and the columns that its kind needs."""
 
-    train: Annotated[tuple[DataFile, ...], Field(min_length=1)]
-    """Rows to train on."""
+    train: tuple[DataFile, ...] = ()
+    """Rows to train on; none for a task that needs no training."""
     validation: tuple[DataFile, ...] = ()
     """Rows to choose the best step by; give these or validation_fraction."""
     test: tuple[DataFile, ...] = ()

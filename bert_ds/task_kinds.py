@@ -16,6 +16,9 @@ KindName = Literal[
     "multiple_choice",
     "question_answering",
     "sentence_embedding",
+    "prompted_classification",
+    "minimal_pairs",
+    "word_similarity",
 ]
 
 
@@ -31,6 +34,10 @@ class KindFacts(NamedTuple):
     own_formats: tuple[str, ...] = ()
     """Formats that bring the fields by themselves."""
     has_class_weights: bool = False
+    is_trained: bool = True
+    """Whether finetune.py can train it; otherwise score.py scores a pre-trained folder on it as it is."""
+    needs_train: bool = True
+    """Whether data.train may not be empty."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -50,4 +57,9 @@ KIND_FACTS: dict[str, KindFacts] = {
     "multiple_choice": KindFacts(("text", "choices", "label"), ("text_pair", "id"), ("accuracy",)),
     "question_answering": KindFacts((), (), ("f1", "exact_match"), ("squad",)),
     "sentence_embedding": KindFacts(("text", "text_pair", "score"), ("id",), ("spearman", "pearson")),
+    "prompted_classification": KindFacts(("text", "label"), ("text_pair", "id"), _CLASSES, is_trained=False),
+    "minimal_pairs": KindFacts(("good", "bad", "paradigm"), (), ("accuracy",), is_trained=False, needs_train=False),
+    "word_similarity": KindFacts(
+        ("left", "right", "score", "set"), (), ("encoder", "embedding"), is_trained=False, needs_train=False
+    ),
 }

@@ -8,7 +8,7 @@ from bert_ds.downstream.qa_scores import answer_scores, best_threshold, cmrc_uni
 def one(rules: str, gold: list[str], predicted: str) -> tuple[float, float]:
     """Exact match and F1 of one question."""
     scores = answer_scores({"q": gold}, {"q": predicted}, rules=rules)
-    return scores["exact"], round(scores["f1"], 4)
+    return scores["exact_match"], round(scores["f1"], 4)
 
 
 def test_squad_normalisation_drops_case_ascii_punctuation_articles_and_spaces() -> None:
@@ -78,14 +78,14 @@ NO_ANSWER = {"a": -2.0, "b": 1.0, "c": 3.0, "d": 5.0}
 def test_a_threshold_decides_which_questions_of_squad_2_are_answered() -> None:
     scores = answer_scores(GOLD, FOUND, rules="squad2", no_answer_scores=NO_ANSWER, threshold=2.0)
     assert scores == {
-        "exact": 50.0,
+        "exact_match": 50.0,
         "f1": 50.0,
-        "has_answer_exact": 50.0,
+        "has_answer_exact_match": 50.0,
         "has_answer_f1": 50.0,
-        "no_answer_exact": 50.0,
+        "no_answer_exact_match": 50.0,
         "no_answer_f1": 50.0,
-        "best_exact": 75.0,
-        "best_exact_threshold": -2.0,
+        "best_exact_match": 75.0,
+        "best_exact_match_threshold": -2.0,
         "best_f1": 75.0,
         "best_f1_threshold": -2.0,
     }

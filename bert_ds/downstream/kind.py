@@ -57,6 +57,8 @@ class HfForm(NamedTuple):
     """Below the folder of the model: "." unless one model is several of theirs."""
     pipeline: str = ""
     """Its task in `transformers.pipeline`; "" where there is none."""
+    extra_files: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}
+    """What other libraries want in the folder: file name -> text."""
 
 
 class Kind(NamedTuple):

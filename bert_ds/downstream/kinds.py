@@ -5,7 +5,7 @@ A new kind is a row here, a row in `task_kinds.py` (what its files hold and what
 
 from __future__ import annotations
 
-from bert_ds.downstream import choice_kind, tag_kinds, text_kinds
+from bert_ds.downstream import choice_kind, embedding_kind, qa_kind, tag_kinds, text_kinds
 from bert_ds.downstream.kind import Kind
 
 KINDS: dict[str, Kind] = {
@@ -15,4 +15,6 @@ KINDS: dict[str, Kind] = {
     "token_classification": tag_kinds.TOKEN_CLASSIFICATION,
     "intent_slot": tag_kinds.INTENT_SLOT,
     "multiple_choice": choice_kind.MULTIPLE_CHOICE,
+    "question_answering": qa_kind.QUESTION_ANSWERING,
+    "sentence_embedding": embedding_kind.SENTENCE_EMBEDDING,
 }

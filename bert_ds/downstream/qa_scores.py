@@ -57,7 +57,7 @@ def answer_scores(
         threshold: see above.
 
     Returns:
-        "exact" and "f1"; for SQuAD 2.0 also those of the questions with and without an answer, and, with
+        "exact_match" and "f1"; for SQuAD 2.0 also those of the questions with and without an answer, and, with
         `no_answer_scores`, the best score over all thresholds with its threshold, as the official script has it.
 
     Raises:
@@ -67,15 +67,15 @@ def answer_scores(
     exact = {key: _best(_EXACT[rules], texts, predictions[key]) for key, texts in gold.items()}
     f1 = {key: _best(_F1[rules], texts, predictions[key]) for key, texts in gold.items()}
     if rules != "squad2":
-        return {"exact": _mean(exact.values()), "f1": _mean(f1.values())}
+        return {"exact_match": _mean(exact.values()), "f1": _mean(f1.values())}
     found: dict[str, float] = {}
     decided = [exact, f1]
     if no_answer_scores is not None:
-        for name, raw in (("exact", exact), ("f1", f1)):
+        for name, raw in (("exact_match", exact), ("f1", f1)):
             best = best_threshold(gold, predictions, raw, no_answer_scores=no_answer_scores)
             found |= {f"best_{name}": best.score, f"best_{name}_threshold": best.threshold}
         decided = [_with_threshold(raw, gold, no_answer_scores, threshold) for raw in decided]
-    for name, scores in zip(("exact", "f1"), decided, strict=True):
+    for name, scores in zip(("exact_match", "f1"), decided, strict=True):
         found[name] = _mean(scores.values())
         for group, has_answer in (("has_answer", True), ("no_answer", False)):
             part = [score for key, score in scores.items() if bool(gold[key]) == has_answer]

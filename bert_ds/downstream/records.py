@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from bert_ds.config_problems import describe, did_you_mean
+from bert_ds.downstream.squad_files import read_squad
 from bert_ds.downstream.tagged_files import read_conll, read_conllu
 from bert_ds.ranks import DataError
 from bert_ds.task_data_config import Column, DataFile
@@ -150,7 +151,7 @@ def _read_xml(path: Path, text: str, file: DataFile) -> Iterator[tuple[int, dict
         yield number, {**{f"@{name}": value for name, value in element.attrib.items()}, **children}
 
 
-_READERS: dict[str, Callable[[Path, str, DataFile], Iterator[tuple[int, dict[str, Any]]]]] = {
+_READERS: dict[str, Callable[[Path, str, DataFile], Iterator[tuple[int | str, dict[str, Any]]]]] = {
     "tsv": _read_tsv,
     "csv": _read_csv,
     "jsonl": _read_jsonl,
@@ -158,4 +159,5 @@ _READERS: dict[str, Callable[[Path, str, DataFile], Iterator[tuple[int, dict[str
     "xml": _read_xml,
     "conll": read_conll,
     "conllu": read_conllu,
+    "squad": lambda path, text, file: read_squad(path, text),
 }

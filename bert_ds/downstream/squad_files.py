@@ -31,32 +31,28 @@ class Alignment(NamedTuple):
     num_absent: int
 
 
-def read_squad(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return where each question stands in the file, and its fields.
+def read_squad(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield where each question stands in the file, and its fields.
 
     The fields are id, question, context (str), answers (a list of {"text", "answer_start"}, empty for an impossible
     question) and is_impossible (bool; false where the file does not say). A question may be empty: CMRC's trial set has
-    one, and the official scores count it.
+    two, and the official scores count them.
 
     Raises:
-        DataError: the file is not JSON or not of this form, an id comes twice, a text is empty, or a question is
+        DataError: the text is not JSON or not of this form, an id comes twice, a text is empty, or a question is
             impossible and has answers all the same.
     """
     try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 at byte {error.start}") from None
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON, or only the beginning of it: {error}") from None
-    rows = list(_questions(path, content))
-    if not rows:
-        raise DataError(f"{path} holds no question")
     places: dict[str, str] = {}
-    for where, fields in rows:
-        if fields["id"] in places:
-            raise DataError(f"{where}: id {fields['id']!r} is also at {places[fields['id']]}")
-        places[fields["id"]] = where
-    return rows
+    for place, fields in _questions(path, content):
+        key = fields["id"]
+        if key in places:
+            raise DataError(f"{path}:{place}: id {key!r} is also at {places[key]}")
+        places[key] = place
+        yield place, fields
 
 
 def align_answers(context: str, answers: Sequence[Answer]) -> Alignment:
@@ -81,13 +77,13 @@ def align_answers(context: str, answers: Sequence[Answer]) -> Alignment:
 
 def _questions(path: Path, content: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, article in enumerate(_member(content, "data", list, str(path))):
-        where_article = f"{path}: data[{number}]"
-        for index, paragraph in enumerate(_member(article, "paragraphs", list, where_article)):
-            where = f"{where_article}.paragraphs[{index}]"
-            context = _text(paragraph, "context", where)
-            for place, question in enumerate(_member(paragraph, "qas", list, where)):
-                where_question = f"{where}.qas[{place}]"
-                yield where_question, _fields(question, context, where_question)
+        in_article = f"data[{number}]"
+        for index, paragraph in enumerate(_member(article, "paragraphs", list, f"{path}:{in_article}")):
+            in_paragraph = f"{in_article}.paragraphs[{index}]"
+            context = _text(paragraph, "context", f"{path}:{in_paragraph}")
+            for place, question in enumerate(_member(paragraph, "qas", list, f"{path}:{in_paragraph}")):
+                in_question = f"{in_paragraph}.qas[{place}]"
+                yield in_question, _fields(question, context, f"{path}:{in_question}")
 
 
 def _fields(question: Any, context: str, where: str) -> dict[str, Any]:

@@ -90,6 +90,9 @@ def write_task_folder(output: Path, model: TaskModel, *, facts: TaskFacts, token
                 tokenizer=tokenizer,
                 model_card=_model_card(form, facts),
             )
+            for name, text in form.extra_files(model.config).items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text(text, encoding="utf-8")
             checks.append(_verify(folder, form, model))
             verify_tokenizer(folder, model.config, tokenizer)
     return checks
@@ -168,6 +171,9 @@ def _verify(folder: Path, form: HfForm, model: TaskModel) -> ExportCheck:
         answer = theirs(**probe.padded)
     if form.architecture == "BertForQuestionAnswering":
         wanted = torch.stack([answer.start_logits, answer.end_logits], dim=-1)
+    elif form.architecture == "BertModel":
+        kept_NS1 = probe.padded["attention_mask"][..., None]
+        wanted = (answer.last_hidden_state * kept_NS1).sum(dim=1) / kept_NS1.sum(dim=1)
     else:
         wanted = answer.logits
     wanted = wanted[mask_NS] if form.scores.startswith("token_") else wanted.view(found.shape)

@@ -50,7 +50,7 @@ def read_task(task: TaskConfig, tokenizer: WordPieceTokenizer, *, labels: Labels
         DataError: a file or a row is not as the task says; the message names it.
     """
     kind = KINDS[task.kind]
-    train, validation = _split(task, kind, say=say)
+    train, validation = split_rows(task, kind, say=say)
     test = _read(task.data.test, task, kind, is_optional=True, say=say)
     labels = kind.make_labels(train, task) if labels is None else labels
     context = FeatureContext(tokenizer, task, labels, say)
@@ -66,21 +66,8 @@ def read_task(task: TaskConfig, tokenizer: WordPieceTokenizer, *, labels: Labels
     return TaskRows(labels, made["training"], made["validation"], made["test"] if test else None)
 
 
-def balanced_weights(labels: Sequence[str], features: Sequence[Feature], *, target: str) -> tuple[float, ...]:
-    """Return a weight per label in inverse proportion to its frequency, with a mean of 1 over all targets.
-
-    Raises:
-        DataError: a label never occurs in training, so that it would have an infinite weight.
-    """
-    counts = _counts(features, target)
-    missing = [label for index, label in enumerate(labels) if not counts[index]]
-    if missing:
-        raise DataError(f'class_weights "balanced": no training row has the label {", ".join(missing)}')
-    total = sum(counts.values())
-    return tuple(total / (len(labels) * counts[index]) for index in range(len(labels)))
-
-
-def _split(task: TaskConfig, kind: Kind, *, say: Say) -> tuple[list[Example], list[Example]]:
+def split_rows(task: TaskConfig, kind: Kind, *, say: Say) -> tuple[list[Example], list[Example]]:
+    """Return the training and the validation rows of a task, of which none is part of one of the other side."""
     train = _read(task.data.train, task, kind, is_optional=False, say=say)
     if task.data.validation_fraction is None:
         validation = _read(task.data.validation, task, kind, is_optional=False, say=say)
@@ -102,6 +89,20 @@ def _split(task: TaskConfig, kind: Kind, *, say: Say) -> tuple[list[Example], li
         if not side:
             raise DataError(f"task {task.name}: no {name} row is left, wanted at least one")
     return train, validation
+
+
+def balanced_weights(labels: Sequence[str], features: Sequence[Feature], *, target: str) -> tuple[float, ...]:
+    """Return a weight per label in inverse proportion to its frequency, with a mean of 1 over all targets.
+
+    Raises:
+        DataError: a label never occurs in training, so that it would have an infinite weight.
+    """
+    counts = _counts(features, target)
+    missing = [label for index, label in enumerate(labels) if not counts[index]]
+    if missing:
+        raise DataError(f'class_weights "balanced": no training row has the label {", ".join(missing)}')
+    total = sum(counts.values())
+    return tuple(total / (len(labels) * counts[index]) for index in range(len(labels)))
 
 
 def _read(files: Sequence[DataFile], task: TaskConfig, kind: Kind, *, is_optional: bool, say: Say) -> list[Example]:

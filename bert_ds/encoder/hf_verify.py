@@ -89,9 +89,15 @@ def load_with_transformers(folder: Path, architecture: str) -> Any:
     architectures = read_json(folder / "config.json").get("architectures")
     if architectures != [architecture]:
         raise CheckpointError(f"{folder}/config.json: architectures is {architectures}, wanted {[architecture]}")
+    options = {"add_pooling_layer": False} if architecture == "BertModel" else {}
     try:
         model, report = getattr(transformers, architecture).from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, dtype=torch.float32, attn_implementation="eager"
+            folder,
+            output_loading_info=True,
+            local_files_only=True,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            **options,
         )
     except (RuntimeError, OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from bert_ds.encoder.heads import BertForPreTraining
 from bert_ds.encoder.hf_folder import load_hf_folder, read_json
-from bert_ds.encoder.hf_mapping import encoder_from_hf
+from bert_ds.encoder.hf_mapping import encoder_from_hf, from_hf, modern_names
 from bert_ds.ranks import CheckpointError, DataError
 from bert_ds.run_config import ModelConfig
 
@@ -34,6 +35,24 @@ def load_pretrained(folder: Path) -> Pretrained:
     source = load_hf_folder(folder)
     tensors, unused = encoder_from_hf(source.tensors, source.config)
     return Pretrained(source.config, tensors, unused)
+
+
+def load_masked_lm(folder: Path, *, kernels: str = "auto") -> BertForPreTraining:
+    """Return the model of a Hugging Face folder with its masked-word head, in evaluation mode on the CPU.
+
+    Raises:
+        ConfigError: config.json is missing, unreadable, or no BERT that this model can be.
+        CheckpointError: the folder has no masked-word head, as a fine-tuned one has not, or a tensor is missing,
+            damaged, unknown or of another shape.
+    """
+    source = load_hf_folder(folder)
+    tensors = modern_names(source.tensors)
+    if "cls.predictions.bias" not in tensors:
+        raise CheckpointError(f"{folder} has no masked-word head: wanted a pre-trained model, not a fine-tuned one")
+    has_pair_head = "cls.seq_relationship.weight" in tensors
+    model = BertForPreTraining(source.config, kernels=kernels, has_pair_head=has_pair_head)
+    model.load_state_dict(from_hf(tensors, source.config, has_pair_head=has_pair_head))
+    return model.eval()
 
 
 def check_tokenizer(folder: Path, *, vocab_size: int, fingerprint: str) -> None:
