@@ -1,0 +1,210 @@
+"""What pre-training is worth: real tasks from a pre-trained model, from random weights, and by a trivial method.
+
+    python tests/campaign_downstream.py --data FOLDER --work FOLDER [--only sst2 trec ...] [--seeds 1 2 3]
+
+FOLDER of data holds wikipedia_en, wikipedia_zh and the folders that the shipped tasks name. First a small BERT per
+language is pre-trained on its Wikipedia by `campaign_downstream_en.json` and `..._zh.json`, and exported. Then every
+task is fine-tuned from it and from the same network with random weights: same rows, epochs, learning rate and seeds,
+at most 10,000 training rows. The trivial methods (`trivial_methods.py`) see the same rows on the same split.
+
+Results are appended to tests/results/downstream.jsonl, one line per training; what is there is not run again. At the
+end, and with --table alone, the table of BENCHMARKS.md is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from trivial_methods import trivial_figure
+
+from bert_ds.corpus.wordpiece import load_tokenizer
+from bert_ds.downstream.task_rows import read_task
+from bert_ds.task_config import load_task
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "tests/results/downstream.jsonl"
+DEEPSPEED_CONFIG = ROOT / "ds_configs/zero1.json"
+VOCAB_SIZES = {"en": 8192, "zh": 12000}
+MAX_TRAIN_ROWS = 10_000
+
+
+class Run(NamedTuple):
+    """How a task is trained here."""
+
+    language: str
+    epochs: float
+    num_seeds: int = 3
+
+
+TASKS = {
+    "sst2": Run("en", 3),
+    "trec": Run("en", 6),
+    "subjectivity": Run("en", 3),
+    "stsb_en": Run("en", 6),
+    "cola": Run("en", 4),
+    "rte": Run("en", 6),
+    "ud_pos": Run("en", 3),
+    "wnut17": Run("en", 8),
+    "squad1": Run("en", 4),
+    "squad2": Run("en", 4),
+    "stsb_zh": Run("zh", 6),
+    "laws_zh": Run("zh", 10),
+    "weibo_ner": Run("zh", 10),
+    "cmrc": Run("zh", 4),
+}
+LEARNING_RATE = 3e-4
+"""Peak, for these models of 5 million weights; both starts get the same."""
+
+
+def main() -> None:
+    """Run what has no result yet, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--only", nargs="*", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--seeds", nargs="*", type=int, help="instead of each task's own number of seeds")
+    parser.add_argument("--table", action="store_true", help="print the table of what is recorded and stop")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        if arguments.data is None or arguments.work is None:
+            parser.error("--data and --work are missing")
+        data, work = arguments.data.absolute(), arguments.work.absolute()
+        models = {language: pretrained(language, data, work) for language in languages(arguments.only)}
+        for name in arguments.only:
+            record_trivial(name, data, models[TASKS[name].language])
+            seeds = arguments.seeds or list(range(1, TASKS[name].num_seeds + 1))
+            for start in ("pretrained", "random"):
+                for seed in seeds:
+                    record(name, start, seed, data=data, model=models[TASKS[name].language], work=work)
+    print("\n".join(table(stored())))
+
+
+def languages(names: Iterable[str]) -> list[str]:
+    """Return the languages of the tasks, each once."""
+    return list(dict.fromkeys(TASKS[name].language for name in names))
+
+
+def pretrained(language: str, data: Path, work: Path) -> Path:
+    """Return the export of the language's model; what of it is missing is made."""
+    text, tokenizer, shards = data / f"wikipedia_{language}", work / language / "tokenizer", work / language / "shards"
+    run_dir = work / language / "run"
+    if not (tokenizer / "vocab.txt").is_file():
+        _verb("train_wordpiece", "--input", text, "--output", tokenizer, "--vocab_size", VOCAB_SIZES[language])
+    if not (shards / "manifest.json").is_file():
+        places = ("--input", text, "--tokenizer", tokenizer, "--output", shards)
+        _verb("build_shards", *places, "--validation_fraction", 0.03)
+    if not (run_dir / "DONE").is_file():
+        recipe = ROOT / f"tests/campaign_downstream_{language}.json"
+        files = ("--run", recipe, "--deepspeed_config", ROOT / "ds_configs/zero2.json", "--run_dir", run_dir)
+        places = ("--set", f"corpus.tokenizer={tokenizer}", "--set", f"corpus.sources.0.path={shards}")
+        _verb("pretrain", *files, *places, "--resume", "auto")
+    if not (run_dir / "hf/model.safetensors").is_file():
+        _verb("export_hf", "--run_dir", run_dir)
+    return run_dir / "hf"
+
+
+def settings(name: str) -> list[str]:
+    """Return the overrides that a task is trained with here."""
+    return [
+        f"data.max_train_rows={MAX_TRAIN_ROWS}",
+        f"optimizer.lr={LEARNING_RATE}",
+        f"training.epochs={TASKS[name].epochs}",
+        "training.precision=bf16",
+        "checkpoints.keep_last=1",
+    ]
+
+
+def record(name: str, start: str, seed: int, *, data: Path, model: Path, work: Path) -> None:
+    """Fine-tune one seed from one start, unless its result is stored."""
+    key = {"task": name, "start": start, "seed": seed}
+    if any(all(row[field] == value for field, value in key.items()) for row in stored()):
+        return
+    run_dir = work / "tasks" / name / f"{start}_{seed}"
+    begun = time.perf_counter()
+    if not (run_dir / "DONE").is_file():
+        options = [word for setting in settings(name) for word in ("--set", setting)]
+        places = ("--task", name, "--data", data, "--model", model, "--deepspeed_config", DEEPSPEED_CONFIG)
+        random = ("--random_weights",) if start == "random" else ()
+        _verb("finetune", *places, "--run_dir", run_dir, "--seed", seed, *options, *random, "--resume", "auto")
+    results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    metric = results["metric"]
+    row = {**key, "metric": metric, "value": results["validation"][metric], "figures": results["validation"]}
+    append({**row, "settings": settings(name), "seconds": round(time.perf_counter() - begun, 1), **facts_of(model)})
+
+
+def record_trivial(name: str, data: Path, model: Path) -> None:
+    """Measure the trivial method on the rows that the models see, unless its result is stored."""
+    if any(row["task"] == name and row["start"] == "trivial" for row in stored()):
+        return
+    task = load_task(name, settings(name), data=data)
+    found = trivial_figure(task, read_task(task, load_tokenizer(model), say=print))
+    append({"task": name, "start": "trivial", "metric": task.chosen_metric, **found})
+
+
+def facts_of(model: Path) -> dict[str, Any]:
+    """Return which model was fine-tuned, and with what."""
+    evaluations = [
+        json.loads(line)
+        for line in (model.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        if '"evaluation"' in line
+    ]
+    loss = evaluations[-1]["loss_mlm"]
+    return {"pretraining_loss": loss, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def stored() -> list[dict[str, Any]]:
+    """Return the rows recorded so far."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+
+
+def append(row: dict[str, Any]) -> None:
+    """Record and print one row."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a Markdown table: a task per line, mean and deviation over seeds of each start."""
+    lines = ["| task | metric | pre-trained | random weights | trivial method | seeds |", "|---|---|---|---|---|---|"]
+    for name in TASKS:
+        by_start: dict[str, list[float]] = {}
+        for row in rows:
+            if row["task"] == name:
+                by_start.setdefault(row["start"], []).append(row["value"])
+        if not by_start:
+            continue
+        metric = next(row["metric"] for row in rows if row["task"] == name)
+        cells = [_spread(by_start.get(start, [])) for start in ("pretrained", "random", "trivial")]
+        seeds = max(len(by_start.get("pretrained", [])), len(by_start.get("random", [])))
+        lines.append(f"| {name} | {metric} | {' | '.join(cells)} | {seeds} |")
+    return lines
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean = statistics.fmean(values)
+    return f"{mean:.3f}" if len(values) == 1 else f"{mean:.3f} ± {statistics.stdev(values):.3f}"
+
+
+def _verb(name: str, *arguments: object) -> None:
+    script = str(ROOT / f"bert_ds/{name}.py")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, script, *map(str, arguments)], check=True, env=environment)
+
+
+if __name__ == "__main__":
+    main()
