@@ -19,7 +19,7 @@ RUN_DIR := runs/default
 DEEPSPEED_CONFIG := ds_configs/zero2.json
 
 .PHONY: pretrain test test-slurm check format env env-dev clean bench-gpu
-.PHONY: campaign-kills campaign-damage
+.PHONY: campaign-kills campaign-damage campaign-downstream
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer campaign-lamb campaign-kernels campaign-configs
 .PHONY: bench-cpu test-gpu sanitize-gpu
 
@@ -60,6 +60,10 @@ campaign-kernels: env-dev
 
 campaign-configs: env-dev
 	$(BIN)/python tests/campaign_configs.py
+
+campaign-downstream: env-dev
+	@[[ -n "$(DATA)" ]] || { echo "DATA=folder is missing: wikipedia_en, wikipedia_zh and the folders the shipped tasks name"; exit 2; }
+	$(BIN)/python tests/campaign_downstream.py --data $(DATA) --work runs/$@
 
 campaign-lamb: env-dev
 	$(BIN)/python -m pytest -m campaign tests/test_lamb_campaign.py
