@@ -16,6 +16,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from bert_ds.command_line import make_parser, run_main
+from bert_ds.corpus.wordpiece import load_tokenizer
 from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, staged_folder, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
 from bert_ds.encoder.hf_onnx import ONNX_FILE, OnnxCheck, write_onnx
@@ -45,6 +46,8 @@ def main() -> None:
 
     sentence_pair = run.sequences.sentence_pair
     config = hf_config(run.model, sentence_pair=sentence_pair, pad_token_id=pad_token_id(tokenizer))
+    # So that a task notices when the folder's tokenizer is exchanged for another of the same size.
+    config["tokenizer_fingerprint"] = load_tokenizer(tokenizer).fingerprint
     with staged_folder(output) as folder:
         write_hf_folder(
             folder,

@@ -51,18 +51,18 @@ PIECES = [
 CONFIG = small_config(vocab_size=len(PIECES), hidden_size=32, max_position_embeddings=48)
 
 
-def write_tiny_export(folder: Path, *, has_pair_head: bool = True) -> Path:
+def write_tiny_export(folder: Path, *, has_pair_head: bool = True, fingerprint: str | None = None) -> Path:
     """Write a folder as export_hf.py does, of a two-layer BERT that has learned nothing, and return it."""
     tokenizer = folder.with_name("tokenizer")
     WordPieceTokenizer(PIECES, TextRules()).save(tokenizer)
     folder.mkdir()
     model = BertForPreTraining(CONFIG, has_pair_head=has_pair_head)
     spread_weights(model, CONFIG, scale=0.05)
+    objective = "nsp" if has_pair_head else "none"
+    config = hf_config(CONFIG, sentence_pair=objective, pad_token_id=pad_token_id(tokenizer))
     write_hf_folder(
         folder,
-        config=hf_config(
-            CONFIG, sentence_pair="nsp" if has_pair_head else "none", pad_token_id=pad_token_id(tokenizer)
-        ),
+        config=config if fingerprint is None else {**config, "tokenizer_fingerprint": fingerprint},
         tensors=to_hf(model.state_dict(), CONFIG),
         tokenizer=tokenizer,
         model_card=model_card_text("tiny", {"steps": 0}),

@@ -17,22 +17,21 @@ from bert_ds.run_log import read_metrics
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def finetune(
-    task: Path, model: Path, run_dir: Path, *extra: object, stage: int = 1
-) -> subprocess.CompletedProcess[str]:
-    """Run finetune.py as one rank, without a launcher."""
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    """Run a script with the interpreter of the tests, as one rank without a launcher."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    files = ["--task", task, "--model", model, "--run_dir", run_dir]
-    command = [
-        ROOT / "bert_ds/finetune.py",
-        *files,
-        "--deepspeed_config",
-        ROOT / f"ds_configs/zero{stage}.json",
-        *extra,
-    ]
     return subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, timeout=240
     )
+
+
+def finetune(
+    task: Path, model: Path, run_dir: Path, *extra: object, stage: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """Run finetune.py."""
+    files = ["--task", task, "--model", model, "--run_dir", run_dir]
+    deepspeed_config = ROOT / f"ds_configs/zero{stage}.json"
+    return run(ROOT / "bert_ds/finetune.py", *files, "--deepspeed_config", deepspeed_config, *extra)
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +94,29 @@ def test_a_run_folder_that_is_in_use_is_refused(finished: tuple[Path, Path], tin
     refused = finetune(task, tiny_export, run_dir, "--seeds", 1)
     assert refused.returncode == 2
     assert "holds" in refused.stderr and "--resume auto continues it" in refused.stderr
+
+
+def test_a_run_that_no_longer_improves_ends_early_with_its_best_step(tiny_export: Path, tmp_path: Path) -> None:
+    training = {"epochs": 20, "train_batch_size": 8}
+    task = review_task(
+        tmp_path,
+        rows=24,
+        training=training,
+        evaluation={"patience": 2},
+        freeze={"encoder": True},
+        layerwise_lr_decay=0.9,
+    )
+    done = finetune(task, tiny_export, tmp_path / "run", "--set", "optimizer.lr=1e-9", stage=3)
+    assert done.returncode == 0, done.stderr
+    assert "nothing more to gain: the run ends at step 9 of 45" in done.stdout
+    assert json.loads((tmp_path / "run/DONE").read_text()) == {"step": 9, "best_step": 3}
+
+
+def test_score_gives_the_figures_of_the_run_that_made_the_folder(finished: tuple[Path, Path], tmp_path: Path) -> None:
+    task, run_dir = finished[0], finished[1] / "seed_1"
+    done = run(ROOT / "bert_ds/score.py", "--model", run_dir / "hf", "--task", task, "--output", tmp_path / "scores")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "scores/results.json").read_text())["validation"]
+    assert found == json.loads((run_dir / "results.json").read_text())["validation"]
+    name = "predictions/validation/predictions.tsv"
+    assert (tmp_path / "scores" / name).read_text() == (run_dir / name).read_text()
