@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lamb_runs import Case, build, quiet_deepspeed, train, whole_model_value
+from lamb_optimizers import whole_model_value
+from lamb_runs import Case, build, quiet_deepspeed, train
 from torch import Tensor, nn
 
 STEPS_BEFORE, STEPS_AFTER = 3, 3

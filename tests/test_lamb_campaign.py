@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from lamb_bert import train_unsharded
 from lamb_checkpoints import load_universal, run_same_world_size, save_for_universal
-from lamb_reference import paper, train_unsharded, worst_error
-from lamb_runs import CLIP, SETTINGS, Case, quiet_deepspeed, run_cases, whole_model_value
+from lamb_optimizers import CLIP, SETTINGS, whole_model_value
+from lamb_reference import paper, worst_error
+from lamb_runs import Case, quiet_deepspeed, run_cases
 from ranks_harness import run_ranks
 from test_lamb_zero import FP16, GRAD_ACCUM_FP32, SHADOWS
 

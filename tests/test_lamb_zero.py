@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from lamb_bert import Trajectory, fuse_qkv, train_unsharded
 from lamb_checkpoints import run_same_world_size
-from lamb_reference import Trajectory, fuse_qkv, paper, train_unsharded, worst_error
-from lamb_runs import CLIP, SETTINGS, Case, Report, run_cases
+from lamb_optimizers import CLIP, SETTINGS, VARIANTS
+from lamb_reference import paper, worst_error
+from lamb_runs import Case, Report, run_cases
 from ranks_harness import run_ranks
 
 Long = partial(Case, num_steps=12)
@@ -61,10 +63,15 @@ SHADOWS = [
     *[Shadow(stage, optimizer=name) for stage in (1, 3) for name in ("lans", "stable_adamw", "adamw", "lion")],
     *[Shadow(stage, optimizer="shadowed", scaled_rates=True) for stage in (2, 3)],
     *[Shadow(3, optimizer=name, scaled_rates=True) for name in ("lans", "stable_adamw", "adamw", "lion")],
+    *[Shadow(2 + index % 2, optimizer=name) for index, name in enumerate(VARIANTS)],
 ]
 OVERFLOWS = [Shadow(stage, "fp16", top=FP16, num_steps=9) for stage in (1, 2, 3)]
 COUNTED = [Shadow(stage, optimizer="counting", num_steps=1) for stage in (1, 2, 3)]
 ORACLE = Short(2, optimizer="one_group_per_tensor")
+IN_FP32, IN_BF16 = (
+    Shadow(2, "bf16", optimizer="lamb", num_steps=1, top={**GRAD_ACCUM_FP32, "communication_data_type": dtype})
+    for dtype in ("fp32", "bf16")
+)
 
 
 def by_label(cases: Sequence[Case], world_size: int) -> dict[str, list[Report]]:
@@ -81,13 +88,18 @@ def unsharded() -> dict[int, Trajectory]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> dict[str, list[Report]]:
-    cases = [*TRAJECTORIES, *FUSED, *PADDED, *[case for case, _ in WRONG], *SHADOWS, *OVERFLOWS, *COUNTED, ORACLE]
+    cases = [*TRAJECTORIES, *FUSED, *PADDED, *[case for case, _ in WRONG], *SHADOWS, *OVERFLOWS, *COUNTED]
+    cases += [ORACLE, IN_FP32, IN_BF16]
     return by_label(cases, 2)
 
 
 @pytest.fixture(scope="module")
 def other_world_sizes() -> dict[tuple[int, str], list[Report]]:
-    cases = {1: [Short(1), Short(3)], 3: [Short(2), Short(3)], 4: [Short(1), Short(3, poison_padding=True)]}
+    cases = {
+        1: [Short(1), Short(3), IN_FP32, IN_BF16],
+        3: [Short(2), Short(3)],
+        4: [Short(1), Short(3, poison_padding=True)],
+    }
     return {(n, label): reports for n in cases for label, reports in by_label(cases[n], n).items()}
 
 
@@ -200,6 +212,18 @@ def test_the_state_has_the_names_that_universal_checkpoints_know(case: Case, two
 
 def test_one_group_per_tensor_inside_deepspeed_is_the_same_run(two_ranks: Any, unsharded: Any) -> None:
     assert worst_error(two_ranks[ORACLE.label][0].weights, unsharded[5].weights)[0] <= 1e-6
+
+
+def test_gradients_reduced_in_fp32_are_the_same_on_one_rank_and_on_two(two_ranks: Any, other_world_sizes: Any) -> None:
+    errors = []
+    for case in (IN_FP32, IN_BF16):
+        found, wanted = (
+            {name: torch.from_numpy(array) for name, array in report.first_moments.items()}
+            for report in (two_ranks[case.label][0], other_world_sizes[1, case.label][0])
+        )
+        errors.append(worst_error(found, wanted)[0])
+    assert errors[0] <= 1e-6
+    assert errors[1] > 1e-4
 
 
 RESUMED = [

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lamb_reference import make_model
+from lamb_bert import make_model
 from lamb_runs import Case, build, quiet_deepspeed, train
 from ranks_harness import run_ranks
 
