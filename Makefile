@@ -8,7 +8,8 @@
 # make test-gpu   the kernels on an NVIDIA GPU, among that a thousand runs of equal bits; make sanitize-gpu: the same at
 #                 small sizes under compute-sanitizer
 # make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, shards and peer (each wants
-#                 TEXT=folder of text), lamb, kernels, configs, kills, damage (wants root, for a small disk in memory)
+#                 TEXT=folder of text), lamb, kernels, configs, deepspeed (the newest release instead of the
+#                 pinned one), kills, damage (wants root, for a small disk in memory)
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
 
 SHELL := /bin/bash
@@ -19,7 +20,7 @@ RUN_DIR := runs/default
 DEEPSPEED_CONFIG := ds_configs/zero2.json
 
 .PHONY: pretrain test test-slurm check format env env-dev clean bench-gpu
-.PHONY: campaign-kills campaign-damage campaign-downstream
+.PHONY: campaign-kills campaign-damage campaign-downstream campaign-deepspeed
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer campaign-lamb campaign-kernels campaign-configs
 .PHONY: bench-cpu test-gpu sanitize-gpu
 
@@ -53,6 +54,9 @@ check: env-dev
 campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer: env-dev
 	@[[ -n "$(TEXT)" ]] || { echo "TEXT=folder is missing: the text that the measurement is made on"; exit 2; }
 	$(BIN)/python tests/$(subst -,_,$@).py --text $(TEXT) --work runs/$@
+
+campaign-deepspeed: env-dev
+	$(BIN)/python tests/campaign_deepspeed.py
 
 campaign-kernels: env-dev
 	$(BIN)/python -m pytest -n 2 -m campaign tests/test_kernel_*.py

@@ -27,7 +27,7 @@ from tiny_training import (
 
 from bert_ds.ranks import CheckpointError, Ranks
 from bert_ds.run_log import read_metrics
-from bert_ds.training.checkpoint_engine import load_safely
+from bert_ds.training.checkpoint_engine import VerifiedCheckpointEngine, load_safely
 from bert_ds.training.checkpoint_folder import find_checkpoint, verify_checkpoint
 from bert_ds.training.checkpoint_saver import CheckpointPolicy, checkpoint_bytes
 from bert_ds.training.checkpoints import resume, save_checkpoint
@@ -241,6 +241,15 @@ def test_a_disk_with_too_little_room_is_told_with_both_numbers_before_anything_i
 def test_a_folder_that_cannot_be_written_leaves_training_alone(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
     assert save_once(tmp_path, 6) is None
+
+
+def test_a_file_that_was_saved_past_our_engine_makes_the_save_fail(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(VerifiedCheckpointEngine, "save", lambda self, state_dict, path: torch.save({}, path))
+    assert save_once(run_dir, 6) is None
+    assert "did not save" in capsys.readouterr().out
+    assert find_checkpoint(run_dir) == newest(run_dir)
 
 
 def test_leftovers_of_killed_saves_are_removed_by_the_next_save(run_dir: Path) -> None:

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import torch
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 
 from bert_ds.tensor_files import load_tensor_file
+from bert_ds.training.deepspeed_names import named_release
+
+with named_release():
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
 _ALLOWED = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
 """Plain data classes that DeepSpeed's files hold beside tensors and containers."""

@@ -32,6 +32,7 @@ from bert_ds.run_log import RunLog, library_versions
 from bert_ds.training import checkpoint_folder
 from bert_ds.training.agreement import broadcast_json, gather_json, max_over_ranks
 from bert_ds.training.checkpoint_engine import VerifiedCheckpointEngine
+from bert_ds.training.deepspeed_names import deepspeed_version
 from bert_ds.training.train_state import TrainState
 from bert_ds.training.zero_limits import universal_checkpoint_blockers
 
@@ -131,6 +132,9 @@ class CheckpointSaver:
         try:
             if errors:
                 raise CheckpointError("; ".join(errors))
+            if past := {file.name for file in save.temporary.iterdir()} ^ set(save.files or {}):
+                release = deepspeed_version()
+                raise CheckpointError(f"DeepSpeed {release} did not save {min(past)} through this project's engine")
             checkpoint_folder.write_manifest(save.temporary, {**save.manifest, "files": save.files})
             path = checkpoint_folder.publish(save.temporary, save.tag)
         except (OSError, CheckpointError):

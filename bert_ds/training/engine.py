@@ -8,12 +8,15 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bert_ds.training.checkpoint_engine import VerifiedCheckpointEngine
+from bert_ds.training.deepspeed_names import named_release, require_names
 from bert_ds.training.optimizers import StepGuard, refuse_unsupported_settings
+
+with named_release():
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
 
 def make_engine(model: nn.Module, optimizer: Optimizer, ds_config: dict[str, Any]) -> DeepSpeedEngine:
@@ -29,13 +32,14 @@ def make_engine(model: nn.Module, optimizer: Optimizer, ds_config: dict[str, Any
 
     Raises:
         ValueError: the configuration switches off what keeps a NaN out of the weights.
-        ConfigError: the optimizer would be wrong under the configuration.
+        ConfigError: the optimizer would be wrong under the configuration, or this DeepSpeed lacks a name that is used.
     """
     _refuse_unguarded(ds_config)
     names = parameter_names(model, optimizer)
     weights = _full_precision_weights(model, ds_config)
     guard = StepGuard(optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    require_names(engine)
     refuse_unsupported_settings(engine)
     engine.checkpoint_engine = VerifiedCheckpointEngine(parameter_names=names)
     # DeepSpeed copies zero_to_fp32.py beside every checkpoint: a script that unpickles, and a write that may fail on
@@ -55,7 +59,7 @@ def step_guard(engine: DeepSpeedEngine) -> StepGuard:
 
 def has_own_nan_guard(engine: DeepSpeedEngine) -> bool:
     """Whether DeepSpeed's optimizer wrapper drops a step with gradients that are not finite, on all ranks alike."""
-    return hasattr(engine.optimizer, "overflow")
+    return engine.optimizer is not engine.basic_optimizer
 
 
 def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from bert_ds.ranks import CheckpointError
 from bert_ds.training.checkpoint_engine import load_safely
 from bert_ds.training.checkpoint_folder import verify_checkpoint
+from bert_ds.training.deepspeed_names import TESTED
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -38,8 +39,11 @@ def load_fp32_state_dict(checkpoint: Path) -> dict[str, Tensor]:
     manifest = verify_checkpoint(checkpoint)
     try:
         return _merged(checkpoint, manifest)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint} does not hold what DeepSpeed writes: {error!r}") from error
+    except (AttributeError, FileNotFoundError, IndexError, KeyError, TypeError, ValueError) as error:
+        release = manifest.get("versions", {}).get("deepspeed", "unknown")
+        raise CheckpointError(
+            f"{checkpoint} was saved by DeepSpeed {release} and does not hold what {TESTED} writes: {error!r}"
+        ) from error
 
 
 def _merged(checkpoint: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -57,6 +61,7 @@ def _merged(checkpoint: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
         weights = dict(_merge_stage_3(model["param_shapes"], shards))
     else:
         weights = dict(_merge_stage_1_2(model["param_shapes"], shards))
+        _compare(weights, model["module"], checkpoint)
     weights.update(_frozen_weights(checkpoint, model, stage=stage, world_size=world_size))
     for alias, name in model["shared_params"].items():
         weights[alias] = weights[name]
@@ -114,6 +119,16 @@ def _merge_stage_1_2(groups: Sequence[Shapes], shards: Sequence[Mapping[str, Any
             offset += numel + padding
         if not 0 <= len(flat) - offset < 4 * len(shards):
             raise CheckpointError(f"group {index} has {len(flat)} weights on {len(shards)} ranks, wanted {offset}")
+
+
+def _compare(weights: Mapping[str, Tensor], module: Mapping[str, Tensor], checkpoint: Path) -> None:
+    """Raise unless the merged weights, rounded, are those that the model itself has saved."""
+    for name, weight in weights.items():
+        if not torch.equal(weight.to(module[name].dtype), module[name]):
+            raise CheckpointError(
+                f"{checkpoint}: the fp32 weights found for {name} are not those of the model: the shards are laid out "
+                f"in another way than DeepSpeed {TESTED} lays them out"
+            )
 
 
 def _merge_stage_3(groups: Sequence[Shapes], shards: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from bert_ds.training.agreement import max_over_ranks
+from bert_ds.training.deepspeed_names import deepspeed_version, missing_name
 from bert_ds.training.lamb_rows import OwnedParameter, RowTable, cut_segments, full_numel, number_rows
 from bert_kernels.lamb import Segment, SegmentTable
 
@@ -78,7 +79,9 @@ def find_layouts(groups: Sequence[GroupToFind]) -> list[Layout]:
     if isinstance(error, LayoutError):
         raise error
     if error is not None:
-        raise LayoutError(f"DeepSpeed's layout could not be read: {type(error).__name__}: {error}") from error
+        raise LayoutError(
+            f"the layout of DeepSpeed {deepspeed_version()} could not be read: {type(error).__name__}: {error}"
+        ) from error
     return layouts
 
 
@@ -93,6 +96,9 @@ def _find_layout(group: GroupToFind) -> Layout:
     owned_ids = {id(entry.param) for entry in group.owned}
     if all(id(tensor) in owned_ids for tensor in group.tensors):
         return _whole(group)
+    for entry in group.owned:
+        if hasattr(entry.param, "ds_tensor"):
+            _need(entry.param, "ds_numel", entry.name)
     trainable = [entry for entry in group.owned if full_numel(entry.param) > 0]
     _refuse_model_parallel(trainable)
     if any(hasattr(entry.param, "_z3_optimizer") or hasattr(entry.param, "ds_tensor") for entry in trainable):
@@ -128,9 +134,10 @@ def _masters(group: GroupToFind, trainable: Sequence[OwnedParameter]) -> Layout:
     found = [tuple(tensor.shape) for tensor in group.tensors]
     if wanted != found:
         raise LayoutError(
-            f"unknown optimizer wrapper: the optimizer was given {len(found)} tensors of shapes {found[:3]}..., "
-            f"the model has {len(wanted)} trainable parameters of shapes {wanted[:3]}..., and they carry neither "
-            "_dp_group (ZeRO-1, ZeRO-2, BF16_Optimizer) nor _z3_optimizer (ZeRO-3)"
+            f"unknown optimizer wrapper of DeepSpeed {deepspeed_version()}: the optimizer was given {len(found)} "
+            f"tensors of shapes {found[:3]}..., the model has {len(wanted)} trainable parameters of shapes "
+            f"{wanted[:3]}..., and they carry neither _dp_group (ZeRO-1, ZeRO-2, BF16_Optimizer) nor _z3_optimizer "
+            "(ZeRO-3)"
         )
     for tensor, entry in zip(group.tensors, trainable, strict=True):
         if entry.param.dtype == torch.float16:
@@ -276,8 +283,5 @@ def _offset(entry: OwnedParameter) -> int:
 def _need(holder: Any, attribute: str, what: str) -> Any:
     """Return holder.attribute, or raise LayoutError naming what is missing."""
     if not hasattr(holder, attribute):
-        raise LayoutError(
-            f"{what} has no attribute {attribute!r}, by which DeepSpeed's layout is found; 0.19.8 has it, this "
-            "one may have renamed it"
-        )
+        raise LayoutError(missing_name(what, attribute))
     return getattr(holder, attribute)

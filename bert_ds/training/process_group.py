@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from bert_ds.ranks import Ranks
 from bert_ds.run_config import ConfigError
 from bert_ds.training.agreement import COLLECTIVE_TIMEOUT
+from bert_ds.training.deepspeed_names import missing_name
 
 
 @contextmanager
@@ -57,6 +58,8 @@ def leave_out_shared_memory_operator() -> None:
     /dev/shm behind for good. Only DeepSpeed's inference engine uses them.
     """
     if get_accelerator().device_name() == "cpu":
+        if not hasattr(deepspeed.ops, "__compatible_ops__"):
+            raise ConfigError(missing_name("deepspeed.ops", "__compatible_ops__"))
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 

@@ -145,7 +145,7 @@ def _drop_offloaded_gradients(optimizer: Any) -> None:
     With the optimizer on the CPU, `stage_1_and_2.step` does not clear its fp32 sums when it drops a step: their NaN
     would be found again in every later step.
     """
-    if getattr(optimizer, "cpu_offload", False):
+    if getattr(optimizer, "cpu_offload", False):  # `require_names` has seen it where there is offload
         for group in optimizer.averaged_gradients:
             optimizer.averaged_gradients[group] = None
 

@@ -22,15 +22,18 @@ from typing import Any
 
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
-from deepspeed.checkpoint import ds_to_universal
 
 from bert_ds.ranks import CheckpointError
 from bert_ds.run_log import library_versions
 from bert_ds.training.agreement import gather_json
 from bert_ds.training.checkpoint_engine import allowed_classes
 from bert_ds.training.checkpoint_folder import MANIFEST, TEMPORARY_PREFIX, file_sha256, parse_manifest, write_manifest
+from bert_ds.training.deepspeed_names import named_release
 from bert_ds.training.run_folder import on_main_rank
 from bert_ds.training.zero_limits import universal_checkpoint_blockers
+
+with named_release():
+    from deepspeed.checkpoint.ds_to_universal import main as convert_to_universal
 
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -116,7 +119,7 @@ def _run_converter(path: Path, output: Path) -> None:
         inject_missing_state=True,
     )
     with weights_only_forced(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        ds_to_universal.main(arguments)
+        convert_to_universal(arguments)
 
 
 def _refuse_other_owner(path: Path) -> None:
