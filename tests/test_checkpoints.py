@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickletools
 import resource
 import shutil
 import subprocess
@@ -184,6 +185,14 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
         load_safely(tmp_path / "x.pt")
     assert "weights_only" not in str(caught.value)
     assert not (tmp_path / "canary").exists()
+
+
+def test_a_checkpoint_names_nothing_that_an_older_torch_refuses_to_load(run_dir: Path) -> None:
+    files = [torch._C.PyTorchFileReader(str(path)) for path in newest(run_dir).glob("*.pt")]
+    pickles = [file.get_record("data.pkl") for file in files]
+    named = {str(value) for one in pickles for code, value, _ in pickletools.genops(one) if code.name == "GLOBAL"}
+    assert len(pickles) == 2 and any(name.startswith("torch._utils") for name in named)
+    assert not {name for name in named if "builtin" in name or "Enum" in name}
 
 
 def resume_alone(run_dir: Path, *, facts: dict[str, str] = FACTS, name: str | None = None) -> TrainState | None:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -122,7 +123,7 @@ def _serialize(state_dict: Any, stream: _HashingStream | _MemoryStream) -> None:
     checksums = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
-        torch.save(state_dict, cast(IO[bytes], stream))
+        torch.save(_without_enums(state_dict), cast(IO[bytes], stream))
     finally:
         torch.serialization.set_crc32_options(checksums)
 
@@ -144,6 +145,20 @@ class _MemoryStream:
 
     def flush(self) -> None:
         """Nothing to do."""
+
+
+def _without_enums(value: Any) -> Any:
+    """Return plain containers with the value of each enum in its place.
+
+    Python 3.11 pickles an enum by way of `getattr`, which torch 2.11 does not load with `weights_only`.
+    """
+    if isinstance(value, Enum):
+        return value.value
+    if type(value) is dict:
+        return {key: _without_enums(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_without_enums(item) for item in value)
+    return value
 
 
 class _HashingStream:
