@@ -186,6 +186,16 @@ def test_a_configuration_without_a_nan_guard_is_refused(changes: dict[str, Any],
         make_engine(model, optimizer, ds_config(1) | changes)
 
 
+def test_a_precision_that_the_device_lacks_is_refused_with_those_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    model = TinyModel()
+    optimizer = make_optimizer(AdamWConfig(lr=1e-3), model.named_parameters())
+    with pytest.raises(ConfigError, match=r'training.precision is "fp16".*wanted bf16 or fp32'):
+        make_engine(model, optimizer, ds_config(1) | {"bf16": {"enabled": False}, "fp16": {"enabled": True}})
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs where there is no GPU")
 def test_the_kernels_setting_chooses_the_side_of_lamb_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     import bert_kernels.lamb as lamb

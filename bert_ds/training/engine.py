@@ -8,9 +8,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bert_ds.run_config import ConfigError
 from bert_ds.training.checkpoint_engine import VerifiedCheckpointEngine
 from bert_ds.training.deepspeed_names import named_release, require_names
 from bert_ds.training.optimizers import StepGuard, refuse_unsupported_settings
@@ -35,6 +37,7 @@ def make_engine(model: nn.Module, optimizer: Optimizer, ds_config: dict[str, Any
         ConfigError: the optimizer would be wrong under the configuration, or this DeepSpeed lacks a name that is used.
     """
     _refuse_unguarded(ds_config)
+    _refuse_unsupported_precision(ds_config)
     names = parameter_names(model, optimizer)
     weights = _full_precision_weights(model, ds_config)
     guard = StepGuard(optimizer)
@@ -104,6 +107,17 @@ def _set_master(parameter: Any, weight: Tensor) -> None:
     padding = size * dist.get_world_size(parameter.ds_process_group) - weight.numel()
     padded = torch.nn.functional.pad(weight.flatten(), (0, padding))
     safe_set_local_fp32_param(parameter, padded[rank * size : (rank + 1) * size])
+
+
+def _refuse_unsupported_precision(ds_config: dict[str, Any]) -> None:
+    accelerator = get_accelerator()
+    supported = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
+    for name, is_supported in supported.items():
+        if ds_config.get(name, {}).get("enabled") and not is_supported():
+            raise ConfigError(
+                f'training.precision is "{name}", which DeepSpeed does not support on this machine\'s '
+                f"{accelerator.device_name()}; wanted {'fp32' if name == 'bf16' else 'bf16 or fp32'}"
+            )
 
 
 def _refuse_unguarded(ds_config: dict[str, Any]) -> None:
