@@ -47,9 +47,11 @@ def effective_settings(
     }
     for name in ("bf16", "fp16"):
         result[name]["enabled"] = training.precision == name
-    if result["communication_data_type"] in (None, "auto"):
-        result["communication_data_type"] = training.precision
     _fill_data_types(result["data_types"], training.precision, stage=zero["stage"])
+    if result["communication_data_type"] in (None, "auto"):
+        # DeepSpeed's own default rounds what was summed in fp32 to the precision of the model on its way to the other
+        # ranks: by 0.4 % in bf16, and differently for every number of ranks.
+        result["communication_data_type"] = result["data_types"]["grad_accum_dtype"]
     _fill_zero(zero, hidden_size=run.model.hidden_size)
     if run_dir is not None:
         for monitor in ("tensorboard", "csv_monitor"):

@@ -118,12 +118,19 @@ def test_deepspeed_reads_the_effective_configuration_as_it_was_meant(tmp_path: P
     ("stage", "precision", "accumulates_in"),
     [(0, "bf16", "bf16"), (0, "fp32", "fp32"), (1, "bf16", "fp32"), (2, "fp16", "fp32"), (3, "bf16", "fp32")],
 )
-def test_gradients_accumulate_in_fp32_where_the_engine_allows_it(
+def test_gradients_accumulate_and_are_reduced_in_fp32_where_the_engine_allows_it(
     tmp_path: Path, stage: int, precision: str, accumulates_in: str
 ) -> None:
     recipe = changed(RECIPE, "training.precision", precision)
     found = resolved(tmp_path, recipe, {"zero_optimization": {"stage": stage}})
-    assert found["data_types"]["grad_accum_dtype"] == accumulates_in
+    assert found["data_types"]["grad_accum_dtype"] == found["communication_data_type"] == accumulates_in
+
+
+def test_a_file_may_ask_for_gradients_that_are_reduced_in_half_the_bytes(tmp_path: Path) -> None:
+    assert (
+        resolved(tmp_path, RECIPE, {**DEEPSPEED, "communication_data_type": "bf16"})["communication_data_type"]
+        == "bf16"
+    )
 
 
 def test_fp16_at_stage_0_is_refused_with_the_reason(tmp_path: Path) -> None:
