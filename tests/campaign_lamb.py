@@ -7,7 +7,8 @@
 
 Every measurement is appended to tests/results/lamb.jsonl; nothing recorded is changed. `plain` is a textbook LAMB that
 steps whatever tensor DeepSpeed gives it. In `times` there is also `one_ratio`: our own code with one segment per shard
-and no reduction, so that exact / one_ratio is the price of exactness alone.
+and no reduction, so that exact / one_ratio is the price of exactness alone; all three step the same tensors in turn,
+and the ratios are medians over the steps.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]
 
-from lamb_reference import PlainLamb, paper, train_unsharded, worst_error  # noqa: E402
-from lamb_runs import CLIP, SETTINGS, Case, quiet_deepspeed, run_cases  # noqa: E402
+from lamb_bert import train_unsharded  # noqa: E402
+from lamb_optimizers import CLIP, SETTINGS  # noqa: E402
+from lamb_reference import PlainLamb, paper, worst_error  # noqa: E402
+from lamb_runs import Case, quiet_deepspeed, run_cases  # noqa: E402
 from ranks_harness import run_ranks  # noqa: E402
 
 from bert_ds.training.lamb import Lamb  # noqa: E402
@@ -39,7 +42,7 @@ from bert_kernels.lamb import Segment, SegmentTable  # noqa: E402
 
 RESULTS = ROOT / "tests/results/lamb.jsonl"
 STAGES = (0, 1, 2, 3)
-NUM_TIMED_STEPS = 7
+NUM_WARM_STEPS, NUM_TIMED_STEPS = 2, 12
 
 
 class OneRatio(Lamb):
@@ -55,6 +58,32 @@ class OneRatio(Lamb):
 def _one_segment(table: SegmentTable) -> SegmentTable:
     first = table.segments[0]
     return SegmentTable((Segment(0, table.num_elements, first.row, first.decay),), table.num_elements, table.num_rows)
+
+
+class InTurn(Lamb):
+    """Steps with three optimizers on the same tensors in turn, so that whoever else uses the machine disturbs all."""
+
+    def __init__(self, named_parameters: Any, **settings: Any) -> None:
+        named = list(named_parameters)
+        super().__init__(named, **settings)
+        self.param_groups[0]["weight_decay"] = settings["weight_decay"]
+        self.one_ratio = OneRatio(named, **settings)
+        self.plain = PlainLamb([p for _, p in named], betas=(0.9, 0.999), eps=1e-6, **settings)
+        self.spent: dict[str, list[float]] = {"exact": [], "one_ratio": [], "plain": []}
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Time each from one barrier to the next."""
+        steps = {"exact": super().step, "one_ratio": self.one_ratio.step, "plain": self.plain.step}
+        self.one_ratio.param_groups = self.plain.param_groups = self.param_groups
+        for optimizer in (self, self.one_ratio):  # the layout is verified against weights that nobody has stepped yet
+            optimizer._find(self.param_groups)
+        turn = len(self.spent["exact"]) % len(steps)
+        for name in [*steps, *steps][turn : turn + len(steps)]:
+            torch.distributed.barrier()
+            start = time.perf_counter()
+            steps[name]()
+            torch.distributed.barrier()
+            self.spent[name].append(time.perf_counter() - start)
 
 
 class BertBaseShapes(nn.Module):
@@ -102,37 +131,17 @@ def measure_errors() -> None:
 
 def measure_times() -> None:
     """Append the time of an optimizer step on two ranks."""
-    for row in run_ranks(time_steps, 2, timeout_s=3000)[0]:
-        record("times", row)
+    for stage in STAGES:
+        record("times", run_ranks(time_steps, 2, stage, timeout_s=1800)[0])
 
 
-def time_steps(rank: int, world_size: int) -> list[dict[str, Any]]:
-    """Worker: time every stage and optimizer, one after the other."""
-    quiet_deepspeed()
-    return [
-        {"world_size": world_size, "stage": stage, "optimizer": name, **time_one(stage, name)}
-        for stage in STAGES
-        for name in ("exact", "one_ratio", "plain")
-    ]
-
-
-def time_one(stage: int, name: str) -> dict[str, Any]:
-    """Return the median time of optimizer.step and engine.step of one configuration."""
+def time_steps(rank: int, world_size: int, stage: int) -> dict[str, Any]:
+    """Worker: return median times and ratios of the optimizers, each step of all three on the same tensors."""
     import deepspeed
 
+    quiet_deepspeed()
     model = BertBaseShapes()
-    settings = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01}
-    optimizer_class = {"exact": Lamb, "one_ratio": OneRatio, "plain": PlainLamb}[name]
-    optimizer = optimizer_class(model.parameters() if name == "plain" else model.named_parameters(), **settings)
-    spent: list[float] = []
-    step = optimizer.step
-
-    def timed_step(*args: Any) -> None:
-        start = time.perf_counter()
-        step(*args)
-        spent.append(time.perf_counter() - start)
-
-    optimizer.step = timed_step  # type: ignore[method-assign]
+    optimizer = InTurn(model.named_parameters(), lr=1e-4, weight_decay=0.01)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": 1.0,
@@ -141,22 +150,19 @@ def time_one(stage: int, name: str) -> dict[str, Any]:
         "steps_per_print": 10**9,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    own, whole = [], []
-    for _ in range(NUM_TIMED_STEPS):
+    for _ in range(NUM_WARM_STEPS + NUM_TIMED_STEPS):
         engine.backward(engine(torch.zeros(())))
-        spent.clear()
-        torch.distributed.barrier()
-        start = time.perf_counter()
         engine.step()
-        whole.append(time.perf_counter() - start)
-        own.append(sum(spent))
     engine.destroy()
-    # The first steps find the layout and touch memory for the first time.
-    return {
-        "optimizer_step_s": statistics.median(own[2:]),
-        "engine_step_s": statistics.median(whole[2:]),
-        "num_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
-    }
+    spent = {name: times[NUM_WARM_STEPS:] for name, times in optimizer.spent.items()}
+    row: dict[str, Any] = {f"{name}_s": statistics.median(times) for name, times in spent.items()}
+    for name in ("one_ratio", "plain"):
+        ratios = sorted(ours / other for ours, other in zip(spent["exact"], spent[name], strict=True))
+        row[f"exact_over_{name}"] = statistics.median(ratios)
+        row[f"exact_over_{name}_quartiles"] = statistics.quantiles(ratios, n=4)[::2]
+    num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    facts = {"num_steps": NUM_TIMED_STEPS, "num_parameters": num_parameters}
+    return {"world_size": world_size, "stage": stage, **row, **facts}
 
 
 def record(kind: str, row: dict[str, Any]) -> None:
@@ -176,19 +182,19 @@ def print_table() -> None:
     newest = {}
     for line in RESULTS.read_text().splitlines():
         row = json.loads(line)
-        newest[row["kind"], row["stage"], row["world_size"], row["optimizer"]] = row
+        newest[row["kind"], row["stage"], row["world_size"], row.get("optimizer")] = row
     print("| stage | optimizer | 1 rank | 2 ranks | 3 ranks | 4 ranks |\n|---|---|---|---|---|---|")
     for stage in STAGES:
         for name in ("lamb", "plain"):
             rows = [newest.get(("errors", stage, world_size, name)) for world_size in (1, 2, 3, 4)]
             cells = ["" if row is None else f"{float(row['max_relative_error']):.1e}" for row in rows]
             print(f"| {stage} | {name} | {' | '.join(cells)} |")
-    print("\n| stage | exact, s | one ratio, s | plain, s | exact / one ratio |\n|---|---|---|---|---|")
+    print("\n| stage | exact, s | one ratio, s | plain, s | exact / one ratio | exact / plain |")
+    print("|---|---|---|---|---|---|")
     for stage in STAGES:
-        rows = [newest.get(("times", stage, 2, name)) for name in ("exact", "one_ratio", "plain")]
-        if all(rows):
-            times = [row["optimizer_step_s"] for row in rows if row is not None]
-            print(f"| {stage} | {' | '.join(f'{t:.3f}' for t in times)} | {times[0] / times[1]:.2f} |")
+        if row := newest.get(("times", stage, 2, None)):
+            times = " | ".join(f"{row[f'{name}_s']:.3f}" for name in ("exact", "one_ratio", "plain"))
+            print(f"| {stage} | {times} | {row['exact_over_one_ratio']:.2f} | {row['exact_over_plain']:.2f} |")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@
 3. Bytes per token on disk.
 4. Batches and tokens per second of one loader process, on the corpus once and four times over.
 
-Prints a table and writes tests/results/shards.json.
+Prints what it has measured and writes it into tests/results/shards.json, beside that of other vocabulary sizes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def main() -> None:
         shutil.rmtree(shards, ignore_errors=True)
         results[name] = {"peak_bytes": build(paths, tokenizer, shards)[1], **disk_and_loader(shards, tokenizer)}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps({**known, str(arguments.vocab_size): results}, indent=2) + "\n")
     print(json.dumps(results, indent=2))
 
 
