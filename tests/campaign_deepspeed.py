@@ -78,6 +78,7 @@ def run_tests(folder: Path, tests: list[str]) -> dict[str, Any]:
     return {
         "deepspeed": version,
         "torch": importlib.metadata.version("torch"),
+        "tests": tests,
         "num_passed": int(passed[1]) if passed else 0,
         "failed": [test for test in failed if not test.startswith("test_ds_keys.py")],
         "settings_failed": [test for test in failed if test.startswith("test_ds_keys.py")],

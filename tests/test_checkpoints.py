@@ -139,10 +139,8 @@ def test_a_disk_that_is_full_on_one_rank_fails_the_save_on_all_and_leaves_the_ol
         "free": ("global_step4", "global_step4"),
         "left": ["global_step2", "global_step4", "latest"],
     }
-    assert (
-        "not written, older ones are untouched: rank 1: zero_pp_rank_1_mp_rank_00_optim_states.pt: [Errno 27] File too large"
-        in ((resumed[0] / "full/logs/rank_0.log").read_text())
-    )
+    log = (resumed[0] / "full/logs/rank_0.log").read_text()
+    assert "not written, older ones are untouched: rank 1: zero_pp_rank_1_mp_rank_00_optim_states.pt: [Errno 27]" in log
 
 
 @pytest.fixture(scope="module")
