@@ -247,6 +247,10 @@ def test_what_the_kernels_cannot_do_is_refused_with_both_numbers() -> None:
         attention(qkv[..., ::2], cu_seqlens, 9)
     with pytest.raises(ValueError, match=r"int32 of shape \(N \+ 1,\), got torch.int64"):
         attention(qkv, cu_seqlens.long(), 9)
+    with pytest.raises(ValueError, match="cu_seqlens must have stride 1, got 2"):
+        attention(qkv, torch.tensor([0, 1, 9], dtype=torch.int32, device=DEVICE)[::2], 9)
+    with pytest.raises(ValueError, match=r"at most 2130706432 elements of qkv_T3HK, got 12000000 tokens of 192"):
+        attention(qkv, cu_seqlens, 12_000_000)
     with pytest.raises(ValueError, match="dropout_seed is None"):
         attention(qkv, cu_seqlens, 9, dropout_p=0.1)
     with pytest.raises(ValueError, match=r"\(T, 3, H, K\), got \[9, 3, 64\]"):

@@ -79,6 +79,32 @@ def test_strided_inputs_and_no_rows_are_handled() -> None:
     assert empty["out"].shape == (0, 40) and bool((empty["dbias"] == 0).all())
 
 
+def test_gradients_agree_with_finite_differences() -> None:
+    x, bias = inputs(5, 7)
+    generator = torch.Generator().manual_seed(3)
+    steps = [torch.randn(tensor.shape, generator=generator).to(DEVICE) for tensor in (x, bias)]
+    dout = torch.randn(5, 7, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+    def value(size: float) -> float:
+        moved = [tensor + size * step for tensor, step in zip((x, bias), steps, strict=True)]
+        return float((bias_gelu(*moved).double() * dout).sum())
+
+    found = out_and_gradients(bias_gelu, x, bias, "none")
+    slope = sum(float((found[name] * step).sum()) for name, step in zip(("dx", "dbias"), steps, strict=True))
+    assert (value(1e-2) - value(-1e-2)) / 2e-2 == pytest.approx(slope, rel=1e-3)
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_one_gradient_alone_is_what_it_is_with_the_other(wanted: int) -> None:
+    x, bias = inputs(6, 40)
+    every = out_and_gradients(bias_gelu, x, bias, "none")
+    alone = [x.clone(), bias.clone()]
+    alone[wanted].requires_grad_()
+    bias_gelu(*alone).backward(torch.randn(6, 40, generator=torch.Generator().manual_seed(1)).to(DEVICE))
+    assert [tensor.grad is not None for tensor in alone] == [i == wanted for i in range(2)]
+    assert torch.equal(alone[wanted].grad, every[("dx", "dbias")[wanted]])  # type: ignore[arg-type]
+
+
 def test_it_compiles_without_a_graph_break() -> None:
     x, bias = inputs(3, 16)
     compiled = torch.compile(bias_gelu, backend="aot_eager", fullgraph=True)
@@ -92,5 +118,7 @@ def test_what_the_kernel_cannot_do_is_refused_with_both_numbers() -> None:
         bias_gelu(x, bias[:15])
     with pytest.raises(ValueError, match="float64"):
         bias_gelu(x.double(), bias)
+    with pytest.raises(ValueError, match=r"bias_F must be bfloat16, float16 or float32, got torch.int64"):
+        bias_gelu(x, bias.long())
     with pytest.raises(ValueError, match="'none' or 'tanh', got 'erf'"):
         bias_gelu(x, bias, approximate="erf")  # type: ignore[arg-type]

@@ -133,5 +133,7 @@ def test_what_the_kernel_cannot_do_is_refused_with_both_numbers() -> None:
         geglu(x[:, :31])
     with pytest.raises(ValueError, match="float64"):
         geglu(x.double(), bias)
+    with pytest.raises(ValueError, match=r"bias_G must be bfloat16, float16 or float32, got torch.int64"):
+        geglu(x, bias.long())
     with pytest.raises(ValueError, match="'none' or 'tanh', got 'erf'"):
         geglu(x, bias, approximate="erf")  # type: ignore[arg-type]

@@ -227,6 +227,8 @@ def test_what_the_kernels_cannot_do_is_refused_with_both_numbers() -> None:
         lamb_apply_triton(shard, hyper, ratios_R=torch.ones(4, device=DEVICE))
     with pytest.raises(ValueError, match=r"copy_E must be contiguous \[520\], got \[519\]"):
         lamb_apply_triton(shard, hyper, ratios_R=torch.ones(5, device=DEVICE), copy_E=torch.zeros(519, device=DEVICE))
+    with pytest.raises(ValueError, match=r"copy_E must be torch.bfloat16 or torch.float16, got torch.float32"):
+        lamb_apply_triton(shard, hyper, ratios_R=torch.ones(5, device=DEVICE), copy_E=torch.zeros(520, device=DEVICE))
     with pytest.raises(ValueError, match=r"hyper must be contiguous torch.float32 \[9\], got .* \[8\]"):
         lamb_apply_triton(shard, hyper[:-1], ratios_R=torch.ones(5, device=DEVICE))
 

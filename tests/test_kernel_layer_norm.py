@@ -97,6 +97,23 @@ def test_backward_drops_exactly_what_the_reference_drops() -> None:
     assert bool((gradients["dresidual"] != 0).all())
 
 
+def test_gradients_agree_with_finite_differences() -> None:
+    tensors = inputs(5, 12)
+    tensors["residual"] = tensors["residual"] - 30
+    generator = torch.Generator().manual_seed(3)
+    steps = {name: torch.randn(tensor.shape, generator=generator).to(DEVICE) for name, tensor in tensors.items()}
+    dout = torch.randn(5, 12, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    op = fused(dropout_add_layer_norm, 0.3)
+
+    def value(size: float) -> float:
+        moved = [tensors[name] + size * steps[name] for name in NAMES]
+        return float((op(*moved).double() * dout).sum())
+
+    found = out_and_gradients(op, tensors)
+    slope = sum(float((found[f"d{name}"] * steps[name]).sum()) for name in NAMES)
+    assert (value(1e-3) - value(-1e-3)) / 2e-3 == pytest.approx(slope, rel=1e-2)
+
+
 def test_a_weight_in_fp32_serves_inputs_in_16_bits() -> None:
     tensors = inputs(5, 64, torch.bfloat16)
     weight, bias = tensors["weight"].float(), tensors["bias"].float()

@@ -142,3 +142,17 @@ def test_two_runs_at_small_sizes_give_the_same_bits(name: str) -> None:
 @pytest.mark.parametrize("name", LARGE)
 def test_a_thousand_runs_at_berts_sizes_give_the_same_bits(name: str) -> None:
     check_bits(LARGE[name](), 1000)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="only a GPU is waited for")
+@pytest.mark.parametrize("name", LARGE)
+def test_no_operator_waits_for_the_gpu(name: str) -> None:
+    run = LARGE[name]()
+    # What is only made once, such as LAMB's table of chunks, is made now.
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

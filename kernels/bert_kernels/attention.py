@@ -21,6 +21,8 @@ from bert_kernels.attention_kernels import AttentionCall, attention_backward, at
 from bert_kernels.dropout_mask import ATTENTION, check_dropout, keep_mask_reference, keep_scale, keep_threshold
 
 MAX_HEAD_DIM = 128
+# Offsets inside a sequence are 32 bits; a block may reach 128 rows beyond the end before it is masked.
+_MOST_ELEMENTS = (1 << 31) - (1 << 24)
 
 # Sequences whose length is at least this fraction of the longest of their group are padded to it and done together.
 _MIN_FILL = 0.85
@@ -198,6 +200,14 @@ def _check_shapes(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         found = f"{cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
         raise ValueError(f"attention: cu_seqlens must be torch.int32 of shape (N + 1,), got {found}")
+    if not cu_seqlens.is_contiguous():
+        raise ValueError(f"attention: cu_seqlens must have stride 1, got {cu_seqlens.stride(0)}")
+    row = max(qkv.stride(0), 3 * qkv.shape[2] * qkv.shape[3])
+    if max_seqlen * row > _MOST_ELEMENTS:
+        raise ValueError(
+            f"attention: a sequence must span at most {_MOST_ELEMENTS} elements of qkv_T3HK, "
+            f"got {max_seqlen} tokens of {row}"
+        )
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != qkv.shape[0]:

@@ -42,21 +42,24 @@ def bias_gelu_reference(x_TF: Tensor, bias_F: Tensor, *, approximate: Approximat
 
 @triton.jit
 def gelu_and_slope(u, TANH: tl.constexpr, EXACT_ERF: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return gelu(u) and its derivative; what the caller does not use is not computed."""
+    """Return gelu(u) and its derivative; what the caller does not use is not computed.
+
+    A constexpr stands on the right of a tensor: on the left the interpreter of Triton 3.7 takes it for something else.
+    """
     if TANH:
-        twice_v = 2.0 * _TANH_SCALE * (u + 0.044715 * u * u * u)
+        twice_v = (u + 0.044715 * u * u * u) * (2.0 * _TANH_SCALE)
         # Bounded, so that share * odds, which is 1 - share without its cancellation, is never 0 * inf.
         odds = tl.exp2(tl.minimum(-twice_v * _LOG2_E, 126.0))
         # The square of rsqrt is a cheaper reciprocal: no care for infinities and denormals, which are not here.
         root = tl.rsqrt(1.0 + odds)
         share = root * root
-        slope = share + u * (share * odds) * share * (2.0 * _TANH_SCALE * (1.0 + 3.0 * 0.044715 * u * u))
+        slope = share + u * (share * odds) * share * ((1.0 + 3.0 * 0.044715 * u * u) * (2.0 * _TANH_SCALE))
     else:
-        density = tl.exp2(-0.5 * _LOG2_E * u * u)
+        density = tl.exp2(u * (-0.5 * _LOG2_E) * u)
         if EXACT_ERF:
             share = 0.5 * (1.0 + tl.math.erf(u * _INV_SQRT_2))
         else:
-            root = tl.rsqrt(1.0 + 0.3275911 * _INV_SQRT_2 * tl.abs(u))
+            root = tl.rsqrt(1.0 + tl.abs(u) * (0.3275911 * _INV_SQRT_2))
             t = root * root
             tail = t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))
             tail = 0.5 * density * t * (0.254829592 + t * (-0.284496736 + tail))
@@ -187,4 +190,6 @@ def bias_gelu(x_TF: Tensor, bias_F: Tensor, *, approximate: Approximate = "none"
     if x_TF.dim() != 2 or bias_F.shape != x_TF.shape[1:]:
         found = f"{list(x_TF.shape)} and {list(bias_F.shape)}"
         raise ValueError(f"bias_gelu: x_TF and bias_F must have shapes (T, F) and (F,), got {found}")
+    if bias_F.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"bias_gelu: bias_F must be bfloat16, float16 or float32, got {bias_F.dtype}")
     return _bias_gelu(x_TF.contiguous(), bias_F.contiguous(), approximate)

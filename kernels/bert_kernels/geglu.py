@@ -180,4 +180,6 @@ def geglu(x_TG: Tensor, bias_G: Tensor | None = None, *, approximate: Approximat
         raise ValueError(f"geglu: x_TG must have shape (T, G) with an even G, got {list(x_TG.shape)}")
     if bias_G is not None and bias_G.shape != x_TG.shape[1:]:
         raise ValueError(f"geglu: bias_G must have shape [{x_TG.shape[1]}], got {list(bias_G.shape)}")
+    if bias_G is not None and bias_G.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"geglu: bias_G must be bfloat16, float16 or float32, got {bias_G.dtype}")
     return _geglu(x_TG.contiguous(), None if bias_G is None else bias_G.contiguous(), approximate)

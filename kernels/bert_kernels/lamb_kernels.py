@@ -323,6 +323,10 @@ def lamb_apply_triton(
     _check_rows("ratios_R", ratios_R, (shard.table.num_rows,), torch.float32)
     if copy_E is not None and (copy_E.shape != shard.param_E.shape or not copy_E.is_contiguous()):
         raise ValueError(f"lamb: copy_E must be contiguous {list(shard.param_E.shape)}, got {list(copy_E.shape)}")
+    if copy_E is not None:
+        check_device("lamb", param_E=shard.param_E, copy_E=copy_E)
+        if copy_E.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"lamb: copy_E must be torch.bfloat16 or torch.float16, got {copy_E.dtype}")
     moments = (shard.exp_avg_E, shard.exp_avg_sq_E)
     _lamb_apply(shard.param_E, *moments, copy_E, table.chunks_C5, table.decays_C, hyper, ratios_R, decay_in_update)
 
