@@ -13,7 +13,8 @@ BENCHMARKS = ROOT / "kernels/benchmarks"
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", BENCHMARKS)))
+    paths = (os.environ.get("PYTHONPATH", ""), str(ROOT), str(ROOT / "kernels"), str(BENCHMARKS))
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 

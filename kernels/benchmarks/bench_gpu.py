@@ -38,10 +38,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--commit", help="what the rows say in a copy of the files that git does not know")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="tiny sizes on any device, writes nothing")
     args = parser.parse_args()
     start = time.monotonic()
     common = ["--results", str(args.results), *(["--dry_run"] if args.dry_run else [])]
+    common += ["--commit", args.commit] if args.commit else []
     passed = run("bench_ops.py", *common, "--minutes", f"{args.minutes * _SHARE_OF_OPERATORS:.2f}")
     missing = [name for name in ("pydantic", "transformers") if importable(name) is None]
     if missing:

@@ -161,10 +161,10 @@ def _start_tests(op: str, output: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
 
 
-def circumstances(device: torch.device) -> dict[str, str]:
-    """Return what a reader must know to repeat a measurement."""
+def circumstances(device: torch.device, commit: str | None = None) -> dict[str, str]:
+    """Return what a reader must know to repeat a measurement; the commit as git says where it is None."""
     found = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "gpu": _device_name(device)}
-    return found | {"torch": torch.__version__, "triton": triton.__version__, "commit": _commit()}
+    return found | {"torch": torch.__version__, "triton": triton.__version__, "commit": commit or _commit()}
 
 
 def _device_name(device: torch.device) -> str:

@@ -141,6 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", default=list(OPS), choices=list(OPS))
     parser.add_argument("--minutes", type=float, default=60.0, help="begin no case that would end later")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--commit", help="what the rows say in a copy of the files that git does not know")
     parser.add_argument("--on_cpu", "--on-cpu", action="store_true", help="time the torch references on the CPU")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="tiny sizes on any device, writes nothing")
     return parser.parse_args()
@@ -154,7 +155,7 @@ def main() -> int:
     if device.type == "cpu" and not args.dry_run and not args.on_cpu:
         raise SystemExit("no CUDA device: --on_cpu times the torch references, --dry_run tries the script itself")
     torch.manual_seed(0)
-    facts, path = circumstances(device), args.results / ("ops_cpu.csv" if args.on_cpu else "ops.csv")
+    facts, path = circumstances(device, args.commit), args.results / ("ops_cpu.csv" if args.on_cpu else "ops.csv")
     red = [] if args.dry_run else red_ops(args.ops, facts, args.results)
     if red:
         print(f"not timed, because their tests fail: {', '.join(red)}", file=sys.stderr)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -27,41 +26,21 @@ from typing import Any
 import torch
 import torch._dynamo
 from bench_harness import (
-    HALF_FULL_512,
     RESULTS,
-    WIKIPEDIA_128,
-    WIKIPEDIA_512,
     Budget,
     append_rows,
     circumstances,
-    lengths_of,
     reason,
     recorded,
     red_ops,
 )
 from bench_ops import OPS
-from torch import Tensor, nn
+from bench_step_cases import BATCHES, MODELS, TINY, Batch, flops_per_token, make_batch, make_model
+from torch import nn
 
-from bert_ds.encoder.heads import BertForPreTraining
-from bert_ds.run_config import IGNORE_INDEX, ModelConfig
+from bert_ds.run_config import ModelConfig
 from bert_ds.training.throughput import peak_flops
 
-MODELS = {
-    "large": ModelConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
-    "base": ModelConfig(),
-}
-TINY = ModelConfig(
-    vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-    max_position_embeddings=32,
-)  # fmt: skip
-# In order of importance, as the models above.
-BATCHES = {
-    "half_full_512": lengths_of(HALF_FULL_512, 64),
-    "full_512": lengths_of((512,), 64),
-    "wikipedia_512": lengths_of(WIKIPEDIA_512, 64),
-    "wikipedia_128": lengths_of(WIKIPEDIA_128, 256),
-    "full_128": lengths_of((128,), 256),
-}
 # In order of importance, and the most seconds that each may take, most of them torch.compile.
 PROVIDERS = {"ours": 40.0, "transformers compiled": 150.0, "transformers eager": 40.0, "ours compiled": 150.0}
 # Parts of kernel names, in the order in which they are tried.
@@ -96,62 +75,6 @@ class StepRow:
     peak_memory_bytes: int
     shares: str
     """Percent of the GPU's busy time by kind of kernel."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Sequences of given lengths, packed and padded, with the same words."""
-
-    lengths: list[int]
-    packed: dict[str, Any]
-    padded: dict[str, Any]
-
-    @property
-    def num_masked(self) -> int:
-        """Masked tokens."""
-        return len(self.packed["masked_labels_P"])
-
-
-def make_batch(lengths: list[int], config: ModelConfig, device: torch.device) -> Batch:
-    """Return random words of a vocabulary, 15 % of them to be predicted."""
-    longest, num_tokens = max(lengths), sum(lengths)
-    inside = torch.arange(longest) < torch.tensor(lengths)[:, None]
-    words = torch.randint(config.vocab_size, (num_tokens,))
-    positions = torch.arange(longest).expand(len(lengths), -1)[inside]
-    types = (positions >= longest // 2).long()
-    masked = torch.randperm(num_tokens)[: max(1, num_tokens * 15 // 100)].sort().values
-    labels = torch.full((num_tokens,), IGNORE_INDEX)
-    labels[masked] = words[masked]
-    pairs = torch.randint(2, (len(lengths),))
-    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    packed = {"input_ids_T": words, "token_type_ids_T": types, "position_ids_T": positions, "cu_seqlens": bounds}
-    packed |= {"masked_positions_P": masked, "masked_labels_P": words[masked], "pair_labels_N": pairs}
-    packed["dropout_seed"] = torch.tensor([7])
-
-    def pad(values: Tensor, fill: int) -> Tensor:
-        return torch.full((len(lengths), longest), fill).masked_scatter(inside, values)
-
-    padded = {"input_ids": pad(words, 0), "token_type_ids": pad(types, 0), "labels": pad(labels, IGNORE_INDEX)}
-    padded |= {"attention_mask": inside.long(), "next_sentence_label": pairs}
-    if bool(inside.all()):
-        del padded["attention_mask"]
-    on_device = [{name: tensor.to(device) for name, tensor in part.items()} for part in (packed, padded)]
-    return Batch(lengths, on_device[0] | {"max_seqlen": longest}, on_device[1])
-
-
-def make_model(provider: str, config: ModelConfig, device: torch.device) -> nn.Module:
-    """Return the model of a provider in bf16, in training mode."""
-    if provider.startswith("ours"):
-        model: nn.Module = BertForPreTraining(config, kernels="triton")
-    else:
-        import transformers
-
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        sizes: dict[str, Any] = {name: getattr(config, name) for name in (*names, "max_position_embeddings")}
-        sizes |= {"vocab_size": config.padded_vocab_size, "attn_implementation": "sdpa"}
-        theirs = transformers.BertConfig(**sizes)
-        model = transformers.BertForPreTraining(theirs)
-    return model.to(device, torch.bfloat16).train()
 
 
 def step_of(provider: str, model: nn.Module, batch: Batch, *, dry_run: bool) -> Callable[[], None]:
@@ -209,20 +132,13 @@ def shares_of_time(step: Callable[[], None]) -> str:
     return "; ".join(f"{kind} {100 * value / total:.1f}" for kind, value in sums.items() if value > 0)
 
 
-def flops_per_token(config: ModelConfig, batch: Batch) -> float:
-    """Return the FLOPs of forward and backward per token, by the formula above."""
-    width, layers, num_tokens = config.hidden_size, config.num_hidden_layers, sum(batch.lengths)
-    dense = 6.0 * layers * (4 * width**2 + 2 * width * config.intermediate_size)
-    attention = 12.0 * layers * width * sum(length**2 for length in batch.lengths) / num_tokens
-    head = 6.0 * (width**2 + config.padded_vocab_size * width) * batch.num_masked / num_tokens
-    return dense + attention + head
-
-
-def measure(model_name: str, batch_name: str, provider: str, device: torch.device, *, dry_run: bool) -> StepRow | None:
+def measure(
+    model_name: str, batch_name: str, *, provider: str, facts: dict[str, str], device: torch.device, dry_run: bool
+) -> StepRow | None:
     """Return the row of a provider; one that cannot do the step is printed and gives None."""
     config = TINY if dry_run else MODELS[model_name]
     lengths = [16, 11, 9] if dry_run else BATCHES[batch_name]
-    facts, num_tokens = circumstances(device), sum(lengths)
+    num_tokens = sum(lengths)
     peak = peak_flops(facts["gpu"], "bf16")
     torch.manual_seed(0)
     batch = make_batch(lengths, config, device)
@@ -272,6 +188,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", default=list(BATCHES), choices=list(BATCHES))
     parser.add_argument("--minutes", type=float, default=120.0, help="begin no measurement that would end later")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
+    parser.add_argument("--commit", help="what the rows say in a copy of the files that git does not know")
     parser.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="a tiny model on any device, writes nothing"
     )
@@ -284,7 +201,7 @@ def main() -> int:
     budget, device = Budget(args.minutes), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.dry_run:
         raise SystemExit("no CUDA device: nothing here is worth timing; --dry_run tries the script itself")
-    facts, path = circumstances(device), args.results / "train_step.csv"
+    facts, path = circumstances(device, args.commit), args.results / "train_step.csv"
     red = [] if args.dry_run else red_ops(list(OPS), facts, args.results)
     if red:
         raise SystemExit(f"the tests of {', '.join(red)} fail, so nothing is timed")
@@ -296,7 +213,7 @@ def main() -> int:
         if not budget.allows(PROVIDERS[provider]):
             print(f"{model_name} {batch_name}: no time left for {provider}, run again to go on", file=sys.stderr)
             continue
-        row = measure(model_name, batch_name, provider, device, dry_run=args.dry_run)
+        row = measure(model_name, batch_name, provider=provider, facts=facts, device=device, dry_run=args.dry_run)
         if row is None:
             continue
         figures = "ran" if args.dry_run else f"{row.tokens_per_s:>9} tokens/s  MFU {row.mfu_percent} %  {row.shares}"
