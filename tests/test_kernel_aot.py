@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "kernels/benchmarks/results/aot.csv"
 
@@ -19,12 +17,17 @@ def recorded_rows() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def check_table(*arguments: str) -> None:
-    """Compile in a process of its own: the one of the tests may have bound the kernels to the interpreter."""
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run in a process of its own: the one of the tests may have bound the kernels to the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT / "kernels")
-    command = [sys.executable, str(ROOT / "kernels/benchmarks/aot_table.py"), "--check", *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    # Behind what is there: that may hold another triton.
+    paths = (os.environ.get("PYTHONPATH", ""), str(ROOT / "kernels"), str(ROOT / "kernels/benchmarks"))
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+def check_table(*arguments: str) -> None:
+    result = run_python(str(ROOT / "kernels/benchmarks/aot_table.py"), "--check", *arguments)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     assert result.stdout.count("\n") >= 1, "no kernel was compiled"
 
@@ -50,12 +53,7 @@ def test_the_representatives_hold_every_kernel_of_the_table() -> None:
     assert {row["kernel"] for row in rows if row["case"] in REPRESENTATIVES} == {row["kernel"] for row in rows}
 
 
-@pytest.mark.campaign
-def test_every_kernel_compiles_for_every_architecture_as_well_as_recorded() -> None:
-    check_table()
-
-
-def test_the_table_holds_all_architectures_and_no_kernel_that_spills() -> None:
+def test_the_table_holds_both_compilers_and_all_architectures_and_no_kernel_that_spills() -> None:
     rows = recorded_rows()
     assert {(row["triton"], row["architecture"]) for row in rows} == {
         (triton, architecture) for triton in ("3.6.0",) for architecture in ("sm_80", "sm_90", "sm_100")
@@ -66,11 +64,11 @@ def test_the_table_holds_all_architectures_and_no_kernel_that_spills() -> None:
 def test_a_figure_above_the_recorded_one_fails_the_check() -> None:
     script = (
         "from aot_table import *\n"
-        "row = Row('3.6.0', 'sm_90', 'case', 'kernel', Figures(128, 0, 0, 65536, 8, 16, 1000, 3))\n"
+        "row = Row('3.6.0', 'sm_90', 'case', 'kernel', Figures(128, 0, 0, 65536, 8, 16, 1000, 500, 3))\n"
         "old = dict(registers='120', stack_bytes='0', spills='0', shared_bytes='65536', instructions='995')\n"
+        "old['loop_instructions'] = '499'\n"
         "print(worse_figures(row, {row.key: old}))\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT / "kernels"), str(ROOT / "kernels/benchmarks")))
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    result = run_python("-c", script)
+    assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "['registers rose from 120 to 128']"

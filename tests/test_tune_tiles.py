@@ -16,7 +16,8 @@ BENCHMARKS = ROOT / "kernels/benchmarks"
 def run_python(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess[str]:
     """Run in a process of its own: the one of the tests may have bound the kernels to the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT / "kernels", BENCHMARKS)))
+    paths = (os.environ.get("PYTHONPATH", ""), str(ROOT / "kernels"), str(BENCHMARKS))
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)

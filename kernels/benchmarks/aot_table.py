@@ -28,7 +28,14 @@ from bert_kernels.compile_ahead import SHARED_LIMIT_BYTES, Figures, compile_laun
 TABLE = Path(__file__).parent / "results" / "aot.csv"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # How far a figure may rise above the recorded one: other patch releases of ptxas move a few instructions.
-_TOLERANCE = {"registers": 1.0, "stack_bytes": 1.0, "spills": 1.0, "shared_bytes": 1.0, "instructions": 1.02}
+_TOLERANCE = {
+    "registers": 1.0,
+    "stack_bytes": 1.0,
+    "spills": 1.0,
+    "shared_bytes": 1.0,
+    "instructions": 1.02,
+    "loop_instructions": 1.02,
+}
 
 
 @dataclass(frozen=True)

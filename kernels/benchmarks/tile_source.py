@@ -56,8 +56,7 @@ def _value(node: ast.AST | None, key: str) -> ast.AST | None:
 
 
 def _replaced(source: str, node: ast.expr, text: str) -> str:
-    segment = ast.get_source_segment(source, node)
-    assert segment is not None and node.end_lineno is not None and node.end_col_offset is not None
+    assert node.end_lineno is not None and node.end_col_offset is not None
     lines = source.splitlines(keepends=True)
     before = "".join(lines[: node.lineno - 1]) + lines[node.lineno - 1][: node.col_offset]
     return before + text + lines[node.end_lineno - 1][node.end_col_offset :] + "".join(lines[node.end_lineno :])

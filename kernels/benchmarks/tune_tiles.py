@@ -112,7 +112,7 @@ def tune(subject: Subject, architecture: str, *, has_gpu: bool) -> tuple[tuple[i
         timed: list[tuple[float, Tile]] = []
         for tile, figures in survivors(subject, size, case, architecture):
             warps = min(resident_warps(each, tile.num_warps, architecture) for each in figures)
-            about = " + ".join(f"{f.registers} registers {f.shared_bytes} B {f.instructions} ins" for f in figures)
+            about = " + ".join(map(_figures_text, figures))
             if has_gpu:
                 timed.append((seconds(subject, case, architecture, tile, torch.device("cuda")), tile))
                 about += f", {1e6 * timed[-1][0]:.1f} us"
@@ -120,6 +120,11 @@ def tune(subject: Subject, architecture: str, *, has_gpu: bool) -> tuple[tuple[i
         if timed:
             rows.append((size, min(timed, key=lambda pair: pair[0])[1]))
     return tuple(rows) or None
+
+
+def _figures_text(figures: Figures) -> str:
+    code = f"{figures.instructions} instructions ({figures.loop_instructions} in the loop)"
+    return f"{figures.registers} registers, {figures.shared_bytes} B, {code}"
 
 
 def architecture_here() -> str | None:

@@ -50,6 +50,8 @@ class Figures:
     loads_128: int
     """16-byte loads from global memory."""
     instructions: int
+    loop_instructions: int
+    """Those of the longest loop, inner loops included; 0 without one."""
     int64_products: int
     """Offsets computed in 64 bits."""
 
@@ -97,8 +99,9 @@ def _figures(compiled: Any) -> Figures:
         file.flush()
         usage = _cuobjdump("-res-usage", file.name)
         sass = _cuobjdump("-sass", file.name)
-    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass)
-    count = Counter(instruction.split(".")[0] for instruction in found)
+    code = _instructions(sass)
+    found = [name for _, name, _ in code]
+    count = Counter(name.split(".")[0] for name in found)
     registers, stack = re.search(r"REG:(\d+)", usage), re.search(r"STACK:(\d+)", usage)
     assert registers and stack, f"cuobjdump gave no figures: {usage!r}"
     return Figures(
@@ -109,8 +112,25 @@ def _figures(compiled: Any) -> Figures:
         tensor_core_ops=sum(count[name] for name in ("HMMA", "HGMMA", "UTCHMMA", "UTCMMA")),
         loads_128=sum(name.startswith(("LDG", "LDGSTS")) and ".128" in name for name in found),
         instructions=len(found) - count["NOP"],
+        loop_instructions=_longest_loop(code),
         int64_products=len(re.findall(r"arith\.muli .* : (?:tensor<\w*)?i64", compiled.asm["ttir"])),
     )
+
+
+def _instructions(sass: str) -> list[tuple[int, str, str]]:
+    """Return (address, name, operands) of every instruction."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;\n]*)", sass)
+    return [(int(address, 16), name, operands) for address, name, operands in found]
+
+
+def _longest_loop(code: list[tuple[int, str, str]]) -> int:
+    longest = 0
+    for address, name, operands in code:
+        target = re.search(r"0x([0-9a-f]+)", operands) if name.split(".")[0] == "BRA" else None
+        if target and int(target[1], 16) < address:
+            first = int(target[1], 16)
+            longest = max(longest, sum(first <= other <= address and op != "NOP" for other, op, _ in code))
+    return longest
 
 
 def _cuobjdump(option: str, path: str) -> str:
