@@ -9,7 +9,7 @@
 #                 small sizes under compute-sanitizer
 # make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, shards and peer (each wants
 #                 TEXT=folder of text), lamb, kernels, configs, deepspeed (the newest release instead of the
-#                 pinned one), kills, damage (wants root, for a small disk in memory)
+#                 pinned one), kills, checkpoint, damage (wants root, for a small disk in memory)
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
 
 SHELL := /bin/bash
@@ -20,7 +20,7 @@ RUN_DIR := runs/default
 DEEPSPEED_CONFIG := ds_configs/zero2.json
 
 .PHONY: pretrain test test-slurm check format env env-dev clean bench-gpu
-.PHONY: campaign-kills campaign-damage campaign-downstream campaign-deepspeed
+.PHONY: campaign-kills campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer campaign-lamb campaign-kernels campaign-configs
 .PHONY: bench-cpu test-gpu sanitize-gpu
 
@@ -79,11 +79,15 @@ campaign-lamb: env-dev
 campaign-kills: env-dev
 	$(BIN)/python tests/campaign_kills.py kills
 	$(BIN)/python tests/campaign_kills.py soak
+	$(BIN)/python tests/campaign_conversion.py
 	$(BIN)/python tests/campaign_kills.py table
 
 campaign-damage: env-dev
 	$(BIN)/python tests/campaign_damage.py
 	$(BIN)/python tests/campaign_disk.py
+
+campaign-checkpoint: env-dev
+	$(BIN)/python tests/campaign_checkpoint.py
 
 bench-gpu: env-dev
 	$(BIN)/python kernels/benchmarks/bench_gpu.py --minutes 9

@@ -13,6 +13,7 @@ import torch
 from ranks_harness import run_ranks
 from tiny_training import (
     FACTS,
+    TinyModel,
     ds_config,
     full_weights,
     join_alone,
@@ -23,10 +24,13 @@ from tiny_training import (
     tiny_services,
 )
 
+from bert_ds.optimizer_config import AdamWConfig
 from bert_ds.ranks import DivergedError
 from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.checkpoints import resume, roll_back
+from bert_ds.training.engine import make_engine
 from bert_ds.training.loss_guard import LossGuard
+from bert_ds.training.optimizers import make_optimizer
 from bert_ds.training.train_loop import MAX_REPORTS, train
 from bert_ds.training.train_state import TrainState
 
@@ -35,9 +39,9 @@ FAULTS = {"nan": float("nan"), "inf": float("inf"), "spike": 100.0}
 GUARDED = {"spike_sigmas": 6.0, "spike_window": 8}
 
 
-def sick_batches(rank: int, start: int, fault: str, bad: set[int]) -> Iterator[Any]:
+def sick_batches(rank: int, start: int, fault: str, bad: set[int], *, accumulation: int = 2) -> Iterator[Any]:
     """Batches after `start`; the last micro-batch of the bad ones has odd targets."""
-    for number, micro_batches in enumerate(step_batches(start, rank, 2), start=start + 1):
+    for number, micro_batches in enumerate(step_batches(start, rank, accumulation), start=start + 1):
         if number in bad:
             micro_batches[-1].y_T.mul_(FAULTS[fault])
         yield micro_batches
@@ -106,21 +110,25 @@ def test_looking_into_a_bad_step_changes_nothing_that_is_trained(tmp_path: Path)
         assert torch.equal(*weights)
 
 
-def run_sick(run_dir: Path, bad: set[int], *, steps: int, **changes: Any) -> tuple[Any, TrainState]:
-    """Resume and train on one rank, saving every second step and going back after three bad steps in a row."""
-    join_alone()
-    engine, services = tiny_engine(ds_config(2, accumulation=2)), tiny_services(run_dir, 0, 1)
+def run_sick(run_dir: Path, bad: set[int], *, steps: int, rank: int = 0, world_size: int = 1) -> tuple[Any, TrainState]:
+    """Resume and train, saving every second step and going back after three bad steps in a row."""
+    if world_size == 1:
+        join_alone()
+    model, accumulation = TinyModel(), 2 // world_size
+    optimizer = make_optimizer(AdamWConfig(lr=1e-2), model.named_parameters())
+    engine = make_engine(model, optimizer, ds_config(2, accumulation=accumulation, world_size=world_size))
+    services = tiny_services(run_dir, rank, world_size)
     state = resume(engine, run_dir, name=None, facts=FACTS, log=services.log) or TrainState()
     saver = CheckpointSaver(engine, run_dir, policy=CheckpointPolicy(facts=FACTS), log=services.log)
 
     def batches(at: TrainState) -> Iterator[Any]:
-        return sick_batches(0, at.step + at.passed_over, "nan", bad)
+        return sick_batches(rank, at.step + at.passed_over, "nan", bad, accumulation=accumulation)
 
     def go_back(at: TrainState) -> Iterator[Any] | None:
         return batches(at) if roll_back(engine, run_dir, state=at, facts=FACTS, log=services.log) else None
 
     services = replace(services, save=saver.save, settle=lambda wait: saver.settle(wait=wait), roll_back=go_back)
-    how = {"checkpoint_every_steps": 2, "max_bad_steps": 3, "max_rollbacks": 2, "max_steps": steps, **changes}
+    how = {"checkpoint_every_steps": 2, "max_bad_steps": 3, "max_rollbacks": 2, "max_steps": steps}
     train(engine, batches(state), state=state, plan=tiny_plan(12, **how), services=services)
     return engine, state
 
@@ -129,7 +137,9 @@ def test_after_bad_batches_in_a_row_the_run_goes_on_as_if_they_had_never_been_th
     join_alone()
     sick, state = run_sick(tmp_path / "sick", {7, 8, 9}, steps=12)
     assert (state.step, state.passed_over, state.rollbacks, state.skipped_steps) == (12, 3, 1, 3)
-    engine, services = tiny_engine(ds_config(2, accumulation=2)), tiny_services(tmp_path / "sane", 0, 1)
+    model = TinyModel()
+    optimizer = make_optimizer(AdamWConfig(lr=1e-2), model.named_parameters())
+    engine, services = make_engine(model, optimizer, ds_config(2, accumulation=2)), tiny_services(tmp_path, 0, 1)
     batches = step_batches(0, 0, 2)
     sane = (micro_batches for number, micro_batches in enumerate(batches, start=1) if number not in (7, 8, 9))
     train(engine, sane, state=TrainState(), plan=tiny_plan(12), services=services)
@@ -143,6 +153,19 @@ def test_a_run_that_is_resumed_after_going_back_passes_over_the_same_batches(tmp
     parts, state = run_sick(tmp_path / "parts", {7, 8, 9}, steps=12)
     assert (state.passed_over, state.rollbacks) == (3, 1)
     assert torch.equal(full_weights(whole), full_weights(parts))
+
+
+def save_on_two_ranks(rank: int, world_size: int, folder: str) -> None:
+    """Worker: six steps of the batches that one rank takes in two micro-steps."""
+    run_sick(Path(folder), set(), steps=6, rank=rank, world_size=world_size)
+
+
+def test_a_run_goes_back_to_a_checkpoint_of_another_number_of_ranks(tmp_path: Path) -> None:
+    run_ranks(save_on_two_ranks, 2, str(tmp_path / "two"))
+    sick, state = run_sick(tmp_path / "two", {7, 8, 9}, steps=12)
+    whole, _ = run_sick(tmp_path / "one", {7, 8, 9}, steps=12)
+    assert (state.step, state.passed_over, state.rollbacks) == (12, 3, 1)
+    assert torch.allclose(full_weights(sick), full_weights(whole), atol=2e-5)
 
 
 def test_a_run_that_cannot_be_helped_ends_after_its_last_rollback_and_says_where_to_look(tmp_path: Path) -> None:
