@@ -9,7 +9,8 @@
 #                 small sizes under compute-sanitizer
 # make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, shards and peer (each wants
 #                 TEXT=folder of text), lamb, kernels, configs, deepspeed (the newest release instead of the
-#                 pinned one), kills, checkpoint, damage (wants root, for a small disk in memory)
+#                 pinned one), kills, checkpoint, damage (wants root, for a small disk in memory),
+#                 hf-trainer (wants DATA=folder of the data sets and MODEL=pre-trained folder)
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
 
 SHELL := /bin/bash
@@ -20,7 +21,7 @@ RUN_DIR := runs/default
 DEEPSPEED_CONFIG := ds_configs/zero2.json
 
 .PHONY: pretrain test test-slurm check format env env-dev clean bench-gpu
-.PHONY: campaign-kills campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed
+.PHONY: campaign-kills campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer campaign-lamb campaign-kernels campaign-configs
 .PHONY: bench-cpu test-gpu sanitize-gpu
 
@@ -69,6 +70,11 @@ campaign-configs: env-dev
 campaign-downstream: env-dev
 	@[[ -n "$(DATA)" ]] || { echo "DATA=folder is missing: wikipedia_en, wikipedia_zh and the folders the shipped tasks name"; exit 2; }
 	$(BIN)/python tests/campaign_downstream.py --data $(DATA) --work runs/$@
+
+campaign-hf-trainer: env-dev
+	@[[ -n "$(DATA)" && -n "$(MODEL)" ]] || { echo "DATA=folder of the data sets and MODEL=pre-trained Hugging Face folder are wanted"; exit 2; }
+	$(BIN)/python -c "import accelerate" || { echo "the Trainer wants accelerate: $(BIN)/pip install --no-deps accelerate"; exit 2; }
+	$(BIN)/python tests/campaign_hf_trainer.py --data $(DATA) --model $(MODEL) --work runs/$@
 
 campaign-lamb: env-dev
 	$(BIN)/python -m pytest -m campaign tests/test_lamb_campaign.py

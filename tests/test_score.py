@@ -46,6 +46,16 @@ def test_minimal_pairs_are_judged_by_paradigm(tiny_export: Path, tmp_path: Path)
     assert first["good_score"] == pytest.approx(second["bad_score"])
 
 
+def test_at_most_as_many_pairs_are_judged_as_the_task_wants(tiny_export: Path, tmp_path: Path) -> None:
+    task = pair_task(tmp_path)
+    content = json.loads(task.read_text())
+    content["data"]["max_validation_rows"] = 1
+    task.write_text(json.dumps(content))
+    found, said = scored(task, tiny_export)
+    assert len(found.files["pairs.jsonl"].splitlines()) == 1
+    assert said == ["1 pairs of 1 paradigms; chance is 0.5"]
+
+
 def test_word_similarity_is_measured_by_set_and_kind_of_vector(tiny_export: Path, tmp_path: Path) -> None:
     rows = ["word1,word2,similarity", "great,superb,9", "film,play,7.5", "dull,paris,1", "in,it,0.5", ",,"]
     write_lines(tmp_path / "words.csv", rows)

@@ -90,7 +90,8 @@ def build_model(
         init_seed=task.seed,
     )
     fresh = start_from(model, tensors) if tensors else ["the whole network"]
-    say(f"random weights at the start: {', '.join(fresh)}")
+    if fresh:
+        say(f"random weights at the start: {', '.join(fresh)}")
     frozen = freeze(model, task.freeze)
     if frozen:
         say(f"frozen: {frozen:,} weights")

@@ -14,6 +14,7 @@ from bert_ds.downstream.metrics import class_figures
 from bert_ds.downstream.minimal_pairs import MinimalPair, judge_pairs, pair_accuracies
 from bert_ds.downstream.prompts import Prompt, PromptWriter, Shot, check_prompt, prompt_scores
 from bert_ds.downstream.records import Record, pick, read_records
+from bert_ds.downstream.splits import first_by_hash
 from bert_ds.downstream.task_rows import Say, split_rows
 from bert_ds.downstream.text_kinds import CLASSIFICATION
 from bert_ds.downstream.word_similarity import WordPair, similarity_correlation, word_vectors
@@ -106,7 +107,9 @@ UNTRAINED: Mapping[str, Callable[[BertForPreTraining, WordPieceTokenizer, TaskCo
 
 
 def _records(task: TaskConfig) -> list[Record]:
-    return [record for file in task.data.validation for record in read_records(file)]
+    records = [record for file in task.data.validation for record in read_records(file)]
+    kept = first_by_hash([str(dict(record.values)) for record in records], task.data.max_validation_rows)
+    return [records[index] for index in kept]
 
 
 def _group(record: Record, role: str, task: TaskConfig) -> str:
