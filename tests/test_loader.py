@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
+import signal
 from collections.abc import Iterable
 from itertools import islice, pairwise
 from pathlib import Path
@@ -267,3 +270,17 @@ def test_facts_describe_the_data(shards: Path, more_shards: Path) -> None:
     assert facts["examples_per_epoch"] == sum(data.mixture.draws_per_epoch)
     assert facts["padding_avoided_fraction"] == 1 - facts["mean_length"] / 64
     assert 1.0 <= facts["tokens_max_over_mean"] < 1.3
+
+
+def test_a_loader_process_outlives_the_signal_that_a_scheduler_sends_to_a_whole_job(shards: Path) -> None:
+    data = open_data(shards)
+    batches = data.step_batches(0, rank=0, world_size=1, micro_batch_size=4, num_workers=1)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGTERM)
+    after = [next(batches) for _ in range(20)]
+    assert [len(step) for step in after] == [4] * 20
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(timeout=20)
+    assert worker.exitcode == -signal.SIGTERM, "whoever ends it for good has to ask twice at most"

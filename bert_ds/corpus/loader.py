@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 import numpy as np
@@ -34,6 +36,8 @@ from bert_ds.run_config import IGNORE_INDEX, MaskingConfig, SequenceConfig
 _ORDER_FORMAT = 1
 _EVALUATION_SEED = 0x5EED
 _PREFETCHED_STEPS = 3
+_STOP_GRACE_S = 120
+"""A loader process that got SIGTERM ends itself after so long, if its rank has not ended it before."""
 _SAMPLED_STEPS = 4
 _END_OF_STEPS = 1 << 60
 
@@ -160,6 +164,7 @@ class PretrainingData:
             sampler=range(start_step, _END_OF_STEPS),
             num_workers=num_workers,
             collate_fn=_unchanged,
+            worker_init_fn=_outlive_a_stop_signal,
             prefetch_factor=_PREFETCHED_STEPS if num_workers else None,
             multiprocessing_context="fork" if num_workers else None,
             pin_memory=torch.cuda.is_available(),
@@ -264,6 +269,19 @@ class _Steps(Dataset[list[PackedBatch]]):
         return self._data.rank_batches(
             step, rank=self._rank, world_size=self._world_size, accumulation=self._accumulation
         )
+
+
+def _outlive_a_stop_signal(worker: int) -> None:
+    """Let a loader process outlive the SIGTERM that a scheduler sends to every process of a job.
+
+    Its rank is about to save and needs it for one more step; PyTorch's handler would end it, and the rank with it.
+    """
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(_STOP_GRACE_S)
+
+    signal.signal(signal.SIGTERM, on_signal)
 
 
 def _unchanged(batches: list[PackedBatch]) -> list[PackedBatch]:
