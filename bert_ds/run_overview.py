@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -156,7 +157,10 @@ def _read_number(path: Path) -> str:
 def _total_steps(run_dir: Path) -> int | None:
     found = _read_json(run_dir / "run_config.json").get("training")
     total = found.get("total_steps") if isinstance(found, dict) else None
-    return total if isinstance(total, int) else None
+    if isinstance(total, int):
+        return total
+    told = re.findall(rb"step [0-9]+/([0-9]+)  loss", _tail(run_dir / "logs/rank_0.log"))  # fine-tuning counts epochs
+    return int(told[-1]) if told else None
 
 
 def _tail_rows(path: Path) -> list[dict[str, Any]]:

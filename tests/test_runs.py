@@ -132,6 +132,14 @@ def test_without_slurm_a_run_that_was_asked_to_stop_is_stopped(tmp_path: Path) -
     assert (overview(run_dir).state, overview(run_dir).note) == ("stopped", "--resume auto continues it")
 
 
+def test_the_length_of_a_fine_tuning_is_read_from_its_log(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "a", metrics=rows(40), job="17")
+    (run_dir / "run_config.json").unlink()
+    (run_dir / "logs").mkdir()
+    (run_dir / "logs/rank_0.log").write_text("INFO step 39/250  loss 0.5\nINFO step 40/250  loss 0.4  lr 1e-05\n")
+    assert overview(run_dir, RUNNING).total_steps == 250
+
+
 def test_what_a_later_attempt_took_back_does_not_count(tmp_path: Path) -> None:
     metrics = [*rows(40), *rows(23, attempt=2, start=20)]
     found = overview(make_run(tmp_path / "a", metrics=metrics, job="17"), RUNNING)
