@@ -1,7 +1,7 @@
 # make pretrain   build .venv, pre-train the embedded default under DeepSpeed ZeRO-2, export it, fill some masks
 # make test       everything that needs no GPU
 # make check      ruff, format, mypy, import-linter, pip-audit
-# make test-slurm a real Slurm of two nodes on this machine, through every fault a job meets (Debian: slurm-wlm munge shellcheck)
+# make test-slurm a real Slurm of two nodes on this machine, through the faults a job meets; names the missing packages
 # make bench-gpu  the kernel benchmarks and the whole training step, 9 minutes on one NVIDIA GPU; rows into
 #                 kernels/benchmarks/results, pictures into kernels/README.md; again to go on where it stopped
 # make bench-cpu  the torch references of the operators on this CPU
@@ -22,7 +22,7 @@ DEEPSPEED_CONFIG := ds_configs/zero2.json
 
 .PHONY: pretrain test test-slurm check format env env-dev clean bench-gpu
 .PHONY: campaign-kills campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
-.PHONY: campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer campaign-lamb campaign-kernels campaign-configs
+.PHONY: campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer campaign-lamb campaign-kernels campaign-configs campaign-slurm
 .PHONY: bench-cpu test-gpu sanitize-gpu
 
 env:
@@ -43,7 +43,7 @@ test: env-dev
 
 test-slurm: env-dev
 	@$(BIN)/python tests/slurm_cluster.py
-	$(BIN)/python -m pytest -m "slurm and not campaign" --durations 0 --durations-min 5 tests/test_slurm.py
+	$(BIN)/python -m pytest -m "slurm and not campaign" --durations 0 --durations-min 5 tests/test_slurm.py tests/test_slurm_pipeline.py
 
 check: env-dev
 	$(BIN)/ruff check .
@@ -55,6 +55,10 @@ check: env-dev
 campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer: env-dev
 	@[[ -n "$(TEXT)" ]] || { echo "TEXT=folder is missing: the text that the measurement is made on"; exit 2; }
 	$(BIN)/python tests/$(subst -,_,$@).py --text $(TEXT) --work runs/$@
+
+campaign-slurm: env-dev
+	@$(BIN)/python tests/slurm_cluster.py
+	$(BIN)/python tests/campaign_slurm.py
 
 campaign-deepspeed: env-dev
 	$(BIN)/python tests/campaign_deepspeed.py

@@ -12,6 +12,10 @@ set -euo pipefail
 say() { printf '%(%F %T)T job %s: %s\n' -1 "$SLURM_JOB_ID" "$*"; }
 refuse() { say "$*" >&2; exit 2; }
 
+stop="" srun_pid=""
+trap 'stop=TERM' TERM # Slurm sends it to the ranks as well, and decides itself whether the job starts again
+trap 'stop=USR1; forward_stop' USR1
+
 SRUN_FLAGS=() CONTAINER=() PYTHON=$root/.venv/bin/python RESTARTS_WITHOUT_PROGRESS=3
 [[ -x $PYTHON ]] || PYTHON=python3
 site=${BERT_DS_SITE:-$scripts/site.env}
@@ -46,26 +50,23 @@ python_here() {
 }
 
 run_until_done() {
-  run_dir=$1 stop="" launch=0 srun_pid=""
+  run_dir=$1 launch=0
   shift
   enter_run_folder
-  trap 'stop=TERM' TERM # Slurm sends it to the ranks as well, and decides itself whether the job starts again
-  trap 'stop=USR1; forward_stop' USR1
   while :; do
-    launch_once "$@"
+    srun_code=138
+    [[ -n $stop ]] || launch_once "$@" # a signal between two launches is judged like one that ended a launch
     end_steps
     local answer action code delay
     answer=$(python_here "$root/bert_ds/judge_launch.py" --run_dir "$run_dir" --job "$SLURM_JOB_ID" \
       --world_size "$world_size" --srun_code "$srun_code" --stop "$stop" --nodes_answer "$(nodes_answer)" \
       --limit "$RESTARTS_WITHOUT_PROGRESS")
     read -r action code delay <<<"$answer"
-    # A signal that came while the launch was being judged counts as well.
-    [[ $action == again && $stop == USR1 ]] && action=requeue
-    [[ $action == again && $stop == TERM ]] && action=end code=75
     case $action in
       again) sleep "$delay" & wait $! || true ;;
       requeue) requeue ;;
-      *) exit "$code" ;;
+      done | stop) exit "$code" ;;
+      *) say "judge_launch.py answered \"$answer\"" >&2; exit 1 ;;
     esac
   done
 }
@@ -74,25 +75,31 @@ enter_run_folder() {
   [[ $run_dir == /* ]] || run_dir=$PWD/$run_dir
   [[ $run_dir != *[%\\]* ]] || refuse "$run_dir: Slurm would read % and \\ in the names of log files"
   exits=$run_dir/logs/exits
-  mkdir -p "$exits"
+  mkdir -p "$exits" || refuse "$run_dir cannot be made"
   local owner=""
   [[ ! -f $run_dir/slurm_job ]] || owner=$(<"$run_dir/slurm_job")
-  if [[ $owner =~ ^[0-9]+$ && $owner != "$SLURM_JOB_ID" && -n $(squeue --noheader --jobs="$owner" --states=R,CG,S 2>/dev/null) ]]; then
-    refuse "$run_dir belongs to job $owner, which is running"
+  if [[ $owner =~ ^[0-9]+$ && $owner != "$SLURM_JOB_ID" ]]; then
+    [[ -z $(squeue --noheader --jobs="$owner" --states=R,CG,S 2>/dev/null) ]] ||
+      refuse "$run_dir belongs to job $owner, which is running"
   fi
   echo "$SLURM_JOB_ID" >"$run_dir/slurm_job"
+  forget_exits
   local hosts
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   export MASTER_ADDR=${MASTER_ADDR:-${hosts[0]}} PYTHONUNBUFFERED=1
   say "start $(( ${SLURM_RESTART_COUNT:-0} + 1 )) on ${hosts[*]}: $world_size ranks, $cores cores each, in $run_dir"
 }
 
+forget_exits() {
+  rm -f "$exits"/rank_*.json
+  : >"$exits/started" # what is newer than this file belongs to the coming launch
+}
+
 launch_once() {
   launch=$(( launch + 1 ))
   # Below the ephemeral ports; another one for each launch, as a rank of the last may still hold the old one.
   export MASTER_PORT=$(( 12000 + (SLURM_JOB_ID * 16 + launch % 16) % 20000 ))
-  rm -f "$exits"/rank_*.json
-  : >"$exits/started"
+  forget_exits
   local command=(srun --kill-on-bad-exit=1 --wait=120 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$world_size"
     --ntasks-per-node="$ranks_per_node" --cpus-per-task="$cores" --input=none --open-mode=append
     --output="$run_dir/logs/rank_%t.out")

@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
 PROGRAMS = {
     "munged": "munge",
     "slurmctld": "slurmctld",
@@ -101,14 +103,17 @@ class SlurmCluster:
         """Start a node's slurmd."""
         self.run("slurmd", "-N", node)
 
+    def daemon_of(self, node: str) -> int:
+        """Process of a node's slurmd."""
+        return int((self.folder / f"slurmd-{node}.pid").read_text())
+
     def kill_node(self, node: str) -> None:
         """Let a node die: its slurmd, its slurmstepds and their tasks, all at once."""
-        daemon = int((self.folder / f"slurmd-{node}.pid").read_text())
         steps = [
             pid for pid, words in processes().items() if words[0].startswith("slurmstepd") and self._is_on(pid, node)
         ]
         assert steps, f"{node} runs no step"
-        for pid in [daemon, *steps, *(child for step in steps for child in descendants(step))]:
+        for pid in [self.daemon_of(node), *steps, *(child for step in steps for child in descendants(step))]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -153,6 +158,22 @@ class SlurmCluster:
     def _is_on(self, pid: int, node: str) -> bool:
         """Whether a slurmstepd belongs to a node: it writes into the log of that node's slurmd."""
         return str(self.folder / f"slurmd-{node}.log") in _open_files(pid)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """A running Slurm; its job scripts find the interpreter of the tests."""
+    missing = missing_packages()
+    assert not missing, f"apt-get install {' '.join(missing)}"
+    slurm = SlurmCluster(tmp_path_factory.mktemp("slurm"))
+    site = slurm.folder / "site.env"
+    site.write_text(f"PYTHON={sys.executable}\nexport MASTER_ADDR=127.0.0.1\n", encoding="utf-8")
+    slurm.environment.update(BERT_DS_SITE=str(site), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    try:
+        slurm.start()
+        yield slurm
+    finally:
+        slurm.stop()
 
 
 def wait_until(condition: Callable[[], bool], *, seconds: float) -> None:

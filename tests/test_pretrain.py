@@ -41,7 +41,12 @@ def pretrain_command(workshop: Path, run_dir: Path, *extra: object, stage: int =
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small text, its tokenizer and shards, and a recipe."""
-    folder = tmp_path_factory.mktemp("workshop")
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+def make_workshop(folder: Path) -> Path:
+    """Fill a folder with a small text, its tokenizer and shards, and a recipe; return the folder."""
+    folder.mkdir(exist_ok=True)
     draw = random.Random(7)
 
     def sentence() -> str:

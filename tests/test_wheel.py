@@ -69,6 +69,26 @@ def test_the_wheel_carries_every_shipped_configuration(wheel: Path) -> None:
     assert {f"bert_ds/_shipped/{path}" for path in shipped} <= names
 
 
+def test_the_wheel_carries_the_job_scripts(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {
+        f"bert_ds/_shipped/slurm/{path.name}" for path in (ROOT / "slurm").iterdir() if path.name != "site.env"
+    } <= names
+
+
+def test_the_installed_command_renders_a_job_around_the_wheel_s_own_script(installed: Path, tmp_path: Path) -> None:
+    config = str(installed / "bert_ds/_shipped/ds_configs/zero2.json")
+    places = ("--deepspeed_config", config, "--run_dir", "runs/a", "--gpus_per_node", "2", "--dry_run")
+    printed = bert_ds(installed, tmp_path, "submit", *places)
+    assert printed.returncode == 0, printed.stderr
+    script, run_dir = installed / "bert_ds/_shipped/slurm/pretrain.sh", tmp_path / "runs/a"
+    assert script.is_file()
+    assert printed.stdout.splitlines()[-1] == (
+        f"cd {installed} && sbatch --parsable --job-name=embedded_default --nodes=1 --gpus-per-node=2 "
+        f"--ntasks-per-node=2 --output={run_dir}/slurm-%j.out {script} '' {config} {run_dir}"
+    )
+
+
 def test_the_installed_command_checks_a_run_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     config = installed / "bert_ds/_shipped/ds_configs/zero2.json"
     checked = bert_ds(installed, tmp_path, "check_run", "--deepspeed_config", str(config))
