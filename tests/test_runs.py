@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -228,3 +229,43 @@ def test_a_folder_that_is_not_there_is_one_line_with_exit_code_2(tmp_path: Path)
     refused = runs(tmp_path / "nowhere")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == f"runs.py: error: {tmp_path}/nowhere: no such folder\n"
+
+
+def on_a_terminal(folder: Path, *arguments: str, until: bytes) -> bytes:
+    """Run the verb on a terminal until it has shown some text, and interrupt it."""
+    terminal, side = os.openpty()
+    command = [sys.executable, str(ROOT / "bert_ds/runs.py"), str(folder), *arguments]
+    env = {**os.environ, "PATH": f"{folder.parent / 'bin'}:{os.environ['PATH']}", "TERM": "xterm", "COLUMNS": "200"}
+    process = subprocess.Popen(command, stdin=side, stdout=side, stderr=side, env=env, start_new_session=True)
+    os.close(side)
+    shown = b""
+    try:
+        while until not in shown:
+            shown += os.read(terminal, 65536)
+        process.send_signal(signal.SIGINT)
+        while chunk := os.read(terminal, 65536):
+            shown += chunk
+    except OSError:  # the terminal's other side is closed
+        pass
+    finally:
+        process.wait(timeout=30)
+        os.close(terminal)
+    return shown
+
+
+def test_on_a_terminal_the_table_is_live_in_color_and_ends_without_a_traceback(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "runs/a", metrics=rows(100), done={"step": 100})
+    shown = on_a_terminal(tmp_path / "runs", "--watch", "--every", "0.2", until=str(run_dir).encode())
+    assert b"\x1b[" in shown and b"100/100" in shown
+    assert b"Traceback" not in shown and b"runs.py: interrupted" in shown
+
+
+def test_piped_and_watched_it_prints_one_table_after_the_other(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs/a", metrics=rows(100), done={"step": 100})
+    command = [sys.executable, str(ROOT / "bert_ds/runs.py"), str(tmp_path / "runs"), "--watch", "--every", "0.1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    found = [process.stdout.readline().split()[:2] for _ in range(4)]
+    process.stdout.close()
+    assert found == [["run", "state"], [f"{tmp_path}/runs/a", "done"]] * 2
+    assert process.wait(timeout=30) == 0, "a reader that goes away is no error"
