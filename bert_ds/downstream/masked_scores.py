@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from bert_ds.corpus.wordpiece import WordPieceTokenizer
+from bert_ds.downstream.features import encode_text
 from bert_ds.encoder.heads import BertForPreTraining
 from bert_ds.ranks import DataError
 
@@ -69,7 +70,7 @@ def pseudo_log_likelihoods(
 
 def _one_masked_at_a_time(model: BertForPreTraining, tokenizer: WordPieceTokenizer, text: str) -> list[Query]:
     special = tokenizer.special_ids
-    pieces = np.frombuffer(tokenizer.encode(text), dtype=tokenizer.dtype).astype(np.int32)
+    pieces = encode_text(tokenizer, text)
     longest = model.config.max_position_embeddings
     if not 1 <= len(pieces) <= longest - 2:
         raise DataError(f"the text {text[:60]!r} has {len(pieces)} pieces, wanted 1 to {longest - 2}")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bert_ds.corpus.wordpiece import WordPieceTokenizer
+from bert_ds.downstream.features import encode_text
 from bert_ds.downstream.masked_scores import Query, log_probabilities
 from bert_ds.encoder.heads import BertForPreTraining
 from bert_ds.run_config import ConfigError
@@ -56,7 +57,7 @@ def check_prompt(prompt: Prompt, tokenizer: WordPieceTokenizer, *, num_texts: in
         raise ConfigError(f"prompt.template {prompt.template!r} has the gaps {gaps}, wanted each of {wanted} once")
     for label, words in prompt.label_words.items():
         for word in words:
-            pieces = _encode(tokenizer, word)
+            pieces = encode_text(tokenizer, word)
             if not len(pieces) or tokenizer.special_ids.unk in pieces:
                 raise ConfigError(f"prompt.label_words.{label}: {word!r} is not in the vocabulary of the model")
 
@@ -122,8 +123,8 @@ class PromptWriter:
         self._special = tokenizer.special_ids
         self._tokenizer = tokenizer
         self._parts = _GAP.split(prompt.template)
-        self._pieces_of_word = {word: _encode(tokenizer, word) for word in prompt.words}
-        num_fixed = sum(len(_encode(tokenizer, part)) for part in self._parts[::2])
+        self._pieces_of_word = {word: encode_text(tokenizer, word) for word in prompt.words}
+        num_fixed = sum(len(encode_text(tokenizer, part)) for part in self._parts[::2])
         widest = max(len(pieces) for pieces in self._pieces_of_word.values())
         self._room = max_seq_length - 2 - num_fixed - widest
         if self._room < 0:
@@ -134,7 +135,7 @@ class PromptWriter:
 
     def context(self, texts: Sequence[str], shots: Sequence[Shot]) -> Context:
         """Return the prompt of a row, with the demonstrations that leave all of its text where it fits at all."""
-        encoded = self._cut([_encode(self._tokenizer, text) for text in texts])
+        encoded = self._cut([encode_text(self._tokenizer, text) for text in texts])
         before, after = self._filled(encoded)
         room = self._room - sum(map(len, encoded))
         shown: list[np.ndarray] = []
@@ -170,7 +171,7 @@ class PromptWriter:
         side = 0
         for index, part in enumerate(self._parts):
             if index % 2 == 0:
-                sides[side].append(_encode(self._tokenizer, part))
+                sides[side].append(encode_text(self._tokenizer, part))
             elif part == LABEL_GAP:
                 side = 1
             else:
@@ -178,7 +179,7 @@ class PromptWriter:
         return _join(sides[0]), _join(sides[1])
 
     def _demonstration(self, shot: Shot) -> np.ndarray:
-        before, after = self._filled([_encode(self._tokenizer, text) for text in shot.texts])
+        before, after = self._filled([encode_text(self._tokenizer, text) for text in shot.texts])
         return _join([before, self._pieces_of_word[self.prompt.label_words[shot.label][0]], after])
 
     def _cut(self, texts: list[np.ndarray]) -> list[np.ndarray]:
@@ -189,10 +190,6 @@ class PromptWriter:
             runner_up = max((len(text) for index, text in enumerate(texts) if index != longest), default=0)
             texts[longest] = texts[longest][: max(self._room - others, min(runner_up, len(texts[longest]) - 1))]
         return texts
-
-
-def _encode(tokenizer: WordPieceTokenizer, text: str) -> np.ndarray:
-    return np.frombuffer(tokenizer.encode(text), dtype=tokenizer.dtype).astype(np.int32)
 
 
 def _join(parts: Sequence[np.ndarray | Sequence[int]]) -> np.ndarray:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bert_ds.corpus.wordpiece import WordPieceTokenizer
+from bert_ds.downstream.features import encode_text
 from bert_ds.encoder.modeling_bert import BertEncoder
 from bert_ds.ranks import DataError
 
@@ -43,7 +44,7 @@ def word_vectors(encoder: BertEncoder, tokenizer: WordPieceTokenizer, words: Seq
         DataError: a word has no piece.
     """
     ordered = sorted(set(words))
-    pieces = [np.frombuffer(tokenizer.encode(word), dtype=tokenizer.dtype).astype(np.int64) for word in ordered]
+    pieces = [encode_text(tokenizer, word) for word in ordered]
     empty = [word for word, ids in zip(ordered, pieces, strict=True) if not len(ids)]
     if empty:
         raise DataError(f"the word {empty[0]!r} has no piece in this vocabulary")
@@ -54,7 +55,7 @@ def word_vectors(encoder: BertEncoder, tokenizer: WordPieceTokenizer, words: Seq
         for word, ids, hidden_LD in zip(
             ordered[part], pieces[part], _hidden(encoder, tokenizer, pieces[part]), strict=True
         ):
-            embedding[word] = table[torch.from_numpy(ids).to(table.device)].float().mean(dim=0).cpu().numpy()
+            embedding[word] = table[torch.from_numpy(ids).long().to(table.device)].float().mean(dim=0).cpu().numpy()
             encoded[word] = hidden_LD[1:-1].float().mean(dim=0).cpu().numpy()
     return WordVectors(embedding, encoded)
 
