@@ -29,6 +29,7 @@ from bert_ds.downstream.outcome import Outcome, conclude, write_summary
 from bert_ds.downstream.task_batches import features_fingerprint, step_batches
 from bert_ds.downstream.task_engine import BestStep, build_model, task_plan
 from bert_ds.downstream.task_rows import TaskRows, read_task
+from bert_ds.downstream.trivial import trivial_figures
 from bert_ds.ds_config import DsConfig, load_ds_config, resolve_ds_config
 from bert_ds.encoder.pretrained import Pretrained, check_tokenizer, load_pretrained
 from bert_ds.ranks import EXIT_DONE, EXIT_RUN_AGAIN, Ranks, read_ranks
@@ -59,6 +60,7 @@ class Start:
     ranks: Ranks
     stop: StopRequest
     args: argparse.Namespace
+    trivial: dict[str, float] | None
 
 
 def main() -> int:
@@ -95,6 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one setting")
     parser.add_argument("--seed", type=int, help="seed of this run, instead of the task's")
     parser.add_argument("--seeds", type=int, nargs="+", help="a run for each seed, with mean and deviation at the end")
+    parser.add_argument("--trivial", action="store_true", help="measure the trivial method on the same rows too")
     parser.add_argument("--random_weights", action="store_true", help="the same network from random weights")
     parser.add_argument(
         "--resume",
@@ -127,7 +130,10 @@ def open_task(task: TaskConfig, ds: DsConfig, *, args: argparse.Namespace, ranks
     pretrained = load_pretrained(args.model)
     prove_same_files([Path(file.path) for file in (*task.data.train, *task.data.validation, *task.data.test)])
     rows = read_task(task, tokenizer, say=print if ranks.is_main else lambda text: None)
-    return Start(ds, pretrained, tokenizer, rows, ranks, stop, args)
+    trivial = None
+    if args.trivial:
+        trivial = on_main_rank(lambda: trivial_figures(task, rows))
+    return Start(ds, pretrained, tokenizer, rows, ranks, stop, args, trivial)
 
 
 def finetune(task: TaskConfig, run_dir: Path, *, start: Start) -> int:
@@ -144,7 +150,7 @@ def finetune(task: TaskConfig, run_dir: Path, *, start: Start) -> int:
     state, best = run_training(plan, ds_config, run_dir, start=start, log=log)
     if state.step < plan.training.total_steps and not best.is_exhausted:
         return EXIT_RUN_AGAIN
-    outcome = Outcome(task, rows, start.tokenizer, run_dir, start.pretrained.config)
+    outcome = Outcome(task, rows, start.tokenizer, run_dir, start.pretrained.config, start.trivial)
     conclude(outcome, best.step, log=log)
     if ranks.is_main:
         mark_done(run_dir, {"step": state.step, "best_step": best.step})

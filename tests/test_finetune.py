@@ -40,7 +40,7 @@ def finished(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     folder = tmp_path_factory.mktemp("finetune")
     training = {"epochs": 12, "train_batch_size": 8, "log_every_steps": 1}
     task = review_task(folder, training=training, checkpoints={"every_steps": 10})
-    done = finetune(task, tiny_export, folder / "run", "--seeds", 1, 2)
+    done = finetune(task, tiny_export, folder / "run", "--seeds", 1, 2, "--trivial")
     assert done.returncode == 0, done.stderr
     return task, folder / "run"
 
@@ -51,6 +51,7 @@ def test_a_small_task_is_learned_and_everything_about_it_is_written(finished: tu
     assert results["seeds"] == [1, 2]
     assert results["validation"]["accuracy"]["mean"] > 0.9
     assert len(results["validation"]["accuracy"]["values"]) == 2
+    assert results["trivial"]["accuracy"] == 1.0
     written = {str(path.relative_to(run_dir / "seed_1")) for path in (run_dir / "seed_1").rglob("*") if path.is_file()}
     assert written >= {
         *("DONE", "task_config.json", "ds_config.json", "environment.json", "metrics.jsonl", "results.json"),
@@ -82,7 +83,7 @@ def test_a_run_killed_before_its_last_checkpoint_repeats_its_losses_and_its_resu
         (killed / name).unlink()
     shutil.rmtree(killed / "hf")
     shutil.rmtree(killed / "checkpoints/global_step72")
-    again = finetune(task, tiny_export, killed, "--seed", 1, "--resume", "must")
+    again = finetune(task, tiny_export, killed, "--seed", 1, "--resume", "must", "--trivial")
     assert again.returncode == 0, again.stderr
     assert "resumed from" in again.stdout and "global_step70" in again.stdout
     assert losses(killed) == losses(whole)

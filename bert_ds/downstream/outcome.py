@@ -45,6 +45,8 @@ class Outcome(NamedTuple):
     run_dir: Path
     config: ModelConfig
     """Shape of the encoder, as it was pre-trained."""
+    trivial: dict[str, float] | None = None
+    """Metrics of the trivial method on the validation rows, where they were asked for."""
 
 
 def measure_side(model: Any, task: TaskConfig, side: Side, labels: Labels) -> Measurement:
@@ -91,6 +93,8 @@ def conclude(outcome: Outcome, step: int, *, log: RunLog) -> None:
         on_main_rank(lambda name=name, side=side, found=found: write_side(run_dir, name, task, side, found))  # type: ignore[misc]
     on_main_rank(lambda: _export(outcome, model.cpu(), step, figures["validation"], log=log))
     results = {"task": task.name, "metric": task.chosen_metric, "seed": task.seed, "step": step, **figures}
+    if outcome.trivial is not None:
+        results["trivial"] = outcome.trivial
     on_main_rank(lambda: write_json(run_dir / "results.json", results))
     shown = "  ".join(f"{name} {value:.4f}" for name, value in figures["validation"].items())
     log.info(f"best step {step} of {task.name}: {shown}")
@@ -128,6 +132,8 @@ def write_summary(run_dir: Path, folders: Sequence[Path]) -> None:
     for side in ("validation", "test"):
         if side in results[0]:
             summary[side] = {name: _spread([result[side][name] for result in results]) for name in results[0][side]}
+    if "trivial" in results[0]:
+        summary["trivial"] = results[0]["trivial"]
     write_json(run_dir / "results.json", summary)
     metric = summary["metric"]
     chosen = summary["validation"][metric]

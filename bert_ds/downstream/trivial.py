@@ -1,0 +1,127 @@
+"""What a task is worth without a language model: methods so simple that a fine-tuned model has to beat them.
+
+Classes: TF-IDF of words and word pairs (of characters, for Chinese) and logistic regression. Scores: the cosine of
+TF-IDF vectors. Tags: the most frequent tag of the word in training. Choices: the most words in common with the text.
+They see the training rows and predict the validation rows of the very same split.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from bert_ds.downstream.examples import Example, Labels
+from bert_ds.downstream.kind import Prediction
+from bert_ds.downstream.kinds import KINDS
+from bert_ds.downstream.task_rows import TaskRows
+from bert_ds.task_config import TaskConfig
+
+_MOSTLY_CHINESE = 0.2
+
+
+def trivial_figures(task: TaskConfig, rows: TaskRows) -> dict[str, float] | None:
+    """Return the metrics of the trivial method on the validation rows; None for a kind that has none."""
+    method = _METHODS.get(task.kind)
+    if method is None:
+        return None
+    validation = [example for example in rows.validation.examples if example.target is not None]
+    values = method(rows.train.examples, validation, rows.labels)
+    return KINDS[task.kind].measure(validation, [Prediction(value) for value in values], rows.labels)
+
+
+def most_frequent_tags(train: Sequence[tuple[Sequence[str], Sequence[str]]]) -> Callable[[Sequence[str]], list[str]]:
+    """Return a tagger that gives every word its most frequent tag in training, and an unknown one the commonest.
+
+    The words of an entity are looked up together, the longest first, where tags mark entities: a gazetteer, in which
+    an entry that is oftener no entity is none.
+    """
+    counts: dict[tuple[str, ...], Counter[tuple[str, ...]]] = defaultdict(Counter)
+    all_tags: Counter[str] = Counter()
+    for words, tags in train:
+        all_tags.update(tags)
+        for start, stop in _spans(tags):
+            counts[tuple(words[start:stop])][tuple(tags[start:stop])] += 1
+    lengths_seen = {len(span) for span in counts}
+    for words, tags in train:
+        known = set(_spans(tags))
+        for start, length in itertools.product(range(len(words)), lengths_seen):
+            span = tuple(words[start : start + length])
+            if len(span) == length and span in counts and (start, start + length) not in known:
+                counts[span][tuple(tags[start : start + length])] += 1
+    longest = max(lengths_seen)
+    commonest = all_tags.most_common(1)[0][0]
+
+    def tag(words: Sequence[str]) -> list[str]:
+        found: list[str] = []
+        while len(found) < len(words):
+            lengths = range(min(longest, len(words) - len(found)), 0, -1)
+            spans = (tuple(words[len(found) : len(found) + length]) for length in lengths)
+            best = next((counts[span].most_common(1)[0][0] for span in spans if span in counts), (commonest,))
+            found += best
+        return found
+
+    return tag
+
+
+def _spans(tags: Sequence[str]) -> list[tuple[int, int]]:
+    """Return where entities begin and end; a word outside of any is a span of its own."""
+    starts = [index for index, tag in enumerate(tags) if not tag.startswith("I-") or index == 0]
+    return list(zip(starts, [*starts[1:], len(tags)], strict=True))
+
+
+def _classes(train: Sequence[Example], rows: Sequence[Example], labels: Labels) -> list[Any]:
+    from sklearn.linear_model import LogisticRegression
+
+    texts = [" ".join(example.texts) for example in train]
+    vectorizer = _tf_idf(texts)
+    model = LogisticRegression(C=10.0, max_iter=2000)
+    model.fit(vectorizer.fit_transform(texts), [example.target for example in train])
+    return list(model.predict(vectorizer.transform([" ".join(example.texts) for example in rows])))
+
+
+def _scores(train: Sequence[Example], rows: Sequence[Example], labels: Labels) -> list[Any]:
+    texts = [text for example in train for text in example.texts]
+    vectorizer = _tf_idf(texts).fit(texts)
+    first, second = (vectorizer.transform([example.texts[side] for example in rows]) for side in (0, -1))
+    return np.asarray(first.multiply(second).sum(axis=1)).ravel().tolist()
+
+
+def _tags(train: Sequence[Example], rows: Sequence[Example], labels: Labels) -> list[Any]:
+    tag = most_frequent_tags([(example.texts, example.target) for example in train])
+    return [tuple(tag(example.texts)) for example in rows]
+
+
+def _choices(train: Sequence[Example], rows: Sequence[Example], labels: Labels) -> list[Any]:
+    values = []
+    for example in rows:
+        text, question, *choices = example.texts
+        known = set(f"{text} {question}".lower().split())
+        values.append(int(np.argmax([len(known & set(choice.lower().split())) for choice in choices])))
+    return values
+
+
+def _tf_idf(texts: Sequence[str]) -> Any:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    sample = "".join(texts[:200])
+    chinese = sum("\u4e00" <= character <= "\u9fff" for character in sample)
+    by_character = chinese > _MOSTLY_CHINESE * len(sample)
+    return TfidfVectorizer(
+        analyzer="char" if by_character else "word",
+        token_pattern=None if by_character else r"\w+|[^\w\s]",
+        ngram_range=(1, 2),
+        sublinear_tf=True,
+    )
+
+
+_METHODS: dict[str, Callable[[Sequence[Example], Sequence[Example], Labels], list[Any]]] = {
+    "classification": _classes,
+    "regression": _scores,
+    "sentence_embedding": _scores,
+    "token_classification": _tags,
+    "multiple_choice": _choices,
+}

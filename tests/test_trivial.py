@@ -1,0 +1,49 @@
+"""The trivial methods, on rows whose answers are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from downstream_cases import task_of, write_lines
+
+from bert_ds.corpus.wordpiece import load_tokenizer
+from bert_ds.downstream.task_rows import read_task
+from bert_ds.downstream.trivial import most_frequent_tags, trivial_figures
+
+
+def test_an_entity_of_two_words_is_found_whole_and_an_ambiguous_word_by_its_majority() -> None:
+    rows = [
+        ("we saw new york", "O O B-LOC I-LOC"),
+        ("new may come", "O O O"),
+        ("may saw us", "B-PER O O"),
+        ("may it be", "O O O"),
+    ]
+    tag = most_frequent_tags([(words.split(), tags.split()) for words, tags in rows])
+    assert tag(["may", "we", "saw", "new", "york", "in", "new"]) == ["O", "O", "O", "B-LOC", "I-LOC", "O", "O"]
+
+
+def figures(folder: Path, export: Path, lines: list[str], content: dict[str, Any]) -> dict[str, float] | None:
+    write_lines(folder / "rows", lines)
+    side = [{"path": "rows", "format": "tsv"}]
+    data = {"train": side, "validation": side, "drop_overlap": False, **content.pop("data")}
+    task = task_of(folder, {**content, "data": data})
+    return trivial_figures(task, read_task(task, load_tokenizer(export), say=lambda text: None))
+
+
+def test_similar_sentences_have_a_larger_cosine(tmp_path: Path, tiny_export: Path) -> None:
+    lines = [
+        "a\tb\ts",
+        "the film is dull\tthe film is dull\t5",
+        "the film is dull\tthe play is dull\t3",
+        "we saw it\tno\t0",
+    ]
+    data = {"fields": {"text": "a", "text_pair": "b", "score": "s"}}
+    found = figures(tmp_path, tiny_export, lines, {"kind": "regression", "data": data})
+    assert found is not None
+    assert found["spearman"] > 0.99
+
+
+def test_a_kind_without_a_trivial_method_says_so(tmp_path: Path, tiny_export: Path) -> None:
+    data = {"fields": {"text": "a", "labels": "l"}}
+    assert figures(tmp_path, tiny_export, ["a\tl", "x\ty"], {"kind": "multi_label", "data": data}) is None
