@@ -198,7 +198,9 @@ def run_training(
         count_targets=kind.count_targets,
     )
     if not best.is_exhausted:
-        with watched_for_hangs(services.heartbeat, run_dir, ranks=start.ranks, limit_s=start.args.hang_limit):
+        with watched_for_hangs(
+            services.heartbeat, run_dir, ranks=start.ranks, limit_s=start.args.hang_limit, module=engine.module
+        ):
             train(engine, batches, state=state, plan=loop_plan(plan, len(rows.train.features)), services=services)
     engine.destroy()
     return state, best

@@ -115,7 +115,7 @@ def pretrain(
         heartbeat=Heartbeat(),
     )
     batches = training_batches(plan, data, ranks, start=state.step + state.passed_over)
-    with watched_for_hangs(services.heartbeat, run_dir, ranks=ranks, limit_s=args.hang_limit):
+    with watched_for_hangs(services.heartbeat, run_dir, ranks=ranks, limit_s=args.hang_limit, module=engine.module):
         train(engine, batches, state=state, plan=loop_plan(run), services=services)
     if state.step < run.training.total_steps:
         return EXIT_RUN_AGAIN

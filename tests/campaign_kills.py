@@ -159,9 +159,11 @@ def kill_once(
     case: Case, run_dir: Path, clock: random.Random, *, steps: int, wait_s: float, step_s: float = 0.0
 ) -> dict[str, Any]:
     """Launch, kill a random rank wait_s after all have begun, end the others as a launcher does."""
+    started = time.monotonic()
     pids, begun = launch(case, run_dir, steps=steps, step_s=step_s)
     for _ in pids:
         assert os.read(begun, 1) == b"x", f"a rank of {case.name} did not begin to train: see {run_dir}"
+    start_s = time.monotonic() - started
     time.sleep(wait_s)
     victim, number = clock.randrange(case.ranks), clock.choice(SIGNALS)
     saving = any((run_dir / "checkpoints").glob(".tmp-global_step*"))
@@ -171,7 +173,7 @@ def kill_once(
             os.kill(pid, signal.SIGKILL)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     os.close(begun)
-    return {"signal": number.name, "saving": saving, "killed": codes[victim] == -number}
+    return {"signal": number.name, "saving": saving, "killed": codes[victim] == -number, "start_s": start_s}
 
 
 def finish(case: Case, run_dir: Path, *, steps: int, step_s: float = 0.0) -> None:
@@ -219,28 +221,26 @@ def soak(work: Path, *, minutes: float, every_s: float) -> dict[str, Any]:
     """Train for some minutes with a kill every so often; count the steps that were taken and the steps that counted."""
     case, run_dir, clock = Case(2, asynchronous=True), work / "soak", random.Random(1)
     shutil.rmtree(run_dir, ignore_errors=True)
-    begun, restarts = time.monotonic(), 0
+    begun, starts = time.monotonic(), []
     while time.monotonic() - begun < 60 * minutes:
-        kill_once(case, run_dir, clock, steps=10**6, wait_s=clock.uniform(0.5, 1.5) * every_s, step_s=0.1)
-        restarts += 1
+        wait_s = clock.uniform(0.5, 1.5) * every_s
+        starts.append(kill_once(case, run_dir, clock, steps=10**6, wait_s=wait_s, step_s=0.1)["start_s"])
     seconds = time.monotonic() - begun
-    taken = sum(json.loads(line)["kind"] == "train" for line in whole_lines(run_dir / "metrics.jsonl"))
+    lines = (run_dir / "metrics.jsonl").read_bytes().split(b"\n")
+    taken = sum(json.loads(line)["kind"] == "train" for line in lines if line.endswith(b"}"))
     found = find_checkpoint(run_dir)
     useful = 0 if found is None else step_of(found.name)
     return {
         "kind": "soak",
         "case": case.name,
         "minutes": round(seconds / 60, 1),
-        "kills": restarts,
+        "kills": len(starts),
         "steps_taken": taken,
         "steps_lost": taken - useful,
         "goodput": round(useful / taken, 4),
-        "seconds_per_fault": round((seconds - taken * 0.1) / restarts, 2),
+        "seconds_to_restart": round(sum(starts) / len(starts), 2),
+        "load": os.getloadavg()[0],
     }
-
-
-def whole_lines(path: Path) -> list[bytes]:
-    return [line for line in path.read_bytes().split(b"\n") if line.endswith(b"}")]
 
 
 def recorded() -> list[dict[str, Any]]:

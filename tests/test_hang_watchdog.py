@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from ranks_harness import free_port
-from tiny_training import ds_config, step_batches, tiny_engine, tiny_plan, tiny_services
+from tiny_training import ds_config, join_alone, micro_batch, step_batches, tiny_engine, tiny_plan, tiny_services
 
 from bert_ds.ranks import Ranks
 from bert_ds.training.hang_watchdog import Heartbeat, explain_hang, watched_for_hangs
@@ -50,7 +50,7 @@ def train_until_it_hangs(kind: str, run_dir: Path) -> None:
     with joined_ranks(ranks):
         engine = tiny_engine(ds_config(2, world_size=2))
         services = tiny_services(run_dir, rank, 2, heartbeat=heartbeat)
-        with watched_for_hangs(heartbeat, run_dir, ranks=ranks, limit_s=LIMIT_S):
+        with watched_for_hangs(heartbeat, run_dir, ranks=ranks, limit_s=LIMIT_S, module=engine.module):
             batches = sick_batches(kind, run_dir, rank)
             train(engine, batches, state=TrainState(), plan=tiny_plan(9), services=services)
 
@@ -112,6 +112,18 @@ def test_a_long_evaluation_and_the_first_step_are_not_a_hang() -> None:
     assert not heart.patient
     heart.enter("evaluation", step=9, patient=True)
     assert heart.patient
+
+
+def test_every_micro_step_is_progress_however_long_the_step(tmp_path: Path) -> None:
+    join_alone()
+    engine, heart = tiny_engine(ds_config(2)), Heartbeat()
+    tiny_services(tmp_path, 0, 1)  # makes logs/
+    with watched_for_hangs(heart, tmp_path, ranks=Ranks(0, 0, 1), limit_s=0.5, module=engine.module):
+        for step in (1, 2):
+            heart.enter("forward and backward", step=step)
+        for _ in range(6):  # longer than the limit in all
+            time.sleep(0.2)
+            engine(**micro_batch(1, 0).model_inputs(), dropout_seed=None)
 
 
 def test_the_rank_that_is_least_far_is_named() -> None:

@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from bert_ds.ranks import EXIT_RUN_AGAIN, Ranks
 from bert_ds.training.agreement import broadcast_json, gather_json
 from bert_ds.training.restart import process_identity
@@ -54,9 +56,15 @@ class Heartbeat:
         self.phase, self.step = phase, step
         self.count += 1
 
+    def beat(self, *unused: Any) -> None:
+        """Note that the phase goes on; a hook of a module's forward."""
+        self.count += 1
+
 
 @contextlib.contextmanager
-def watched_for_hangs(heartbeat: Heartbeat, run_dir: Path, *, ranks: Ranks, limit_s: float) -> Iterator[None]:
+def watched_for_hangs(
+    heartbeat: Heartbeat, run_dir: Path, *, ranks: Ranks, limit_s: float, module: nn.Module
+) -> Iterator[None]:
     """End the process with exit code 75 if its heart stops for limit_s inside the block; entering is a collective.
 
     Before that, the stacks of all threads of every rank are in `logs/rank_K.log`, and which rank stalled in which phase
@@ -67,6 +75,7 @@ def watched_for_hangs(heartbeat: Heartbeat, run_dir: Path, *, ranks: Ranks, limi
         run_dir: the run folder.
         ranks: place of this process in the job.
         limit_s: 0 switches the watchdog off.
+        module: the model; each of its forward passes is progress, however many micro-steps a step has.
     """
     if not limit_s:
         yield
@@ -74,12 +83,14 @@ def watched_for_hangs(heartbeat: Heartbeat, run_dir: Path, *, ranks: Ranks, limi
     watchdog = _Watchdog(heartbeat, run_dir, ranks=ranks, limit_s=limit_s)
     faulthandler.register(_DUMP_SIGNAL, file=watchdog.log, all_threads=True)
     thread = threading.Thread(target=watchdog.watch, name="hang-watchdog", daemon=True)
+    hook = module.register_forward_pre_hook(heartbeat.beat)
     thread.start()
     try:
         yield
     finally:
         watchdog.stopped.set()
         thread.join()  # for ever, if it is about to end this process
+        hook.remove()
         faulthandler.unregister(_DUMP_SIGNAL)
         os.close(watchdog.log)
 
