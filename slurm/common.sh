@@ -100,7 +100,7 @@ launch_once() {
   # Below the ephemeral ports; another one for each launch, as a rank of the last may still hold the old one.
   export MASTER_PORT=$(( 12000 + (SLURM_JOB_ID * 16 + launch % 16) % 20000 ))
   forget_exits
-  local command=(srun --kill-on-bad-exit=1 --wait=120 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$world_size"
+  local command=(srun --kill-on-bad-exit=1 --wait=600 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$world_size"
     --ntasks-per-node="$ranks_per_node" --cpus-per-task="$cores" --input=none --open-mode=append
     --output="$run_dir/logs/rank_%t.out")
   (( gpus == 0 )) || command+=(--gpu-bind=none) # a rank picks its GPU by its number, and NCCL wants to see them all

@@ -69,7 +69,7 @@ def test_a_job_of_16_gpus_starts_16_ranks_that_see_all_gpus_of_their_node(tmp_pa
     assert code == 0, log
     *words, environment = launch(calls)
     assert words == [
-        *("srun", "--kill-on-bad-exit=1", "--wait=120", "--nodes=2", "--ntasks=16", "--ntasks-per-node=8"),
+        *("srun", "--kill-on-bad-exit=1", "--wait=600", "--nodes=2", "--ntasks=16", "--ntasks-per-node=8"),
         *("--cpus-per-task=2", "--input=none", "--open-mode=append", f"--output={tmp_path}/a b/logs/rank_%t.out"),
         *("--gpu-bind=none", sys.executable, f"{ROOT}/bert_ds/pretrain.py", "--deepspeed_config", str(ds)),
         *("--run_dir", f"{tmp_path}/a b", "--resume", "auto", "--set", "seed=1", "--hang_limit", "5"),
@@ -172,3 +172,10 @@ def test_the_example_of_a_site_file_is_a_script_that_changes_nothing(tmp_path: P
         line.removeprefix("#") for line in site.splitlines() if line.startswith("#") and line[1:2] != " "
     )
     assert subprocess.run(["bash", "-n"], input=everything, text=True).returncode == 0
+
+
+def test_make_test_slurm_names_the_packages_that_are_missing() -> None:
+    command = [sys.executable, str(ROOT / "tests/slurm_cluster.py")]
+    missing = subprocess.run(command, env={"PATH": "/nowhere"}, capture_output=True, text=True, timeout=60)
+    assert missing.returncode == 1
+    assert "apt-get install" in missing.stderr and "slurm-client" in missing.stderr and "shellcheck" in missing.stderr
