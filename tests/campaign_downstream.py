@@ -5,7 +5,7 @@
 FOLDER of data holds wikipedia_en, wikipedia_zh and the folders that the shipped tasks name. First a small BERT per
 language is pre-trained on its Wikipedia by `campaign_downstream_en.json` and `..._zh.json`, and exported. Then every
 task is fine-tuned from it and from the same network with random weights: same rows, epochs, learning rate and seeds,
-at most 10,000 training rows. The trivial methods (`trivial_methods.py`) see the same rows on the same split.
+at most 10,000 training rows. The trivial methods (`bert_ds/downstream/trivial.py`) see the same rows on the same split.
 
 Results are appended to tests/results/downstream.jsonl, one line per training; what is there is not run again. At the
 end, and with --table alone, the table of BENCHMARKS.md is printed.
@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from trivial_methods import trivial_figure
 
 from bert_ds.corpus.wordpiece import load_tokenizer
 from bert_ds.downstream.task_rows import read_task
+from bert_ds.downstream.trivial import trivial_figures
 from bert_ds.task_config import load_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,8 +152,10 @@ def record_trivial(name: str, data: Path, model: Path) -> None:
     if any(row["task"] == name and row["start"] == "trivial" for row in stored()):
         return
     task = load_task(name, settings(name), data=data)
-    found = trivial_figure(task, read_task(task, load_tokenizer(model), say=print))
-    append({"task": name, "start": "trivial", "metric": task.chosen_metric, **found})
+    found = trivial_figures(task, read_task(task, load_tokenizer(model), say=print))
+    assert found is not None, f"no trivial method for a {task.kind} task"
+    metric = task.chosen_metric
+    append({"task": name, "start": "trivial", "metric": metric, "value": found[metric], "figures": found})
 
 
 def facts_of(model: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,25 @@ def test_similar_sentences_have_a_larger_cosine(tmp_path: Path, tiny_export: Pat
 def test_a_kind_without_a_trivial_method_says_so(tmp_path: Path, tiny_export: Path) -> None:
     data = {"fields": {"text": "a", "labels": "l"}}
     assert figures(tmp_path, tiny_export, ["a\tl", "x\ty"], {"kind": "multi_label", "data": data}) is None
+
+
+def test_the_sentence_with_most_words_of_the_question_is_the_answer(tmp_path: Path, tiny_export: Path) -> None:
+    context = "Rome is old. Homer wrote the Iliad! It is long."
+    answer = {"text": "Homer wrote the Iliad!", "answer_start": 13}
+    question = {"id": "1", "question": "Who wrote the Iliad?", "answers": [answer]}
+    content = {"version": "1.1", "data": [{"title": "t", "paragraphs": [{"context": context, "qas": [question]}]}]}
+    (tmp_path / "rows.json").write_text(json.dumps(content), encoding="utf-8")
+    side = [{"path": "rows.json", "format": "squad"}]
+    data = {"train": side, "validation": side, "drop_overlap": False}
+    task = task_of(tmp_path, {"kind": "question_answering", "data": data})
+    found = trivial_figures(task, read_task(task, load_tokenizer(tiny_export), say=lambda text: None))
+    assert found is not None
+    assert found["exact_match"] == 100.0
+
+
+def test_a_pair_that_shares_more_words_is_told_from_one_that_shares_fewer(tmp_path: Path, tiny_export: Path) -> None:
+    lines = ["a\tb\tl", *["we saw a film\twe saw a film\tyes", "we saw a film\tyou hear no song\tno"] * 10]
+    data = {"fields": {"text": "a", "text_pair": "b", "label": "l"}}
+    found = figures(tmp_path, tiny_export, lines, {"kind": "classification", "data": data})
+    assert found is not None
+    assert found["accuracy"] == 1.0

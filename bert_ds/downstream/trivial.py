@@ -1,13 +1,16 @@
 """What a task is worth without a language model: methods so simple that a fine-tuned model has to beat them.
 
-Classes: TF-IDF of words and word pairs (of characters, for Chinese) and logistic regression. Scores: the cosine of
-TF-IDF vectors. Tags: the most frequent tag of the word in training. Choices: the most words in common with the text.
+Classes of a text: TF-IDF of words and word pairs (of characters, for Chinese) and logistic regression; of a pair:
+logistic regression over the cosine of TF-IDF vectors and the share of the second text's words that the first has.
+Scores: that cosine. Tags: the most frequent tag of the word in training. Choices: the most words in common with the
+text. Answers: the sentence with most words of the question, or always none where a question may have none.
 They see the training rows and predict the validation rows of the very same split.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +24,8 @@ from bert_ds.downstream.task_rows import TaskRows
 from bert_ds.task_config import TaskConfig
 
 _MOSTLY_CHINESE = 0.2
+_WORD = re.compile(r"[\u3400-\u9fff]|[^\W_]+")
+_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*")
 
 
 def trivial_figures(task: TaskConfig, rows: TaskRows) -> dict[str, float] | None:
@@ -30,7 +35,8 @@ def trivial_figures(task: TaskConfig, rows: TaskRows) -> dict[str, float] | None
         return None
     validation = [example for example in rows.validation.examples if example.target is not None]
     values = method(rows.train.examples, validation, rows.labels)
-    return KINDS[task.kind].measure(validation, [Prediction(value) for value in values], rows.labels)
+    predictions = [value if isinstance(value, Prediction) else Prediction(value) for value in values]
+    return KINDS[task.kind].measure(validation, predictions, rows.labels)
 
 
 def most_frequent_tags(train: Sequence[tuple[Sequence[str], Sequence[str]]]) -> Callable[[Sequence[str]], list[str]]:
@@ -76,6 +82,8 @@ def _spans(tags: Sequence[str]) -> list[tuple[int, int]]:
 def _classes(train: Sequence[Example], rows: Sequence[Example], labels: Labels) -> list[Any]:
     from sklearn.linear_model import LogisticRegression
 
+    if len(train[0].texts) > 1:
+        return _pair_classes(train, rows)
     texts = [" ".join(example.texts) for example in train]
     vectorizer = _tf_idf(texts)
     model = LogisticRegression(C=10.0, max_iter=2000)
@@ -83,11 +91,54 @@ def _classes(train: Sequence[Example], rows: Sequence[Example], labels: Labels) 
     return list(model.predict(vectorizer.transform([" ".join(example.texts) for example in rows])))
 
 
+def _pair_classes(train: Sequence[Example], rows: Sequence[Example]) -> list[Any]:
+    from sklearn.linear_model import LogisticRegression
+
+    cosine = _cosine(train)
+
+    def columns(examples: Sequence[Example]) -> np.ndarray:
+        return np.stack([cosine(examples), [_shared(*example.texts[:2]) for example in examples]], axis=1)
+
+    model = LogisticRegression().fit(columns(train), [example.target for example in train])
+    return list(model.predict(columns(rows)))
+
+
 def _scores(train: Sequence[Example], rows: Sequence[Example], labels: Labels) -> list[Any]:
+    return _cosine(train)(rows).tolist()
+
+
+def _cosine(train: Sequence[Example]) -> Callable[[Sequence[Example]], np.ndarray]:
+    """Return what gives the cosine of the TF-IDF vectors of each example's two texts."""
     texts = [text for example in train for text in example.texts]
     vectorizer = _tf_idf(texts).fit(texts)
-    first, second = (vectorizer.transform([example.texts[side] for example in rows]) for side in (0, -1))
-    return np.asarray(first.multiply(second).sum(axis=1)).ravel().tolist()
+
+    def cosine(examples: Sequence[Example]) -> np.ndarray:
+        first, second = (vectorizer.transform([example.texts[side] for example in examples]) for side in (0, -1))
+        return np.asarray(first.multiply(second).sum(axis=1)).ravel()
+
+    return cosine
+
+
+def _shared(first: str, second: str) -> float:
+    """Return the share of the second text's different words that the first has."""
+    words = set(_words(second))
+    return len(words & set(_words(first))) / max(1, len(words))
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def _answers(train: Sequence[Example], rows: Sequence[Example], labels: Labels) -> list[Any]:
+    if any(not example.target.answers for example in train):
+        return [Prediction("", {"no_answer": 1.0, "answers": []}) for _ in rows]
+    found = []
+    for example in rows:
+        question, context = example.texts
+        sentences = [sentence for sentence in _SENTENCE_END.split(context) if sentence]
+        best = max(sentences, key=lambda sentence: len(set(_words(question)) & set(_words(sentence))))
+        found.append(Prediction(best, {"no_answer": -1.0, "answers": [{"text": best}]}))
+    return found
 
 
 def _tags(train: Sequence[Example], rows: Sequence[Example], labels: Labels) -> list[Any]:
@@ -124,4 +175,5 @@ _METHODS: dict[str, Callable[[Sequence[Example], Sequence[Example], Labels], lis
     "sentence_embedding": _scores,
     "token_classification": _tags,
     "multiple_choice": _choices,
+    "question_answering": _answers,
 }
