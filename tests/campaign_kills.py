@@ -255,8 +255,8 @@ def record(row: dict[str, Any]) -> None:
 
 def survived(row: dict[str, Any]) -> bool:
     """Whether nothing was lost by the kills of a row."""
-    same = row["same_losses"] and row["same_evaluations"] and row["same_weights_and_optimizer"]
-    return same and not row["checkpoints_lost"]
+    same = ("same_losses", "same_evaluations", "same_weights_and_optimizer")
+    return all(row[name] for name in same) and not row["checkpoints_lost"]
 
 
 def print_table() -> None:
@@ -266,9 +266,7 @@ def print_table() -> None:
         print(f"| {row['case']} | {row['kills']} | {row['while_saving']} | {'yes' if survived(row) else 'NO'} |")
     good = sum(row["kills"] for row in rows if survived(row))
     print(f"| all | {good} of {sum(row['kills'] for row in rows)} | {sum(row['while_saving'] for row in rows)} | |")
-    for row in recorded():
-        if row["kind"] == "soak":
-            print(row)
+    print(*(row for row in recorded() if row["kind"] != "kills"), sep="\n")
 
 
 def main() -> None:

@@ -8,8 +8,10 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from ranks_harness import run_ranks
@@ -132,6 +134,18 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_end_waits_for_it
     names = {path.name for path in (tmp_path / "checkpoints").glob("global_step*")}
     assert names == {"global_step4", "global_step5"}
     assert verify_checkpoint(tmp_path / "checkpoints/global_step5")["step"] == 5
+
+
+def test_where_memory_is_short_a_save_blocks_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    join_alone()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    engine, services = tiny_engine(ds_config(2)), tiny_services(tmp_path, 0, 1)
+    saver = CheckpointSaver(engine, tmp_path, policy=CheckpointPolicy(asynchronous=True), log=services.log)
+    assert saver.save(TrainState(step=1))
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoints/global_step1"
+    assert "bytes of host memory, 1,000 are available" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -11,7 +11,7 @@ thread of rank 0 publishes. There is one save at a time: the next one waits for 
 
 from __future__ import annotations
 
-import os
+import platform
 import secrets
 import shutil
 import threading
@@ -149,7 +149,8 @@ class CheckpointSaver:
 
     def _fits_into_memory(self) -> bool:
         """Whether the host memory of every machine has room for the copy of its ranks' files."""
-        local_ranks, world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), dist.get_world_size()
+        machines = gather_json(platform.node())
+        local_ranks, world_size = max(map(machines.count, machines)), len(machines)
         # The first rank writes the model too, at most as much again as one rank's share of the rest.
         needed = checkpoint_bytes(self._engine) * min(1.0, (local_ranks + 1) / world_size)
         available = psutil.virtual_memory().available
