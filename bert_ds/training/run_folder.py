@@ -11,9 +11,11 @@ import torch.distributed as dist
 
 from bert_ds.ranks import CheckpointError, DataError
 from bert_ds.run_config import ConfigError
+from bert_ds.run_log import write_text
 from bert_ds.training.agreement import broadcast_json, gather_json
 from bert_ds.training.checkpoint_folder import candidates
 from bert_ds.training.restart import is_done
+from bert_ds.training.run_lock import lock_run_folder
 
 Resume = Literal["never", "auto", "must"]
 Value = TypeVar("Value")
@@ -51,7 +53,7 @@ def enter_run_folder(run_dir: Path, descriptions: Mapping[str, str], *, resume: 
         resume: "never" refuses a folder that holds checkpoints, "must" one that holds none.
 
     Raises:
-        ConfigError: the folder cannot be made or written, or does not fit `resume`.
+        ConfigError: the folder cannot be made or written, another launch is in it, or it does not fit `resume`.
         DataError: a rank does not see the folder that rank 0 wrote.
     """
     on_main_rank(lambda: _enter(run_dir, descriptions, resume=resume))
@@ -73,6 +75,11 @@ def prove_same_files(paths: Sequence[Path]) -> None:
 
 
 def _enter(run_dir: Path, descriptions: Mapping[str, str], *, resume: Resume) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock_run_folder(run_dir)
+    except OSError as error:
+        raise ConfigError(f"--run_dir {run_dir} cannot be written: {error}") from None
     found = candidates(run_dir)
     if found and resume == "never":
         raise ConfigError(
@@ -84,9 +91,8 @@ def _enter(run_dir: Path, descriptions: Mapping[str, str], *, resume: Resume) ->
     if not found and is_done(run_dir):
         raise CheckpointError(f"{run_dir} is marked DONE but holds no checkpoint: choose another --run_dir")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
         for name, content in descriptions.items():
-            (run_dir / name).write_text(content, encoding="utf-8")
+            write_text(run_dir / name, content)
     except OSError as error:
         raise ConfigError(f"--run_dir {run_dir} cannot be written: {error}") from None
 
