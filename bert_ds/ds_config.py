@@ -28,7 +28,7 @@ from bert_ds.config_problems import Problem
 from bert_ds.ds_agreement import disagreements, recipe_overrides
 from bert_ds.ds_batch import MicroBatch, split_batch
 from bert_ds.ds_effective import effective_settings
-from bert_ds.ds_keys import check_settings
+from bert_ds.ds_keys import check_settings, setting_names
 from bert_ds.ds_support import unsupported_settings
 from bert_ds.run_config import RunConfig, TrainedRun, load_run_config, parse_run_config
 
@@ -87,10 +87,7 @@ def load_ds_config(path: str | Path) -> DsConfig:
         ConfigError: with one line per problem of the file, all at once.
     """
     file = read_config_file(path)
-    problems: list[Problem] = []
-    settings = check_settings(file.data, problems)
-    stage_is_known = not {"zero_optimization", "zero_optimization.stage"} & {problem.path for problem in problems}
-    problems += unsupported_settings(settings, stage_is_known=stage_is_known)
+    settings, problems = _checked(file)
     raise_problems(file, problems)
     return DsConfig(file.name, settings)
 
@@ -103,20 +100,32 @@ def load_pair(
     Raises:
         ConfigError: with one line per problem of both files, all at once.
     """
-    messages = []
-    ds = run = None
+    if run_path is None:
+        return _load_default_pair(ds_path, overrides)
+    messages: list[str] = []
+    file = run = None
+    settings: dict[str, Any] = {}
+    problems: list[Problem] = []
     try:
-        ds = load_ds_config(ds_path)
+        file = read_config_file(ds_path)
+        settings, problems = _checked(file)
     except ConfigError as error:
         messages.append(str(error))
     try:
-        run = _default_run(ds, overrides) if run_path is None else load_run_config(run_path, overrides)
+        run = load_run_config(run_path, overrides)
     except ConfigError as error:
         messages.append(str(error))
+        _refuse_swapped(run_path, file)
+    try:
+        if file is not None and (problems or file.problems):
+            problems += disagreements(run, settings, str(run_path)) if run is not None else []
+            raise_problems(file, problems)
+    except ConfigError as error:
+        messages.insert(0, str(error))
     if messages:
         raise ConfigError("\n".join(messages))
-    assert run is not None and ds is not None
-    return run, replace(ds, recipe_name=str(run_path) if run_path is not None else "the default recipe")
+    assert run is not None and file is not None
+    return run, DsConfig(file.name, settings, str(run_path))
 
 
 def pair_problems(run: TrainedRun, ds: DsConfig) -> list[Problem]:
@@ -188,3 +197,41 @@ def _default_run(ds: DsConfig | None, overrides: Sequence[str]) -> RunConfig:
     raise_ds_problems(ds, problems)
     apply_overrides(file, overrides)
     return parse_run_config(file)
+
+
+def _load_default_pair(ds_path: str | Path, overrides: Sequence[str]) -> tuple[RunConfig, DsConfig]:
+    """Read a DeepSpeed file, and the default recipe as the file modifies it."""
+    messages = []
+    ds = run = None
+    try:
+        ds = load_ds_config(ds_path)
+    except ConfigError as error:
+        messages.append(str(error))
+    try:
+        run = _default_run(ds, overrides)
+    except ConfigError as error:
+        messages.append(str(error))
+    if messages:
+        raise ConfigError("\n".join(messages))
+    assert run is not None and ds is not None
+    return run, replace(ds, recipe_name="the default recipe")
+
+
+def _checked(file: ConfigFile) -> tuple[dict[str, Any], list[Problem]]:
+    """Return the settings of a DeepSpeed file that are right, and what is wrong with the others."""
+    problems: list[Problem] = []
+    settings = check_settings(file.data, problems)
+    stage_is_known = not {"zero_optimization", "zero_optimization.stage"} & {problem.path for problem in problems}
+    problems += unsupported_settings(settings, stage_is_known=stage_is_known)
+    return settings, problems
+
+
+def _refuse_swapped(run_path: str | Path, ds_file: ConfigFile | None) -> None:
+    """Say so in one sentence where each of the two files was given as the other."""
+    if ds_file is None or not {"model", "corpus"} <= ds_file.data.keys():
+        return
+    known = {name.partition(".")[0] for name in setting_names()}
+    if read_config_file(run_path).data.keys() <= known:
+        raise ConfigError(
+            f"--run {run_path} is a DeepSpeed file and --deepspeed_config {ds_file.name} is a recipe: swap them"
+        )

@@ -58,3 +58,29 @@ def test_warnings_do_not_change_the_exit_code() -> None:
     found = check_run("--run", recipe, "--deepspeed_config", "ds_configs/zero3.json", "--gpu_memory_gb", "1")
     assert found.returncode == 0
     assert "warning: corpus.tokenizer:" in found.stderr and "warning: a rank needs about" in found.stderr
+
+
+def test_files_given_as_each_other_are_one_sentence() -> None:
+    recipe, spread = "ds_configs/recipes/bert_base_phase1.json", "ds_configs/zero2.json"
+    found = check_run("--run", spread, "--deepspeed_config", recipe)
+    wanted = f"--run {spread} is a DeepSpeed file and --deepspeed_config {recipe} is a recipe: swap them"
+    assert (found.returncode, found.stderr) == (2, f"check_run.py: error: {wanted}\n")
+
+
+def test_a_file_from_an_old_tutorial_is_told_everything_at_once(tmp_path: Path) -> None:
+    tutorial = {
+        "optimizer": {"type": "OneBitLamb", "params": {"lr": 0.011, "freeze_step": 23000}},
+        "fp16": {"enabled": True},
+        "sparse_attention": {"mode": "fixed"},
+        "elasticity": {"enabled": True},
+        "gradient_acumulation_steps": 4,
+    }
+    ds = write_json(tmp_path, "ds.json", tutorial)
+    found = check_run("--run", str(write_json(tmp_path, "run.json", RECIPE)), "--deepspeed_config", str(ds))
+    named = [line.removeprefix("check_run.py: error: ").split(": ")[1] for line in found.stderr.splitlines()]
+    assert (found.returncode, named) == (
+        2,
+        [
+            *("sparse_attention", "elasticity", "gradient_acumulation_steps", "fp16.enabled", "optimizer.type"),
+        ],
+    )
