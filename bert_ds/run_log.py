@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bert_ds.config_secrets import is_secret_name, is_secret_value
 from bert_ds.ranks import Ranks
 
 _PACKAGES = ("bert-ds", "torch", "deepspeed", "triton", "transformers", "tokenizers", "numpy", "pydantic")
@@ -189,6 +190,7 @@ def repair_metrics(path: Path) -> None:
 def write_environment(run_dir: Path, ranks: Ranks, *, devices: Sequence[str]) -> None:
     """Write environment.json: versions, commit and host; no argument list and no variable that could hold a secret."""
     names = [name for name in os.environ if name in _ENVIRONMENT_NAMES or name.startswith("SLURM_JOB_")]
+    names = [name for name in names if not is_secret_name(name) and not is_secret_value(os.environ[name])]
     facts = {
         "format": 1,
         "python": platform.python_version(),
