@@ -30,7 +30,15 @@ from broken_deepspeed import BROKEN
 from config_bombs import BOMBS
 from config_damage import Damage, broken, every_damage, put
 from config_oracle import Subject, ask, names_setting, verdict
-from config_subjects import DEEPSPEED, RECIPE, deepspeed_refuses, deepspeed_subject, recipe_subject, shipped_subjects
+from config_subjects import (
+    DEEPSPEED,
+    RECIPE,
+    deepspeed_refuses,
+    deepspeed_subject,
+    other_subjects,
+    recipe_subject,
+    shipped_subjects,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -72,7 +80,7 @@ class Tally:
 def systematic(file: Path) -> Tally:
     """Break every setting of every file in every way."""
     tally = Tally()
-    for subject in shipped_subjects():
+    for subject in (*other_subjects(), *shipped_subjects()):
         for damage in every_damage(subject.data):
             try_damage(tally, subject, file, damage)
         print(f"{subject.name}: {dict(tally.counts)}", file=sys.stderr, flush=True)

@@ -40,6 +40,8 @@ class Subject(NamedTuple):
     """Reads a file as its verb does, and raises ConfigError."""
     ignored: Callable[[Path], list[str]]
     """What of an accepted file is not in the resolved configuration, or cannot work."""
+    free: tuple[str, ...] = ()
+    """Sections whose names and types are the user's own."""
 
 
 def ask(subject: Subject, file: Path) -> Answer:
@@ -59,19 +61,18 @@ def ask(subject: Subject, file: Path) -> Answer:
 
 def verdict(subject: Subject, file: Path, answer: Answer, damage: Damage) -> str:
     """Return "refused" or "accepted" where that is right, and otherwise what is wrong with it."""
+    is_free = any(damage.path.startswith(section + ".") for section in subject.free)
+    is_wrong = damage.is_wrong and not is_free
     if answer.crash:
         return "crashed: " + answer.crash.strip().splitlines()[-1]
     if answer.lines:
         if any("hunter2" in line or not line.isprintable() for line in answer.lines):
             return "the message shows a secret or a control character"
-        if names_setting(answer, file, damage.path):
+        is_mentioned = not is_wrong and mentions_setting(answer, damage.path)
+        if is_mentioned or names_setting(answer, file, damage.path):
             return "refused"
-        return (
-            "refused"
-            if not damage.is_wrong and mentions_setting(answer, damage.path)
-            else (f"the message does not name it: {answer.lines[0]}")
-        )
-    if damage.is_wrong:
+        return f"the message does not name it: {answer.lines[0]}"
+    if is_wrong:
         return "was accepted"
     ignored = subject.ignored(file)
     return f"was accepted and ignored: {', '.join(ignored[:3])}" if ignored else "accepted"

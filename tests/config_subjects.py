@@ -13,16 +13,38 @@ from unittest.mock import patch
 from config_oracle import Subject
 
 from bert_ds import check_run
-from bert_ds.config_files import shipped_file
+from bert_ds.config_files import raise_problems, read_config_file, shipped_file
 from bert_ds.ds_agreement import OPTIMIZER_TYPES
 from bert_ds.ds_config import load_pair, resolve_ds_config
 from bert_ds.ds_keys import AUTO, default_of, known_settings, leaves
 from bert_ds.ds_support import SWITCHED_OFF
+from bert_ds.job_config import parse_job_config
 from bert_ds.run_config import ConfigError, dump_run_config, load_run_config
+from bert_ds.slurm_job import sbatch_command
+from bert_ds.task_config import dump_task, load_task
 
 WORLD_SIZE = 2
 RECIPE = shipped_file("recipes/bert_base_phase1.json")
 DEEPSPEED = shipped_file("zero2.json")
+USERS_OWN = ("data.fields", "data.rename_labels", "data.train.0.values", "data.validation.0.values")
+"""Sections of a task that are named after columns and labels of the user's files."""
+
+JOB: dict[str, Any] = {
+    "job_name": "bert",
+    "nodes": 2,
+    "gpus_per_node": 8,
+    "cpus_per_task": 12,
+    "memory_per_node": "200G",
+    "time": "24:00:00",
+    "partition": "gpu,big",
+    "account": "nlp",
+    "constraint": "h100&ib",
+    "exclude": "n01,n02",
+    "run": "/home/me/run.json",
+    "deepspeed_config": "/home/me/ds.json",
+    "run_dir": "/scratch/me/runs/a",
+    "overrides": ["optimizer.lr=1e-4"],
+}
 
 
 def shipped_subjects() -> Iterator[Subject]:
@@ -34,6 +56,25 @@ def shipped_subjects() -> Iterator[Subject]:
         yield deepspeed_subject(path.stem, _read(path))
         run, ds = load_pair(RECIPE, path)
         yield deepspeed_subject(f"{path.stem} in full", resolve_ds_config(run, ds, WORLD_SIZE))
+
+
+def other_subjects() -> Iterator[Subject]:
+    """Yield the shipped fine-tuning tasks and a Slurm job, and each again with every default written out."""
+    for path in sorted((DEEPSPEED.parent / "tasks").glob("*.json")):
+        yield task_subject(path.stem, _read(path))
+        yield task_subject(f"{path.stem} in full", json.loads(dump_task(load_task(path))))
+    yield job_subject("job", JOB)
+    yield job_subject("job in full", parse_job_config(JOB).model_dump(mode="json"))
+
+
+def task_subject(name: str, data: dict[str, Any]) -> Subject:
+    """Return a fine-tuning task."""
+    return Subject(name, data, load_task, _ignored_by_task, free=USERS_OWN)
+
+
+def job_subject(name: str, data: dict[str, Any]) -> Subject:
+    """Return a Slurm job, whose values come from options and not from a file; messages name the option."""
+    return Subject(name, data, _read_job, _ignored_by_job)
 
 
 def recipe_subject(name: str, data: dict[str, Any]) -> Subject:
@@ -82,6 +123,30 @@ def _ignored_by_deepspeed(file: Path) -> list[str]:
         return ignored  # two ranks were asked for
     refused = deepspeed_refuses(alone)
     return [*ignored, *([f"DeepSpeed says {refused}"] if refused else [])]
+
+
+def _ignored_by_task(file: Path) -> list[str]:
+    resolved = json.loads(dump_task(load_task(file)))
+    given = [(path, value) for path, value in _flat(_read(file)) if path != "$schema"]
+    return [path for path, value in given if not _in_recipe(path, value, resolved, file.parent)]
+
+
+def _read_job(file: Path) -> None:
+    given = read_config_file(file)
+    raise_problems(given, [])
+    try:
+        parse_job_config(given.data)
+    except ConfigError as error:
+        # "--nodes: ..." is what a file would call "FILE: nodes: ..."
+        raise ConfigError("\n".join(f"{file}: {line.removeprefix('--')}" for line in str(error).splitlines())) from None
+
+
+def _ignored_by_job(file: Path) -> list[str]:
+    job = parse_job_config(_read(file))
+    resolved = job.model_dump(mode="json")
+    command = sbatch_command(job, Path("slurm/pretrain.sh"))
+    broken = [word for word in command if not word.isprintable()]
+    return [path for path, value in _flat(_read(file)) if not _in_recipe(path, value, resolved, file.parent)] + broken
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,11 +11,10 @@ from config_bombs import BOMBS
 from config_cases import write_json
 from config_damage import broken, every_damage
 from config_oracle import ask, names_setting, verdict
-from config_subjects import RECIPE, deepspeed_subject, recipe_subject, shipped_subjects
+from config_subjects import RECIPE, deepspeed_subject, other_subjects, recipe_subject, shipped_subjects
 
-SUBJECTS = [
-    one for one in shipped_subjects() if one.name in ("embedded_default in full", "bert_base_zh", "zero3_offload")
-]
+CHOSEN = ("embedded_default in full", "bert_base_zh", "zero3_offload")
+SUBJECTS = [*(one for one in shipped_subjects() if one.name in CHOSEN), *other_subjects()]
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
