@@ -23,6 +23,7 @@ from bert_ds.ranks import (
     CheckpointError,
     DataError,
     DivergedError,
+    LauncherError,
 )
 from bert_ds.run_config import ConfigError
 
@@ -31,6 +32,7 @@ Report = Callable[[int, str], None]
 
 _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (ConfigError, EXIT_CONFIG),
+    (LauncherError, EXIT_CONFIG),
     (DataError, EXIT_DATA),
     (CheckpointError, EXIT_CHECKPOINT),
     (DivergedError, EXIT_DIVERGED),
@@ -112,7 +114,7 @@ class _Parser(argparse.ArgumentParser):
             name = unknown[0].partition("=")[0]
             near = difflib.get_close_matches(name, self._option_string_actions, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            self.error(f"unknown argument {unknown[0]}{hint}")
+            self.error(f"unknown argument {name}{hint}")
         return parsed
 
     def error(self, message: str) -> NoReturn:

@@ -25,6 +25,10 @@ class DivergedError(RuntimeError):
     """The loss or the gradients are no longer finite; the message says since which step."""
 
 
+class LauncherError(ValueError):
+    """The launcher's variables do not say which rank this is; the message names them."""
+
+
 class Ranks(NamedTuple):
     """Place of this process in the job."""
 
@@ -45,7 +49,7 @@ def read_ranks(environ: dict[str, str] | None = None) -> Ranks:
     taken. With neither there is one rank.
 
     Raises:
-        ValueError: only some of the variables are set, or one is not a whole number in range.
+        LauncherError: only some of the variables are set, or one is not a whole number in range.
     """
     env = dict(os.environ) if environ is None else environ
     for names in (
@@ -56,10 +60,10 @@ def read_ranks(environ: dict[str, str] | None = None) -> Ranks:
             continue
         missing = [name for name in names if name not in env]
         if missing:
-            raise ValueError(f"{names[0]} is set but {', '.join(missing)} is not: start the script with one launcher")
+            raise LauncherError(f"{names[0]} is set but {', '.join(missing)} is not: start it with one launcher")
         rank, local_rank, world_size = (_whole_number(env, name) for name in names)
         if not 0 <= rank < world_size:
-            raise ValueError(f"{names[0]}={rank} is outside 0..{world_size - 1} ({names[2]}={world_size})")
+            raise LauncherError(f"{names[0]}={rank} is outside 0..{world_size - 1} ({names[2]}={world_size})")
         return Ranks(rank, local_rank, world_size)
     return Ranks(0, 0, 1)
 
@@ -68,4 +72,4 @@ def _whole_number(env: dict[str, str], name: str) -> int:
     try:
         return int(env[name])
     except ValueError:
-        raise ValueError(f"{name}={env[name]!r} is not a whole number") from None
+        raise LauncherError(f"{name}={env[name]!r} is not a whole number") from None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bert_ds.command_line import make_parser, run_main, show_progress
-from bert_ds.ranks import CheckpointError, DataError, DivergedError
+from bert_ds.ranks import CheckpointError, DataError, DivergedError, LauncherError
 from bert_ds.run_config import ConfigError
 
 
@@ -63,6 +63,7 @@ def test_a_value_of_the_wrong_type_ends_with_two_and_one_line(capsys: pytest.Cap
     ("error", "code"),
     [
         (ConfigError("seed is -1, wanted 0 or more"), 2),
+        (LauncherError("RANK is set but WORLD_SIZE is not"), 2),
         (DataError("a.txt is empty"), 3),
         (CheckpointError("step 4 is damaged"), 4),
         (DivergedError("loss is nan since step 9"), 5),
