@@ -32,7 +32,6 @@ _WANTED = {
     "finite_number": "a finite number",
     "missing": "a value",
     "string_too_short": "a string that is not empty",
-    "too_short": "at least one item",
 }
 _LONGEST_SHOWN = 60
 MAX_PROBLEMS = 50
@@ -91,8 +90,10 @@ def did_you_mean(name: Any, known: Iterable[str]) -> str:
 def section_problems(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
     """Return one problem per mistake that pydantic found."""
     problems: list[Problem] = []
-    for item in error.errors(include_url=False):
-        if item["type"] == "too_short" and item["input"]:
+    items = error.errors(include_url=False)
+    for item in items:
+        loc = item["loc"]
+        if item["type"] == "too_short" and any(one["loc"][: len(loc)] == loc != one["loc"] for one in items):
             continue  # items that are wrong themselves were left out of the count
         path, section = _locate(item["loc"], model)
         is_unknown = item["type"] == "extra_forbidden" and len(problems) < MAX_PROBLEMS
@@ -169,6 +170,8 @@ def _tag_problem(kind: str, context: dict[str, Any], path: list[str], value: Any
 def _wanted(kind: str, context: dict[str, Any], message: str) -> str:
     if kind in _WANTED:
         return _WANTED[kind]
+    if kind == "too_short":
+        return f"at least {context['min_length']} item{'s' * (context['min_length'] > 1)}"
     if kind == "literal_error":
         return one_of(re.findall(r"'([^']*)'", context["expected"])) if "'" in context["expected"] else message
     if kind == "string_pattern_mismatch":

@@ -11,6 +11,7 @@ import io
 import time
 import traceback
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ class Subject(NamedTuple):
     ignored: Callable[[Path], list[str]]
     """What of an accepted file is not in the resolved configuration, or cannot work."""
     free: tuple[str, ...] = ()
-    """Sections whose names and types are the user's own."""
+    """Patterns of settings whose names and types are the user's own."""
 
 
 def ask(subject: Subject, file: Path) -> Answer:
@@ -61,7 +62,7 @@ def ask(subject: Subject, file: Path) -> Answer:
 
 def verdict(subject: Subject, file: Path, answer: Answer, damage: Damage) -> str:
     """Return "refused" or "accepted" where that is right, and otherwise what is wrong with it."""
-    is_free = any(damage.path.startswith(section + ".") for section in subject.free)
+    is_free = any(fnmatchcase(damage.path, pattern) for pattern in subject.free)
     is_wrong = damage.is_wrong and not is_free
     if answer.crash:
         return "crashed: " + answer.crash.strip().splitlines()[-1]

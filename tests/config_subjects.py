@@ -26,7 +26,7 @@ from bert_ds.task_config import dump_task, load_task
 WORLD_SIZE = 2
 RECIPE = shipped_file("recipes/bert_base_phase1.json")
 DEEPSPEED = shipped_file("zero2.json")
-USERS_OWN = ("data.fields", "data.rename_labels", "data.train.0.values", "data.validation.0.values")
+USERS_OWN = ("data.fields.*", "data.rename_labels.*", "data.*.values.*", "prompt.label_words.*")
 """Sections of a task that are named after columns and labels of the user's files."""
 
 JOB: dict[str, Any] = {

@@ -13,8 +13,8 @@ from config_damage import broken, every_damage
 from config_oracle import ask, names_setting, verdict
 from config_subjects import RECIPE, deepspeed_subject, other_subjects, recipe_subject, shipped_subjects
 
-CHOSEN = ("embedded_default in full", "bert_base_zh", "zero3_offload")
-SUBJECTS = [*(one for one in shipped_subjects() if one.name in CHOSEN), *other_subjects()]
+CHOSEN = ("embedded_default in full", "bert_base_zh", "zero3_offload", "sst2", "sst2_prompt in full", "job")
+SUBJECTS = [one for one in (*shipped_subjects(), *other_subjects()) if one.name in CHOSEN]
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
