@@ -21,6 +21,7 @@ from bert_ds.corpus.wordpiece import TextRules, WordPieceTokenizer
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.outcome import Measurement, measure_side
 from bert_ds.downstream.span_head import SpanHead
+from bert_ds.downstream.task_batch import pack
 from bert_ds.downstream.task_folder import TaskFacts, make_task_model, read_task_folder, write_task_folder
 from bert_ds.downstream.task_model import HeadInput
 from bert_ds.downstream.task_rows import TaskRows, read_task
@@ -215,3 +216,24 @@ def test_settings_of_another_kind_are_refused(tmp_path: Path) -> None:
         ConfigError, match="sentence_embedding: is for sentence_embedding tasks, the kind is question_answering"
     ):
         load_task(task)
+
+
+def test_a_small_model_learns_where_answers_stand_and_that_one_has_none(tmp_path: Path) -> None:
+    join_alone()
+    third = "This book is boring."
+    qas = [[QUESTIONS[0][0]], [QUESTIONS[1][0]], [question("q5", "Where is the book?", third)]]
+    paragraphs = [{"context": text, "qas": one} for text, one in zip((*CONTEXTS, third), qas, strict=True)]
+    (tmp_path / "train.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    task_file = qa_task(tmp_path, max_seq_length=48)
+    rows, _ = rows_of(task_file)
+    model = make_task_model(KIND, CONFIG, {}, kernels="torch", init_seed=1)
+    batch = pack(rows.train.features, loss_counts=KIND.count_targets(rows.train.features))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(60):
+        loss_sums_L, _ = model(**batch.model_inputs())
+        (loss_sums_L[0] / batch.loss_counts[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = measure_side(model.eval(), load_task(task_file), rows.validation, {})
+    assert [prediction.value for prediction in found.predictions] == ["Paris", "great", ""]
+    assert found.figures["exact_match"] == 100.0
