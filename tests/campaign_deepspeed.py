@@ -67,7 +67,7 @@ def run_tests(folder: Path, tests: list[str]) -> dict[str, Any]:
     version, place = told.stdout.split()[-2:]
     if not Path(place).is_relative_to(folder):
         raise SystemExit(f"{folder} holds no DeepSpeed: {place} was imported; wanted a folder with deepspeed/ in it")
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rfE", "-m", "not campaign and not gpu"]
+    command = [sys.executable, "-m", "pytest", "--tb=short", "-rfE", "-m", "not campaign and not gpu"]
     done = subprocess.run(
         [*command, *(f"tests/{Path(test).name}" for test in tests)],
         cwd=ROOT, env=environment, capture_output=True, text=True,
