@@ -94,8 +94,10 @@ def requeue(cluster: SlurmCluster, job: str, run_dir: Path) -> None:
 
 
 def kill_slurmd(cluster: SlurmCluster, job: str, run_dir: Path) -> None:
-    """A node's daemon dies; its tasks do not."""
+    """A node's daemon dies, its tasks do not; it is started again when the run has ended without it."""
     os.kill(cluster.daemon_of("node2"), signal.SIGKILL)
+    wait_until((run_dir / "DONE").exists, seconds=180)
+    cluster.start_node("node2")
 
 
 def kill_node(cluster: SlurmCluster, job: str, run_dir: Path) -> None:
