@@ -29,6 +29,7 @@ class Answer(NamedTuple):
     crash: str
     """The traceback, where it ended in any other way."""
     seconds: float
+    """Of processor time."""
 
 
 class Subject(NamedTuple):
@@ -49,7 +50,7 @@ def ask(subject: Subject, file: Path) -> Answer:
     """Let the subject's reader read a file."""
     lines: tuple[str, ...] = ()
     crash = ""
-    begun = time.perf_counter()
+    begun = time.process_time()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             subject.read(file)
@@ -57,7 +58,7 @@ def ask(subject: Subject, file: Path) -> Answer:
             lines = tuple(str(error).splitlines())
         except BaseException:
             crash = traceback.format_exc()
-    return Answer(lines, crash, time.perf_counter() - begun)
+    return Answer(lines, crash, time.process_time() - begun)
 
 
 def verdict(subject: Subject, file: Path, answer: Answer, damage: Damage) -> str:

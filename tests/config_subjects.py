@@ -48,10 +48,20 @@ JOB: dict[str, Any] = {
 
 
 def shipped_subjects() -> Iterator[Subject]:
-    """Yield every shipped file, and each again with every default written out."""
+    """Yield every shipped recipe and DeepSpeed file, and each again with every default written out."""
+    yield from recipe_subjects()
+    yield from deepspeed_subjects()
+
+
+def recipe_subjects() -> Iterator[Subject]:
+    """Yield every shipped recipe, and each again with every default written out."""
     for path in sorted(RECIPE.parent.glob("*.json")):
         yield recipe_subject(path.stem, _read(path))
         yield recipe_subject(f"{path.stem} in full", json.loads(dump_run_config(load_run_config(path))))
+
+
+def deepspeed_subjects() -> Iterator[Subject]:
+    """Yield every shipped DeepSpeed file, and each again with every setting written out."""
     for path in sorted(DEEPSPEED.parent.glob("zero*.json")):
         yield deepspeed_subject(path.stem, _read(path))
         run, ds = load_pair(RECIPE, path)
