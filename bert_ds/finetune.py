@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from bert_ds.command_line import make_parser, run_main
 from bert_ds.corpus.wordpiece import WordPieceTokenizer, load_tokenizer
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.outcome import Outcome, conclude, write_summary
+from bert_ds.downstream.task_batch import TaskBatch
 from bert_ds.downstream.task_batches import features_fingerprint, step_batches
 from bert_ds.downstream.task_engine import BestStep, build_model, task_plan
 from bert_ds.downstream.task_rows import TaskRows, read_task
@@ -42,7 +44,7 @@ from bert_ds.training.engine import make_engine
 from bert_ds.training.hang_watchdog import Heartbeat, watched_for_hangs
 from bert_ds.training.optimizers import make_optimizer
 from bert_ds.training.process_group import device_name, joined_ranks
-from bert_ds.training.restart import StopRequest, follow_launcher, mark_done
+from bert_ds.training.restart import StopRequest, follow_launcher, is_done, mark_done
 from bert_ds.training.run_folder import enter_run_folder, on_main_rank, prove_same_files
 from bert_ds.training.throughput import Throughput
 from bert_ds.training.train_loop import Services, train
@@ -78,11 +80,15 @@ def main() -> int:
         start = open_task(task, ds, args=args, ranks=ranks, stop=stop)
         if not args.seeds:
             return finetune(task, run_dir, start=start)
-        for seed in args.seeds:
-            code = finetune(task.model_copy(update={"seed": seed}), run_dir / f"seed_{seed}", start=start)
+        folders = {seed: run_dir / f"seed_{seed}" for seed in args.seeds}
+        done = on_main_rank(lambda: [seed for seed, folder in folders.items() if is_done(folder)])
+        for seed, folder in folders.items():
+            if args.resume != "never" and seed in done:
+                continue
+            code = finetune(task.model_copy(update={"seed": seed}), folder, start=start)
             if code != EXIT_DONE:
                 return code
-        on_main_rank(lambda: write_summary(run_dir, [run_dir / f"seed_{seed}" for seed in args.seeds]))
+        on_main_rank(lambda: write_summary(run_dir, list(folders.values())))
     return EXIT_DONE
 
 
@@ -162,7 +168,7 @@ def run_training(
     plan: TrainedTask, ds_config: dict[str, Any], run_dir: Path, *, start: Start, log: RunLog
 ) -> tuple[TrainState, BestStep]:
     """Build the engine, resume if asked to, and train until the last step or until nothing more is gained."""
-    task, kind, rows = plan.task, KINDS[plan.task.kind], start.rows
+    task, rows = plan.task, start.rows
     engine = build_engine(plan, ds_config, start=start, log=log)
     settings = f"{task.seed} {task.training.train_batch_size} {start.tokenizer.fingerprint}"
     facts = {"data": features_fingerprint(rows.train.features, settings=settings)}
@@ -189,14 +195,7 @@ def run_training(
         evaluate=best.evaluate,
         heartbeat=Heartbeat(),
     )
-    batches = step_batches(
-        rows.train.features,
-        state.step,
-        seed=task.seed,
-        parts=(start.ranks.rank, start.ranks.world_size, engine.gradient_accumulation_steps()),
-        micro_batch_size=engine.train_micro_batch_size_per_gpu(),
-        count_targets=kind.count_targets,
-    )
+    batches = training_batches(engine, task, start=start, from_step=state.step)
     if not best.is_exhausted:
         with watched_for_hangs(
             services.heartbeat, run_dir, ranks=start.ranks, limit_s=start.args.hang_limit, module=engine.module
@@ -204,6 +203,20 @@ def run_training(
             train(engine, batches, state=state, plan=loop_plan(plan, len(rows.train.features)), services=services)
     engine.destroy()
     return state, best
+
+
+def training_batches(
+    engine: DeepSpeedEngine, task: TaskConfig, *, start: Start, from_step: int
+) -> Iterator[list[TaskBatch]]:
+    """Yield this rank's micro-batches of every step after from_step."""
+    return step_batches(
+        start.rows.train.features,
+        from_step,
+        seed=task.seed,
+        parts=(start.ranks.rank, start.ranks.world_size, engine.gradient_accumulation_steps()),
+        micro_batch_size=engine.train_micro_batch_size_per_gpu(),
+        count_targets=KINDS[task.kind].count_targets,
+    )
 
 
 def build_engine(plan: TrainedTask, ds_config: dict[str, Any], *, start: Start, log: RunLog) -> DeepSpeedEngine:

@@ -86,11 +86,14 @@ def conclude(outcome: Outcome, step: int, *, log: RunLog) -> None:
     model = best_model(outcome, step)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     sides = {"validation": outcome.rows.validation, **({"test": outcome.rows.test} if outcome.rows.test else {})}
-    figures = {}
-    for name, side in sides.items():
-        found = measure_side(model, task, side, outcome.rows.labels)
-        figures[name] = found.figures
-        on_main_rank(lambda name=name, side=side, found=found: write_side(run_dir, name, task, side, found))  # type: ignore[misc]
+    found = {name: measure_side(model, task, side, outcome.rows.labels) for name, side in sides.items()}
+    figures = {name: measured.figures for name, measured in found.items()}
+
+    def write_sides() -> None:
+        for name, side in sides.items():
+            write_side(run_dir, name, task, side, found[name])
+
+    on_main_rank(write_sides)
     on_main_rank(lambda: _export(outcome, model.cpu(), step, figures["validation"], log=log))
     results = {"task": task.name, "metric": task.chosen_metric, "seed": task.seed, "step": step, **figures}
     if outcome.trivial is not None:
