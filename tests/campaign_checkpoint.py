@@ -11,7 +11,6 @@ add to it. Appends one row to tests/results/checkpoint.jsonl.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -23,6 +22,7 @@ from typing import Any
 
 import psutil
 import torch
+from campaign_rows import add_row
 from tiny_training import ds_config, join_alone
 
 from bert_ds.encoder.heads import BertForPreTraining
@@ -93,9 +93,7 @@ def main() -> None:
         "processor": platform.processor() or platform.machine(),
         "load": psutil.getloadavg()[0],
     }
-    print(json.dumps(row))
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    add_row(RESULTS, row)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import signal
 from pathlib import Path
 
 import torch
-from campaign_kills import Case, finish, record
+from campaign_kills import RESULTS, Case, finish
+from campaign_rows import add_row
 from killed_saves import kill_at_operation
 
 from bert_ds.training.checkpoint_folder import file_sha256, verify_checkpoint
@@ -80,7 +81,7 @@ def main() -> None:
     torch.set_num_threads(1)
     shutil.rmtree(args.work, ignore_errors=True)
     for stage in (1, 2, 3):
-        record(run_stage(stage, args.work, num_kills=args.kills))
+        add_row(RESULTS, run_stage(stage, args.work, num_kills=args.kills))
 
 
 if __name__ == "__main__":

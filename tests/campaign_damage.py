@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from campaign_rows import add_row, read_rows
 from ranks_harness import run_ranks
 from tiny_training import ds_config, run_tiny
 
@@ -142,16 +141,6 @@ def count_damage(whole: Path, damage: Damage, *, tries: int) -> dict[str, int]:
     return counts
 
 
-def recorded(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def record(path: Path, row: dict[str, Any]) -> None:
-    print(json.dumps(row), flush=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--positions", type=int, default=500)
@@ -160,17 +149,17 @@ def main() -> None:
     args = parser.parse_args()
     shutil.rmtree(args.work, ignore_errors=True)
     run_ranks(train_two_ranks, 2, str(args.work), timeout_s=300)
-    done = {row["kind"] for row in recorded(args.results)}
+    done = {row["kind"] for row in read_rows(args.results)}
     for kind, (damage, part) in KINDS.items():
         if kind not in done:
             tries = max(1, round(part * args.positions))
-            record(args.results, {"kind": kind, **count_damage(args.work, damage, tries=tries)})
+            add_row(args.results, {"kind": kind, **count_damage(args.work, damage, tries=tries)})
     right = 0
     for pointer in POINTERS:
         (args.work / "run/checkpoints/latest").write_bytes(pointer)
         found = find_checkpoint(args.work / "run")
         right += found is not None and found.name == "global_step4"
-    record(
+    add_row(
         args.results, {"kind": "latest empty, garbage, a path or stale", "tried": len(POINTERS), "newest_taken": right}
     )
     for path in (args.work / "run/checkpoints").glob("global_step*"):
@@ -180,7 +169,7 @@ def main() -> None:
         refused = 0
     except CheckpointError:
         refused = 1
-    record(args.results, {"kind": "every checkpoint damaged", "tried": 1, "refused": refused})
+    add_row(args.results, {"kind": "every checkpoint damaged", "tried": 1, "refused": refused})
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from campaign_damage import record, recorded
+from campaign_rows import add_row, read_rows
 from tiny_training import FACTS, ds_config, join_alone, tiny_engine, tiny_services
 
 from bert_ds.training.checkpoint_folder import find_checkpoint
@@ -153,7 +153,7 @@ def main() -> None:
     args = parser.parse_args()
     join_alone()
     fault, mount = Fault(), args.work / "mount"
-    done = {row["kind"] for row in recorded(args.results)}
+    done = {row["kind"] for row in read_rows(args.results)}
     for asynchronous, how in ((False, "blocking"), (True, "behind the training")):
         with small_disk(mount):
             disk = Disk(mount, args.work, asynchronous=asynchronous)
@@ -162,7 +162,7 @@ def main() -> None:
             for kind, count, faults in disk_faults(fault, mount, size=size, moments=args.moments):
                 if f"{kind}, {how}" not in done:
                     survived = sum(disk.survives(reason, heal) for reason, heal in faults)
-                    record(args.results, {"kind": f"{kind}, {how}", "tried": count, "survived": survived})
+                    add_row(args.results, {"kind": f"{kind}, {how}", "tried": count, "survived": survived})
 
 
 if __name__ == "__main__":

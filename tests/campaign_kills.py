@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ import deepspeed
 import deepspeed.runtime.zero.muon.muon_optimizer
 import torch
 import torch.distributed as dist
+from campaign_rows import add_row, read_rows
 from deepspeed.ops.op_builder import ShareMemCommBuilder
 from tiny_training import (
     FACTS,
@@ -243,16 +245,6 @@ def soak(work: Path, *, minutes: float, every_s: float) -> dict[str, Any]:
     }
 
 
-def recorded() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
-def record(row: dict[str, Any]) -> None:
-    print(json.dumps(row), flush=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def survived(row: dict[str, Any]) -> bool:
     """Whether nothing was lost by the kills of a row."""
     same = ("same_losses", "same_evaluations", "same_weights_and_optimizer")
@@ -260,13 +252,13 @@ def survived(row: dict[str, Any]) -> bool:
 
 
 def print_table() -> None:
-    rows = [row for row in recorded() if row["kind"] == "kills"]
+    rows = [row for row in read_rows(RESULTS) if row["kind"] == "kills"]
     print("| case | kills | while a checkpoint was written | run equal bit for bit |\n|---|---|---|---|")
     for row in rows:
         print(f"| {row['case']} | {row['kills']} | {row['while_saving']} | {'yes' if survived(row) else 'NO'} |")
     good = sum(row["kills"] for row in rows if survived(row))
     print(f"| all | {good} of {sum(row['kills'] for row in rows)} | {sum(row['while_saving'] for row in rows)} | |")
-    print(*(row for row in recorded() if row["kind"] != "kills"), sep="\n")
+    print(*(row for row in read_rows(RESULTS) if row["kind"] != "kills"), sep="\n")
 
 
 def main() -> None:
@@ -286,10 +278,10 @@ def main() -> None:
     # What DeepSpeed imports and loads late, imported once for all children.
     assert deepspeed.runtime.zero.muon.muon_optimizer and torch._dynamo
     ShareMemCommBuilder().load(verbose=False)
-    keep = print if args.unrecorded else record
+    keep = print if args.unrecorded else partial(add_row, RESULTS)
     if args.what == "soak":
         return keep(soak(args.work, minutes=args.minutes, every_s=args.every_s))
-    done = set() if args.unrecorded else {row["case"] for row in recorded() if row["kind"] == "kills"}
+    done = set() if args.unrecorded else {row["case"] for row in read_rows(RESULTS) if row["kind"] == "kills"}
     for case in CASES:
         if args.only in (None, case.name) and case.name not in done:
             num_kills = 2 * args.kills if case is CASES[0] else args.kills
