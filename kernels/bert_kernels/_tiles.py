@@ -126,7 +126,8 @@ GEGLU: Mapping[str, TileTable] = {
     "bwd": {"default": ((_ANY, Tile(4, 256, 4, 1)),)},
 }
 
-# Size: columns of the logits. block_n: columns of a block; a row that fits one block is read once.
+# Size: columns of the logits, of fp32 twice as many, as a row of them takes twice the registers. block_n: columns of a
+# block; a row that fits one block is read once.
 MLM_CROSS_ENTROPY: TileTable = {
     "default": (
         (2048, Tile(1, 2048, 4, 1)),

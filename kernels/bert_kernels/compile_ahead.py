@@ -51,7 +51,8 @@ class Figures:
     """16-byte loads from global memory."""
     instructions: int
     loop_instructions: int
-    """Those of the longest loop, inner loops included; 0 without one."""
+    """Those of the longest loop, inner loops included; 0 without one. On sm_100 a wait for the tensor cores is a loop
+    that jumps back from the end of the code, so there the figure is near that of all instructions."""
     int64_products: int
     """Offsets computed in 64 bits."""
 

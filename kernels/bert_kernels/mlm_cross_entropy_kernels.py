@@ -117,7 +117,7 @@ def replace_by_gradient(logits_PV: Tensor, labels_P: Tensor, vocab_size: int, *,
     """Return each row's loss and whether it is right (2, P), and where wanted write the gradient over the logits."""
     num_rows, num_columns = logits_PV.shape
     sums_2P = torch.empty(2, num_rows, dtype=torch.float32, device=logits_PV.device)
-    tile = pick_tile(MLM_CROSS_ENTROPY, logits_PV.device, num_columns)
+    tile = pick_tile(MLM_CROSS_ENTROPY, logits_PV.device, num_columns * logits_PV.element_size() // 2)
     arguments = {
         "logits_ptr": logits_PV,
         "labels_ptr": labels_P,
