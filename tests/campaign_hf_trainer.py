@@ -14,6 +14,7 @@ Results are appended to tests/results/hf_trainer.jsonl; what is there is not run
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -58,7 +59,8 @@ def main() -> None:
 
 def record(task: str, seed: int, side: str, args: argparse.Namespace) -> None:
     """Train one seed on one side, unless its result is stored."""
-    key = {"task": task, "seed": seed, "side": side, "settings": args.set}
+    model = hashlib.sha256((args.model / "model.safetensors").read_bytes()).hexdigest()[:12]
+    key = {"task": task, "seed": seed, "side": side, "settings": args.set, "model": model}
     if any(all(row[name] == value for name, value in key.items()) for row in stored()):
         return
     run = train_with_project if side == "bert-ds" else train_in_child
@@ -216,16 +218,11 @@ def stored() -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Return the lines of a Markdown table: mean, deviation and time per step of both sides, over the same seeds."""
     lines = ["| task | side | seeds | accuracy | step, relative |", "|---|---|---|---|---|"]
-    groups = dict.fromkeys((row["task"], tuple(row["settings"])) for row in rows)
-    for task, settings in groups:
-        of = {
-            side: {
-                row["seed"]: row
-                for row in rows
-                if (row["task"], tuple(row["settings"]), row["side"]) == (task, settings, side)
-            }
-            for side in SIDES
-        }
+    groups: dict[tuple[Any, ...], dict[str, dict[int, Any]]] = {}
+    for row in rows:
+        group = groups.setdefault((row["task"], row["model"], *row["settings"]), {side: {} for side in SIDES})
+        group[row["side"]][row["seed"]] = row
+    for (task, *_), of in groups.items():
         seeds = sorted(of[SIDES[0]].keys() & of[SIDES[1]].keys())
         if not seeds:
             continue
