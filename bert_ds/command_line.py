@@ -48,6 +48,29 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return _Parser(description=description, allow_abbrev=False)
 
 
+def add_launch_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every verb that trains is told about a launch, not about the recipe.
+
+    What a launcher or habit adds (--local_rank, --deepspeed) is accepted and unused.
+    """
+    parser.add_argument(
+        "--resume",
+        choices=("never", "auto", "must"),
+        default="never",
+        help="auto: continue from the newest whole checkpoint if there is one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--hang_limit",
+        type=_limit_s,
+        default=600.0,
+        metavar="SECONDS",
+        help="end with exit code 75 and the stacks of all ranks after so long without progress, 0: never "
+        "(default: %(default)s; at least 1800 in the first step, an evaluation or a save)",
+    )
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
 def run_main(main: Callable[[], int | None], *, leave_at_once: bool = False) -> NoReturn:
     """Run a verb and end the process with the documented exit code.
 
@@ -119,6 +142,16 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_CONFIG, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+def _limit_s(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"found {text}, wanted a number of seconds, or 0")
+    return value
 
 
 def _with_underscores(word: str) -> str:

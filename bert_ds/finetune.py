@@ -23,7 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from deepspeed import DeepSpeedEngine
 
-from bert_ds.command_line import make_parser, run_main
+from bert_ds.command_line import add_launch_options, make_parser, run_main
 from bert_ds.corpus.wordpiece import WordPieceTokenizer, load_tokenizer
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.outcome import Outcome, conclude, write_summary
@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the command line; what a launcher or habit adds (--local_rank, --deepspeed) is accepted and unused."""
+    """Return the command line."""
     parser = make_parser("Fine-tune a pre-trained BERT on a task under DeepSpeed.")
     parser.add_argument("--task", required=True, help="task file, or the name of a shipped task")
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of a pre-trained BERT")
@@ -105,26 +105,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", help="a run for each seed, with mean and deviation at the end")
     parser.add_argument("--trivial", action="store_true", help="measure the trivial method on the same rows too")
     parser.add_argument("--random_weights", action="store_true", help="the same network from random weights")
-    parser.add_argument(
-        "--resume",
-        choices=("never", "auto", "must"),
-        default="never",
-        help="auto: continue from the newest whole checkpoint if there is one (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--hang_limit",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="end a launch that makes no progress for so long; 0: never (default: %(default)s)",
-    )
-    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    add_launch_options(parser)
     args = parser.parse_args()
     if args.seed is not None and args.seeds:
         parser.error("--seed and --seeds exclude each other")
-    if not 0 <= args.hang_limit < float("inf"):
-        parser.error(f"--hang_limit {args.hang_limit}: wanted a number of seconds, or 0")
     args.set += [] if args.seed is None else [f"seed={args.seed}"]
     return args
 

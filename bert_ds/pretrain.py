@@ -18,7 +18,7 @@ from typing import Any
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from bert_ds.command_line import make_parser, run_main
+from bert_ds.command_line import add_launch_options, make_parser, run_main
 from bert_ds.corpus.collate import PackedBatch
 from bert_ds.corpus.embedded import CorpusFolders, build_embedded, embedded_folders
 from bert_ds.corpus.loader import DataSettings, PretrainingData, Source
@@ -126,37 +126,20 @@ def pretrain(
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Return the command line; what a launcher or habit adds (--local_rank, --deepspeed) is accepted and unused."""
+    """Return the command line."""
     parser = make_parser("Pre-train a BERT encoder under DeepSpeed.")
     parser.add_argument("--run", type=Path, help="recipe (default: the embedded default)")
     parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed file")
     parser.add_argument("--run_dir", type=Path, default=Path("runs/default"), help="run folder (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one recipe setting")
     parser.add_argument("--init_from", type=Path, help="start from the weights of a run or of a Hugging Face folder")
-    parser.add_argument(
-        "--resume",
-        choices=("never", "auto", "must"),
-        default="never",
-        help="auto: continue from the newest whole checkpoint if there is one (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--hang_limit",
-        type=float,
-        default=600.0,
-        metavar="SECONDS",
-        help="end with exit code 75 and the stacks of all ranks after so long without progress, 0: never "
-        "(default: %(default)s; at least 1800 in the first step, an evaluation or a save)",
-    )
+    add_launch_options(parser)
     parser.add_argument(
         "--replay_step", type=int, metavar="N", help="show what the examples of step N do to the gradients, and end"
     )
     parser.add_argument("--dry_run", action="store_true", help="take one step on the longest batch, print the memory")
     parser.add_argument("--find_micro_batch", action="store_true", help="double the micro-batch until it does not fit")
-    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not 0 <= args.hang_limit < float("inf"):
-        parser.error(f"--hang_limit {args.hang_limit}: wanted a number of seconds, or 0")
     if args.replay_step is not None:
         args.resume = "must"
     args.run_dir = args.run_dir.absolute()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bert_ds.command_line import make_parser, run_main, show_progress
+from bert_ds.command_line import add_launch_options, make_parser, run_main, show_progress
 from bert_ds.ranks import CheckpointError, DataError, DivergedError, LauncherError
 from bert_ds.run_config import ConfigError
 
@@ -17,6 +17,23 @@ def test_options_are_understood_with_underscores_and_with_hyphens() -> None:
     assert parser.parse_args(["--vocab_size", "7"]).vocab_size == 7
     assert parser.parse_args(["--vocab-size", "8"]).vocab_size == 8
     assert parser.parse_args(["--vocab-size=9"]).vocab_size == 9
+
+
+def test_what_launchers_and_habit_add_is_accepted() -> None:
+    parser = make_parser("a verb")
+    add_launch_options(parser)
+    parsed = parser.parse_args(["--local-rank=1", "--deepspeed", "--resume", "auto", "--hang_limit", "0"])
+    assert (parsed.resume, parsed.hang_limit) == ("auto", 0.0)
+
+
+@pytest.mark.parametrize("limit", ["-3", "inf", "nan", "soon"])
+def test_a_hang_limit_that_is_no_time_is_refused(limit: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = make_parser("a verb")
+    add_launch_options(parser)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args([f"--hang_limit={limit}"])
+    assert ended.value.code == 2
+    assert f"found {limit}, wanted a number of seconds, or 0" in capsys.readouterr().err
 
 
 def test_values_keep_their_hyphens() -> None:
