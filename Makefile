@@ -9,8 +9,8 @@
 #                 small sizes under compute-sanitizer
 # make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, shards and peer (each wants
 #                 TEXT=folder of text), lamb, kernels, configs, deepspeed (the newest release instead of the
-#                 pinned one), kills, checkpoint, damage (wants root, for a small disk in memory),
-#                 hf-trainer (wants DATA=folder of the data sets and MODEL=pre-trained folder)
+#                 pinned one), kills, checkpoint, damage (wants root, for a small disk in memory), slurm,
+#                 downstream (wants DATA=folder of the data sets), hf-trainer (DATA and MODEL=pre-trained folder)
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
 
 SHELL := /bin/bash
