@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import stat
 import subprocess
@@ -241,21 +242,24 @@ def on_a_terminal(folder: Path, *arguments: str, until: bytes) -> bytes:
     shown = b""
     try:
         while until not in shown:
+            assert select.select([terminal], [], [], 60)[0], f"nothing more is shown: {shown!r}"
             shown += os.read(terminal, 65536)
+            assert len(shown) < 1 << 20, f"{until!r} never comes: {shown[-4000:]!r}"
         process.send_signal(signal.SIGINT)
         while chunk := os.read(terminal, 65536):
             shown += chunk
     except OSError:  # the terminal's other side is closed
         pass
     finally:
+        process.send_signal(signal.SIGINT)
         process.wait(timeout=30)
         os.close(terminal)
     return shown
 
 
 def test_on_a_terminal_the_table_is_live_in_color_and_ends_without_a_traceback(tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path / "runs/a", metrics=rows(100), done={"step": 100})
-    shown = on_a_terminal(tmp_path / "runs", "--watch", "--every", "0.2", until=str(run_dir).encode())
+    make_run(tmp_path / "runs/a", metrics=rows(100), done={"step": 100})
+    shown = on_a_terminal(tmp_path / "runs", "--watch", "--every", "0.2", until=b"100/100")
     assert b"\x1b[" in shown and b"100/100" in shown
     assert b"Traceback" not in shown and b"runs.py: interrupted" in shown
 
