@@ -107,6 +107,7 @@ def test_a_damaged_memory_is_a_fresh_start(tmp_path: Path, text: str) -> None:
 def test_a_rank_records_how_it_ended_only_where_a_job_script_asks_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("RANK", raising=False)
     record_exit(5, "nan")
     monkeypatch.setenv("BERT_DS_EXITS", str(tmp_path))
     monkeypatch.setenv("SLURM_PROCID", "3")
