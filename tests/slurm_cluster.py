@@ -204,6 +204,14 @@ def processes_of(run_dir: Path) -> list[int]:
     return [pid for pid, words in processes().items() if any(str(run_dir) in word for word in words)]
 
 
+def processes_left(run_dir: Path, *, seconds: float = 15.0) -> list[int]:
+    """What `processes_of` still finds after so long; Slurm calls a job ended while its last processes are ending."""
+    deadline = time.monotonic() + seconds
+    while (found := processes_of(run_dir)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
+
+
 def descendants(pid: int) -> Iterator[int]:
     """Children of a process, and theirs."""
     for path in Path(f"/proc/{pid}/task").glob("*/children"):

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from slurm_cluster import SlurmCluster, processes, processes_of, wait_until
+from slurm_cluster import SlurmCluster, processes, processes_left, processes_of, wait_until
 from test_pretrain import losses
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +49,7 @@ def assert_ended_well(cluster: SlurmCluster, job: str, run_dir: Path, finished_r
     assert cluster.wait_for_end(job, seconds=300) == ("COMPLETED", 0), log_of(run_dir)
     assert (run_dir / "DONE").exists()
     assert losses(run_dir) == losses(finished_run)
-    assert processes_of(run_dir) == []
+    assert processes_left(run_dir) == []
 
 
 def rank_pid(run_dir: Path, rank: int) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import slurm_runs
-from slurm_cluster import SlurmCluster, cluster, processes_of
+from slurm_cluster import SlurmCluster, cluster, processes_left
 from slurm_runs import STEPS, assert_ended_well, launches, log_of, submit, wait_for_step
 from test_pretrain import losses, workshop
 
@@ -46,7 +46,7 @@ def test_two_nodes_train_one_run_without_ssh_and_every_rank_has_its_logs(finishe
     environment = json.loads((finished_run / "environment.json").read_text())
     assert environment["variables"]["SLURM_JOB_NUM_NODES"] == "2"
     assert f"step {STEPS}/{STEPS}" in log_of(finished_run)
-    assert processes_of(finished_run) == []
+    assert processes_left(finished_run) == []
     assert not list(ROOT.glob("canary")) and not list(finished_run.parent.rglob("canary"))
 
 
@@ -143,7 +143,7 @@ def test_a_cancelled_job_saves_leaves_nothing_and_continues_only_when_it_is_subm
     cluster.run("scancel", job)
     assert cluster.wait_for_end(job, seconds=60)[0] == "CANCELLED"
     assert "asked to stop (SIGTERM), saving at step" in (run_dir / "logs/rank_0.out").read_text()
-    assert processes_of(run_dir) == []
+    assert processes_left(run_dir) == []
     assert_ended_well(cluster, submit(cluster, workshop, run_dir), run_dir, finished_run)
 
 
