@@ -109,10 +109,13 @@ launch_once() {
   BERT_DS_EXITS=$exits "${command[@]}" &
   srun_pid=$!
   tail --pid="$srun_pid" --lines=0 --retry --follow=name "$run_dir/logs/rank_0.out" 2>/dev/null &
+  local tail_pid=$!
   [[ -z $stop ]] || forward_stop
   while kill -0 "$srun_pid" 2>/dev/null; do wait "$srun_pid" || true; done # a trap ends `wait` early
   wait "$srun_pid" && srun_code=0 || srun_code=$?
   srun_pid=""
+  # It looks every second whether srun is gone; the last lines of rank 0 come before what is said of the launch.
+  while kill -0 "$tail_pid" 2>/dev/null; do wait "$tail_pid" || true; done
 }
 
 forward_stop() { [[ -z $srun_pid ]] || kill -USR1 "$srun_pid" 2>/dev/null || true; }

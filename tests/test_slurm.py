@@ -89,7 +89,7 @@ def test_a_rank_that_hangs_is_found_and_the_stacks_of_every_rank_are_in_the_logs
     slurm_runs.stop_rank(cluster, job, run_dir)
     assert_ended_well(cluster, job, run_dir, finished_run)
     for rank in (0, 1):
-        assert "Current thread" in (run_dir / f"logs/rank_{rank}.log").read_text(), rank
+        assert "(most recent call first)" in (run_dir / f"logs/rank_{rank}.log").read_text(), rank
     assert "hang: rank 1" in (run_dir / "logs/rank_0.out").read_text()
     assert cluster.job_fact(job, "Restarts") == "0"
 
