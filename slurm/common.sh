@@ -120,11 +120,13 @@ launch_once() {
 
 forward_stop() { [[ -z $srun_pid ]] || kill -USR1 "$srun_pid" 2>/dev/null || true; }
 
-# A step whose srun was killed goes on without it.
+# A step whose srun was killed goes on without it. The last task of an array has the number of the whole array, and
+# squeue then shows the steps of its brothers too.
 end_steps() {
-  local step
+  local step job=$SLURM_JOB_ID
+  [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   for step in $(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i); do
-    [[ $step =~ \.[0-9]+$ ]] || continue
+    [[ $step =~ ^${job}\.[0-9]+$ ]] || continue
     say "ending step $step, which outlived its srun"
     scancel --signal=KILL "$step" || true
   done

@@ -58,11 +58,12 @@ def test_each_job_starts_from_what_the_one_before_it_made(cluster: SlurmCluster,
     ended = cluster.wait_for_end(jobs["phase 2"], seconds=240)
     assert ended == ("COMPLETED", 0), [path.read_text()[-2000:] for path in out.glob("*.out")]
     assert losses(out / "phase2")[0][1] < losses(out / "phase1")[0][1] - 0.5
-    assert cluster.wait_for_end(jobs["fine-tuning"], seconds=240)[0] == "COMPLETED"
     for seed in (1, 2):
+        assert cluster.wait_for_end(f"{jobs['fine-tuning']}_{seed}", seconds=240) == ("COMPLETED", 0)
         results = json.loads((out / f"finetuned/seed_{seed}/results.json").read_text())
         assert set(results["validation"]) >= {"accuracy"}
         assert (out / f"finetuned/seed_{seed}/DONE").exists()
+    assert not [path for path in out.glob("*.out") if "outlived its srun" in path.read_text()]
     assert states(cluster, out)["phase2"] == "done"
 
 
