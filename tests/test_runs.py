@@ -237,7 +237,16 @@ def on_a_terminal(folder: Path, *arguments: str, until: bytes) -> bytes:
     terminal, side = os.openpty()
     command = [sys.executable, str(ROOT / "bert_ds/runs.py"), str(folder), *arguments]
     env = {**os.environ, "PATH": f"{folder.parent / 'bin'}:{os.environ['PATH']}", "TERM": "xterm", "COLUMNS": "200"}
-    process = subprocess.Popen(command, stdin=side, stdout=side, stderr=side, env=env, start_new_session=True)
+    # Whatever started the tests may have left SIGINT ignored, as a shell does for what it runs in the background.
+    process = subprocess.Popen(
+        command,
+        stdin=side,
+        stdout=side,
+        stderr=side,
+        env=env,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
     os.close(side)
     shown = b""
     try:
