@@ -47,7 +47,7 @@ def main() -> None:
         model=str(args.model),
         top_k=args.top_k,
         trust_remote_code=False,
-        model_kwargs={"use_safetensors": True, "local_files_only": True},
+        model_kwargs={"use_safetensors": True},  # from this folder only: see HF_HUB_OFFLINE above
     )
     for text in texts:
         answers = fill_mask(text.replace("[MASK]", fill_mask.tokenizer.mask_token))
