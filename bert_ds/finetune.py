@@ -26,6 +26,7 @@ from deepspeed import DeepSpeedEngine
 from bert_ds.command_line import add_launch_options, make_parser, run_main
 from bert_ds.corpus.wordpiece import WordPieceTokenizer, load_tokenizer
 from bert_ds.downstream.kinds import KINDS
+from bert_ds.downstream.metrics import require_metrics
 from bert_ds.downstream.outcome import Outcome, conclude, write_summary
 from bert_ds.downstream.task_batch import TaskBatch
 from bert_ds.downstream.task_batches import features_fingerprint, step_batches
@@ -67,6 +68,7 @@ class Start:
 
 def main() -> int:
     args = parse_arguments()
+    require_metrics()
     task = load_task(args.task, args.set, data=args.data)
     if not KIND_FACTS[task.kind].is_trained:
         raise ConfigError(f"{args.task}: a {task.kind} task has nothing to train: score.py scores a folder on it")

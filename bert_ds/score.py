@@ -22,6 +22,7 @@ import torch
 from bert_ds.command_line import make_parser, run_main
 from bert_ds.corpus.wordpiece import load_tokenizer
 from bert_ds.downstream.kinds import KINDS
+from bert_ds.downstream.metrics import require_metrics
 from bert_ds.downstream.outcome import measure_side, write_side
 from bert_ds.downstream.task_folder import read_task_folder, tokenizer_folder
 from bert_ds.downstream.task_rows import read_task
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    require_metrics()
     ranks = read_ranks()
     task = load_task(args.task, args.set, data=args.data)
     if task.kind in UNTRAINED:

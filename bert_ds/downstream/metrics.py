@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 
 import numpy as np
+
+from bert_ds.run_config import ConfigError
+
+
+def require_metrics() -> None:
+    """Raise ConfigError unless the packages that figures come from are installed, before anything is trained."""
+    missing = [name for name in ("sklearn", "scipy") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} not installed: metrics of a task want pip install 'bert-ds[downstream]'"
+        )
 
 
 def class_figures(gold: Sequence[str], found: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
