@@ -324,7 +324,7 @@ def parquet_in_gzip_bomb(path: Path) -> None:
         ("a.txt.zst", zstd_bomb, 350),
         ("a.jsonl.zst", zstd_bomb, 350),
         ("b.txt.gz", line_bomb, 350),
-        ("a.parquet", parquet_bomb, 500),
+        ("a.parquet", parquet_bomb, 400),
         ("a.parquet.gz", parquet_in_gzip_bomb, 350),
     ],
 )

@@ -17,7 +17,7 @@ MAX_DOCUMENT_BYTES = 1 << 26
 
 _DOC_START = re.compile(r"<doc\b.*>\s*$")
 _DOC_TITLE = re.compile(r'\btitle="(.*)"[^"]*>\s*$')
-_PARQUET_ROWS_AT_ONCE = 16
+_PARQUET_ROWS_AT_ONCE = 8
 """A dictionary lets a small file hold many rows of the largest size: each is a copy of its own in memory."""
 _LINE_OVERHEAD = 64
 """Bytes that a line takes in memory beside its characters: a document may consist of empty lines."""
