@@ -8,16 +8,8 @@ from torch import Tensor
 
 from bert_kernels import _launch, lamb_kernels
 from bert_kernels._tiles import Tile
-from bert_kernels.lamb import (
-    FlatShard,
-    LambScalars,
-    Segment,
-    SegmentTable,
-    lamb_apply,
-    lamb_apply_reference,
-    lamb_moments,
-    lamb_moments_reference,
-)
+from bert_kernels.flat_shard import FlatShard, LambScalars, Segment, SegmentTable
+from bert_kernels.lamb import lamb_apply, lamb_apply_reference, lamb_moments, lamb_moments_reference
 from bert_kernels.lamb_kernels import (
     chunk_table,
     hyper_of_step,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bert_kernels import attention, bias_gelu, embedding, geglu, layer_norm, mlm_cross_entropy  # noqa: F401
-from bert_kernels.lamb import LambScalars, Segment, SegmentTable
+from bert_kernels.flat_shard import LambScalars, Segment, SegmentTable
 from bert_kernels.lamb_kernels import chunk_table, hyper_of_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,8 +16,8 @@ from torch import Tensor
 from bert_kernels.attention import attention
 from bert_kernels.bias_gelu import bias_gelu
 from bert_kernels.embedding import embedding
+from bert_kernels.flat_shard import FlatShard, LambScalars, Segment, SegmentTable
 from bert_kernels.geglu import geglu
-from bert_kernels.lamb import FlatShard, LambScalars, Segment, SegmentTable
 from bert_kernels.lamb_kernels import hyper_of_step, lamb_apply_triton, lamb_moments_triton
 from bert_kernels.layer_norm import dropout_add_layer_norm, layer_norm
 from bert_kernels.mlm_cross_entropy import mlm_cross_entropy

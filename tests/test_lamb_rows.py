@@ -11,7 +11,8 @@ from torch import nn
 
 from bert_ds.training.elementwise_optimizers import StableAdamW
 from bert_ds.training.lamb import Lamb, Lans
-from bert_kernels.lamb import FlatShard, LambScalars, Segment, SegmentTable, lamb_apply, lamb_moments, squared_norm
+from bert_kernels.flat_shard import FlatShard, LambScalars, Segment, SegmentTable
+from bert_kernels.lamb import lamb_apply, lamb_moments, squared_norm
 
 
 def test_the_norm_of_16_million_elements_is_exact_to_1e_7() -> None:

@@ -24,7 +24,8 @@ from bert_ds.training.sharded_optimizer import (
     ShardStep,
     sum_over_ranks,
 )
-from bert_kernels.lamb import Piece, adam_denominator, squared_norm, update_moments
+from bert_kernels.flat_shard import Piece
+from bert_kernels.lamb import adam_denominator, squared_norm, update_moments
 
 _FLAGS = LambFlags()
 

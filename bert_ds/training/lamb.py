@@ -20,14 +20,8 @@ from torch import Tensor, nn
 
 from bert_ds.training.sharded_optimizer import GroupStep, NamedParameters, ShardedOptimizer, sum_over_ranks
 from bert_ds.training.trust_statistics import RecordedRows, TrustStatistics, read_statistics
-from bert_kernels.lamb import (
-    LambScalars,
-    gradient_squares,
-    lamb_apply,
-    lamb_moments,
-    lans_apply,
-    lans_moments,
-)
+from bert_kernels.flat_shard import LambScalars
+from bert_kernels.lamb import gradient_squares, lamb_apply, lamb_moments, lans_apply, lans_moments
 
 
 @dataclass(frozen=True, kw_only=True)

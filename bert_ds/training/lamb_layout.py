@@ -28,7 +28,7 @@ from torch.distributed import ProcessGroup
 from bert_ds.training.agreement import max_over_ranks
 from bert_ds.training.deepspeed_names import deepspeed_version, missing_name
 from bert_ds.training.lamb_rows import OwnedParameter, RowTable, cut_segments, full_numel, number_rows
-from bert_kernels.lamb import Segment, SegmentTable
+from bert_kernels.flat_shard import Segment, SegmentTable
 
 
 class LayoutError(RuntimeError):

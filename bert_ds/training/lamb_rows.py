@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from bert_kernels.lamb import Segment
+from bert_kernels.flat_shard import Segment
 
 EqualParts = Mapping[str, Sequence[str]]
 """`fnmatch` pattern over parameter names -> names of the equal parts that such a parameter consists of."""

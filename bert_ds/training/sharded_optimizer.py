@@ -26,7 +26,7 @@ from bert_ds.training.lamb_layout import (
     find_layouts,
 )
 from bert_ds.training.lamb_rows import EqualParts, OwnedParameter, with_parts, with_rates
-from bert_kernels.lamb import FlatShard
+from bert_kernels.flat_shard import FlatShard
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 

@@ -12,14 +12,8 @@ from bench_harness import Work, importable
 from torch import Tensor
 
 from bert_kernels.embedding import embedding
-from bert_kernels.lamb import (
-    FlatShard,
-    LambScalars,
-    Segment,
-    SegmentTable,
-    lamb_apply_reference,
-    lamb_moments_reference,
-)
+from bert_kernels.flat_shard import FlatShard, LambScalars, Segment, SegmentTable
+from bert_kernels.lamb import lamb_apply_reference, lamb_moments_reference
 from bert_kernels.lamb_kernels import hyper_of_step, lamb_apply_triton, lamb_moments_triton
 from bert_kernels.mlm_cross_entropy import mlm_cross_entropy
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from bert_kernels.attention_kernels import AttentionCall, attention_backward, attention_forward
 from bert_kernels.bias_gelu import bias_gelu_backward, bias_gelu_forward
 from bert_kernels.embedding_kernels import EmbeddingCall, Tables, embedding_backward, embedding_forward
+from bert_kernels.flat_shard import FlatShard, LambScalars, Segment, SegmentTable
 from bert_kernels.geglu import geglu_backward, geglu_forward
-from bert_kernels.lamb import FlatShard, LambScalars, Segment, SegmentTable
 from bert_kernels.lamb_kernels import hyper_of_step, lamb_apply_triton, lamb_moments_triton
 from bert_kernels.layer_norm import LayerNormCall, layer_norm_backward, layer_norm_forward
 from bert_kernels.mlm_cross_entropy_kernels import replace_by_gradient

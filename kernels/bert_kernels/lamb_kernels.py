@@ -1,4 +1,4 @@
-"""The Triton kernels of LAMB over one flat shard; formulas and segments are in `lamb`.
+"""The Triton kernels of LAMB over one flat shard; the formulas are in `lamb`.
 
 A shard is cut into chunks at the multiples of the block size, so that every chunk but a segment's first and last is
 read in 16-byte vectors wherever its segment begins. Pass 1 takes a program per chunk, updates the moments and leaves
@@ -12,7 +12,7 @@ skipped. So a step waits for nothing that the host would have to read, and a CUD
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,9 +22,7 @@ from torch import Tensor
 from bert_kernels._launch import check_device, launch
 from bert_kernels._numerics import as_operand, cpu_bf16
 from bert_kernels._tiles import LAMB, LAMB_ROWS
-
-if TYPE_CHECKING:
-    from bert_kernels.lamb import FlatShard, LambScalars, SegmentTable
+from bert_kernels.flat_shard import FlatShard, LambScalars, SegmentTable
 
 HYPER = ("beta1", "beta2", "beta3", "one_minus_beta2", "eps", "correction1", "correction2", "lr", "skip")
 """What the vector of hyper-parameters holds, in this order."""
