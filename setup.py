@@ -35,7 +35,10 @@ setup(
         *data_packages,
     ],
     package_dir={"bert_kernels": "kernels/bert_kernels", **data_packages},
-    package_data={name: ["*.json", "*.sh", "*.example", "*.md"] for name in data_packages} | {"bert_ds": ["*.json"]},
+    package_data={
+        **{name: ["*.json", "*.sh", "*.example", "*.md"] for name in data_packages},
+        "bert_ds.configuration": ["*.json"],
+    },
     # The tested ranges; constraints-cpu.txt and constraints-cuda.txt pin one tested set.
     install_requires=[
         "torch>=2.11,<2.14",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
+from bert_ds.configuration.run_config import ConfigError
 from bert_ds.exit_record import record_exit
 from bert_ds.ranks import (
     EXIT_CHECKPOINT,
@@ -25,7 +26,6 @@ from bert_ds.ranks import (
     DivergedError,
     LauncherError,
 )
-from bert_ds.run_config import ConfigError
 
 Report = Callable[[int, str], None]
 """Called with the amount done so far and a short text about it."""

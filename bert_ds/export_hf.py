@@ -16,13 +16,13 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from bert_ds.command_line import make_parser, run_main
+from bert_ds.configuration.run_config import RunConfig, load_run_config
 from bert_ds.corpus.wordpiece import load_tokenizer
 from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, staged_folder, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
 from bert_ds.encoder.hf_onnx import ONNX_FILE, OnnxCheck, write_onnx
 from bert_ds.encoder.hf_verify import verify_export
 from bert_ds.ranks import CheckpointError
-from bert_ds.run_config import RunConfig, load_run_config
 from bert_ds.training.checkpoint_folder import find_checkpoint, read_manifest
 from bert_ds.training.fp32_weights import load_fp32_state_dict
 

@@ -24,6 +24,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from deepspeed import DeepSpeedEngine
 
 from bert_ds.command_line import add_launch_options, make_parser, run_main
+from bert_ds.configuration.ds_config import DsConfig, load_ds_config, resolve_ds_config
+from bert_ds.configuration.task_config import ConfigError, TaskConfig, TrainedTask, dump_task, load_task, trained_task
+from bert_ds.configuration.task_kinds import KIND_FACTS
 from bert_ds.corpus.wordpiece import WordPieceTokenizer, load_tokenizer
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.metrics import require_metrics
@@ -33,12 +36,9 @@ from bert_ds.downstream.task_batches import features_fingerprint, step_batches
 from bert_ds.downstream.task_engine import BestStep, build_model, task_plan
 from bert_ds.downstream.task_rows import TaskRows, read_task
 from bert_ds.downstream.trivial import trivial_figures
-from bert_ds.ds_config import DsConfig, load_ds_config, resolve_ds_config
 from bert_ds.encoder.pretrained import Pretrained, check_tokenizer, load_pretrained
 from bert_ds.ranks import EXIT_DONE, EXIT_RUN_AGAIN, Ranks, read_ranks
-from bert_ds.run_log import RunLog, write_environment
-from bert_ds.task_config import ConfigError, TaskConfig, TrainedTask, dump_task, load_task, trained_task
-from bert_ds.task_kinds import KIND_FACTS
+from bert_ds.reporting.run_log import RunLog, write_environment
 from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.checkpoints import resume
 from bert_ds.training.engine import make_engine

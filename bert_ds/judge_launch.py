@@ -17,7 +17,7 @@ if __name__ == "__main__":  # a script run by path finds its package beside itse
 
 from bert_ds.command_line import make_parser, run_main
 from bert_ds.exit_record import read_exits
-from bert_ds.run_log import write_json
+from bert_ds.reporting.run_log import write_json
 from bert_ds.training.checkpoint_folder import candidates, step_of
 from bert_ds.training.restart import is_done
 from bert_ds.training.restart_policy import LaunchEnd, Progress, judge

@@ -19,18 +19,18 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from bert_ds.command_line import add_launch_options, make_parser, run_main
+from bert_ds.configuration.ds_config import load_pair, resolve_ds_config
+from bert_ds.configuration.run_config import RunConfig, dump_run_config
+from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table
 from bert_ds.corpus.collate import PackedBatch
 from bert_ds.corpus.embedded import CorpusFolders, build_embedded, embedded_folders
 from bert_ds.corpus.loader import DataSettings, PretrainingData, Source
 from bert_ds.corpus.shards import MANIFEST
 from bert_ds.corpus.wordpiece import load_tokenizer
-from bert_ds.ds_config import load_pair, resolve_ds_config
 from bert_ds.encoder.heads import BertForPreTraining
 from bert_ds.encoder.initial_weights import load_initial_weights
 from bert_ds.ranks import EXIT_DONE, EXIT_RUN_AGAIN, CheckpointError, Ranks, read_ranks
-from bert_ds.run_config import RunConfig, dump_run_config
-from bert_ds.run_log import RunLog, write_environment
-from bert_ds.run_plan import RunPlan, make_plan, plan_table
+from bert_ds.reporting.run_log import RunLog, write_environment
 from bert_ds.training.checkpoint_folder import find_checkpoint
 from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.checkpoints import resume, roll_back

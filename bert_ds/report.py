@@ -16,9 +16,9 @@ from pathlib import Path
 
 from bert_ds.command_line import make_parser, run_main
 from bert_ds.ranks import DivergedError
-from bert_ds.run_figures import draw_figures
-from bert_ds.run_history import RunHistory, below_unigram, read_history, summary_lines
-from bert_ds.run_page import render_page
+from bert_ds.reporting.run_figures import draw_figures
+from bert_ds.reporting.run_history import RunHistory, below_unigram, read_history, summary_lines
+from bert_ds.reporting.run_page import render_page
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ if __name__ == "__main__":  # a script run by path finds its package beside itse
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bert_ds.command_line import make_parser, run_main
-from bert_ds.run_config import ConfigError
-from bert_ds.run_overview import STATES, RunOverview, find_runs, read_overview
+from bert_ds.configuration.run_config import ConfigError
+from bert_ds.reporting.run_overview import STATES, RunOverview, find_runs, read_overview
 from bert_ds.slurm_queue import read_queue
 
 COLUMNS = ("run", "state", "step", "loss", "tokens/s", "ETA", "starts", "job", "updated", "note")

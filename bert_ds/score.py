@@ -20,6 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 
 from bert_ds.command_line import make_parser, run_main
+from bert_ds.configuration.task_config import ConfigError, TaskConfig, load_task
 from bert_ds.corpus.wordpiece import load_tokenizer
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.metrics import require_metrics
@@ -29,8 +30,7 @@ from bert_ds.downstream.task_rows import read_task
 from bert_ds.downstream.untrained import UNTRAINED
 from bert_ds.encoder.pretrained import check_tokenizer, load_masked_lm
 from bert_ds.ranks import DataError, Ranks, read_ranks
-from bert_ds.run_log import write_json
-from bert_ds.task_config import ConfigError, TaskConfig, load_task
+from bert_ds.reporting.run_log import write_json
 from bert_ds.training.process_group import joined_ranks
 from bert_ds.training.run_folder import on_main_rank
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from bert_ds.config_files import ConfigError
-from bert_ds.job_config import JobConfig
-from bert_ds.run_log import read_metrics
-from bert_ds.run_plan import RunPlan, size_text
+from bert_ds.configuration.config_files import ConfigError
+from bert_ds.configuration.job_config import JobConfig
+from bert_ds.configuration.run_plan import RunPlan, size_text
+from bert_ds.reporting.run_log import read_metrics
 
 SIGNAL_BEFORE_END_S = 300
 """How long before the time limit the job script is told; stands in the script as --signal=B:USR1@300."""

@@ -23,11 +23,11 @@ if __name__ == "__main__":  # a script run by path finds its package beside itse
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bert_ds.command_line import make_parser, run_main
-from bert_ds.ds_config import load_pair
-from bert_ds.job_config import JobConfig, parse_job_config
-from bert_ds.run_config import ConfigError
-from bert_ds.run_log import write_json
-from bert_ds.run_plan import RunPlan, make_plan, plan_table
+from bert_ds.configuration.ds_config import load_pair
+from bert_ds.configuration.job_config import JobConfig, parse_job_config
+from bert_ds.configuration.run_config import ConfigError
+from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table
+from bert_ds.reporting.run_log import write_json
 from bert_ds.slurm_job import (
     Speed,
     gpu_memory_bytes,

@@ -25,11 +25,11 @@ import torch
 from campaign_rows import add_row
 from tiny_training import ds_config, join_alone
 
+from bert_ds.configuration.optimizer_config import AdamWConfig
+from bert_ds.configuration.run_config import ModelConfig
 from bert_ds.encoder.heads import BertForPreTraining
-from bert_ds.optimizer_config import AdamWConfig
 from bert_ds.ranks import Ranks
-from bert_ds.run_config import ModelConfig
-from bert_ds.run_log import RunLog
+from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.checkpoint_folder import find_checkpoint
 from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.engine import make_engine

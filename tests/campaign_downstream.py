@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
+from bert_ds.configuration.task_config import load_task
 from bert_ds.corpus.wordpiece import load_tokenizer
 from bert_ds.downstream.task_rows import read_task
 from bert_ds.downstream.trivial import trivial_figures
-from bert_ds.task_config import load_task
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests/results/downstream.jsonl"

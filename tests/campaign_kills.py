@@ -51,8 +51,8 @@ from tiny_training import (
     tiny_services,
 )
 
-from bert_ds.optimizer_config import AdamWConfig, LambConfig
-from bert_ds.run_log import read_metrics
+from bert_ds.configuration.optimizer_config import AdamWConfig, LambConfig
+from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.checkpoint_folder import find_checkpoint, step_of
 from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.checkpoints import resume

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bert_ds.run_config import load_run_config
-from bert_ds.run_log import read_metrics
+from bert_ds.configuration.run_config import load_run_config
+from bert_ds.reporting.run_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "tests/campaign_lamb_curves.json"

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bert_ds.run_log import read_metrics
+from bert_ds.reporting.run_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests/results/zero_curves.jsonl"

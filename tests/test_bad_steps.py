@@ -24,7 +24,7 @@ from tiny_training import (
     tiny_services,
 )
 
-from bert_ds.optimizer_config import AdamWConfig
+from bert_ds.configuration.optimizer_config import AdamWConfig
 from bert_ds.ranks import DivergedError
 from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.checkpoints import resume, roll_back

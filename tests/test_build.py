@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bert_ds.configuration.run_config import ConfigError
 from bert_ds.corpus.build import BuildSettings, build_shards
 from bert_ds.corpus.documents import Document
 from bert_ds.corpus.input_files import find_input_files
@@ -20,7 +21,6 @@ from bert_ds.corpus.shards import Manifest, open_shards, verify_shards
 from bert_ds.corpus.text_input import DocumentInput, FileInput
 from bert_ds.corpus.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
 from bert_ds.ranks import DataError
-from bert_ds.run_config import ConfigError
 
 ROOT = Path(__file__).parents[1]
 LETTERS = "abcdefghij"

@@ -27,7 +27,7 @@ from tiny_training import (
 )
 
 from bert_ds.ranks import CheckpointError, Ranks
-from bert_ds.run_log import read_metrics
+from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.checkpoint_engine import VerifiedCheckpointEngine, load_safely
 from bert_ds.training.checkpoint_folder import find_checkpoint, verify_checkpoint
 from bert_ds.training.checkpoint_saver import CheckpointPolicy, checkpoint_bytes

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bert_ds.command_line import add_launch_options, make_parser, run_main, show_progress
+from bert_ds.configuration.run_config import ConfigError
 from bert_ds.ranks import CheckpointError, DataError, DivergedError, LauncherError
-from bert_ds.run_config import ConfigError
 
 
 def test_options_are_understood_with_underscores_and_with_hyphens() -> None:

@@ -25,9 +25,9 @@ from tiny_training import (
     tiny_services,
 )
 
-from bert_ds.optimizer_config import AdamWConfig, LambConfig, LionConfig, StableAdamWConfig
+from bert_ds.configuration.optimizer_config import AdamWConfig, LambConfig, LionConfig, StableAdamWConfig
 from bert_ds.ranks import CheckpointError
-from bert_ds.run_log import read_metrics
+from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.checkpoint_folder import file_sha256, parse_manifest, write_manifest
 from bert_ds.training.checkpoints import CheckpointPolicy, resume, save_checkpoint
 from bert_ds.training.engine import make_engine

@@ -16,6 +16,8 @@ from downstream_cases import CONFIG, PIECES, write_lines, write_task, write_tiny
 from sentence_transformers import SentenceTransformer
 from tiny_training import join_alone
 
+from bert_ds.configuration.run_config import IGNORE_INDEX
+from bert_ds.configuration.task_config import load_task
 from bert_ds.corpus.wordpiece import TextRules, WordPieceTokenizer
 from bert_ds.downstream.embedding_head import EmbeddingHead
 from bert_ds.downstream.kinds import KINDS
@@ -24,8 +26,6 @@ from bert_ds.downstream.task_folder import TaskFacts, make_task_model, read_task
 from bert_ds.downstream.task_model import HeadInput
 from bert_ds.downstream.task_rows import TaskRows, read_task
 from bert_ds.ranks import DataError
-from bert_ds.run_config import IGNORE_INDEX
-from bert_ds.task_config import load_task
 
 TOKENIZER = WordPieceTokenizer(PIECES, TextRules())
 KIND = KINDS["sentence_embedding"]

@@ -20,12 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_training import ds_config, join_alone, tiny_services
 from torch import Tensor
 
-from bert_ds.encoder.heads import BertForPreTraining
-from bert_ds.encoder.hf_folder import load_hf_folder, pad_token_id
-from bert_ds.encoder.hf_mapping import to_hf
-from bert_ds.encoder.hf_verify import verify_export
-from bert_ds.ranks import CheckpointError, DataError
-from bert_ds.run_config import (
+from bert_ds.configuration.run_config import (
     AdamWConfig,
     ConfigError,
     EmbeddedCorpus,
@@ -34,6 +29,11 @@ from bert_ds.run_config import (
     TrainingConfig,
     dump_run_config,
 )
+from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.encoder.hf_folder import load_hf_folder, pad_token_id
+from bert_ds.encoder.hf_mapping import to_hf
+from bert_ds.encoder.hf_verify import verify_export
+from bert_ds.ranks import CheckpointError, DataError
 from bert_ds.training.checkpoints import CheckpointPolicy, save_checkpoint
 from bert_ds.training.engine import make_engine
 from bert_ds.training.fp32_weights import load_fp32_state_dict

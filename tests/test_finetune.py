@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from downstream_cases import review_task
 
-from bert_ds.run_log import read_metrics
+from bert_ds.reporting.run_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,9 +12,9 @@ import transformers
 from encoder_cases import encoder_inputs, packed_inputs, padded_inputs, small_config, spread_weights
 from ranks_harness import run_ranks
 
+from bert_ds.configuration.run_config import ModelConfig
 from bert_ds.encoder.heads import BertForPreTraining
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
-from bert_ds.run_config import ModelConfig
 
 CASES: list[tuple[dict, list[int], bool]] = [
     ({}, [5, 1, 9, 2], True),

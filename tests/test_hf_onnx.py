@@ -15,10 +15,10 @@ import torch
 import transformers
 from export_cases import export, spread_state_dict, write_tokenizer
 
+from bert_ds.configuration.run_config import ConfigError
 from bert_ds.encoder.hf_folder import staged_folder
 from bert_ds.encoder.hf_onnx import verify_onnx, write_onnx
 from bert_ds.ranks import CheckpointError
-from bert_ds.run_config import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,12 @@ import torch
 import zstandard
 from export_cases import export, spread_state_dict, write_tokenizer
 
+from bert_ds.configuration.run_config import ConfigError
 from bert_ds.corpus.sequences import _read_cache
 from bert_ds.corpus.shards import read_manifest as read_shard_manifest
 from bert_ds.corpus.wordpiece import load_tokenizer
 from bert_ds.encoder.hf_folder import load_hf_folder
 from bert_ds.ranks import CheckpointError, DataError
-from bert_ds.run_config import ConfigError
 from bert_ds.training import checkpoint_folder
 from bert_ds.training.checkpoint_engine import VerifiedCheckpointEngine
 from bert_ds.training.fp32_weights import load_fp32_state_dict

@@ -11,7 +11,7 @@ import pytest
 import torch
 from corpus_fixtures import FIRST_TEXT_ID, tiny_tokenizer, write_shards
 
-from bert_ds.run_log import read_metrics
+from bert_ds.reporting.run_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 40

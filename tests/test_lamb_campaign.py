@@ -20,8 +20,8 @@ from lamb_runs import Case, quiet_deepspeed, run_cases
 from ranks_harness import run_ranks
 from test_lamb_zero import FP16, GRAD_ACCUM_FP32, SHADOWS
 
+from bert_ds.configuration.run_config import ModelConfig
 from bert_ds.encoder.heads import BertForPreTraining
-from bert_ds.run_config import ModelConfig
 from bert_ds.training.lamb import Lamb, lamb_preset
 from bert_ds.training.zero_limits import universal_checkpoint_blockers
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from corpus_fixtures import counting_documents, random_documents, tiny_tokenizer, write_shards
 
+from bert_ds.configuration.run_config import MaskingConfig, SequenceConfig
 from bert_ds.corpus.build import BuildSettings, build_shards
 from bert_ds.corpus.collate import PackedBatch
 from bert_ds.corpus.input_files import find_input_files
 from bert_ds.corpus.loader import DataSettings, PretrainingData, Source
 from bert_ds.corpus.text_input import FileInput
 from bert_ds.ranks import DataError
-from bert_ds.run_config import MaskingConfig, SequenceConfig
 
 Sequence = tuple[tuple[int, ...], ...]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_training import TinyModel, ds_config, full_weights, join_alone, micro_batch
 
-from bert_ds.optimizer_config import (
+from bert_ds.configuration.optimizer_config import (
     AdamWConfig,
     ApexFusedLambConfig,
     DeepSpeedCpuAdamConfig,
@@ -20,7 +20,7 @@ from bert_ds.optimizer_config import (
     LionConfig,
     StableAdamWConfig,
 )
-from bert_ds.run_config import ConfigError
+from bert_ds.configuration.run_config import ConfigError
 from bert_ds.training.engine import make_engine, step_guard
 from bert_ds.training.lamb import Lamb, lamb_preset
 from bert_ds.training.optimizers import StepGuard, make_optimizer, set_learning_rate

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from bert_ds.run_log import read_metrics
+from bert_ds.reporting.run_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 NOUNS = ["cat", "dog", "bird", "house", "tree", "river", "stone", "child", "king", "farmer", "road", "cloud"]

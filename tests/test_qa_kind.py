@@ -17,6 +17,8 @@ import transformers
 from downstream_cases import CONFIG, PIECES, write_task, write_tiny_export
 from tiny_training import join_alone
 
+from bert_ds.configuration.run_config import IGNORE_INDEX, ConfigError
+from bert_ds.configuration.task_config import load_task
 from bert_ds.corpus.wordpiece import TextRules, WordPieceTokenizer
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.outcome import Measurement, measure_side
@@ -26,8 +28,6 @@ from bert_ds.downstream.task_folder import TaskFacts, make_task_model, read_task
 from bert_ds.downstream.task_model import HeadInput
 from bert_ds.downstream.task_rows import TaskRows, read_task
 from bert_ds.ranks import DataError
-from bert_ds.run_config import IGNORE_INDEX, ConfigError
-from bert_ds.task_config import load_task
 
 TOKENIZER = WordPieceTokenizer(PIECES, TextRules())
 KIND = KINDS["question_answering"]

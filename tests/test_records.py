@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from bert_ds.configuration.task_data_config import DataFile
 from bert_ds.downstream.records import pick, read_records
 from bert_ds.ranks import DataError
-from bert_ds.task_data_config import DataFile
 
 
 def read(folder: Path, content: bytes | str, form: str, **settings: Any) -> list[dict[str, Any]]:

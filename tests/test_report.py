@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from tiny_training import TinyModel, ds_config, join_alone, step_batches, tiny_plan, tiny_services
 
-from bert_ds.optimizer_config import AdamWConfig, LambConfig
+from bert_ds.configuration.optimizer_config import AdamWConfig, LambConfig
+from bert_ds.configuration.run_config import ConfigError
 from bert_ds.ranks import DataError
-from bert_ds.run_config import ConfigError
-from bert_ds.run_figures import draw_figures
-from bert_ds.run_history import below_unigram, read_history, summary_lines
-from bert_ds.run_page import render_page
+from bert_ds.reporting.run_figures import draw_figures
+from bert_ds.reporting.run_history import below_unigram, read_history, summary_lines
+from bert_ds.reporting.run_page import render_page
 from bert_ds.training.engine import make_engine
 from bert_ds.training.optimizers import make_optimizer
 from bert_ds.training.train_loop import train

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from ranks_harness import run_ranks
 
+from bert_ds.configuration.run_config import ConfigError
 from bert_ds.ranks import DataError
-from bert_ds.run_config import ConfigError
 from bert_ds.training.run_folder import enter_run_folder, on_main_rank, prove_same_files
 
 

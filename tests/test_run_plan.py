@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from config_cases import RECIPE, changed, write_json
 
-from bert_ds.ds_config import load_pair
-from bert_ds.run_config import ConfigError, ModelConfig
-from bert_ds.run_plan import RunPlan, make_plan, plan_table
-from bert_ds.run_size import count_parameters
+from bert_ds.configuration.ds_config import load_pair
+from bert_ds.configuration.run_config import ConfigError, ModelConfig
+from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table
+from bert_ds.configuration.run_size import count_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ModelConfig(pad_vocab_size_to_multiple_of=1)
@@ -264,6 +264,8 @@ def test_the_plan_of_a_login_node_needs_no_torch(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    code = "import sys, bert_ds.run_plan; print(sorted({'torch', 'deepspeed', 'numpy'} & set(sys.modules)))"
+    code = (
+        "import sys, bert_ds.configuration.run_plan; print(sorted({'torch', 'deepspeed', 'numpy'} & set(sys.modules)))"
+    )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(found.stdout.replace("'", '"')) == []

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bert_ds.run_overview import TAIL_BYTES, RunOverview, find_runs, read_overview
+from bert_ds.reporting.run_overview import TAIL_BYTES, RunOverview, find_runs, read_overview
 from bert_ds.slurm_queue import QueuedJob, parse_queue
 
 ROOT = Path(__file__).resolve().parents[1]

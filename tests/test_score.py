@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from downstream_cases import review_task, write_lines, write_task
 
+from bert_ds.configuration.run_config import ConfigError
+from bert_ds.configuration.task_config import load_task
 from bert_ds.corpus.wordpiece import load_tokenizer
 from bert_ds.downstream.untrained import UNTRAINED, Scored
 from bert_ds.encoder.pretrained import load_masked_lm
 from bert_ds.ranks import DataError
-from bert_ds.run_config import ConfigError
-from bert_ds.task_config import load_task
 
 ROOT = Path(__file__).resolve().parents[1]
 

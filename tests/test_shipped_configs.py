@@ -13,11 +13,11 @@ from config_cases import write_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bert_ds.config_files import shipped_file
-from bert_ds.ds_config import load_pair, resolve_ds_config
-from bert_ds.ds_keys import leaves
-from bert_ds.run_config import ConfigError, dump_run_config, load_run_config
-from bert_ds.run_plan import make_plan
+from bert_ds.configuration.config_files import shipped_file
+from bert_ds.configuration.ds_config import load_pair, resolve_ds_config
+from bert_ds.configuration.ds_keys import leaves
+from bert_ds.configuration.run_config import ConfigError, dump_run_config, load_run_config
+from bert_ds.configuration.run_plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "ds_configs/recipes").glob("*.json"))

@@ -11,6 +11,7 @@ from downstream_cases import CONFIG, review_task, write_tiny_export
 from ranks_harness import run_ranks
 from tiny_training import ds_config
 
+from bert_ds.configuration.task_config import load_task, trained_task
 from bert_ds.corpus.wordpiece import load_tokenizer
 from bert_ds.downstream.best_step import Measured, best_of, extended, is_exhausted, read_history, write_history
 from bert_ds.downstream.kinds import KINDS
@@ -20,8 +21,7 @@ from bert_ds.downstream.task_engine import build_model, layer_lr_scale
 from bert_ds.downstream.task_rows import read_task
 from bert_ds.encoder.pretrained import check_tokenizer, load_pretrained
 from bert_ds.ranks import DataError, Ranks
-from bert_ds.run_log import RunLog
-from bert_ds.task_config import load_task, trained_task
+from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.checkpoints import CheckpointPolicy, save_checkpoint
 from bert_ds.training.engine import make_engine
 from bert_ds.training.fp32_weights import load_fp32_state_dict

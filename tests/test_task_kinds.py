@@ -18,6 +18,8 @@ from downstream_cases import CONFIG, review_rows, task_of, write_lines
 from encoder_cases import spread_weights
 from tiny_training import join_alone
 
+from bert_ds.configuration.run_config import IGNORE_INDEX
+from bert_ds.configuration.task_config import TaskConfig
 from bert_ds.corpus.wordpiece import WordPieceTokenizer, load_tokenizer
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.outcome import Measurement, measure_side
@@ -26,8 +28,6 @@ from bert_ds.downstream.task_folder import TaskFacts, make_task_model, read_task
 from bert_ds.downstream.task_model import TaskModel
 from bert_ds.downstream.task_rows import TaskRows, read_task
 from bert_ds.ranks import DataError
-from bert_ds.run_config import IGNORE_INDEX
-from bert_ds.task_config import TaskConfig
 
 TSV = {"train": [{"path": "train", "format": "tsv"}], "validation": [{"path": "train", "format": "tsv"}]}
 CONLL = {"train": [{"path": "train", "format": "conll"}], "validation": [{"path": "train", "format": "conll"}]}

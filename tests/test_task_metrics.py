@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from bert_ds.configuration.run_config import ConfigError
 from bert_ds.downstream.metrics import require_metrics
-from bert_ds.run_config import ConfigError
 
 
 def test_a_missing_package_is_named_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from tiny_training import (
 )
 
 from bert_ds.ranks import CheckpointError, DataError, DivergedError
-from bert_ds.run_log import read_metrics
+from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.evaluation import Evaluation, evaluate
 from bert_ds.training.train_loop import train
 from bert_ds.training.train_state import TrainState

@@ -9,8 +9,8 @@ import pytest
 from ranks_harness import run_ranks
 from tiny_training import TinyModel, ds_config, join_alone, step_batches, tiny_plan, tiny_services
 
-from bert_ds.optimizer_config import AdamWConfig, LambConfig, LansConfig
-from bert_ds.run_log import read_metrics
+from bert_ds.configuration.optimizer_config import AdamWConfig, LambConfig, LansConfig
+from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.engine import make_engine
 from bert_ds.training.optimizers import make_optimizer
 from bert_ds.training.train_loop import train

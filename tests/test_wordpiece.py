@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bert_ds.configuration.run_config import ConfigError
 from bert_ds.corpus.wordpiece import SPECIAL_PIECES, SpecialIds, TextRules, WordPieceTokenizer, load_tokenizer
 from bert_ds.corpus.wordpiece_training import train_wordpiece
 from bert_ds.ranks import DataError
-from bert_ds.run_config import ConfigError
 
 ROOT = Path(__file__).parents[1]
 FACTS = ["[UNK]", "[CLS]", "[SEP]", "want", "##want", "##ed", "wa", "un", "runn", "##ing", ",", "[PAD]", "[MASK]"]

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bert_ds.configuration.run_config import ScheduleConfig
 from bert_ds.ranks import Ranks
-from bert_ds.run_config import ScheduleConfig
-from bert_ds.run_log import RunLog
+from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.checkpoints import resume
 from bert_ds.training.engine import make_engine

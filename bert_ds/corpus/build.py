@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bert_ds.configuration.run_config import ConfigError
 from bert_ds.corpus.encode_documents import Batch, Encoder, encode_in_order
 from bert_ds.corpus.segments import (
     EncodedBatch,
@@ -39,7 +40,6 @@ from bert_ds.corpus.shards import (
 from bert_ds.corpus.text_input import Position, TextInput
 from bert_ds.corpus.wordpiece import WordPieceTokenizer, load_tokenizer
 from bert_ds.ranks import DataError
-from bert_ds.run_config import ConfigError
 
 BUILD_RULES = 1
 """Raised whenever the same text would give other shards, so that no build is continued under other rules."""

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bert_ds.configuration.run_config import IGNORE_INDEX
 from bert_ds.corpus.mlm_masking import MaskedExample
-from bert_ds.run_config import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from bert_ds.configuration.run_config import EmbeddedCorpus
 from bert_ds.corpus.build import BuildSettings, build_shards
 from bert_ds.corpus.docstrings import docstring_documents
 from bert_ds.corpus.documents import Document
@@ -16,7 +17,6 @@ from bert_ds.corpus.shards import MANIFEST
 from bert_ds.corpus.text_input import DocumentInput
 from bert_ds.corpus.wordpiece_training import train_wordpiece
 from bert_ds.ranks import DataError
-from bert_ds.run_config import EmbeddedCorpus
 
 MIN_CHARACTERS = 500_000
 """Less text than this means that the installed packages carry no docstrings (`python -OO`, stripped images)."""

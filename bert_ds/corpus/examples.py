@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bert_ds.configuration.run_config import IGNORE_INDEX
 from bert_ds.corpus.keyed_random import Draw, keyed_bits
 from bert_ds.corpus.sentence_pairs import next_sentence_pairs, order_pairs
 from bert_ds.corpus.sequences import ExampleTable
-from bert_ds.run_config import IGNORE_INDEX
 
 
 class Example(NamedTuple):

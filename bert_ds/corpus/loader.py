@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from bert_ds.configuration.run_config import IGNORE_INDEX, MaskingConfig, SequenceConfig
 from bert_ds.corpus.batch_order import Mixture, balance, deal, global_batch
 from bert_ds.corpus.batch_plan import BatchPlan
 from bert_ds.corpus.collate import PackedBatch, collate
@@ -31,7 +32,6 @@ from bert_ds.corpus.shards import ShardSplit, open_shards
 from bert_ds.corpus.unigram import unigram_cross_entropy
 from bert_ds.corpus.wordpiece import load_tokenizer
 from bert_ds.ranks import DataError
-from bert_ds.run_config import IGNORE_INDEX, MaskingConfig, SequenceConfig
 
 _ORDER_FORMAT = 1
 _EVALUATION_SEED = 0x5EED

@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bert_ds.configuration.run_config import MaskingConfig
 from bert_ds.corpus.examples import Example
 from bert_ds.corpus.keyed_random import Draw, below, fraction, keyed_bits
 from bert_ds.corpus.word_segments import WordJoiner
 from bert_ds.corpus.wordpiece import WordPieceTokenizer
 from bert_ds.ranks import DataError
-from bert_ds.run_config import MaskingConfig
 
 
 class MaskedExample(NamedTuple):

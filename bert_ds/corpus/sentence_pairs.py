@@ -24,9 +24,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from bert_ds.configuration.run_config import IGNORE_INDEX
 from bert_ds.corpus.keyed_random import Draw, below, fraction, keyed_bits
 from bert_ds.corpus.sequences import ExampleTable, num_special_tokens, target_lengths
-from bert_ds.run_config import IGNORE_INDEX
 
 _NUM_TRIES = 8
 

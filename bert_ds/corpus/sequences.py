@@ -30,10 +30,10 @@ from pathlib import Path
 
 import numpy as np
 
+from bert_ds.configuration.run_config import SequenceConfig
 from bert_ds.corpus.keyed_random import Draw, below, fraction, keyed_bits
 from bert_ds.corpus.shards import KINDS, ShardSplit, read_manifest
 from bert_ds.ranks import DataError
-from bert_ds.run_config import SequenceConfig
 
 _FORMAT = 1
 _CHUNK_SENTENCES = 1 << 20

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from bert_ds.configuration.run_config import ConfigError, MaskingConfig
 from bert_ds.corpus.wordpiece import WordPieceTokenizer
-from bert_ds.run_config import ConfigError, MaskingConfig
 
 _CHINESE_RANGES = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2FA1F))
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, trainers
 
+from bert_ds.configuration.run_config import ConfigError
 from bert_ds.corpus.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer, build_backend
 from bert_ds.ranks import DataError
-from bert_ds.run_config import ConfigError
 
 CHARACTER_COVERAGE = 0.9999
 """The most frequent characters that make up this share of the text get a piece; words with others become [UNK]."""

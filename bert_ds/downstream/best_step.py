@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bert_ds.ranks import DataError
-from bert_ds.run_log import write_json
+from bert_ds.reporting.run_log import write_json
 
 
 class Measured(NamedTuple):

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from bert_ds.config_problems import describe
+from bert_ds.configuration.config_problems import describe
+from bert_ds.configuration.task_config import TaskConfig
 from bert_ds.downstream.examples import Example, Labels, id_of, label_of, list_of, texts_of
 from bert_ds.downstream.features import Feature, FeatureContext, cut_to, encode_text, wrap
 from bert_ds.downstream.heads import ChoiceHead
@@ -16,7 +17,6 @@ from bert_ds.downstream.kind import HeadContext, HfForm, Kind, Prediction, count
 from bert_ds.downstream.records import Record, pick
 from bert_ds.downstream.text_kinds import index_file
 from bert_ds.ranks import DataError
-from bert_ds.task_config import TaskConfig
 
 
 def _example(record: Record, index: int, task: TaskConfig, is_optional: bool) -> Example:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from bert_ds.configuration.run_config import IGNORE_INDEX, ModelConfig
+from bert_ds.configuration.task_config import TaskConfig
 from bert_ds.downstream.embedding_head import EmbeddingHead
 from bert_ds.downstream.examples import Example, Labels, id_of, score_of, text_of
 from bert_ds.downstream.features import Feature, FeatureContext, cut_to, encode_text, wrap
@@ -17,8 +19,6 @@ from bert_ds.downstream.metrics import correlations
 from bert_ds.downstream.records import Record
 from bert_ds.downstream.text_kinds import index_file, pair_text
 from bert_ds.ranks import DataError
-from bert_ds.run_config import IGNORE_INDEX, ModelConfig
-from bert_ds.task_config import TaskConfig
 
 
 def sentence_transformers_files(config: ModelConfig) -> dict[str, str]:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from bert_ds.config_problems import describe, did_you_mean
+from bert_ds.configuration.config_problems import describe, did_you_mean
+from bert_ds.configuration.task_config import TaskConfig
 from bert_ds.downstream.records import Record, pick
 from bert_ds.ranks import DataError
-from bert_ds.task_config import TaskConfig
 
 Labels = dict[str, tuple[str, ...]]
 """Name of a prediction -> its labels in the order of their ids; {} where numbers are predicted."""

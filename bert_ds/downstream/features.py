@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bert_ds.configuration.task_config import TaskConfig
 from bert_ds.corpus.wordpiece import WordPieceTokenizer
 from bert_ds.downstream.examples import Labels
-from bert_ds.task_config import TaskConfig
 
 
 class Feature(NamedTuple):

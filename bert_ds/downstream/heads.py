@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bert_ds.configuration.run_config import IGNORE_INDEX, ModelConfig
 from bert_ds.downstream.task_model import HeadInput, HeadOutput, head_site
 from bert_ds.encoder.fused_ops import FusedOps
-from bert_ds.run_config import IGNORE_INDEX, ModelConfig
 
 Objective = Literal["one_of", "any_of", "number"]
 

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
+from bert_ds.configuration.run_config import IGNORE_INDEX, ModelConfig
+from bert_ds.configuration.task_config import TaskConfig
 from bert_ds.downstream.examples import Example, Labels
 from bert_ds.downstream.features import Feature, FeatureContext
 from bert_ds.downstream.records import Record
 from bert_ds.encoder.fused_ops import FusedOps
-from bert_ds.run_config import IGNORE_INDEX, ModelConfig
-from bert_ds.task_config import TaskConfig
 
 Say = Callable[[str], None]
 """Takes one line that is worth telling: how much was cut, split, dropped or mended."""

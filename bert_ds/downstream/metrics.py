@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bert_ds.run_config import ConfigError
+from bert_ds.configuration.run_config import ConfigError
 
 
 def require_metrics() -> None:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bert_ds.configuration.run_config import ModelConfig
+from bert_ds.configuration.task_config import TaskConfig
 from bert_ds.corpus.wordpiece import WordPieceTokenizer
 from bert_ds.downstream.examples import Labels
 from bert_ds.downstream.figures import write_class_figures
@@ -20,9 +22,7 @@ from bert_ds.downstream.task_folder import TaskFacts, make_task_model, write_tas
 from bert_ds.downstream.task_model import TaskModel
 from bert_ds.downstream.task_rows import Side, TaskRows
 from bert_ds.ranks import CheckpointError
-from bert_ds.run_config import ModelConfig
-from bert_ds.run_log import RunLog, write_json
-from bert_ds.task_config import TaskConfig
+from bert_ds.reporting.run_log import RunLog, write_json
 from bert_ds.training.checkpoint_folder import checkpoints_dir
 from bert_ds.training.fp32_weights import load_fp32_state_dict
 from bert_ds.training.run_folder import on_main_rank

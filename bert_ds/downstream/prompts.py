@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bert_ds.configuration.run_config import ConfigError
 from bert_ds.corpus.wordpiece import WordPieceTokenizer
 from bert_ds.downstream.features import encode_text
 from bert_ds.downstream.masked_scores import Query, log_probabilities
 from bert_ds.encoder.heads import BertForPreTraining
-from bert_ds.run_config import ConfigError
 
 TEXT_GAPS = ("text", "text_pair")
 LABEL_GAP = "label"

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
+from bert_ds.configuration.run_config import IGNORE_INDEX
+from bert_ds.configuration.task_config import TaskConfig
+from bert_ds.configuration.task_sections import QuestionAnsweringConfig
 from bert_ds.corpus.wordpiece import EncodedText
 from bert_ds.downstream.answer_windows import (
     Candidate,
@@ -29,9 +32,6 @@ from bert_ds.downstream.records import Record
 from bert_ds.downstream.span_head import SpanHead
 from bert_ds.downstream.squad_files import Answer, align_answers
 from bert_ds.ranks import DataError
-from bert_ds.run_config import IGNORE_INDEX
-from bert_ds.task_config import TaskConfig
-from bert_ds.task_sections import QuestionAnsweringConfig
 
 _SHOWN = 3
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-from bert_ds.config_problems import describe, did_you_mean
+from bert_ds.configuration.config_problems import describe, did_you_mean
+from bert_ds.configuration.task_data_config import Column, DataFile
 from bert_ds.downstream.squad_files import read_squad
 from bert_ds.downstream.tagged_files import read_conll, read_conllu
 from bert_ds.ranks import DataError
-from bert_ds.task_data_config import Column, DataFile
 
 MAX_BYTES = 1 << 31
 

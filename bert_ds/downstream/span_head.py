@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bert_ds.configuration.run_config import IGNORE_INDEX, ModelConfig
 from bert_ds.downstream.task_model import HeadInput, HeadOutput
-from bert_ds.run_config import IGNORE_INDEX, ModelConfig
 
 
 class SpanHead(nn.Module):

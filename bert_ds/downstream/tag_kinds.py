@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from bert_ds.configuration.run_config import IGNORE_INDEX
+from bert_ds.configuration.task_config import TaskConfig
 from bert_ds.corpus.wordpiece import WordPieceTokenizer
 from bert_ds.downstream.entity_scores import entity_scores
 from bert_ds.downstream.examples import Example, Labels, id_of, label_id, label_of, list_of, sorted_labels
@@ -23,8 +25,6 @@ from bert_ds.downstream.metrics import class_figures
 from bert_ds.downstream.records import Record
 from bert_ds.downstream.tag_schemes import to_bio
 from bert_ds.ranks import DataError
-from bert_ds.run_config import IGNORE_INDEX
-from bert_ds.task_config import TaskConfig
 
 
 def _tag_example(record: Record, index: int, task: TaskConfig, is_optional: bool) -> Example:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from bert_ds.config_problems import describe
+from bert_ds.configuration.config_problems import describe
 from bert_ds.ranks import DataError
 
 Scheme = Literal["bio", "iob1", "bioes"]

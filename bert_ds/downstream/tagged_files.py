@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bert_ds.config_problems import describe
+from bert_ds.configuration.config_problems import describe
+from bert_ds.configuration.task_data_config import DataFile
 from bert_ds.ranks import DataError
-from bert_ds.task_data_config import DataFile
 
 CONLLU_COLUMNS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 

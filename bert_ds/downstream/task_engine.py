@@ -9,7 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bert_ds.config_problems import Problem
+from bert_ds.configuration.config_problems import Problem
+from bert_ds.configuration.ds_batch import split_batch
+from bert_ds.configuration.ds_config import DsConfig, pair_problems
+from bert_ds.configuration.run_checks import schedule_problems, spread_problems
+from bert_ds.configuration.run_config import ConfigError, ModelConfig
+from bert_ds.configuration.task_config import FreezeConfig, TaskConfig, TrainedTask
 from bert_ds.downstream.best_step import Measured, best_of, extended, is_exhausted, read_history, write_history
 from bert_ds.downstream.examples import Labels
 from bert_ds.downstream.kinds import KINDS
@@ -17,13 +22,8 @@ from bert_ds.downstream.outcome import measure_side
 from bert_ds.downstream.task_folder import make_task_model
 from bert_ds.downstream.task_model import TaskModel
 from bert_ds.downstream.task_rows import Side, TaskRows, balanced_weights
-from bert_ds.ds_batch import split_batch
-from bert_ds.ds_config import DsConfig, pair_problems
 from bert_ds.encoder.pretrained import start_from
 from bert_ds.ranks import Ranks
-from bert_ds.run_checks import schedule_problems, spread_problems
-from bert_ds.run_config import ConfigError, ModelConfig
-from bert_ds.task_config import FreezeConfig, TaskConfig, TrainedTask
 from bert_ds.training.evaluation import Evaluation
 from bert_ds.training.run_folder import on_main_rank
 from bert_ds.training.train_state import TrainState

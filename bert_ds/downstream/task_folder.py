@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bert_ds.configuration.run_config import ModelConfig
 from bert_ds.downstream.examples import Labels
 from bert_ds.downstream.kind import HeadContext, HfForm, Kind
 from bert_ds.downstream.kinds import KINDS
@@ -24,7 +25,6 @@ from bert_ds.encoder.hf_verify import (
     verify_tokenizer,
 )
 from bert_ds.ranks import CheckpointError, DataError
-from bert_ds.run_config import ModelConfig
 
 
 class TaskFacts(NamedTuple):

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from bert_ds.configuration.run_config import ModelConfig
 from bert_ds.encoder.fused_ops import FusedOps
 from bert_ds.encoder.modeling_bert import EMBEDDING_SITE, SITES_PER_LAYER, BertEncoder, initialise_weights
-from bert_ds.run_config import ModelConfig
 
 
 class HeadOutput(NamedTuple):

@@ -6,6 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from bert_ds.configuration.run_config import IGNORE_INDEX
+from bert_ds.configuration.task_config import TaskConfig
+from bert_ds.configuration.task_data_config import DataFile
 from bert_ds.corpus.wordpiece import WordPieceTokenizer
 from bert_ds.downstream.examples import Example, Labels
 from bert_ds.downstream.features import Feature, FeatureContext
@@ -14,9 +17,6 @@ from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.records import read_records
 from bert_ds.downstream.splits import drop_overlap, first_by_hash, hold_out
 from bert_ds.ranks import DataError
-from bert_ds.run_config import IGNORE_INDEX
-from bert_ds.task_config import TaskConfig
-from bert_ds.task_data_config import DataFile
 
 _SHOWN_LABELS = 60
 

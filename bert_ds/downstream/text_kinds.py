@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from bert_ds.configuration.task_config import TaskConfig
 from bert_ds.downstream.examples import (
     Example,
     Labels,
@@ -25,7 +26,6 @@ from bert_ds.downstream.heads import Objective, SequenceHead
 from bert_ds.downstream.kind import HeadContext, HfForm, Kind, Prediction, count_labelled
 from bert_ds.downstream.metrics import class_figures, correlations, multi_label_figures
 from bert_ds.downstream.records import Record
-from bert_ds.task_config import TaskConfig
 
 
 def pair_text(example: Example) -> str:

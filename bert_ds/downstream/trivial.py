@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from bert_ds.configuration.task_config import TaskConfig
 from bert_ds.downstream.examples import Example, Labels
 from bert_ds.downstream.kind import Prediction
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.task_rows import TaskRows
-from bert_ds.task_config import TaskConfig
 
 _MOSTLY_CHINESE = 0.2
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W_]+")

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bert_ds.configuration.run_config import ConfigError
+from bert_ds.configuration.task_config import TaskConfig
 from bert_ds.corpus.wordpiece import WordPieceTokenizer
 from bert_ds.downstream.examples import Example, label_of, score_of, text_of
 from bert_ds.downstream.metrics import class_figures
@@ -20,8 +22,6 @@ from bert_ds.downstream.text_kinds import CLASSIFICATION
 from bert_ds.downstream.word_similarity import WordPair, similarity_correlation, word_vectors
 from bert_ds.encoder.heads import BertForPreTraining
 from bert_ds.ranks import DataError
-from bert_ds.run_config import ConfigError
-from bert_ds.task_config import TaskConfig
 
 
 class Scored(NamedTuple):

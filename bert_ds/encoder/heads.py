@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bert_ds.configuration.run_config import IGNORE_INDEX, ModelConfig
 from bert_ds.encoder.fused_ops import FusedOps, fused_ops
 from bert_ds.encoder.modeling_bert import BertEncoder, gelu_approximation, initialise_weights
-from bert_ds.run_config import IGNORE_INDEX, ModelConfig
 
 
 class Logits(NamedTuple):

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bert_ds.configuration.run_config import ConfigError, ModelConfig
 from bert_ds.encoder.hf_mapping import model_config_from_hf
 from bert_ds.ranks import CheckpointError, DataError
-from bert_ds.run_config import ConfigError, ModelConfig
 from bert_ds.tensor_files import load_tensor_file
 
 MAX_JSON_BYTES = 64 * 2**20

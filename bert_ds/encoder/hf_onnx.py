@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bert_ds.configuration.run_config import ConfigError
 from bert_ds.encoder.hf_folder import read_json, write_json
 from bert_ds.ranks import CheckpointError
-from bert_ds.run_config import ConfigError
 
 MAX_RELATIVE_DIFFERENCE = 1e-4
 ONNX_FILE = "model.onnx"

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bert_ds.configuration.run_config import ModelConfig
 from bert_ds.encoder.fused_ops import FusedOps
-from bert_ds.run_config import ModelConfig
 
 EMBEDDING_SITE = 0
 SITES_PER_LAYER = 3

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
-from bert_ds.run_log import write_json
+from bert_ds.reporting.run_log import write_json
 from bert_ds.training.dropout_seeds import dropout_seed
 from bert_ds.training.step_loss import step_loss
 from bert_ds.training.train_state import MicroBatch

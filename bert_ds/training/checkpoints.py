@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
 from bert_ds.ranks import CheckpointError
-from bert_ds.run_log import RunLog
+from bert_ds.reporting.run_log import RunLog
 from bert_ds.training import checkpoint_folder
 from bert_ds.training.checkpoint_folder import checkpoints_dir
 from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver, precision_of, try_on_main

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from bert_ds.run_config import ConfigError
+from bert_ds.configuration.run_config import ConfigError
 
 TESTED = "0.19.8"
 

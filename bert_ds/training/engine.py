@@ -12,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bert_ds.run_config import ConfigError
+from bert_ds.configuration.run_config import ConfigError
 from bert_ds.training.checkpoint_engine import VerifiedCheckpointEngine
 from bert_ds.training.deepspeed_names import named_release, require_names
 from bert_ds.training.optimizers import StepGuard, refuse_unsupported_settings

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from bert_ds.optimizer_config import (
+from bert_ds.configuration.optimizer_config import (
     ApexFusedLambConfig,
     DeepSpeedCpuAdamConfig,
     DeepSpeedFusedAdamConfig,
     DeepSpeedFusedLambConfig,
 )
-from bert_ds.run_config import ConfigError
+from bert_ds.configuration.run_config import ConfigError
 
 _APEX = "NVIDIA's apex, built from https://github.com/NVIDIA/apex with its CUDA extensions"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from bert_ds.run_config import ScheduleConfig
+from bert_ds.configuration.run_config import ScheduleConfig
 
 
 def learning_rate(step: int, *, peak: float, schedule: ScheduleConfig, total_steps: int) -> float:

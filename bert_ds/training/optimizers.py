@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from bert_ds.optimizer_config import (
+from bert_ds.configuration.optimizer_config import (
     AdamWConfig,
     LambConfig,
     LansConfig,
@@ -16,7 +16,7 @@ from bert_ds.optimizer_config import (
     OptimizerConfig,
     StableAdamWConfig,
 )
-from bert_ds.run_config import ConfigError
+from bert_ds.configuration.run_config import ConfigError
 from bert_ds.training.elementwise_optimizers import AdamW, Lion, StableAdamW
 from bert_ds.training.foreign_optimizers import make_foreign_optimizer
 from bert_ds.training.lamb import Lamb, Lans

@@ -13,8 +13,8 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from bert_ds.configuration.run_config import ConfigError
 from bert_ds.ranks import Ranks
-from bert_ds.run_config import ConfigError
 from bert_ds.training.agreement import COLLECTIVE_TIMEOUT
 from bert_ds.training.deepspeed_names import missing_name
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deepspeed import DeepSpeedEngine
 
-from bert_ds.run_log import RunLog
+from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.agreement import gather_json
 from bert_ds.training.bad_steps import gradient_report, spelled, trouble_folder
 from bert_ds.training.checkpoints import load_before

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from bert_ds.ranks import EXIT_RUN_AGAIN
-from bert_ds.run_log import write_json
+from bert_ds.reporting.run_log import write_json
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1

@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 
+from bert_ds.configuration.run_config import ConfigError
 from bert_ds.ranks import CheckpointError, DataError
-from bert_ds.run_config import ConfigError
-from bert_ds.run_log import write_text
+from bert_ds.reporting.run_log import write_text
 from bert_ds.training.agreement import broadcast_json, gather_json
 from bert_ds.training.checkpoint_folder import candidates
 from bert_ds.training.restart import is_done

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bert_ds.run_config import ConfigError
+from bert_ds.configuration.run_config import ConfigError
 
 LOCK = "run.lock"
 RENEWED_EVERY_S = 20.0

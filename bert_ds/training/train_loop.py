@@ -13,7 +13,7 @@ from typing import Any
 from deepspeed import DeepSpeedEngine
 
 from bert_ds.ranks import CheckpointError, DivergedError
-from bert_ds.run_log import RunLog
+from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.bad_steps import gradient_report, trouble_folder, write_report
 from bert_ds.training.evaluation import Evaluation, named_means
 from bert_ds.training.hang_watchdog import Heartbeat

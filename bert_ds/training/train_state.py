@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bert_ds.run_config import ScheduleConfig
+from bert_ds.configuration.run_config import ScheduleConfig
 
 
 class MicroBatch(Protocol):

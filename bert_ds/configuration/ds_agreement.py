@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from bert_ds.config_problems import Problem, describe, did_you_mean, one_of
-from bert_ds.ds_keys import leaves
-from bert_ds.run_config import RunConfig, TrainedRun
+from bert_ds.configuration.config_problems import Problem, describe, did_you_mean, one_of
+from bert_ds.configuration.ds_keys import leaves
+from bert_ds.configuration.run_config import RunConfig, TrainedRun
 
 _DTYPES = {"half": "fp16", "float16": "fp16", "bfloat16": "bf16", "float": "fp32", "float32": "fp32"}
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bert_ds.config_files import (
+from bert_ds.configuration.config_files import (
     ConfigError,
     ConfigFile,
     apply_overrides,
@@ -24,13 +24,13 @@ from bert_ds.config_files import (
     set_value,
     shipped_file,
 )
-from bert_ds.config_problems import Problem
-from bert_ds.ds_agreement import disagreements, recipe_overrides
-from bert_ds.ds_batch import MicroBatch, split_batch
-from bert_ds.ds_effective import effective_settings
-from bert_ds.ds_keys import check_settings, setting_names
-from bert_ds.ds_support import unsupported_settings
-from bert_ds.run_config import RunConfig, TrainedRun, load_run_config, parse_run_config
+from bert_ds.configuration.config_problems import Problem
+from bert_ds.configuration.ds_agreement import disagreements, recipe_overrides
+from bert_ds.configuration.ds_batch import MicroBatch, split_batch
+from bert_ds.configuration.ds_effective import effective_settings
+from bert_ds.configuration.ds_keys import check_settings, setting_names
+from bert_ds.configuration.ds_support import unsupported_settings
+from bert_ds.configuration.run_config import RunConfig, TrainedRun, load_run_config, parse_run_config
 
 DEFAULT_RECIPE = "recipes/embedded_default.json"
 """What is trained without a recipe."""

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bert_ds.config_problems import MAX_PROBLEMS, Problem, did_you_mean, found_wanted, one_of
+from bert_ds.configuration.config_problems import MAX_PROBLEMS, Problem, did_you_mean, found_wanted, one_of
 
 Node = dict[str, Any]
 

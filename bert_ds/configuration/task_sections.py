@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bert_ds.config_section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from bert_ds.configuration.config_section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
 class FreezeConfig(Section):

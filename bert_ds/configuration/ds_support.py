@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Any
 
-from bert_ds.config_problems import Problem, describe, found_wanted, one_of
-from bert_ds.ds_keys import default_of, leaves
+from bert_ds.configuration.config_problems import Problem, describe, found_wanted, one_of
+from bert_ds.configuration.ds_keys import default_of, leaves
 
 _ELSEWHERE = "this project does not do that"
 _OWN_CHECKPOINTS = "checkpoints are written and verified by this project's own engine"

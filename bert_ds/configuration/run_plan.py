@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from bert_ds.config_files import ConfigError
-from bert_ds.config_problems import Problem
-from bert_ds.ds_batch import MicroBatch, split_batch
-from bert_ds.ds_config import DsConfig, pair_problems
-from bert_ds.run_checks import (
+from bert_ds.configuration.config_files import ConfigError
+from bert_ds.configuration.config_problems import Problem
+from bert_ds.configuration.ds_batch import MicroBatch, split_batch
+from bert_ds.configuration.ds_config import DsConfig, pair_problems
+from bert_ds.configuration.run_checks import (
     corpus_tokens,
     named_files,
     recipe_problems,
     recipe_warnings,
     spread_problems,
 )
-from bert_ds.run_config import RunConfig
-from bert_ds.run_size import (
+from bert_ds.configuration.run_config import RunConfig
+from bert_ds.configuration.run_size import (
     FLOPS_SOURCE,
     MemoryEstimate,
     activation_bytes,

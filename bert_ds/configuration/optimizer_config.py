@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bert_ds.config_section import Beta, NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
+from bert_ds.configuration.config_section import Beta, NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
 
 
 class MomentConfig(Section):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bert_ds.config_section import PositiveInt, Section
+from bert_ds.configuration.config_section import PositiveInt, Section
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Column = Name | Annotated[int, Field(ge=-64, le=1000)]

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
-from bert_ds.run_figures import Picture
-from bert_ds.run_history import RunHistory, number, summary_lines
+from bert_ds.reporting.run_figures import Picture
+from bert_ds.reporting.run_history import RunHistory, number, summary_lines
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1120px; padding: 0 1rem; color: #222 }

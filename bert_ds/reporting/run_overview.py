@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from bert_ds.config_problems import printable
+from bert_ds.configuration.config_problems import printable
 from bert_ds.exit_record import read_exits
 from bert_ds.ranks import EXIT_DIVERGED, EXIT_DONE, EXIT_RUN_AGAIN
 from bert_ds.slurm_queue import QueuedJob

@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bert_ds.run_config import ConfigError
-from bert_ds.run_history import Band, RunHistory, number
+from bert_ds.configuration.run_config import ConfigError
+from bert_ds.reporting.run_history import Band, RunHistory, number
 
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#3465a4", "#d9730d", "#3d8f4d", "#c0392b", "#888888"
 _COLUMNS = 4

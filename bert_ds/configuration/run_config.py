@@ -17,7 +17,7 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import Field, ValidationError, model_validator
 
-from bert_ds.config_files import (
+from bert_ds.configuration.config_files import (
     ConfigError,
     ConfigFile,
     apply_overrides,
@@ -26,8 +26,8 @@ from bert_ds.config_files import (
     resolve_paths,
     shipped_file,
 )
-from bert_ds.config_problems import section_problems
-from bert_ds.config_section import (
+from bert_ds.configuration.config_problems import section_problems
+from bert_ds.configuration.config_section import (
     DropoutProbability,
     NonNegativeFloat,
     NonNegativeInt,
@@ -36,7 +36,7 @@ from bert_ds.config_section import (
     Section,
     Size,
 )
-from bert_ds.corpus_config import (
+from bert_ds.configuration.corpus_config import (
     IGNORE_INDEX,
     EmbeddedCorpus,
     MaskingConfig,
@@ -44,7 +44,7 @@ from bert_ds.corpus_config import (
     ShardCorpus,
     ShardSource,
 )
-from bert_ds.optimizer_config import AdamWConfig, LambConfig, OptimizerConfig, ScheduleConfig
+from bert_ds.configuration.optimizer_config import AdamWConfig, LambConfig, OptimizerConfig, ScheduleConfig
 
 __all__ = [
     "IGNORE_INDEX",

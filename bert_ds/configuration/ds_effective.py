@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from bert_ds.ds_batch import MicroBatch
-from bert_ds.ds_keys import known_settings
-from bert_ds.ds_support import SWITCHED_OFF
-from bert_ds.run_config import TrainedRun
+from bert_ds.configuration.ds_batch import MicroBatch
+from bert_ds.configuration.ds_keys import known_settings
+from bert_ds.configuration.ds_support import SWITCHED_OFF
+from bert_ds.configuration.run_config import TrainedRun
 
 _WRITTEN_OUT = (
     *("zero_optimization", "bf16", "fp16", "data_types", "activation_checkpointing", "flops_profiler", "checkpoint"),

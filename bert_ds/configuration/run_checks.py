@@ -11,8 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bert_ds.config_problems import Problem, describe
-from bert_ds.run_config import EmbeddedCorpus, ModelConfig, RunConfig, ScheduleConfig, ShardCorpus, TrainedRun
+from bert_ds.configuration.config_problems import Problem, describe
+from bert_ds.configuration.run_config import (
+    EmbeddedCorpus,
+    ModelConfig,
+    RunConfig,
+    ScheduleConfig,
+    ShardCorpus,
+    TrainedRun,
+)
 
 MAX_JSON_BYTES = 64_000_000
 MODEL_SIZES = (

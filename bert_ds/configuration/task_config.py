@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from bert_ds.config_files import (
+from bert_ds.configuration.config_files import (
     ConfigError,
     ConfigFile,
     apply_overrides,
@@ -29,17 +29,17 @@ from bert_ds.config_files import (
     resolve_paths,
     shipped_file,
 )
-from bert_ds.config_problems import Problem, did_you_mean, found_wanted, one_of, section_problems
-from bert_ds.config_section import (
+from bert_ds.configuration.config_problems import Problem, did_you_mean, found_wanted, one_of, section_problems
+from bert_ds.configuration.config_section import (
     DropoutProbability,
     Section,
     Size,
 )
-from bert_ds.optimizer_config import AdamWConfig, OptimizerConfig, ScheduleConfig
-from bert_ds.run_config import CheckpointConfig, ModelConfig, TrainingConfig
-from bert_ds.task_data_config import DataFile, TaskDataConfig
-from bert_ds.task_kinds import KIND_FACTS, KindName
-from bert_ds.task_sections import (
+from bert_ds.configuration.optimizer_config import AdamWConfig, OptimizerConfig, ScheduleConfig
+from bert_ds.configuration.run_config import CheckpointConfig, ModelConfig, TrainingConfig
+from bert_ds.configuration.task_data_config import DataFile, TaskDataConfig
+from bert_ds.configuration.task_kinds import KIND_FACTS, KindName
+from bert_ds.configuration.task_sections import (
     EmbeddingConfig,
     FreezeConfig,
     PromptConfig,

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bert_ds.config_secrets import is_secret_name, is_secret_value
+from bert_ds.configuration.config_secrets import is_secret_name, is_secret_value
 from bert_ds.ranks import Ranks
 
 _PACKAGES = ("bert-ds", "torch", "deepspeed", "triton", "transformers", "tokenizers", "numpy", "pydantic")
@@ -238,7 +238,7 @@ def _rank_logger(run_dir: Path, ranks: Ranks) -> logging.Logger:
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(run_dir / "logs" / f"rank_{ranks.rank}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger(f"bert_ds.run_log.{id(handler)}")
+    logger = logging.getLogger(f"bert_ds.reporting.run_log.{id(handler)}")
     logger.propagate = False
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
@@ -262,7 +262,7 @@ def _short(value: Any) -> str:
 
 def _commit() -> str | None:
     """Return the commit of this source tree, with "+changes" where files differ; None outside a git tree."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

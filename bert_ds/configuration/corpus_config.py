@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from bert_ds.config_section import PositiveInt, Probability, Section
+from bert_ds.configuration.config_section import PositiveInt, Probability, Section
 
 IGNORE_INDEX = -100
 """Label of a position or sequence that has no target."""

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bert_ds.config_problems import MAX_PROBLEMS, Problem, describe
-from bert_ds.config_secrets import is_secret_name, is_secret_value, secret_text
+from bert_ds.configuration.config_problems import MAX_PROBLEMS, Problem, describe
+from bert_ds.configuration.config_secrets import is_secret_name, is_secret_value, secret_text
 
 MAX_BYTES = 200_000
 MAX_DEPTH = 16
@@ -54,7 +54,7 @@ def shipped_file(name: str) -> Path:
     Args:
         name: as in "recipes/embedded_default.json".
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package.parent / "ds_configs", package / "_shipped/ds_configs"):
         if (folder / name).is_file():
             return folder / name

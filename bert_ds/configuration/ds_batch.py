@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bert_ds.config_problems import Problem
-from bert_ds.run_config import TrainedRun
+from bert_ds.configuration.config_problems import Problem
+from bert_ds.configuration.run_config import TrainedRun
 
 AUTO_TOKENS = 16_384
 """Upper bound on the tokens of a micro-batch that is "auto"."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bert_ds.run_config import ModelConfig, RunConfig
+from bert_ds.configuration.run_config import ModelConfig, RunConfig
 
 FLOPS_SOURCE = (
     "6 per matrix weight and token for forward and backward (Kaplan et al. 2020, arXiv 2001.08361), 12 L D S for "

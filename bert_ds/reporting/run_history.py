@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bert_ds.ranks import DataError
-from bert_ds.run_log import read_metrics, read_rows
+from bert_ds.reporting.run_log import read_metrics, read_rows
 
 Row = Mapping[str, Any]
 
