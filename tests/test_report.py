@@ -128,7 +128,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_figures_say_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match=r"pip install 'bert-ds\[plots\]'"):
+    with pytest.raises(ConfigError, match=r"pip install matplotlib"):
         draw_figures(read_history(written(tmp_path, START, logged("train", 1))))
 
 

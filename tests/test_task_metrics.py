@@ -19,5 +19,5 @@ def test_a_missing_package_is_named_before_anything_is_trained(monkeypatch: pyte
 
     require_metrics()
     monkeypatch.setattr(importlib.util, "find_spec", without_sklearn)
-    with pytest.raises(ConfigError, match=r"^sklearn not installed: .*bert-ds\[downstream\]"):
+    with pytest.raises(ConfigError, match=r"^sklearn not installed: .*pip install scikit-learn scipy"):
         require_metrics()

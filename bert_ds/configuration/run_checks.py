@@ -103,7 +103,7 @@ def recipe_warnings(run: RunConfig) -> list[str]:
         if every is not None and every > training.total_steps:
             warnings.append(f"{name}.every_steps {every} is more than training.total_steps {training.total_steps}")
     if masking.word_segmenter == "jieba" and importlib.util.find_spec("jieba") is None:
-        warnings.append('masking.word_segmenter is "jieba", which is not installed here: pip install bert-ds[zh]')
+        warnings.append('masking.word_segmenter is "jieba", which is not installed here: pip install jieba')
     return warnings
 
 

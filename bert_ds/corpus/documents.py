@@ -179,7 +179,7 @@ def _read_parquet(file: InputFile, text_field: str) -> Iterator[Document]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise DataError(f'{file.path} needs the package pyarrow: pip install "bert-ds[data]"') from None
+        raise DataError(f"{file.path} needs the package pyarrow: pip install pyarrow") from None
     with open_seekable(file) as stream:
         try:
             table = parquet.ParquetFile(stream, buffer_size=1 << 20)

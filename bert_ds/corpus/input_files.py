@@ -126,7 +126,7 @@ class _ZstdReader(io.RawIOBase):
         try:
             import zstandard
         except ImportError:
-            raise DataError(f'{path} needs the package zstandard: pip install "bert-ds[data]"') from None
+            raise DataError(f"{path} needs the package zstandard: pip install zstandard") from None
         self._library = zstandard
         self._raw = raw
         self._path = path

@@ -15,9 +15,7 @@ def require_metrics() -> None:
     """Raise ConfigError unless the packages that figures come from are installed, before anything is trained."""
     missing = [name for name in ("sklearn", "scipy") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(
-            f"{', '.join(missing)} not installed: metrics of a task want pip install 'bert-ds[downstream]'"
-        )
+        raise ConfigError(f"{', '.join(missing)} not installed: metrics of a task want pip install scikit-learn scipy")
 
 
 def class_figures(gold: Sequence[str], found: Sequence[str], labels: Sequence[str]) -> dict[str, float]:

@@ -58,7 +58,7 @@ def write_onnx(folder: Path, output: Path) -> OnnxCheck:
     """
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f'{", ".join(missing)} not installed: --onnx wants pip install "bert-ds[onnx]"')
+        raise ConfigError(f"{', '.join(missing)} not installed: --onnx wants pip install {' '.join(_PACKAGES)}")
     model = _load(folder)
     _export(model, output / ONNX_FILE)
     check = verify_onnx(model, output / ONNX_FILE)

@@ -34,9 +34,7 @@ def draw_figures(history: RunHistory) -> list[Picture]:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigError(
-            "the figures of a report need matplotlib, which is not installed: pip install 'bert-ds[plots]'"
-        ) from error
+        raise ConfigError("the figures of a report need matplotlib: pip install matplotlib") from error
     pictures = [_losses(history), _rates(history), _speed(history)]
     if history.evaluations:
         pictures.insert(1, _evaluation(history))
