@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 if __name__ == "__main__":  # a script run by path finds its package beside itself
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -28,6 +28,8 @@ from bert_ds.slurm_queue import read_queue
 
 COLUMNS = ("run", "state", "step", "loss", "tokens/s", "ETA", "starts", "job", "updated", "note")
 RIGHT = ("step", "loss", "tokens/s", "ETA", "starts", "job", "updated")
+WRAPPED = ("run", "note")
+"""Shown whole in a narrow terminal: runs are told apart by the end of their path."""
 COLORS = {"running": "green", "waiting": "cyan", "stopped": "yellow", "done": "dim"}
 
 
@@ -108,9 +110,9 @@ def rich_table(found: Sequence[RunOverview]) -> Any:
 
     table = Table(box=None, header_style="bold", expand=True)
     for name in COLUMNS:
-        table.add_column(
-            name, justify="right" if name in RIGHT else "left", no_wrap=name != "note", overflow="ellipsis"
-        )
+        wraps = name in WRAPPED
+        overflow: Literal["fold", "ellipsis"] = "fold" if wraps else "ellipsis"
+        table.add_column(name, justify="right" if name in RIGHT else "left", no_wrap=not wraps, overflow=overflow)
     for one in found:
         style = COLORS.get(one.state, "red")
         texts = cells(one, now=time.time())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import select
@@ -282,3 +283,18 @@ def test_piped_and_watched_it_prints_one_table_after_the_other(tmp_path: Path) -
     process.stdout.close()
     assert found == [["run", "state"], [f"{tmp_path}/runs/a", "done"]] * 2
     assert process.wait(timeout=30) == 0, "a reader that goes away is no error"
+
+
+def test_a_narrow_terminal_shows_the_whole_path_of_a_run(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from bert_ds import runs
+
+    run_dir = make_run(
+        tmp_path / "experiments" / ("bert_large_phase1_" + "x" * 60) / "seed_3", metrics=rows(40), job="17"
+    )
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(runs.rich_table([overview(run_dir, RUNNING)]))
+    lines = console.export_text().splitlines()
+    width = lines[0].index("state")
+    assert "".join(line[:width].strip() for line in lines[1:]) == str(run_dir)
