@@ -23,6 +23,7 @@ SINGLE_VERBS = (
     "export_hf",
     "report",
     "show_masks",
+    "probe",
 )
 """Verbs that run once, on one machine."""
 

@@ -1,9 +1,12 @@
-"""The report of each class as text, and the confusion matrix as text and as a picture where matplotlib is installed."""
+"""Figures of tasks: the report of each class, the confusion matrix, the probes of the layers.
+
+Pictures are drawn where matplotlib is installed.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,4 +60,20 @@ def draw_confusion(path: Path, counts: np.ndarray, labels: Sequence[str]) -> Non
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=color)
     figure.colorbar(image, label="share of the true label")
+    figure.savefig(path, dpi=120)
+
+
+def draw_probes(path: Path, accuracies: Mapping[str, Sequence[float]]) -> None:
+    """Draw accuracy over layers, a line per model, layer 0 first; nothing where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, values in accuracies.items():
+        axes.plot(range(len(values)), values, marker="o", label=name)
+    axes.set_xlabel("layer (0: the embeddings)")
+    axes.set_ylabel("accuracy of a linear classifier")
+    axes.legend()
     figure.savefig(path, dpi=120)

@@ -9,9 +9,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from bert_ds.configuration.run_config import ModelConfig
+from bert_ds.encoder.fused_ops import fused_ops
 from bert_ds.encoder.heads import BertForPreTraining
 from bert_ds.encoder.hf_folder import load_hf_folder, read_json
 from bert_ds.encoder.hf_mapping import encoder_from_hf, from_hf, modern_names
+from bert_ds.encoder.modeling_bert import BertEncoder, initialise_weights
 from bert_ds.ranks import CheckpointError, DataError
 
 
@@ -53,6 +55,26 @@ def load_masked_lm(folder: Path, *, kernels: str = "auto") -> BertForPreTraining
     model = BertForPreTraining(source.config, kernels=kernels, has_pair_head=has_pair_head)
     model.load_state_dict(from_hf(tensors, source.config, has_pair_head=has_pair_head))
     return model.eval()
+
+
+def make_encoder(
+    config: ModelConfig, tensors: Mapping[str, Tensor] | None, *, kernels: str = "auto", init_seed: int = 0
+) -> BertEncoder:
+    """Return an encoder without a pooler, in evaluation mode on the CPU.
+
+    Args:
+        config: its shape.
+        tensors: of `Pretrained`; None for random weights.
+        kernels: see `fused_ops`.
+        init_seed: of the random weights.
+    """
+    encoder = BertEncoder(config, fused_ops(kernels), has_pooler=False)
+    if tensors is None:
+        initialise_weights(encoder, config, seed=init_seed)
+    else:
+        own = encoder.state_dict()
+        encoder.load_state_dict({name: tensors[f"bert.{name}"] for name in own})
+    return encoder.eval()
 
 
 def check_tokenizer(folder: Path, *, vocab_size: int, fingerprint: str) -> None:
