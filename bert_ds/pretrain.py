@@ -22,13 +22,15 @@ from bert_ds.command_line import add_launch_options, make_parser, run_main
 from bert_ds.configuration.ds_config import load_pair, resolve_ds_config
 from bert_ds.configuration.run_config import RunConfig, dump_run_config
 from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table
-from bert_ds.corpus.collate import PackedBatch
+from bert_ds.corpus.collate import PackedBatch, with_teacher_counts
 from bert_ds.corpus.embedded import CorpusFolders, build_embedded, embedded_folders
 from bert_ds.corpus.loader import DataSettings, PretrainingData, Source
 from bert_ds.corpus.shards import MANIFEST
 from bert_ds.corpus.wordpiece import load_tokenizer
+from bert_ds.encoder.distillation import DistilledBert
 from bert_ds.encoder.heads import BertForPreTraining
-from bert_ds.encoder.initial_weights import load_initial_weights
+from bert_ds.encoder.initial_weights import load_initial_weights, start_from_layers
+from bert_ds.encoder.pretrained import check_tokenizer, load_masked_lm
 from bert_ds.ranks import EXIT_DONE, EXIT_RUN_AGAIN, CheckpointError, Ranks, read_ranks
 from bert_ds.reporting.run_log import RunLog, write_environment
 from bert_ds.training.checkpoint_folder import find_checkpoint
@@ -74,7 +76,7 @@ def pretrain(
     log = RunLog(run_dir, ranks, total_steps=run.training.total_steps)
     write_environment(run_dir, ranks, devices=[device_name()])
     data = open_corpus(run, run_dir, log=log)
-    engine = build_engine(plan, ds_config)
+    engine = build_engine(plan, ds_config, run_dir)
     if args.dry_run or args.find_micro_batch:
         return try_longest(engine, data, plan, log=log, search=args.find_micro_batch)
 
@@ -162,16 +164,10 @@ def open_corpus(run: RunConfig, run_dir: Path, *, log: RunLog) -> PretrainingDat
     return PretrainingData(sources, folders.tokenizer, settings=settings, cache_dir=run_dir / "examples")
 
 
-def build_engine(plan: RunPlan, ds_config: dict[str, Any]) -> DeepSpeedEngine:
+def build_engine(plan: RunPlan, ds_config: dict[str, Any], run_dir: Path) -> DeepSpeedEngine:
     """Make model and optimizer and hand them to DeepSpeed; a collective."""
     run = plan.run
-    model = BertForPreTraining(
-        run.model,
-        kernels=run.training.kernels,
-        has_pair_head=plan.has_pair_head,
-        activation_checkpointing=plan.ds.activation_checkpointing,
-        init_seed=run.seed,
-    )
+    model = build_model(plan, run_dir)
     if run.init_from is not None:
         load_initial_weights(model, Path(run.init_from), read_run=read_run_weights)
     optimizer = make_optimizer(
@@ -182,6 +178,27 @@ def build_engine(plan: RunPlan, ds_config: dict[str, Any]) -> DeepSpeedEngine:
         kernels=run.training.kernels,
     )
     return make_engine(model, optimizer, ds_config)
+
+
+def build_model(plan: RunPlan, run_dir: Path) -> BertForPreTraining:
+    """Make the model, with its teacher where the recipe names one."""
+    run, distillation = plan.run, plan.run.distillation
+    options: dict[str, Any] = {
+        "kernels": run.training.kernels,
+        "has_pair_head": plan.has_pair_head,
+        "activation_checkpointing": plan.ds.activation_checkpointing,
+        "init_seed": run.seed,
+    }
+    if distillation is None:
+        return BertForPreTraining(run.model, **options)
+    folder, tokenizer = Path(distillation.teacher), load_tokenizer(run_dir / "tokenizer")
+    check_tokenizer(folder, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
+    multiple = run.model.pad_vocab_size_to_multiple_of
+    teacher = load_masked_lm(folder, kernels=run.training.kernels, pad_vocab_size_to_multiple_of=multiple)
+    student = DistilledBert(run.model, teacher=teacher, settings=distillation, **options)
+    if distillation.init_layers is not None:
+        start_from_layers(student, teacher, distillation.init_layers)
+    return student
 
 
 def read_run_weights(run_dir: Path) -> Mapping[str, Tensor]:
@@ -217,21 +234,30 @@ def make_throughput(plan: RunPlan, data: PretrainingData) -> Throughput:
 
 def training_batches(plan: RunPlan, data: PretrainingData, ranks: Ranks, *, start: int) -> Iterator[list[PackedBatch]]:
     """Yield this rank's micro-batches of every step's place in the order of the data, from `start`, counted from 0."""
-    return data.step_batches(
+    steps = data.step_batches(
         start,
         rank=ranks.rank,
         world_size=ranks.world_size,
         micro_batch_size=plan.micro_batch_size,
         num_workers=plan.run.training.num_workers,
     )
+    return ([counted(plan.run, batch) for batch in step] for step in steps)
 
 
 def validation_batches(run: RunConfig, data: PretrainingData, ranks: Ranks) -> Iterator[PackedBatch]:
     """Yield this rank's held-out batches, the same at every evaluation."""
     settings = run.evaluation
-    return data.evaluation_batches(
+    batches = data.evaluation_batches(
         settings.num_examples, batch_size=settings.batch_size, rank=ranks.rank, world_size=ranks.world_size
     )
+    return (counted(run, batch) for batch in batches)
+
+
+def counted(run: RunConfig, batch: PackedBatch) -> PackedBatch:
+    """Return the batch with a count for every loss term of the model."""
+    if run.distillation is None:
+        return batch
+    return with_teacher_counts(batch, hidden=run.distillation.hidden_weight > 0)
 
 
 def source_facts(data: PretrainingData, step: int) -> dict[str, Any]:
@@ -261,12 +287,16 @@ def loop_plan(run: RunConfig) -> TrainPlan:
 
 def try_longest(engine: DeepSpeedEngine, data: PretrainingData, plan: RunPlan, *, log: RunLog, search: bool) -> int:
     """Take a step on the longest possible batch, or look for the largest micro-batch that fits; a collective."""
+
+    def longest(size: int) -> PackedBatch:
+        return counted(plan.run, data.longest_batch(size))
+
     if search:
         limit = plan.micro_batch_size * plan.accumulation
-        best = largest_that_fits(lambda size: fits_in_memory(engine, data.longest_batch(size)), start=1, limit=limit)
+        best = largest_that_fits(lambda size: fits_in_memory(engine, longest(size)), start=1, limit=limit)
         log.info(f'"train_micro_batch_size_per_gpu": {best}' if best else "not even a micro-batch of 1 fits")
         return EXIT_DONE
-    probe = probe_longest(engine, data.longest_batch(plan.micro_batch_size))
+    probe = probe_longest(engine, longest(plan.micro_batch_size))
     log.info(
         f"dry run: one step of {probe.num_tokens:.0f} tokens took {probe.seconds:.2f} s and "
         f"{probe.peak_bytes / 2**30:.2f} GiB at its peak, loss {probe.mean_loss:.4f}"

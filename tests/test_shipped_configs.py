@@ -28,7 +28,7 @@ def test_the_promised_files_are_shipped() -> None:
     assert [path.stem for path in DEEPSPEED] == ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
     assert [path.stem for path in RECIPES] == [
         *("bert_base_phase1", "bert_base_phase2", "bert_base_zh", "bert_large_phase1", "bert_large_phase2"),
-        *("bert_original", "bert_original_phase2", "embedded_default"),
+        *("bert_original", "bert_original_phase2", "distilbert_base", "embedded_default"),
     ]
 
 
@@ -150,7 +150,7 @@ def test_another_value_is_refused_or_takes_effect(
         assert str(error)
         return
     understood = block_of(recipe if file in RECIPES else effective, path)[path[-1]]
-    if isinstance(value, str) and file in RECIPES and path[-1] in ("path", "tokenizer", "init_from"):
+    if isinstance(value, str) and file in RECIPES and path[-1] in ("path", "tokenizer", "init_from", "teacher"):
         assert understood.endswith(value)
     elif file in DEEPSPEED and value in ("auto", None):
         assert understood != "auto"

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from bert_ds.configuration.config_problems import Problem, describe
 from bert_ds.configuration.run_config import (
     EmbeddedCorpus,
@@ -42,6 +44,8 @@ def recipe_problems(run: RunConfig) -> list[Problem]:
     if sequences.sentence_pair != "none" and model.type_vocab_size < 2:
         text = f'{model.type_vocab_size} segment is too few for sentence_pair "{sequences.sentence_pair}", wanted 2'
         problems.append(Problem("model.type_vocab_size", text))
+    if run.distillation is not None and run.distillation.init_layers is not None:
+        problems += _init_layers_problems(run, run.distillation.init_layers)
     predictions = run.masking.max_predictions_per_seq
     if predictions is not None and predictions > sequences.max_seq_length:
         text = f"{predictions} is more than sequences.max_seq_length {sequences.max_seq_length}"
@@ -119,6 +123,8 @@ def named_files(run: RunConfig) -> tuple[list[Problem], list[str]]:
         ("masking.word_list", run.masking.word_list, lambda path: None),
         ("init_from", run.init_from, lambda path: _weights_problem(path, run.model)),
     ]
+    if run.distillation is not None:
+        checks.append(("distillation.teacher", run.distillation.teacher, lambda path: _teacher_problem(path, run)))
     if isinstance(run.corpus, ShardCorpus):
         vocab_size = run.model.vocab_size
         checks.append(("corpus.tokenizer", run.corpus.tokenizer, lambda path: _tokenizer_problem(path, vocab_size)))
@@ -140,6 +146,17 @@ def named_files(run: RunConfig) -> tuple[list[Problem], list[str]]:
     return problems + _fingerprint_problems(run.corpus), missing
 
 
+def teacher_model(run: RunConfig) -> ModelConfig | None:
+    """Return the shape of the model that teaches; None where there is none, or where it is not here."""
+    content = _read_json(Path(run.distillation.teacher) / "config.json") if run.distillation is not None else None
+    if not isinstance(content, dict):
+        return None
+    try:
+        return ModelConfig(**{name: content[name] for name in MODEL_SIZES if name in content})
+    except ValidationError:
+        return None
+
+
 def corpus_tokens(run: RunConfig) -> int | None:
     """Return the training tokens of one epoch, weights applied; None where a manifest is not there."""
     if not isinstance(run.corpus, ShardCorpus):
@@ -152,6 +169,43 @@ def corpus_tokens(run: RunConfig) -> int | None:
             return None
         total += tokens * source.weight
     return int(total)
+
+
+def _init_layers_problems(run: RunConfig, init_layers: tuple[int, ...]) -> list[Problem]:
+    where, number = "distillation.init_layers", run.model.num_hidden_layers
+    if run.init_from is not None:
+        return [Problem(where, "both it and init_from say where the weights start: wanted one of them")]
+    if len(init_layers) != number:
+        text = f"names {len(init_layers)} layers of the teacher, model.num_hidden_layers is {number}"
+        return [Problem(where, text)]
+    return []
+
+
+def _teacher_problem(folder: Path, run: RunConfig) -> str | None:
+    """Say what keeps the model in a folder from teaching this one."""
+    content = _read_json(folder / "config.json")
+    if not isinstance(content, dict):
+        return f"{folder} holds no config.json: wanted an exported model, for example the hf/ of a run"
+    distillation = run.distillation
+    assert distillation is not None
+    equal = ["vocab_size"]
+    if distillation.init_layers is not None:
+        equal = [name for name in MODEL_SIZES if name != "num_hidden_layers"]
+    elif distillation.hidden_weight:
+        equal.append("hidden_size")
+    wrong = [
+        f"{name} {describe(content.get(name))} (here {getattr(run.model, name)})"
+        for name in equal
+        if content.get(name) != getattr(run.model, name)
+    ]
+    if wrong:
+        return f"the teacher has {', '.join(wrong)}"
+    layers, positions = content.get("num_hidden_layers", 0), content.get("max_position_embeddings", 0)
+    if distillation.init_layers is not None and max(distillation.init_layers) >= layers:
+        return f"the teacher has {layers} layers, init_layers names {max(distillation.init_layers)} (counted from 0)"
+    if positions < run.max_seq_length:
+        return f"the teacher has {positions} positions, sequences.max_seq_length is {run.max_seq_length}"
+    return None
 
 
 def _tokenizer_problem(folder: Path, vocab_size: int) -> str | None:

@@ -44,6 +44,7 @@ from bert_ds.configuration.corpus_config import (
     ShardCorpus,
     ShardSource,
 )
+from bert_ds.configuration.distillation_config import DistillationConfig
 from bert_ds.configuration.optimizer_config import AdamWConfig, LambConfig, OptimizerConfig, ScheduleConfig
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "AdamWConfig",
     "CheckpointConfig",
     "ConfigError",
+    "DistillationConfig",
     "EmbeddedCorpus",
     "EvaluationConfig",
     "LambConfig",
@@ -70,7 +72,10 @@ __all__ = [
     "shipped_file",
 ]
 
-RECIPE_PATHS = ("init_from", "corpus.tokenizer", "corpus.sources.*.path", "masking.word_list", "$schema")
+RECIPE_PATHS = (
+    *("init_from", "corpus.tokenizer", "corpus.sources.*.path", "masking.word_list", "distillation.teacher"),
+    "$schema",
+)
 """Settings that name a file or folder; `*` stands for every item of a list."""
 
 
@@ -232,6 +237,8 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     recovery: RecoveryConfig = RecoveryConfig()
+    distillation: DistillationConfig | None = None
+    """A larger model that teaches this one; null trains without."""
 
     @property
     def max_seq_length(self) -> int:

@@ -17,8 +17,9 @@ from bert_ds.configuration.run_checks import (
     recipe_problems,
     recipe_warnings,
     spread_problems,
+    teacher_model,
 )
-from bert_ds.configuration.run_config import RunConfig
+from bert_ds.configuration.run_config import ModelConfig, RunConfig
 from bert_ds.configuration.run_size import (
     FLOPS_SOURCE,
     MemoryEstimate,
@@ -28,6 +29,7 @@ from bert_ds.configuration.run_size import (
     flops_per_token,
     kept_checkpoints,
     memory_estimate,
+    teacher_flops_per_token,
 )
 
 
@@ -46,6 +48,8 @@ class RunPlan:
     """What works and may not be meant."""
     corpus_tokens: int | None = None
     """Tokens of one epoch, where the shards are there."""
+    teacher: ModelConfig | None = None
+    """Shape of the model that teaches, where there is one and its folder is there."""
 
     @property
     def zero_stage(self) -> int:
@@ -88,8 +92,17 @@ class RunPlan:
         return count_parameters(self.run.model, has_pair_head=self.has_pair_head)
 
     def flops_per_token(self, mean_length: float) -> float:
-        """FLOPs of forward and backward per token that is no padding, for sequences of this mean length."""
-        return flops_per_token(self.run, mean_length)
+        """FLOPs of forward and backward per token that is no padding, for sequences of this mean length.
+
+        A teacher's forward pass is part of them.
+        """
+        own = flops_per_token(self.run, mean_length)
+        return own if self.teacher is None else own + teacher_flops_per_token(self.teacher, self.run, mean_length)
+
+    @property
+    def num_teacher_parameters(self) -> int:
+        """Weights of the teacher that are used, 0 without one."""
+        return 0 if self.teacher is None else count_parameters(self.teacher, has_pair_head=False)
 
     def tokens_per_step(self, mean_length: float) -> float:
         """Tokens of a step for examples of this mean length."""
@@ -101,7 +114,12 @@ class RunPlan:
         activations = activation_bytes(self.run, self.micro_batch_size, recompute=self.ds.activation_checkpointing)
         offload = self.ds.offload_optimizer != "none" and stage > 0
         return memory_estimate(
-            self.run, stage=stage, world_size=self.world_size, offload=offload, activations=activations
+            self.run,
+            stage=stage,
+            world_size=self.world_size,
+            offload=offload,
+            activations=activations,
+            num_fixed=self.num_teacher_parameters,
         )
 
     @property
@@ -141,7 +159,8 @@ def make_plan(run: RunConfig, ds: DsConfig, world_size: int, *, gpu_memory_bytes
         raise ConfigError("\n".join(lines))
     assert isinstance(batch, MicroBatch)
     warnings = (*missing, *recipe_warnings(run), *_spread_warnings(run, ds, batch))
-    plan = RunPlan(run, ds, world_size, batch.size, batch.accumulation, warnings, corpus_tokens(run))
+    tokens, teacher = corpus_tokens(run), teacher_model(run)
+    plan = RunPlan(run, ds, world_size, batch.size, batch.accumulation, warnings, tokens, teacher)
     return _with_memory_warning(plan, gpu_memory_bytes)
 
 
@@ -163,6 +182,8 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ("FLOPs per token", f"{flops:.3e} at length {length}; {FLOPS_SOURCE}"),
         ("FLOPs of the run", f"at most {flops * plan.examples_seen * length:.3e}"),
     ]
+    if plan.teacher is not None:
+        rows.insert(6, ("teacher", f"{plan.num_teacher_parameters:,} parameters, whole on every rank"))
     rows += [_memory_row(plan, stage) for stage in (0, 1, 2, 3)]
     kept = kept_checkpoints(run)
     disk = f"{size_text(plan.checkpoint_bytes)} each, {size_text(plan.disk_bytes)} for {kept} at a time (estimate)"

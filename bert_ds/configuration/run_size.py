@@ -61,7 +61,16 @@ def flops_per_token(run: RunConfig, mean_length: float) -> float:
         run: the recipe.
         mean_length: tokens of a sequence; sequences of unequal length cost a little more, attention being quadratic.
     """
-    model, masking = run.model, run.masking
+    return _model_flops(run.model, run, mean_length)
+
+
+def teacher_flops_per_token(teacher: ModelConfig, run: RunConfig, mean_length: float) -> float:
+    """Return FLOPs of the forward pass of a model that teaches: a third of forward and backward."""
+    return _model_flops(teacher, run, mean_length) / 3
+
+
+def _model_flops(model: ModelConfig, run: RunConfig, mean_length: float) -> float:
+    masking = run.masking
     hidden, layers = model.hidden_size, model.num_hidden_layers
     layer_weights = 4 * hidden * hidden + 2 * hidden * model.intermediate_size
     predictions = masking.mlm_probability * mean_length
@@ -95,7 +104,9 @@ def activation_bytes(run: RunConfig, micro_batch_size: int, *, recompute: bool) 
     return (layers + logits) * width
 
 
-def memory_estimate(run: RunConfig, *, stage: int, world_size: int, offload: bool, activations: int) -> MemoryEstimate:
+def memory_estimate(
+    run: RunConfig, *, stage: int, world_size: int, offload: bool, activations: int, num_fixed: int = 0
+) -> MemoryEstimate:
     """Estimate the memory of one rank under a ZeRO stage (Rajbhandari et al. 2020, arXiv 1910.02054).
 
     Low precision p = 2 bytes: weights 2 N, gradients 2 N and fp32 accumulation 4 N where the stage has it, master 4 N,
@@ -108,6 +119,7 @@ def memory_estimate(run: RunConfig, *, stage: int, world_size: int, offload: boo
         world_size: ranks.
         offload: master weights, moments and accumulated gradients lie in the memory of the host.
         activations: bytes of `activation_bytes`.
+        num_fixed: parameters of a teacher, which every rank holds whole.
     """
     number = count_parameters(run.model, has_pair_head=run.sequences.sentence_pair != "none")
     width = _BYTES[run.training.precision]
@@ -119,7 +131,7 @@ def memory_estimate(run: RunConfig, *, stage: int, world_size: int, offload: boo
     owned = number if stage == 0 else shard
     optimizer = owned * (moments + master)
     embedding = run.model.padded_vocab_size * run.model.hidden_size
-    weights = number * width if stage < 3 else (shard + 2 * embedding) * width
+    weights = (number if stage < 3 else shard + 2 * embedding) * width + num_fixed * width
     whole = {0: width + (4 if low else 0), 1: width + (4 if low else 0), 2: 0, 3: 0}[stage]
     accumulated = shard * 4 if stage >= 2 else 0
     buckets = 2 * min(number, 50_000_000) * width if stage >= 1 else 0

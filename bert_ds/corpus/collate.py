@@ -116,6 +116,16 @@ def collate(examples: Sequence[MaskedExample]) -> PackedBatch:
     )
 
 
+def with_teacher_counts(batch: PackedBatch, *, hidden: bool) -> PackedBatch:
+    """Return the batch with the counts of a student's two further loss terms.
+
+    Args:
+        batch: with the counts of masked tokens and pairs.
+        hidden: whether hidden states are compared, at all tokens; soft targets are at the masked ones.
+    """
+    return replace(batch, loss_counts=(*batch.loss_counts, batch.loss_counts[0], batch.num_tokens * float(hidden)))
+
+
 def _join(arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays).astype(np.int64)
 

@@ -23,121 +23,6 @@ class Logits(NamedTuple):
     pair_N2: Tensor | None
 
 
-class BertForPreTraining(nn.Module):
-    """Encoder, masked-word head with the tied decoder, and optionally the pair head.
-
-    Its forward returns sums, not means: the caller divides by the counts of the whole global step.
-
-    Args:
-        config: the model section of the recipe.
-        kernels: "auto", "triton" or "torch", see `fused_ops`.
-        has_pair_head: whether pooler and NSP/SOP classifier exist.
-        activation_checkpointing: recompute each layer in the backward pass.
-        init_seed: seed of the initial weights.
-    """
-
-    loss_names = ("mlm", "pair")
-    metric_names = ("mlm_correct", "pair_correct")
-    loss_weights = (1.0, 1.0)
-    no_decay_patterns = ("*bias", "*layer_norm_weight")
-    equal_parts = {"*qkv_weight": ("query", "key", "value"), "*qkv_bias": ("query", "key", "value")}
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        kernels: str = "auto",
-        has_pair_head: bool = True,
-        activation_checkpointing: bool = False,
-        init_seed: int = 0,
-    ) -> None:
-        super().__init__()
-        ops = fused_ops(kernels)
-        self.config = config
-        self.has_pair_head = has_pair_head
-        self.bert = BertEncoder(
-            config, ops, has_pooler=has_pair_head, activation_checkpointing=activation_checkpointing
-        )
-        self.predictions = MaskedWordHead(config, ops)
-        self.seq_relationship = PairHead(config) if has_pair_head else None
-        initialise_weights(self, config, seed=init_seed)
-
-    def forward(
-        self,
-        *,
-        input_ids_T: Tensor,
-        token_type_ids_T: Tensor,
-        position_ids_T: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        masked_positions_P: Tensor,
-        masked_labels_P: Tensor,
-        pair_labels_N: Tensor,
-        dropout_seed: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the loss sums and the metric sums of a packed micro-batch.
-
-        Args:
-            input_ids_T, token_type_ids_T, position_ids_T, cu_seqlens, max_seqlen, dropout_seed: see `BertEncoder`.
-            masked_positions_P: int64 [P], indices into T; P may be 0.
-            masked_labels_P: int64 [P], the original ids; IGNORE_INDEX counts for nothing.
-            pair_labels_N: int64 [N] in {0, 1, IGNORE_INDEX}; 0 means is next (NSP) or in order (SOP).
-
-        Returns:
-            loss_sums_L: fp32 [2], sum of the cross-entropies of masked words and of pairs, in nats.
-            metric_sums_M: fp32 [2], number of right predictions of both, without gradient.
-        """
-        hidden_TD = self.bert(
-            input_ids_T,
-            token_type_ids_T,
-            position_ids_T=position_ids_T,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-            dropout_seed=dropout_seed,
-        )
-        word_weight_VD = self._tied_decoder()
-        hidden_PD = hidden_TD.index_select(0, masked_positions_P)
-        mlm_loss, mlm_correct = self.predictions(hidden_PD, masked_labels_P, word_weight_VD)
-        if self.has_pair_head:
-            pair_loss, pair_correct = _pair_sums(self._pair_logits(hidden_TD, cu_seqlens), pair_labels_N)
-        else:
-            pair_loss, pair_correct = torch.zeros_like(mlm_loss), torch.zeros_like(mlm_correct)
-        return torch.stack((mlm_loss, pair_loss)), torch.stack((mlm_correct, pair_correct)).detach()
-
-    @torch.no_grad()
-    def logits(self, *, masked_positions_P: Tensor, cu_seqlens: Tensor, **stream: Any) -> Logits:
-        """Return the scores themselves (real vocabulary only), for checks and predictions; not under ZeRO-3.
-
-        Args:
-            masked_positions_P: int64 [P], the tokens of which word scores are wanted.
-            cu_seqlens: int32 [N + 1].
-            stream: the other arguments of `BertEncoder.forward`.
-        """
-        hidden_TD = self.bert(cu_seqlens=cu_seqlens, **stream)
-        transformed_PD = self.predictions.transform(hidden_TD.index_select(0, masked_positions_P))
-        logits_PV = F.linear(transformed_PD, self.bert.embeddings.word_weight, self.predictions.bias)
-        pair_N2 = self._pair_logits(hidden_TD, cu_seqlens) if self.has_pair_head else None
-        return Logits(logits_PV[:, : self.config.vocab_size], pair_N2)
-
-    def _pair_logits(self, hidden_TD: Tensor, cu_seqlens: Tensor) -> Tensor:
-        assert self.bert.pooler is not None and self.seq_relationship is not None
-        return self.seq_relationship(self.bert.pooler(hidden_TD, cu_seqlens))
-
-    def _tied_decoder(self) -> Tensor:
-        """Return the word embedding, which the masked-word head reads although another module owns it.
-
-        Under ZeRO-3 (the parameter carries a `ds_id`) it is registered with the head, so that DeepSpeed gathers it for
-        the head's forward and backward too. Registering again changes nothing. It is not read as an attribute: that
-        would gather it here and now, and register it with the whole model.
-        """
-        word_weight_VD = dict(self.bert.embeddings.named_parameters(recurse=False))["word_weight"]
-        if hasattr(word_weight_VD, "ds_id"):
-            import deepspeed
-
-            deepspeed.zero.register_external_parameter(self.predictions, word_weight_VD)
-        return word_weight_VD
-
-
 class MaskedWordHead(nn.Module):
     """Dense, GELU, LayerNorm, then the word embedding as decoder with a bias of its own."""
 
@@ -181,9 +66,122 @@ class PairHead(nn.Module):
         return F.linear(pooled_ND, self.weight, self.bias)
 
 
-def _pair_sums(logits_N2: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (sum of cross-entropies, number of right predictions), fp32 scalars; IGNORE_INDEX counts for nothing."""
-    logits_N2 = logits_N2.float()
-    loss = F.cross_entropy(logits_N2, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
-    num_correct = (logits_N2.argmax(dim=-1) == labels_N).sum().float()
-    return loss, num_correct
+class BertForPreTraining(nn.Module):
+    """Encoder, masked-word head with the tied decoder, and optionally the pair head.
+
+    Its forward returns sums, not means: the caller divides by the counts of the whole global step.
+
+    Args:
+        config: the model section of the recipe.
+        kernels: "auto", "triton" or "torch", see `fused_ops`.
+        has_pair_head: whether pooler and NSP/SOP classifier exist.
+        activation_checkpointing: recompute each layer in the backward pass.
+        init_seed: seed of the initial weights.
+    """
+
+    loss_names: tuple[str, ...] = ("mlm", "pair")
+    metric_names = ("mlm_correct", "pair_correct")
+    loss_weights: tuple[float, ...] = (1.0, 1.0)
+    no_decay_patterns = ("*bias", "*layer_norm_weight")
+    equal_parts = {"*qkv_weight": ("query", "key", "value"), "*qkv_bias": ("query", "key", "value")}
+    word_head: type[MaskedWordHead] = MaskedWordHead
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        kernels: str = "auto",
+        has_pair_head: bool = True,
+        activation_checkpointing: bool = False,
+        init_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        ops = fused_ops(kernels)
+        self.config = config
+        self.has_pair_head = has_pair_head
+        self.bert = BertEncoder(
+            config, ops, has_pooler=has_pair_head, activation_checkpointing=activation_checkpointing
+        )
+        self.predictions = self.word_head(config, ops)
+        self.seq_relationship = PairHead(config) if has_pair_head else None
+        initialise_weights(self, config, seed=init_seed)
+
+    def forward(
+        self,
+        *,
+        input_ids_T: Tensor,
+        token_type_ids_T: Tensor,
+        position_ids_T: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        masked_positions_P: Tensor,
+        masked_labels_P: Tensor,
+        pair_labels_N: Tensor,
+        dropout_seed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss sums and the metric sums of a packed micro-batch.
+
+        Args:
+            input_ids_T, token_type_ids_T, position_ids_T, cu_seqlens, max_seqlen, dropout_seed: see `BertEncoder`.
+            masked_positions_P: int64 [P], indices into T; P may be 0.
+            masked_labels_P: int64 [P], the original ids; IGNORE_INDEX counts for nothing.
+            pair_labels_N: int64 [N] in {0, 1, IGNORE_INDEX}; 0 means is next (NSP) or in order (SOP).
+
+        Returns:
+            loss_sums_L: fp32 [2], sum of the cross-entropies of masked words and of pairs, in nats.
+            metric_sums_M: fp32 [2], number of right predictions of both, without gradient.
+        """
+        hidden_TD = self.bert(
+            input_ids_T,
+            token_type_ids_T,
+            position_ids_T=position_ids_T,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            dropout_seed=dropout_seed,
+        )
+        word_weight_VD = self._tied_decoder()
+        hidden_PD = hidden_TD.index_select(0, masked_positions_P)
+        mlm_loss, mlm_correct = self.predictions(hidden_PD, masked_labels_P, word_weight_VD)
+        pair_loss, pair_correct = self._pair_sums(hidden_TD, cu_seqlens, pair_labels_N)
+        return torch.stack((mlm_loss, pair_loss)), torch.stack((mlm_correct, pair_correct)).detach()
+
+    @torch.no_grad()
+    def logits(self, *, masked_positions_P: Tensor, cu_seqlens: Tensor, **stream: Any) -> Logits:
+        """Return the scores themselves (real vocabulary only), for checks and predictions; not under ZeRO-3.
+
+        Args:
+            masked_positions_P: int64 [P], the tokens of which word scores are wanted.
+            cu_seqlens: int32 [N + 1].
+            stream: the other arguments of `BertEncoder.forward`.
+        """
+        hidden_TD = self.bert(cu_seqlens=cu_seqlens, **stream)
+        transformed_PD = self.predictions.transform(hidden_TD.index_select(0, masked_positions_P))
+        logits_PV = F.linear(transformed_PD, self.bert.embeddings.word_weight, self.predictions.bias)
+        pair_N2 = self._pair_logits(hidden_TD, cu_seqlens) if self.has_pair_head else None
+        return Logits(logits_PV[:, : self.config.vocab_size], pair_N2)
+
+    def _pair_sums(self, hidden_TD: Tensor, cu_seqlens: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (sum of cross-entropies, number of right predictions) of pairs, fp32 scalars; zeros without a head."""
+        if not self.has_pair_head:
+            return hidden_TD.new_zeros((), dtype=torch.float32), hidden_TD.new_zeros((), dtype=torch.float32)
+        logits_N2 = self._pair_logits(hidden_TD, cu_seqlens).float()
+        loss = F.cross_entropy(logits_N2, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
+        return loss, (logits_N2.argmax(dim=-1) == labels_N).sum().float()
+
+    def _pair_logits(self, hidden_TD: Tensor, cu_seqlens: Tensor) -> Tensor:
+        assert self.bert.pooler is not None and self.seq_relationship is not None
+        return self.seq_relationship(self.bert.pooler(hidden_TD, cu_seqlens))
+
+    def _tied_decoder(self) -> Tensor:
+        """Return the word embedding, which the masked-word head reads although another module owns it.
+
+        Under ZeRO-3 (the parameter carries a `ds_id`) it is registered with the head, so that DeepSpeed gathers it for
+        the head's forward and backward too. Registering again changes nothing. It is not read as an attribute: that
+        would gather it here and now, and register it with the whole model.
+        """
+        word_weight_VD = dict(self.bert.embeddings.named_parameters(recurse=False))["word_weight"]
+        if hasattr(word_weight_VD, "ds_id"):
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(self.predictions, word_weight_VD)
+        return word_weight_VD

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -36,3 +37,21 @@ def load_initial_weights(
         model.load_state_dict(dict(tensors))
     except RuntimeError as error:
         raise CheckpointError(f"init_from {folder} does not fit the recipe's model: {error}") from None
+
+
+def start_from_layers(model: BertForPreTraining, teacher: BertForPreTraining, layers: Sequence[int]) -> None:
+    """Copy a teacher's embeddings, heads and some of its layers into a new model of the same sizes.
+
+    A pair head that the teacher does not have stays as it is.
+
+    Args:
+        model: with len(layers) layers.
+        teacher: of which they are.
+        layers: the teacher's layer that each layer of the model starts from, counted from 0.
+    """
+    own, theirs = model.state_dict(), teacher.state_dict()
+
+    def source(name: str) -> str:
+        return re.sub(r"^bert\.layer\.(\d+)", lambda match: f"bert.layer.{layers[int(match[1])]}", name)
+
+    model.load_state_dict({name: theirs.get(source(name), tensor) for name, tensor in own.items()})

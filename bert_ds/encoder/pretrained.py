@@ -39,7 +39,9 @@ def load_pretrained(folder: Path) -> Pretrained:
     return Pretrained(source.config, tensors, unused)
 
 
-def load_masked_lm(folder: Path, *, kernels: str = "auto") -> BertForPreTraining:
+def load_masked_lm(
+    folder: Path, *, kernels: str = "auto", pad_vocab_size_to_multiple_of: int = 64
+) -> BertForPreTraining:
     """Return the model of a Hugging Face folder with its masked-word head, in evaluation mode on the CPU.
 
     Raises:
@@ -47,7 +49,7 @@ def load_masked_lm(folder: Path, *, kernels: str = "auto") -> BertForPreTraining
         CheckpointError: the folder has no masked-word head, as a fine-tuned one has not, or a tensor is missing,
             damaged, unknown or of another shape.
     """
-    source = load_hf_folder(folder)
+    source = load_hf_folder(folder, pad_vocab_size_to_multiple_of=pad_vocab_size_to_multiple_of)
     tensors = modern_names(source.tensors)
     if "cls.predictions.bias" not in tensors:
         raise CheckpointError(f"{folder} has no masked-word head: wanted a pre-trained model, not a fine-tuned one")

@@ -1,0 +1,166 @@
+"""A student that learns from a larger BERT while it pre-trains (Sanh et al. 2019, arXiv 1910.01108).
+
+Beside the masked words the student is told what the teacher makes of the same input, t being the temperature:
+
+    soft    t^2 KL(softmax(teacher / t) || softmax(student / t)), summed over the P masked tokens
+    hidden  1 - cos(student, teacher) of the last hidden states, summed over all T tokens
+
+The teacher is no submodule of the student: it is not trained, not sharded and in no checkpoint, and every rank holds it
+whole, in the dtype of the student. Letters as in `modeling_bert.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bert_ds.configuration.distillation_config import DistillationConfig
+from bert_ds.configuration.run_config import ModelConfig
+from bert_ds.encoder.heads import BertForPreTraining, MaskedWordHead
+
+_ROWS_AT_ONCE = 512
+"""Masked tokens whose (rows, V) scores exist at a time, in forward and in backward."""
+
+
+class Decoder(NamedTuple):
+    """What word scores are made of: transformed_PD weight_VD^T + bias_V."""
+
+    transformed_PD: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor
+
+
+class Teacher:
+    """A BERT that is only asked; hidden from `nn.Module`, so that nobody trains, shards or saves it."""
+
+    def __init__(self, model: BertForPreTraining) -> None:
+        self._model = model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def hidden_states(self, like: Tensor, **stream: Any) -> Tensor:
+        """Return hidden_TD, on the device and in the dtype of `like`.
+
+        Args:
+            like: a tensor of the student; the teacher moves there when it is first asked.
+            stream: see `BertEncoder.forward`.
+        """
+        self._model.to(device=like.device, dtype=like.dtype)
+        return self._model.bert(**stream, dropout_seed=None)
+
+    @torch.no_grad()
+    def decoder(self, hidden_PD: Tensor) -> Decoder:
+        """Return what gives the scores of masked tokens."""
+        head = self._model.predictions
+        return Decoder(head.transform(hidden_PD), self._model.bert.embeddings.word_weight, head.bias)
+
+
+class TaughtWordHead(MaskedWordHead):
+    """The masked-word head, which also compares its scores with the teacher's."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_PD: Tensor, labels_P: Tensor, word_weight_VD: Tensor, *, teacher: Decoder, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (sum of cross-entropies, number of right predictions, soft loss sum), fp32 scalars."""
+        transformed_PD = self.transform(hidden_PD)
+        loss, num_correct = self.ops.mlm_cross_entropy(
+            transformed_PD, word_weight_VD, self.bias, labels_P, vocab_size=self.vocab_size
+        )
+        own = Decoder(transformed_PD, word_weight_VD, self.bias)
+        return loss, num_correct, soft_target_loss(own, teacher, vocab_size=self.vocab_size, temperature=temperature)
+
+
+class DistilledBert(BertForPreTraining):
+    """`BertForPreTraining` with two more loss terms; weights, names and export are those of the plain model.
+
+    Args:
+        config: of the student.
+        teacher: of the same vocabulary.
+        settings: temperature and weights.
+        others: see `BertForPreTraining`.
+    """
+
+    loss_names = ("mlm", "pair", "soft", "hidden")
+    word_head = TaughtWordHead
+
+    def __init__(
+        self, config: ModelConfig, *, teacher: BertForPreTraining, settings: DistillationConfig, **others: Any
+    ) -> None:
+        super().__init__(config, **others)
+        self.teacher = Teacher(teacher)
+        self.temperature = settings.temperature
+        self.loss_weights = (settings.mlm_weight, 1.0, settings.soft_weight, settings.hidden_weight)
+
+    def forward(
+        self,
+        *,
+        cu_seqlens: Tensor,
+        masked_positions_P: Tensor,
+        masked_labels_P: Tensor,
+        pair_labels_N: Tensor,
+        dropout_seed: Tensor | None = None,
+        **stream: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss sums, fp32 [4], and the metric sums, fp32 [2], of a packed micro-batch.
+
+        Args:
+            cu_seqlens, masked_positions_P, masked_labels_P, pair_labels_N: see `BertForPreTraining.forward`.
+            dropout_seed: of the student; the teacher drops nothing.
+            stream: the other arguments of `BertEncoder.forward`.
+        """
+        hidden_TD = self.bert(cu_seqlens=cu_seqlens, dropout_seed=dropout_seed, **stream)
+        taught_TD = self.teacher.hidden_states(hidden_TD, cu_seqlens=cu_seqlens, **stream)
+        mlm_loss, mlm_correct, soft_loss = self.predictions(
+            hidden_TD.index_select(0, masked_positions_P),
+            masked_labels_P,
+            self._tied_decoder(),
+            teacher=self.teacher.decoder(taught_TD.index_select(0, masked_positions_P)),
+            temperature=self.temperature,
+        )
+        pair_loss, pair_correct = self._pair_sums(hidden_TD, cu_seqlens, pair_labels_N)
+        hidden_loss = angle_loss(hidden_TD, taught_TD) if self.loss_weights[3] else torch.zeros_like(mlm_loss)
+        losses = torch.stack((mlm_loss, pair_loss, soft_loss, hidden_loss))
+        return losses, torch.stack((mlm_correct, pair_correct)).detach()
+
+
+def angle_loss(hidden_TD: Tensor, taught_TD: Tensor) -> Tensor:
+    """Return the sum over tokens of 1 - cosine, fp32."""
+    return (1.0 - F.cosine_similarity(hidden_TD.float(), taught_TD.float(), dim=-1)).sum()
+
+
+def soft_target_loss(student: Decoder, teacher: Decoder, *, vocab_size: int, temperature: float) -> Tensor:
+    """Return t^2 KL(teacher || student) at temperature t, summed over the masked tokens, fp32.
+
+    The scores exist for some rows at a time and are computed again in the backward pass.
+
+    Args:
+        student, teacher: rows of weight and bias from vocab_size on are padding and take no part.
+        vocab_size: pieces of the vocabulary.
+        temperature: t.
+    """
+    total = student.transformed_PD.new_zeros((), dtype=torch.float32)
+    for first in range(0, student.transformed_PD.shape[0], _ROWS_AT_ONCE):
+        rows = slice(first, first + _ROWS_AT_ONCE)
+        total = total + checkpoint(
+            _soft_rows,
+            student._replace(transformed_PD=student.transformed_PD[rows]),
+            teacher._replace(transformed_PD=teacher.transformed_PD[rows]),
+            vocab_size,
+            temperature,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+    return total
+
+
+def _soft_rows(student: Decoder, teacher: Decoder, vocab_size: int, temperature: float) -> Tensor:
+    own, wanted = (
+        F.linear(one.transformed_PD, one.weight_VD[:vocab_size], one.bias_V[:vocab_size]).float() / temperature
+        for one in (student, teacher)
+    )
+    return temperature**2 * F.kl_div(
+        F.log_softmax(own, dim=-1), F.log_softmax(wanted, dim=-1), log_target=True, reduction="sum"
+    )

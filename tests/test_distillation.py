@@ -1,0 +1,201 @@
+"""Distillation: the loss terms against their formulas, the teacher outside of the model, runs at ZeRO stages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from encoder_cases import encoder_inputs, packed_inputs, small_config, spread_weights
+from test_pretrain import ROOT, make_workshop, pretrain_command, run
+
+from bert_ds.configuration.ds_config import load_pair
+from bert_ds.configuration.run_config import ConfigError, DistillationConfig, ModelConfig
+from bert_ds.configuration.run_plan import make_plan
+from bert_ds.encoder.distillation import DistilledBert
+from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, write_hf_folder
+from bert_ds.encoder.hf_mapping import hf_config, to_hf
+from bert_ds.encoder.initial_weights import start_from_layers
+from bert_ds.reporting.run_log import read_metrics
+from bert_ds.training.fp32_weights import load_fp32_state_dict
+
+SETTINGS = DistillationConfig(teacher="t", temperature=1.7, mlm_weight=0.5, soft_weight=3.0, hidden_weight=0.7)
+
+
+def model_of(config: ModelConfig, *, seed: int) -> BertForPreTraining:
+    model = BertForPreTraining(config, kernels="torch")
+    spread_weights(model, config, seed=seed)
+    return model
+
+
+def student_of(config: ModelConfig, teacher: BertForPreTraining) -> DistilledBert:
+    student = DistilledBert(config, teacher=teacher, settings=SETTINGS, kernels="torch")
+    spread_weights(student, config, seed=1)
+    return student
+
+
+def test_all_four_terms_and_their_gradients_are_those_of_the_formulas() -> None:
+    config = small_config(num_hidden_layers=1)
+    teacher = model_of(small_config(num_hidden_layers=3), seed=9)
+    student = student_of(config, teacher)
+    batch = packed_inputs(config, [37] * 40, masked=1100)  # more masked words than are worked on at a time
+    sums, metrics = student(**batch)
+    (sums * torch.tensor([1.0, 1.0, 0.3, 0.2])).sum().backward()
+    found = {name: parameter.grad for name, parameter in student.named_parameters()}
+
+    plain = model_of(config, seed=1)
+    hard, plain_metrics = plain(**batch)
+    hidden_TD, taught_TD = (model.bert(**encoder_inputs(batch)) for model in (plain, teacher))
+    places, labels = batch["masked_positions_P"], slice(0, config.vocab_size)
+
+    def log_p(model: BertForPreTraining, hidden: torch.Tensor) -> torch.Tensor:
+        transformed = model.predictions.transform(hidden[places])
+        scores = F.linear(transformed, model.bert.embeddings.word_weight[labels], model.predictions.bias[labels])
+        return (scores / SETTINGS.temperature).log_softmax(-1)
+
+    own, wanted = log_p(plain, hidden_TD), log_p(teacher, taught_TD).detach()
+    soft = SETTINGS.temperature**2 * (wanted.exp() * (wanted - own)).sum()
+    norms = hidden_TD.norm(dim=-1) * taught_TD.detach().norm(dim=-1)
+    hidden = (1 - (hidden_TD * taught_TD.detach()).sum(-1) / norms).sum()
+    torch.testing.assert_close(sums, torch.stack([*hard, soft, hidden]), rtol=2e-5, atol=1e-4)
+    torch.testing.assert_close(metrics, plain_metrics)
+    (hard.sum() + 0.3 * soft + 0.2 * hidden).backward()
+    for name, parameter in plain.named_parameters():
+        assert torch.allclose(found[name], parameter.grad, rtol=1e-3, atol=1e-3), name
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it() -> None:
+    config = small_config()
+    teacher = model_of(config, seed=1)
+    sums, _ = student_of(config, teacher)(**packed_inputs(config, [9, 20]))
+    mlm, _, soft, hidden = sums.tolist()
+    assert mlm > 1.0 and abs(soft) < 1e-4 and abs(hidden) < 1e-4
+
+
+def test_the_teacher_is_no_part_of_the_model() -> None:
+    config = small_config(hidden_dropout_prob=0.4, attention_probs_dropout_prob=0.4)
+    teacher = model_of(config, seed=9)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    student = student_of(config, teacher)
+    assert set(student.state_dict()) == set(BertForPreTraining(config).state_dict())
+    student.train()
+    batch = packed_inputs(config, [9, 20])
+    taught = student.teacher.hidden_states(torch.zeros(1), **encoder_inputs(batch))
+    student(**batch, dropout_seed=torch.tensor([3]))[0].sum().backward()
+    torch.testing.assert_close(student.teacher.hidden_states(torch.zeros(1), **encoder_inputs(batch)), taught)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert student.teacher.hidden_states(torch.zeros(1).bfloat16(), **encoder_inputs(batch)).dtype == torch.bfloat16
+
+
+def test_layers_are_taken_from_the_teacher_in_the_order_that_is_asked_for() -> None:
+    teacher = model_of(small_config(num_hidden_layers=4), seed=9)
+    student = BertForPreTraining(small_config(num_hidden_layers=2))
+    start_from_layers(student, teacher, (3, 1))
+    own, theirs = student.state_dict(), teacher.state_dict()
+    for name, tensor in own.items():
+        source = name.replace("bert.layer.1.", "bert.layer.x.").replace("bert.layer.0.", "bert.layer.3.")
+        assert torch.equal(tensor, theirs[source.replace("bert.layer.x.", "bert.layer.1.")]), name
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small text with its tokenizer and shards, a teacher, and a recipe that is taught by it."""
+    folder = make_workshop(tmp_path_factory.mktemp("distillation"))
+    recipe = json.loads((folder / "recipe.json").read_text())
+    config = ModelConfig(**{**recipe["model"], "num_hidden_layers": 4})
+    (folder / "teacher").mkdir()
+    write_hf_folder(
+        folder / "teacher",
+        config=hf_config(config, sentence_pair="none", pad_token_id=pad_token_id(folder / "tokenizer")),
+        tensors=to_hf(_without_pair_head(config).state_dict(), config),
+        tokenizer=folder / "tokenizer",
+        model_card=model_card_text("teacher", {}),
+    )
+    recipe["distillation"] = {"teacher": "teacher", "mlm_weight": 0.0}
+    recipe["training"] |= {"total_steps": 5, "precision": "fp32"}
+    recipe["model"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    return folder
+
+
+def _without_pair_head(config: ModelConfig) -> BertForPreTraining:
+    model = BertForPreTraining(config, has_pair_head=False)
+    spread_weights(model, config, seed=9, scale=0.1)
+    return model
+
+
+def test_a_run_is_taught_alike_whole_on_one_rank_and_sharded_on_two(workshop: Path) -> None:
+    alone, sharded = workshop / "alone", workshop / "sharded"
+    done = run(*pretrain_command(workshop, alone, stage=0))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "whole on every rank" in done.stdout
+    script, *arguments = pretrain_command(workshop, sharded, stage=3)
+    done = run("-m", "deepspeed.launcher.runner", "--num_gpus", 2, "--master_port", 29837, script, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [list(read_metrics(folder / "metrics.jsonl")) for folder in (alone, sharded)]
+    names = ("loss", "loss_mlm", "loss_pair", "loss_soft", "loss_hidden", "grad_norm")
+    for one, other in zip(*rows, strict=True):
+        assert [other[name] for name in names] == pytest.approx([one[name] for name in names], rel=1e-4)
+    first, last = rows[0][0], rows[0][-1]
+    assert last["loss_soft"] < first["loss_soft"], "the student has moved towards the teacher"
+    weighted = first["loss_pair"] + 5.0 * first["loss_soft"] + first["loss_hidden"]
+    assert first["loss"] == pytest.approx(weighted, rel=1e-5)
+    names_saved = set(load_fp32_state_dict(next((sharded / "checkpoints").glob("global_step*"))))
+    assert not [name for name in names_saved if "teacher" in name or "layer.2" in name]
+    exported = run(ROOT / "bert_ds/export_hf.py", "--run_dir", sharded)
+    assert exported.returncode == 0, exported.stdout + exported.stderr
+
+
+def test_a_student_starts_closer_to_its_teacher_with_layers_of_it(workshop: Path) -> None:
+    losses = []
+    for layers in ("null", "[0,1]"):
+        done = run(
+            *pretrain_command(workshop, workshop / "dry", "--dry_run", f"--set=distillation.init_layers={layers}")
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        losses.append(float(done.stdout.split("at its peak, loss ")[1].split()[0]))
+    assert losses[1] < losses[0] - 0.5
+
+
+def problem_of(workshop: Path, **changes: Any) -> str:
+    """What is said of a recipe whose distillation section is changed."""
+    recipe = json.loads((workshop / "recipe.json").read_text())
+    recipe["model"] |= changes.pop("model", {})
+    recipe |= changes.pop("recipe", {})
+    recipe["distillation"] |= changes
+    (workshop / "changed.json").write_text(json.dumps(recipe))
+    with pytest.raises(ConfigError) as caught:
+        make_plan(*load_pair(workshop / "changed.json", ROOT / "ds_configs/zero2.json"), 1)
+    return str(caught.value)
+
+
+def test_a_teacher_that_does_not_fit_is_refused_with_both_numbers(workshop: Path) -> None:
+    said = problem_of(workshop, init_layers=[1])
+    assert "distillation.init_layers: names 1 layers of the teacher, model.num_hidden_layers is 2" in said
+    said = problem_of(workshop, init_layers=[1, 4])
+    assert "distillation.teacher: the teacher has 4 layers, init_layers names 4 (counted from 0)" in said
+    said = problem_of(workshop, model={"hidden_size": 48}, init_layers=None)
+    assert "distillation.teacher: the teacher has hidden_size 32 (here 48)" in said
+    assert "init_from say where the weights start" in problem_of(
+        workshop, recipe={"init_from": "teacher"}, init_layers=[1, 3]
+    )
+    said = problem_of(workshop, teacher="shards")
+    assert "holds no config.json: wanted an exported model" in said
+    assert "distillation.temperature: found 0, wanted > 0" in problem_of(workshop, temperature=0)
+    said = problem_of(workshop, teachers="x")
+    assert 'distillation.teachers: unknown setting; did you mean "teacher"?' in said
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(workshop: Path) -> None:
+    facts = json.loads((workshop / "teacher/config.json").read_text())
+    (workshop / "teacher/config.json").write_text(json.dumps({**facts, "tokenizer_fingerprint": "another"}))
+    done: subprocess.CompletedProcess[str] = run(*pretrain_command(workshop, workshop / "mixed", stage=0))
+    (workshop / "teacher/config.json").write_text(json.dumps(facts))
+    assert done.returncode == 3
+    assert "two tokenizers are mixed up" in done.stderr
