@@ -27,10 +27,10 @@ from bert_ds.corpus.embedded import CorpusFolders, build_embedded, embedded_fold
 from bert_ds.corpus.loader import DataSettings, PretrainingData, Source
 from bert_ds.corpus.shards import MANIFEST
 from bert_ds.corpus.wordpiece import load_tokenizer
-from bert_ds.encoder.distillation import DistilledBert
+from bert_ds.encoder.distillation import make_student
 from bert_ds.encoder.heads import BertForPreTraining
-from bert_ds.encoder.initial_weights import load_initial_weights, start_from_layers
-from bert_ds.encoder.pretrained import check_tokenizer, load_masked_lm
+from bert_ds.encoder.initial_weights import load_initial_weights
+from bert_ds.encoder.pretrained import check_tokenizer
 from bert_ds.ranks import EXIT_DONE, EXIT_RUN_AGAIN, CheckpointError, Ranks, read_ranks
 from bert_ds.reporting.run_log import RunLog, write_environment
 from bert_ds.training.checkpoint_folder import find_checkpoint
@@ -191,14 +191,9 @@ def build_model(plan: RunPlan, run_dir: Path) -> BertForPreTraining:
     }
     if distillation is None:
         return BertForPreTraining(run.model, **options)
-    folder, tokenizer = Path(distillation.teacher), load_tokenizer(run_dir / "tokenizer")
-    check_tokenizer(folder, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
-    multiple = run.model.pad_vocab_size_to_multiple_of
-    teacher = load_masked_lm(folder, kernels=run.training.kernels, pad_vocab_size_to_multiple_of=multiple)
-    student = DistilledBert(run.model, teacher=teacher, settings=distillation, **options)
-    if distillation.init_layers is not None:
-        start_from_layers(student, teacher, distillation.init_layers)
-    return student
+    tokenizer = load_tokenizer(run_dir / "tokenizer")
+    check_tokenizer(Path(distillation.teacher), vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
+    return make_student(run.model, distillation, **options)
 
 
 def read_run_weights(run_dir: Path) -> Mapping[str, Tensor]:

@@ -11,6 +11,7 @@ whole, in the dtype of the student. Letters as in `modeling_bert.py`.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from bert_ds.configuration.distillation_config import DistillationConfig
 from bert_ds.configuration.run_config import ModelConfig
 from bert_ds.encoder.heads import BertForPreTraining, MaskedWordHead
+from bert_ds.encoder.initial_weights import start_from_layers
+from bert_ds.encoder.pretrained import load_masked_lm
 
 _ROWS_AT_ONCE = 512
 """Masked tokens whose (rows, V) scores exist at a time, in forward and in backward."""
@@ -124,6 +127,26 @@ class DistilledBert(BertForPreTraining):
         hidden_loss = angle_loss(hidden_TD, taught_TD) if self.loss_weights[3] else torch.zeros_like(mlm_loss)
         losses = torch.stack((mlm_loss, pair_loss, soft_loss, hidden_loss))
         return losses, torch.stack((mlm_correct, pair_correct)).detach()
+
+
+def make_student(config: ModelConfig, settings: DistillationConfig, *, kernels: str, **others: Any) -> DistilledBert:
+    """Load the teacher and return a student, started from the teacher's layers where the settings say so.
+
+    Args:
+        config: of the student.
+        settings: name the teacher's folder; they were checked against both models.
+        kernels: of both.
+        others: see `BertForPreTraining`.
+
+    Raises:
+        ConfigError, CheckpointError: see `load_masked_lm`.
+    """
+    multiple = config.pad_vocab_size_to_multiple_of
+    teacher = load_masked_lm(Path(settings.teacher), kernels=kernels, pad_vocab_size_to_multiple_of=multiple)
+    student = DistilledBert(config, teacher=teacher, settings=settings, kernels=kernels, **others)
+    if settings.init_layers is not None:
+        start_from_layers(student, teacher, settings.init_layers)
+    return student
 
 
 def angle_loss(hidden_TD: Tensor, taught_TD: Tensor) -> Tensor:
