@@ -1,11 +1,12 @@
 """Train our BERT and transformers' BERT for the same wall time on the same documents, and compare.
 
-    python tests/campaign_peer.py --text FOLDER --work FOLDER [--minutes 15] [--search_minutes 3]
+    python tests/campaign_peer.py --text FOLDER --work FOLDER [--minutes 15] [--search_minutes 2]
 
 Same documents, tokenizer, model size, sequence length, threads and validation examples with the same masks. The peers
 are the four ways a transformers user trains: sentence pairs padded to the longest of the batch (`BertForPreTraining`)
 or text concatenated and cut to full sequences (`BertForMaskedLM`), each in fp32 and under bf16 autocast. Every
-contestant gets three learning rates for `search_minutes`; the one with the lowest validation loss runs for `minutes`.
+contestant gets three learning rates for `search_minutes`; for `minutes` run ours and, of each of the two ways of making
+sequences, the precision that the search found better, at the learning rate with the lowest validation loss.
 The peers' learning rate is warmed up and decayed over the wall time itself, ours over the number of steps that a
 calibration run says fit in it. Validation is ours: a peer's weights are mapped into our model and its fixed masks.
 
@@ -37,7 +38,8 @@ from bert_ds.encoder.hf_mapping import from_hf, hf_config
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests/results/peer.jsonl"
-PEERS = ("pairs-fp32", "pairs-bf16", "concatenated-fp32", "concatenated-bf16")
+FORMS = ("pairs", "concatenated")
+PEERS = tuple(f"{form}-{precision}" for form in FORMS for precision in ("fp32", "bf16"))
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 WARMUP = 0.06
 NUM_EVALUATED = 1024
@@ -50,17 +52,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--recipe", type=Path, default=ROOT / "tests/campaign_peer.json")
     parser.add_argument("--minutes", type=float, default=15.0)
-    parser.add_argument("--search_minutes", type=float, default=3.0)
-    parser.add_argument("--only", nargs="*", default=["ours", *PEERS])
+    parser.add_argument("--search_minutes", type=float, default=2.0)
     arguments = parser.parse_args()
     run = load_run_config(arguments.recipe, _paths(arguments.work))
     prepare(arguments.text, arguments.work, run.model.vocab_size)
-    for contestant in arguments.only:
-        trials = [
-            result(contestant, lr, arguments.search_minutes, arguments=arguments, run=run) for lr in LEARNING_RATES
-        ]
-        best = min(trials, key=lambda trial: trial["validation_loss_mlm"])
-        result(contestant, best["lr"], arguments.minutes, arguments=arguments, run=run)
+    best = {name: search(name, arguments=arguments, run=run) for name in ("ours", *PEERS)}
+    for group in (("ours",), *(tuple(name for name in PEERS if name.startswith(form)) for form in FORMS)):
+        name = min(group, key=lambda name: best[name]["validation_loss_mlm"])
+        result(name, best[name]["lr"], arguments.minutes, arguments=arguments, run=run)
+
+
+def search(contestant: str, *, arguments: argparse.Namespace, run: RunConfig) -> Any:
+    """Return the best of the short trainings of a contestant."""
+    trials = [result(contestant, lr, arguments.search_minutes, arguments=arguments, run=run) for lr in LEARNING_RATES]
+    return min(trials, key=lambda trial: trial["validation_loss_mlm"])
 
 
 def prepare(text: Path, work: Path, vocab_size: int) -> None:
