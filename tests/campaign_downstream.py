@@ -1,14 +1,15 @@
 """What pre-training is worth: real tasks from a pre-trained model, from random weights, and by a trivial method.
 
-    python tests/campaign_downstream.py --data FOLDER --work FOLDER [--only sst2 trec ...] [--seeds 1 2 3]
+    python tests/campaign_downstream.py --data FOLDER --work FOLDER [--only sst2 trec ...] [--seeds 1 2 3] [--jobs 2]
 
 FOLDER of data holds wikipedia_en, wikipedia_zh and the folders that the shipped tasks name. First a small BERT per
 language is pre-trained on its Wikipedia by `campaign_downstream_en.json` and `..._zh.json`, and exported. Then every
 task is fine-tuned from it and from the same network with random weights: same rows, epochs, learning rate and seeds,
 at most 10,000 training rows. The trivial methods (`bert_ds/downstream/trivial.py`) see the same rows on the same split.
 
-Results are appended to tests/results/downstream.jsonl, one line per training; what is there is not run again. At the
-end, and with --table alone, the table of BENCHMARKS.md is printed.
+Results are appended to tests/results/downstream.jsonl, one line per training; what is there is not run again. All tasks
+are trained with their first seed before any with its second. At the end, and with --table alone, the table of
+BENCHMARKS.md is printed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +40,7 @@ RESULTS = ROOT / "tests/results/downstream.jsonl"
 DEEPSPEED_CONFIG = ROOT / "ds_configs/zero1.json"
 VOCAB_SIZES = {"en": 8192, "zh": 12000}
 MAX_TRAIN_ROWS = 10_000
+APPENDING = Lock()
 
 
 class Run(NamedTuple):
@@ -47,10 +51,12 @@ class Run(NamedTuple):
     num_seeds: int = 3
     max_seq_length: int | None = None
     """Instead of the task's own, where that is more than these models' 128 positions."""
+    validation_fraction: float | None = None
+    """Instead of the task's own, where the training rows are not all used and a score would be known too badly."""
 
 
 TASKS = {
-    "sst2": Run("en", 3, num_seeds=1),
+    "sst2": Run("en", 3, num_seeds=1, validation_fraction=0.4),
     "trec": Run("en", 6),
     "subjectivity": Run("en", 3, num_seeds=1),
     "stsb_en": Run("en", 6),
@@ -76,20 +82,41 @@ def main() -> None:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--only", nargs="*", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--seeds", nargs="*", type=int, help="instead of each task's own number of seeds")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, which share the processor's threads")
     parser.add_argument("--table", action="store_true", help="print the table of what is recorded and stop")
     arguments = parser.parse_args()
     if not arguments.table:
         if arguments.data is None or arguments.work is None:
             parser.error("--data and --work are missing")
         data, work = arguments.data.absolute(), arguments.work.absolute()
-        models = {language: pretrained(language, data, work) for language in languages(arguments.only)}
-        for name in arguments.only:
-            record_trivial(name, data, models[TASKS[name].language])
-            seeds = arguments.seeds or list(range(1, TASKS[name].num_seeds + 1))
-            for start in ("pretrained", "random"):
-                for seed in seeds:
-                    record(name, start, seed, data=data, model=models[TASKS[name].language], work=work)
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.jobs))
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            names = languages(arguments.only)
+            models = dict(zip(names, pool.map(lambda name: pretrained(name, data, work), names), strict=True))
+            for name in arguments.only:
+                record_trivial(name, data, models[TASKS[name].language])
+            places = [(data, models[TASKS[run.task].language], work) for run in runs(arguments.only, arguments.seeds)]
+            list(pool.map(record, runs(arguments.only, arguments.seeds), places))
     print("\n".join(table(stored())))
+
+
+class Training(NamedTuple):
+    """One fine-tuning."""
+
+    task: str
+    start: str
+    seed: int
+
+
+def runs(names: Iterable[str], seeds: list[int] | None) -> list[Training]:
+    """Return what is to be trained, seed by seed."""
+    wanted = [
+        (seed, order, start)
+        for order, name in enumerate(names)
+        for seed in seeds or range(1, TASKS[name].num_seeds + 1)
+        for start in ("pretrained", "random")
+    ]
+    return [Training(list(names)[order], start, seed) for seed, order, start in sorted(wanted)]
 
 
 def languages(names: Iterable[str]) -> list[str]:
@@ -118,9 +145,10 @@ def pretrained(language: str, data: Path, work: Path) -> Path:
 
 def settings(name: str) -> list[str]:
     """Return the overrides that a task is trained with here."""
-    length = TASKS[name].max_seq_length
+    length, fraction = TASKS[name].max_seq_length, TASKS[name].validation_fraction
     return [
         *([] if length is None else [f"max_seq_length={length}"]),
+        *([] if fraction is None else [f"data.validation_fraction={fraction}"]),
         f"data.max_train_rows={MAX_TRAIN_ROWS}",
         f"optimizer.lr={LEARNING_RATE}",
         f"training.epochs={TASKS[name].epochs}",
@@ -129,9 +157,16 @@ def settings(name: str) -> list[str]:
     ]
 
 
-def record(name: str, start: str, seed: int, *, data: Path, model: Path, work: Path) -> None:
-    """Fine-tune one seed from one start, unless its result is stored."""
-    key = {"task": name, "start": start, "seed": seed}
+def record(training: Training, places: tuple[Path, Path, Path]) -> None:
+    """Fine-tune one seed from one start, unless its result is stored.
+
+    Args:
+        training: which.
+        places: of the data, of the pre-trained model, and of what is made.
+    """
+    name, start, seed = training
+    data, model, work = places
+    key = training._asdict()
     if any(all(row[field] == value for field, value in key.items()) for row in stored()):
         return
     run_dir = work / "tasks" / name / f"{start}_{seed}"
@@ -177,7 +212,7 @@ def stored() -> list[dict[str, Any]]:
 def append(row: dict[str, Any]) -> None:
     """Record and print one row."""
     RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", encoding="utf-8") as file:
+    with APPENDING, RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
 
