@@ -19,7 +19,7 @@ from bert_ds.command_line import make_parser, run_main
 from bert_ds.configuration.run_config import RunConfig, load_run_config
 from bert_ds.corpus.wordpiece import load_tokenizer
 from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, staged_folder, write_hf_folder
-from bert_ds.encoder.hf_mapping import hf_config, to_hf
+from bert_ds.encoder.hf_mapping import hf_config, share_unseen_segments, to_hf
 from bert_ds.encoder.hf_onnx import ONNX_FILE, OnnxCheck, write_onnx
 from bert_ds.encoder.hf_verify import verify_export
 from bert_ds.ranks import CheckpointError
@@ -45,6 +45,8 @@ def main() -> None:
     output = args.output or args.run_dir / "hf"
 
     sentence_pair = run.sequences.sentence_pair
+    if sentence_pair == "none":
+        state_dict = share_unseen_segments(state_dict)
     config = hf_config(run.model, sentence_pair=sentence_pair, pad_token_id=pad_token_id(tokenizer))
     # So that a task notices when the folder's tokenizer is exchanged for another of the same size.
     config["tokenizer_fingerprint"] = load_tokenizer(tokenizer).fingerprint
@@ -96,6 +98,7 @@ def _facts(run: RunConfig, checkpoint: Path) -> dict[str, object]:
         "examples per step": run.training.train_batch_size,
         "longest sequence in training": run.sequences.max_seq_length,
         "sentence pair objective": run.sequences.sentence_pair,
+        **({"segments": "trained on one; the others are equal to it"} if run.sequences.sentence_pair == "none" else {}),
         "masked share of the tokens": run.masking.mlm_probability,
         "whole words masked": run.masking.whole_word_mask,
         "optimizer": f"{run.optimizer.type}, peak learning rate {run.optimizer.lr:g}",

@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from bert_ds.configuration.run_config import (
     EmbeddedCorpus,
     RunConfig,
     ScheduleConfig,
+    SequenceConfig,
     TrainingConfig,
     dump_run_config,
 )
@@ -170,20 +172,23 @@ def test_a_tokenizer_folder_without_its_files_is_refused(tmp_path: Path) -> None
         pad_token_id(tmp_path)
 
 
-def _saved_run(run_dir: Path, tokenizer: Path, *, stage: int, precision: str) -> None:
+def _saved_run(
+    run_dir: Path, tokenizer: Path, *, stage: int, precision: str, sentence_pair: Literal["nsp", "none"] = "nsp"
+) -> None:
     """A run folder as pretrain.py leaves it after one step."""
     join_alone()
     run = RunConfig(
         name="small",
         model=CONFIG,
         corpus=EmbeddedCorpus(vocab_size=CONFIG.vocab_size),
+        sequences=SequenceConfig(sentence_pair=sentence_pair),
         optimizer=AdamWConfig(lr=1e-2),
         schedule=ScheduleConfig(type="constant", warmup_steps=0),
         training=TrainingConfig(total_steps=1, train_batch_size=2),
     )
     shutil.copytree(tokenizer, run_dir / "tokenizer")
     (run_dir / "run_config.json").write_text(dump_run_config(run))
-    model = BertForPreTraining(CONFIG, kernels="torch")
+    model = BertForPreTraining(CONFIG, kernels="torch", has_pair_head=sentence_pair != "none")
     spread_weights(model, CONFIG)
     optimizer = make_optimizer(
         run.optimizer, model.named_parameters(), no_decay_patterns=BertForPreTraining.no_decay_patterns
@@ -220,6 +225,21 @@ def test_a_checkpoint_of_any_stage_becomes_a_folder_with_its_fp32_weights(
     # One step of Adam has moved the weights by the learning rate.
     before = to_hf(spread_state_dict(), CONFIG)[QUERY]
     assert (found[QUERY] - before).abs().median().item() == pytest.approx(1e-2, rel=0.3)
+
+
+def test_segments_that_were_never_trained_are_exported_equal_to_the_one_that_was(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "bert.embeddings.token_type_embeddings.weight"
+    pairs: tuple[Literal["nsp", "none"], ...] = ("nsp", "none")
+    for sentence_pair in pairs:
+        _saved_run(tmp_path / sentence_pair, tokenizer, stage=0, precision="fp32", sentence_pair=sentence_pair)
+        assert _run_verb(monkeypatch, "--run_dir", str(tmp_path / sentence_pair)) == 0
+        checkpoint = load_fp32_state_dict(tmp_path / sentence_pair / "checkpoints/global_step1")
+        trained = to_hf(checkpoint, CONFIG)[name]
+        assert not torch.equal(trained[0], trained[1])
+        wanted = trained if sentence_pair == "nsp" else trained[[0, 0]]
+        assert torch.equal(load_hf_folder(tmp_path / sentence_pair / "hf").tensors[name], wanted)
 
 
 def test_the_verb_ends_with_the_documented_exit_codes(

@@ -74,6 +74,16 @@ def rows_to_hf(state_dict: Mapping[str, Tensor], table: Sequence[TensorRow]) -> 
     return result
 
 
+def share_unseen_segments(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a model that was trained on single segments, every segment row equal to the first.
+
+    The other rows have never had a gradient. A tokenizer numbers the second text of a pair 1 all the same, and a random
+    vector on each of its tokens would spoil what the encoder has learned.
+    """
+    name = "bert.embeddings.token_type_weight"
+    return {**state_dict, name: state_dict[name][:1].expand_as(state_dict[name]).clone()}
+
+
 def from_hf(tensors: Mapping[str, Tensor], config: ModelConfig, *, has_pair_head: bool) -> dict[str, Tensor]:
     """Return our state dict of Hugging Face's tensors, padding the vocabulary with zero rows.
 
