@@ -35,6 +35,7 @@ from bert_ds.downstream.task_batch import TaskBatch
 from bert_ds.downstream.task_batches import features_fingerprint, step_batches
 from bert_ds.downstream.task_engine import BestStep, build_model, task_plan
 from bert_ds.downstream.task_rows import TaskRows, read_task
+from bert_ds.downstream.taught_model import load_teacher
 from bert_ds.downstream.trivial import trivial_figures
 from bert_ds.encoder.pretrained import Pretrained, check_tokenizer, load_pretrained
 from bert_ds.ranks import EXIT_DONE, EXIT_RUN_AGAIN, Ranks, read_ranks
@@ -201,16 +202,30 @@ def training_batches(
         seed=task.seed,
         parts=(start.ranks.rank, start.ranks.world_size, engine.gradient_accumulation_steps()),
         micro_batch_size=engine.train_micro_batch_size_per_gpu(),
-        count_targets=KINDS[task.kind].count_targets,
+        count_targets=lambda features: counted(task, KINDS[task.kind].count_targets(features)),
     )
+
+
+def counted(task: TaskConfig, counts: tuple[float, ...]) -> tuple[float, ...]:
+    """Return a count for every loss term of the model; a teacher's term has the targets of the first."""
+    return counts if task.distillation is None else (*counts, counts[0])
 
 
 def build_engine(plan: TrainedTask, ds_config: dict[str, Any], *, start: Start, log: RunLog) -> DeepSpeedEngine:
     """Make model and optimizer and hand them to DeepSpeed; a collective."""
+    teacher = None
+    if plan.task.distillation is not None:
+        teacher = load_teacher(
+            plan.task,
+            start.rows.labels,
+            vocab_size=start.tokenizer.vocab_size,
+            fingerprint=start.tokenizer.fingerprint,
+        )
     model, lr_scale_of = build_model(
         plan,
         start.rows,
         tensors={} if start.args.random_weights else start.pretrained.tensors,
+        teacher=teacher,
         activation_checkpointing=start.ds.activation_checkpointing,
         say=log.info,
     )

@@ -44,11 +44,12 @@ from bert_ds.configuration.task_sections import (
     FreezeConfig,
     PromptConfig,
     QuestionAnsweringConfig,
+    TaskDistillationConfig,
     TaskEvaluationConfig,
     TaskTrainingConfig,
 )
 
-TASK_PATHS = ("data.train.*.path", "data.validation.*.path", "data.test.*.path")
+TASK_PATHS = ("data.train.*.path", "data.validation.*.path", "data.test.*.path", "distillation.teacher")
 """Settings that name a file; `*` stands for every item of a list."""
 
 DEFAULT_EPOCHS = 3.0
@@ -92,11 +93,12 @@ class TaskConfig(Section):
     training: TaskTrainingConfig = TaskTrainingConfig()
     evaluation: TaskEvaluationConfig = TaskEvaluationConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
+    distillation: TaskDistillationConfig | None = None
+    """A fine-tuned model that teaches; null learns from the labels alone."""
     question_answering: QuestionAnsweringConfig | None = None
     """For tasks of this kind; null takes its defaults."""
     sentence_embedding: EmbeddingConfig | None = None
     """For tasks of this kind; null takes its defaults."""
-
     prompt: PromptConfig | None = None
     """For prompted_classification, which has no default."""
 
@@ -224,6 +226,9 @@ def _section_problems(task: TaskConfig) -> list[Problem]:
         for section, kind in owners.items()
         if getattr(task, section) is not None and task.kind != kind
     ]
+    if task.distillation is not None and not KIND_FACTS[task.kind].can_be_taught:
+        kinds = one_of([name for name, facts in KIND_FACTS.items() if facts.can_be_taught])
+        problems.append(Problem("distillation", f"is for {kinds}, the kind is {task.kind}"))
     if task.kind == "prompted_classification" and task.prompt is None:
         problems.append(Problem("prompt", "is missing, wanted template and label_words"))
     if not task.data.train and KIND_FACTS[task.kind].needs_train:

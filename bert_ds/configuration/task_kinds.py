@@ -34,6 +34,8 @@ class KindFacts(NamedTuple):
     own_formats: tuple[str, ...] = ()
     """Formats that bring the fields by themselves."""
     has_class_weights: bool = False
+    can_be_taught: bool = False
+    """Whether a teacher's scores can be learned from."""
     is_trained: bool = True
     """Whether finetune.py can train it; otherwise score.py scores a pre-trained folder on it as it is."""
     needs_train: bool = True
@@ -49,10 +51,12 @@ _CLASSES = ("accuracy", "macro_f1", "matthews")
 _TAGS = ("f1", "accuracy", "macro_f1")
 
 KIND_FACTS: dict[str, KindFacts] = {
-    "classification": KindFacts(("text", "label"), ("text_pair", "id"), _CLASSES, has_class_weights=True),
+    "classification": KindFacts(
+        ("text", "label"), ("text_pair", "id"), _CLASSES, has_class_weights=True, can_be_taught=True
+    ),
     "multi_label": KindFacts(("text", "labels"), ("text_pair", "id"), ("micro_f1", "macro_f1", "exact")),
-    "regression": KindFacts(("text", "score"), ("text_pair", "id"), ("pearson", "spearman")),
-    "token_classification": KindFacts(("words", "tags"), ("id",), _TAGS, has_class_weights=True),
+    "regression": KindFacts(("text", "score"), ("text_pair", "id"), ("pearson", "spearman"), can_be_taught=True),
+    "token_classification": KindFacts(("words", "tags"), ("id",), _TAGS, has_class_weights=True, can_be_taught=True),
     "intent_slot": KindFacts(("words", "tags", "intent"), ("id",), ("exact", "intent_accuracy", "f1")),
     "multiple_choice": KindFacts(("text", "choices", "label"), ("text_pair", "id"), ("accuracy",)),
     "question_answering": KindFacts((), (), ("f1", "exact_match"), ("squad",)),

@@ -50,6 +50,19 @@ class TaskEvaluationConfig(Section):
     """Stop after this many evaluations in a row without a better metric; null never stops early."""
 
 
+class TaskDistillationConfig(Section):
+    """A larger model that is fine-tuned on the task teaches it (Hinton et al. 2015, arXiv 1503.02531)."""
+
+    teacher: Annotated[str, Field(min_length=1)]
+    """Folder of the teacher, with the same labels and the same tokenizer; the hf/ of a fine-tuning run."""
+    temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 2.0
+    """Scores of both are divided by this before they become probabilities."""
+    label_weight: NonNegativeFloat = 1.0
+    """Weight of the labels themselves."""
+    soft_weight: PositiveFloat = 1.0
+    """Weight of what the teacher says."""
+
+
 class QuestionAnsweringConfig(Section):
     """How contexts are cut, answers are chosen, and whose rules score them."""
 

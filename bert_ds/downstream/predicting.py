@@ -64,7 +64,8 @@ def predict_features(
         if number < len(groups):
             found = torch.cat(sums).double().cpu()
             totals = found if not len(totals) else totals + found
-            counts = [total + count for total, count in zip(counts, batch.loss_counts, strict=True)]
+            for term, count in enumerate(batch.loss_counts):  # a teacher's term has no targets here
+                counts[term] += count
             for place, arrays in zip(batch.places, _scores_of_features(batch, scores), strict=True):
                 summaries[group[place]] = summarise(features[group[place]], arrays)
     model.train(was_training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bert_ds.downstream.outcome import measure_side
 from bert_ds.downstream.task_folder import make_task_model
 from bert_ds.downstream.task_model import TaskModel
 from bert_ds.downstream.task_rows import Side, TaskRows, balanced_weights
+from bert_ds.downstream.taught_model import TaughtTaskModel
 from bert_ds.encoder.pretrained import start_from
 from bert_ds.ranks import Ranks
 from bert_ds.training.evaluation import Evaluation
@@ -63,6 +65,7 @@ def build_model(
     rows: TaskRows,
     *,
     tensors: Mapping[str, Tensor],
+    teacher: TaskModel | None = None,
     activation_checkpointing: bool,
     say: Callable[[str], None],
 ) -> tuple[TaskModel, Callable[[str], float] | None]:
@@ -72,6 +75,7 @@ def build_model(
         plan: the task and the network.
         rows: of the task.
         tensors: of the pre-trained encoder; {} starts from random weights.
+        teacher: of the task, where it names one.
         activation_checkpointing: recompute each layer in the backward pass.
         say: takes the names of what starts from random weights or is frozen.
     """
@@ -80,12 +84,16 @@ def build_model(
     if task.class_weights == "balanced":
         name = next(iter(rows.labels))
         weights = balanced_weights(rows.labels[name], rows.train.features, target=name)
+    make: Callable[..., TaskModel] = TaskModel
+    if teacher is not None and task.distillation is not None:
+        make = partial(TaughtTaskModel, teacher=teacher, settings=task.distillation)
     model = make_task_model(
         KINDS[task.kind],
         plan.model,
         rows.labels,
         kernels=task.training.kernels,
         class_weights=weights,
+        make=make,
         activation_checkpointing=activation_checkpointing,
         init_seed=task.seed,
     )

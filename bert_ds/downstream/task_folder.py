@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ def make_task_model(
     *,
     kernels: str,
     class_weights: tuple[float, ...] | None = None,
+    make: Callable[..., TaskModel] = TaskModel,
     activation_checkpointing: bool = False,
     init_seed: int = 0,
 ) -> TaskModel:
@@ -56,12 +57,13 @@ def make_task_model(
         labels: of the task.
         kernels: "auto", "triton" or "torch".
         class_weights: weight of each label in the loss.
+        make: puts encoder and head together.
         activation_checkpointing: recompute each layer in the backward pass.
         init_seed: seed of the weights.
     """
     ops = fused_ops(kernels)
     head = kind.make_head(HeadContext(config, labels, ops, class_weights))
-    return TaskModel(config, head, ops=ops, activation_checkpointing=activation_checkpointing, init_seed=init_seed)
+    return make(config, head, ops=ops, activation_checkpointing=activation_checkpointing, init_seed=init_seed)
 
 
 def write_task_folder(output: Path, model: TaskModel, *, facts: TaskFacts, tokenizer: Path) -> list[ExportCheck]:
