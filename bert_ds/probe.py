@@ -49,6 +49,7 @@ def main() -> None:
     found = {}
     for name, tensors in zip(MODELS, (pretrained.tensors, None), strict=True):
         encoder = make_encoder(pretrained.config, tensors, kernels=task.training.kernels, init_seed=task.seed)
+        print(f"probing {name}")
         found[name] = probe_encoder(encoder, task, rows, limit=args.max_vectors)
     report(task, found, output=args.output)
 

@@ -26,6 +26,7 @@ from bert_ds.downstream.examples import Labels
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.task_folder import read_task_folder, tokenizer_folder
 from bert_ds.downstream.task_model import TaskModel
+from bert_ds.encoder.distillation import soft_divergence
 from bert_ds.encoder.pretrained import check_tokenizer
 
 
@@ -66,8 +67,7 @@ class TaughtTaskModel(TaskModel):
         if target.is_floating_point():
             return F.mse_loss(own_RL, wanted_RL, reduction="sum")[None]
         kept = target != IGNORE_INDEX
-        log_p, log_q = ((one[kept] / self.temperature).log_softmax(dim=-1) for one in (own_RL, wanted_RL))
-        return self.temperature**2 * F.kl_div(log_p, log_q, log_target=True, reduction="sum")[None]
+        return soft_divergence(own_RL[kept], wanted_RL[kept], self.temperature)[None]
 
 
 def load_teacher(task: TaskConfig, labels: Labels, *, vocab_size: int, fingerprint: str) -> TaskModel:

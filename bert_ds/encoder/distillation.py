@@ -154,6 +154,12 @@ def angle_loss(hidden_TD: Tensor, taught_TD: Tensor) -> Tensor:
     return (1.0 - F.cosine_similarity(hidden_TD.float(), taught_TD.float(), dim=-1)).sum()
 
 
+def soft_divergence(own_RL: Tensor, wanted_RL: Tensor, temperature: float) -> Tensor:
+    """Return t^2 KL(softmax(wanted / t) || softmax(own / t)) at temperature t, summed over rows of fp32 scores."""
+    log_p, log_q = ((scores_RL / temperature).log_softmax(dim=-1) for scores_RL in (own_RL, wanted_RL))
+    return temperature**2 * F.kl_div(log_p, log_q, log_target=True, reduction="sum")
+
+
 def soft_target_loss(student: Decoder, teacher: Decoder, *, vocab_size: int, temperature: float) -> Tensor:
     """Return t^2 KL(teacher || student) at temperature t, summed over the masked tokens, fp32.
 
@@ -181,9 +187,7 @@ def soft_target_loss(student: Decoder, teacher: Decoder, *, vocab_size: int, tem
 
 def _soft_rows(student: Decoder, teacher: Decoder, vocab_size: int, temperature: float) -> Tensor:
     own, wanted = (
-        F.linear(one.transformed_PD, one.weight_VD[:vocab_size], one.bias_V[:vocab_size]).float() / temperature
+        F.linear(one.transformed_PD, one.weight_VD[:vocab_size], one.bias_V[:vocab_size]).float()
         for one in (student, teacher)
     )
-    return temperature**2 * F.kl_div(
-        F.log_softmax(own, dim=-1), F.log_softmax(wanted, dim=-1), log_target=True, reduction="sum"
-    )
+    return soft_divergence(own, wanted, temperature)
