@@ -118,7 +118,12 @@ def ds_config(stage: int, *, precision: str = "fp32", accumulation: int = 1, wor
         "data_types": {"grad_accum_dtype": "fp32" if stage else precision},
         "bf16": {"enabled": precision == "bf16"},
         "fp16": {"enabled": False},
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            # The default reserves 2 GB per engine of stage 3. A process with ten such can no longer fork a loader.
+            "reduce_bucket_size": 1_000_000,
+        },
     }
 
 
