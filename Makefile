@@ -73,7 +73,7 @@ campaign-configs: env-dev
 
 campaign-downstream: env-dev
 	@[[ -n "$(DATA)" ]] || { echo "DATA=folder is missing: wikipedia_en, wikipedia_zh and the folders the shipped tasks name"; exit 2; }
-	$(BIN)/python tests/campaign_downstream.py --data $(DATA) --work runs/$@
+	$(BIN)/python tests/campaign_downstream.py --data $(DATA) --work runs/$@ --jobs 2
 
 campaign-hf-trainer: env-dev
 	@[[ -n "$(DATA)" && -n "$(MODEL)" ]] || { echo "DATA=folder of the data sets and MODEL=pre-trained Hugging Face folder are wanted"; exit 2; }

@@ -65,7 +65,6 @@ TASKS = {
     "ud_pos": Run("en", 3, num_seeds=1),
     "wnut17": Run("en", 6),
     "squad1": Run("en", 3, num_seeds=1, max_seq_length=128),
-    "squad2": Run("en", 2, num_seeds=1, max_seq_length=128),
     "stsb_zh": Run("zh", 4, num_seeds=1),
     "laws_zh": Run("zh", 10, max_seq_length=128),
     "weibo_ner": Run("zh", 8, max_seq_length=128),
