@@ -94,8 +94,12 @@ def main() -> None:
             models = dict(zip(names, pool.map(lambda name: pretrained(name, data, work), names), strict=True))
             for name in arguments.only:
                 record_trivial(name, data, models[TASKS[name].language])
-            places = [(data, models[TASKS[run.task].language], work) for run in runs(arguments.only, arguments.seeds)]
-            list(pool.map(record, runs(arguments.only, arguments.seeds), places))
+            trainings = [
+                pool.submit(record, training, data=data, model=models[TASKS[training.task].language], work=work)
+                for training in runs(arguments.only, arguments.seeds)
+            ]
+            for training in trainings:
+                training.result()
     print("\n".join(table(stored())))
 
 
@@ -109,13 +113,13 @@ class Training(NamedTuple):
 
 def runs(names: Iterable[str], seeds: list[int] | None) -> list[Training]:
     """Return what is to be trained, seed by seed."""
-    wanted = [
-        (seed, order, start)
-        for order, name in enumerate(names)
-        for seed in seeds or range(1, TASKS[name].num_seeds + 1)
+    trainings = [
+        Training(name, start, seed)
+        for name in names
         for start in ("pretrained", "random")
+        for seed in seeds or range(1, TASKS[name].num_seeds + 1)
     ]
-    return [Training(list(names)[order], start, seed) for seed, order, start in sorted(wanted)]
+    return sorted(trainings, key=lambda training: training.seed)
 
 
 def languages(names: Iterable[str]) -> list[str]:
@@ -156,15 +160,9 @@ def settings(name: str) -> list[str]:
     ]
 
 
-def record(training: Training, places: tuple[Path, Path, Path]) -> None:
-    """Fine-tune one seed from one start, unless its result is stored.
-
-    Args:
-        training: which.
-        places: of the data, of the pre-trained model, and of what is made.
-    """
+def record(training: Training, *, data: Path, model: Path, work: Path) -> None:
+    """Fine-tune one seed from one start, unless its result is stored."""
     name, start, seed = training
-    data, model, work = places
     key = training._asdict()
     if any(all(row[field] == value for field, value in key.items()) for row in stored()):
         return
