@@ -65,7 +65,7 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
         default=600.0,
         metavar="SECONDS",
         help="end with exit code 75 and the stacks of all ranks after so long without progress, 0: never "
-        "(default: %(default)s; at least 1800 in the first step, an evaluation or a save)",
+        "(default: %(default)s; three times as long in the first step, an evaluation or a save)",
     )
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

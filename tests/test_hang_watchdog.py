@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from ranks_harness import free_port
 from tiny_training import ds_config, join_alone, micro_batch, step_batches, tiny_engine, tiny_plan, tiny_services
 
@@ -21,7 +22,7 @@ from bert_ds.training.process_group import joined_ranks
 from bert_ds.training.train_loop import train
 from bert_ds.training.train_state import TrainState
 
-LIMIT_S = 2.0
+LIMIT_S = 3.0
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -33,6 +34,14 @@ def hang(kind: str, run_dir: Path) -> None:
         time.sleep(600)
     if kind == "reading":
         (run_dir / "shard").open("rb").read()  # a FIFO without a writer
+
+
+def sick_save(state: TrainState) -> bool:
+    """A save in which rank 1 is stopped while the other waits for it."""
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.barrier()
+    return True
 
 
 def sick_batches(kind: str, run_dir: Path, rank: int) -> Iterator[Any]:
@@ -49,10 +58,12 @@ def train_until_it_hangs(kind: str, run_dir: Path) -> None:
     ranks = Ranks(rank, rank, 2)
     with joined_ranks(ranks):
         engine = tiny_engine(ds_config(2, world_size=2))
-        services = tiny_services(run_dir, rank, 2, heartbeat=heartbeat)
+        saving = kind == "stopped in a save"
+        services = tiny_services(run_dir, rank, 2, heartbeat=heartbeat, save=sick_save if saving else None)
         with watched_for_hangs(heartbeat, run_dir, ranks=ranks, limit_s=LIMIT_S, module=engine.module):
             batches = sick_batches(kind, run_dir, rank)
-            train(engine, batches, state=TrainState(), plan=tiny_plan(9), services=services)
+            plan = tiny_plan(9, checkpoint_every_steps=2 if saving else None)
+            train(engine, batches, state=TrainState(), plan=plan, services=services)
 
 
 def launch(kind: str, run_dir: Path) -> list[subprocess.Popen[str]]:
@@ -81,6 +92,11 @@ def launch(kind: str, run_dir: Path) -> list[subprocess.Popen[str]]:
 @pytest.mark.parametrize(
     ("kind", "codes", "said"),
     [
+        (
+            "stopped in a save",
+            (75, -9),
+            "hang: rank 1 does not answer (stopped, or its machine is gone); the others wait in checkpoint of step 2",
+        ),
         ("stopped", (75, -9), "hang: rank 1 does not answer (stopped, or its machine is gone); the others wait in agr"),
         ("asleep", (75, 75), "s in data wait of step 4; the others wait in agreement of step 4"),
         ("reading", (75, 75), "s in data wait of step 4; the others wait in agreement of step 4"),
@@ -98,7 +114,8 @@ def test_a_hang_is_named_and_ended_with_the_stacks_of_both_ranks(
             process.kill()
     assert tuple(process.returncode for process in ranks) == codes
     assert said in errors[0] + errors[1]
-    for rank, function in ((0, "agree_on_totals"), (1, "in train_until_it_hangs")):
+    waiting = "in sick_save" if kind == "stopped in a save" else "agree_on_totals"
+    for rank, function in ((0, waiting), (1, "in train_until_it_hangs")):
         log = (tmp_path / f"logs/rank_{rank}.log").read_text()
         assert function in log
         assert "in watch\n" in log  # all threads, not the main one alone

@@ -88,6 +88,7 @@ def test_every_problem_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
         ("corpus", SHARDS | {"sources": [{"path": "a", "weight": 1e-300}]}, "wanted >= 1e-06"),
         ("masking", {"whole_word_mask": False, "word_segmenter": "jieba"}, "needs whole_word_mask: true"),
         ("total_steps", 3, 'did you mean "training.total_steps"?'),
+        ("model.seed", 3, 'did you mean "seed" at the top of the file?'),
         ("training.train_micro_batch_size_per_gpu", 8, "it belongs to the DeepSpeed file"),
     ],
 )

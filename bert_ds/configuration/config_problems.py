@@ -191,7 +191,10 @@ def _hint(key: str, section: Any, model: type[BaseModel]) -> str:
         return near
     everywhere = dict(_all_settings(model, ""))
     close = difflib.get_close_matches(key[:100], list(everywhere), n=1, cutoff=0.8)
-    return f"; did you mean {describe(everywhere[close[0]])}?" if close else f"; known here: {', '.join(here)}"
+    if not close:
+        return f"; known here: {', '.join(here)}"
+    path = everywhere[close[0]]
+    return f"; did you mean {describe(path)}{'' if '.' in path else ' at the top of the file'}?"
 
 
 def _all_settings(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:

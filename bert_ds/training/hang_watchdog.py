@@ -28,8 +28,8 @@ from bert_ds.ranks import EXIT_RUN_AGAIN, Ranks
 from bert_ds.training.agreement import broadcast_json, gather_json
 from bert_ds.training.restart import process_identity
 
-PATIENT_LIMIT_S = 1800.0
-"""At least this long is waited in the first step (kernels compile), in an evaluation and in a save."""
+PATIENCE = 3
+"""So many times the limit is waited in the first step (kernels compile), in an evaluation and in a save."""
 _DUMP_SIGNAL = signal.SIGUSR2
 _GRACE_S = 3.0
 """How long a rank that has found the hang waits for the reports of the others."""
@@ -74,7 +74,7 @@ def watched_for_hangs(
         heartbeat: fed by the training loop.
         run_dir: the run folder.
         ranks: place of this process in the job.
-        limit_s: 0 switches the watchdog off.
+        limit_s: 0 switches the watchdog off; PATIENCE times as long is waited in a patient phase.
         module: the model; each of its forward passes is progress, however many micro-steps a step has.
     """
     if not limit_s:
@@ -120,7 +120,7 @@ class _Watchdog:
             now = time.monotonic()
             silent_s = silent_s + min(now - looked, 2 * self._poll_s) if count == self._heartbeat.count else 0.0
             count, looked = self._heartbeat.count, now
-            limit_s = max(self._limit_s, PATIENT_LIMIT_S) if self._heartbeat.patient else self._limit_s
+            limit_s = PATIENCE * self._limit_s if self._heartbeat.patient else self._limit_s
             # Ranks do not stall at the same instant: where one has reported, a silence half as long is enough.
             if silent_s >= limit_s or (silent_s >= limit_s / 2 and self._reports.exists()):
                 self._end(silent_s)
