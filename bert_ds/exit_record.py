@@ -21,6 +21,7 @@ class ExitRecord(NamedTuple):
 
     code: int
     message: str
+    """The error; beside exit code 75, what hangs. Empty where a rank did as it was asked."""
 
 
 def record_exit(code: int, message: str = "") -> None:

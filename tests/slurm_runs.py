@@ -13,7 +13,7 @@ from test_pretrain import losses
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 100
-SETTINGS = ("--set", f"training.total_steps={STEPS}", "--set", "checkpoints.every_steps=10", "--hang_limit", "6")
+SETTINGS = ("--set", f"training.total_steps={STEPS}", "--set", "checkpoints.every_steps=10", "--hang_limit", "8")
 
 
 def submit(cluster: SlurmCluster, workshop: Path, run_dir: Path, *options: str, flags: tuple[str, ...] = ()) -> str:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ranks_harness import free_port
 from tiny_training import ds_config, join_alone, micro_batch, step_batches, tiny_engine, tiny_plan, tiny_services
 
+from bert_ds.exit_record import read_exits
 from bert_ds.ranks import Ranks
 from bert_ds.training.hang_watchdog import Heartbeat, explain_hang, watched_for_hangs
 from bert_ds.training.process_group import joined_ranks
@@ -76,6 +77,7 @@ def launch(kind: str, run_dir: Path) -> list[subprocess.Popen[str]]:
         "LOCAL_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
+        "BERT_DS_EXITS": str(run_dir),
     }
     return [
         subprocess.Popen(
@@ -114,6 +116,7 @@ def test_a_hang_is_named_and_ended_with_the_stacks_of_both_ranks(
             process.kill()
     assert tuple(process.returncode for process in ranks) == codes
     assert said in errors[0] + errors[1]
+    assert [said in record.message for record in read_exits(tmp_path).values()] == [True]
     waiting = "in sick_save" if kind == "stopped in a save" else "agree_on_totals"
     for rank, function in ((0, waiting), (1, "in train_until_it_hangs")):
         log = (tmp_path / f"logs/rank_{rank}.log").read_text()

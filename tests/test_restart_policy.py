@@ -56,6 +56,13 @@ def test_a_dead_rank_is_launched_again_at_once() -> None:
     assert verdict(exits={0: SAVED}).sentence.startswith("rank 1 ended without a word (srun: 137)")
 
 
+def test_a_hang_is_the_reason_whatever_else_the_ranks_say_and_is_no_wish_to_stop() -> None:
+    hang = ExitRecord(75, "hang: rank 1 does not answer")
+    for exits in ({0: hang}, {0: hang, 1: SAVED}, {0: ExitRecord(1, "Connection closed by peer"), 1: hang}):
+        found = verdict(exits=exits)
+        assert (found.action, found.sentence) == ("again", f"{hang.message}; launching again from step 60")
+
+
 def test_a_node_that_does_not_answer_sends_the_job_back_to_the_queue() -> None:
     assert verdict(nodes_answer=False).action == "requeue"
 

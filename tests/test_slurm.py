@@ -98,6 +98,7 @@ def test_a_rank_that_hangs_is_found_and_the_stacks_of_every_rank_are_in_the_logs
     for rank in (0, 1):
         assert "(most recent call first)" in (run_dir / f"logs/rank_{rank}.log").read_text(), rank
     assert "hang: rank 1" in (run_dir / "logs/rank_0.out").read_text()
+    assert f"job {job}: hang: rank 1 does not answer" in log_of(run_dir)
     assert cluster.job_fact(job, "Restarts") == "0"
 
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from bert_ds.exit_record import record_exit
 from bert_ds.ranks import EXIT_RUN_AGAIN, Ranks
 from bert_ds.training.agreement import broadcast_json, gather_json
 from bert_ds.training.restart import process_identity
@@ -138,9 +139,10 @@ class _Watchdog:
         _wait(lambda: len(self._read_reports()) == self._ranks.world_size, seconds=_GRACE_S)
         reports = self._read_reports()
         if self._ranks.rank == min(reports):
-            message = f"hang: {explain_hang(reports, world_size=self._ranks.world_size)}\n"
-            self._say(message.strip())
-            os.write(2, message.encode())
+            message = f"hang: {explain_hang(reports, world_size=self._ranks.world_size)}"
+            self._say(message)
+            os.write(2, f"{message}\n".encode())
+            record_exit(EXIT_RUN_AGAIN, message)
             self._end_neighbours(set(range(self._ranks.world_size)) - set(reports))
         os._exit(EXIT_RUN_AGAIN)
 

@@ -127,6 +127,9 @@ def judge(end: LaunchEnd, progress: Progress, *, limit: int) -> tuple[Verdict, P
 
 def how_it_ended(end: LaunchEnd) -> str:
     """Return one clause about the ranks of a launch."""
+    hangs = [record.message for record in end.exits.values() if record.code == EXIT_RUN_AGAIN and record.message]
+    if hangs:
+        return hangs[0]  # the error of a rank that lost its neighbour then is a consequence
     for rank, record in end.exits.items():
         if record.code not in (EXIT_DONE, EXIT_RUN_AGAIN):
             return f"rank {rank} ended with exit code {record.code}" + (
@@ -151,4 +154,4 @@ def _permanent(end: LaunchEnd) -> tuple[int, str] | None:
 
 
 def _all_asked_to_stop(end: LaunchEnd) -> bool:
-    return len(end.exits) == end.world_size and all(one.code == EXIT_RUN_AGAIN for one in end.exits.values())
+    return len(end.exits) == end.world_size and set(end.exits.values()) == {ExitRecord(EXIT_RUN_AGAIN, "")}
