@@ -7,6 +7,9 @@ language is pre-trained on its Wikipedia by `campaign_downstream_en.json` and `.
 task is fine-tuned from it and from the same network with random weights: same rows, epochs, learning rate and seeds,
 at most 10,000 training rows. The trivial methods (`bert_ds/downstream/trivial.py`) see the same rows on the same split.
 
+With --longer the English model is trained on by `campaign_downstream_en_longer.json`, with wikipedia_en_more beside its
+first text, and the English tasks are fine-tuned from that too.
+
 Results are appended to tests/results/downstream.jsonl, one line per training; what is there is not run again. All tasks
 are trained with their first seed before any with its second. At the end, and with --table alone, the table of
 BENCHMARKS.md is printed.
@@ -82,6 +85,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--seeds", nargs="*", type=int, help="instead of each task's own number of seeds")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, which share the processor's threads")
+    parser.add_argument("--longer", action="store_true", help="English also from a longer pre-training; two hours more")
     parser.add_argument("--table", action="store_true", help="print the table of what is recorded and stop")
     arguments = parser.parse_args()
     if not arguments.table:
@@ -94,9 +98,11 @@ def main() -> None:
             models = dict(zip(names, pool.map(lambda name: pretrained(name, data, work), names), strict=True))
             for name in arguments.only:
                 record_trivial(name, data, models[TASKS[name].language])
+            if arguments.longer and "en" in models:
+                models["longer"] = pretrained_longer(data, work, first=models["en"])
             trainings = [
-                pool.submit(record, training, data=data, model=models[TASKS[training.task].language], work=work)
-                for training in runs(arguments.only, arguments.seeds)
+                pool.submit(record, training, data=data, model=model_of(training, models), work=work)
+                for training in runs(arguments.only, arguments.seeds, longer=arguments.longer)
             ]
             for training in trainings:
                 training.result()
@@ -111,15 +117,21 @@ class Training(NamedTuple):
     seed: int
 
 
-def runs(names: Iterable[str], seeds: list[int] | None) -> list[Training]:
+def runs(names: Iterable[str], seeds: list[int] | None, *, longer: bool) -> list[Training]:
     """Return what is to be trained, seed by seed."""
     trainings = [
         Training(name, start, seed)
         for name in names
-        for start in ("pretrained", "random")
+        for start in ("pretrained", "random", "longer")
         for seed in seeds or range(1, TASKS[name].num_seeds + 1)
+        if start != "longer" or (longer and TASKS[name].language == "en")
     ]
     return sorted(trainings, key=lambda training: training.seed)
+
+
+def model_of(training: Training, models: dict[str, Path]) -> Path:
+    """Return the folder that a training starts from; random weights take its configuration and tokenizer."""
+    return models["longer" if training.start == "longer" else TASKS[training.task].language]
 
 
 def languages(names: Iterable[str]) -> list[str]:
@@ -129,18 +141,35 @@ def languages(names: Iterable[str]) -> list[str]:
 
 def pretrained(language: str, data: Path, work: Path) -> Path:
     """Return the export of the language's model; what of it is missing is made."""
-    text, tokenizer, shards = data / f"wikipedia_{language}", work / language / "tokenizer", work / language / "shards"
-    run_dir = work / language / "run"
-    if not (tokenizer / "vocab.txt").is_file():
-        _verb("train_wordpiece", "--input", text, "--output", tokenizer, "--vocab_size", VOCAB_SIZES[language])
-    if not (shards / "manifest.json").is_file():
-        places = ("--input", text, "--tokenizer", tokenizer, "--output", shards)
+    text, folder = data / f"wikipedia_{language}", work / language
+    if not (folder / "tokenizer/vocab.txt").is_file():
+        places = ("--input", text, "--output", folder / "tokenizer")
+        _verb("train_wordpiece", *places, "--vocab_size", VOCAB_SIZES[language])
+    shards = _shards(text, folder / "tokenizer", folder / "shards")
+    return _trained(language, folder / "run", tokenizer=folder / "tokenizer", sources=[shards])
+
+
+def pretrained_longer(data: Path, work: Path, *, first: Path) -> Path:
+    """Return the export of the English model that was trained on from its first export; what is missing is made."""
+    folder, tokenizer = work / "en_longer", work / "en/tokenizer"
+    sources = [work / "en/shards", _shards(data / "wikipedia_en_more", tokenizer, folder / "shards")]
+    return _trained("en_longer", folder / "run", "--init_from", first, tokenizer=tokenizer, sources=sources)
+
+
+def _shards(text: Path, tokenizer: Path, folder: Path) -> Path:
+    if not (folder / "manifest.json").is_file():
+        places = ("--input", text, "--tokenizer", tokenizer, "--output", folder)
         _verb("build_shards", *places, "--validation_fraction", 0.03)
+    return folder
+
+
+def _trained(recipe: str, run_dir: Path, *options: object, tokenizer: Path, sources: list[Path]) -> Path:
     if not (run_dir / "DONE").is_file():
-        recipe = ROOT / f"tests/campaign_downstream_{language}.json"
-        files = ("--run", recipe, "--deepspeed_config", ROOT / "ds_configs/zero2.json", "--run_dir", run_dir)
-        places = ("--set", f"corpus.tokenizer={tokenizer}", "--set", f"corpus.sources.0.path={shards}")
-        _verb("pretrain", *files, *places, "--resume", "auto")
+        path = ROOT / f"tests/campaign_downstream_{recipe}.json"
+        files = ("--run", path, "--deepspeed_config", ROOT / "ds_configs/zero2.json", "--run_dir", run_dir)
+        settings = [f"corpus.sources.{number}.path={shards}" for number, shards in enumerate(sources)]
+        places = [word for one in (f"corpus.tokenizer={tokenizer}", *settings) for word in ("--set", one)]
+        _verb("pretrain", *files, *places, *options, "--resume", "auto")
     if not (run_dir / "hf/model.safetensors").is_file():
         _verb("export_hf", "--run_dir", run_dir)
     return run_dir / "hf"
@@ -216,7 +245,9 @@ def append(row: dict[str, Any]) -> None:
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """Return a Markdown table: a task per line, mean and deviation over seeds of each start."""
-    lines = ["| task | metric | pre-trained | random weights | trivial method | seeds |", "|---|---|---|---|---|---|"]
+    starts = ("longer", "pretrained", "random", "trivial")
+    titles = "| task | metric | pre-trained for longer | pre-trained | random weights | trivial method | seeds |"
+    lines = [titles, "|---|---|---|---|---|---|---|"]
     for name in TASKS:
         by_start: dict[str, list[float]] = {}
         for row in rows:
@@ -225,7 +256,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         if not by_start:
             continue
         metric = next(row["metric"] for row in rows if row["task"] == name)
-        cells = [_spread(by_start.get(start, [])) for start in ("pretrained", "random", "trivial")]
+        cells = [_spread(by_start.get(start, [])) for start in starts]
         seeds = max(len(by_start.get("pretrained", [])), len(by_start.get("random", [])))
         lines.append(f"| {name} | {metric} | {' | '.join(cells)} | {seeds} |")
     return lines
