@@ -33,7 +33,7 @@ PATIENCE = 3
 """So many times the limit is waited in the first step (kernels compile), in an evaluation and in a save."""
 _DUMP_SIGNAL = signal.SIGUSR2
 _GRACE_S = 3.0
-"""How long a rank that has found the hang waits for the reports of the others."""
+"""How long a rank that has found the hang waits for the reports of the others, then for the stacks of silent ones."""
 
 
 class Heartbeat:
@@ -108,6 +108,7 @@ class _Watchdog:
     def __init__(self, heartbeat: Heartbeat, run_dir: Path, *, ranks: Ranks, limit_s: float) -> None:
         self._heartbeat, self._ranks, self._limit_s = heartbeat, ranks, limit_s
         self._poll_s = min(1.0, limit_s / 10)
+        self._run_dir = run_dir
         self._reports = run_dir / "logs" / f"hang-{broadcast_json(secrets.token_hex(4))}"
         me = _Process(platform.node(), os.getpid(), process_identity(os.getpid()))
         self._processes = [_Process(*one) for one in gather_json(me)]
@@ -127,7 +128,7 @@ class _Watchdog:
                 self._end(silent_s)
 
     def _end(self, silent_s: float) -> None:
-        _exit_after(_GRACE_S + 5.0)  # whatever happens below: the disk may be what hangs
+        _exit_after(2 * _GRACE_S + 5.0)  # whatever happens below: the disk may be what hangs
         beat = self._heartbeat
         report = {"count": beat.count, "phase": beat.phase, "step": beat.step, "silent_s": round(silent_s, 1)}
         self._say(f"no progress for {silent_s:.0f} s in {beat.phase} of step {beat.step}; the stacks of all threads:")
@@ -152,13 +153,16 @@ class _Watchdog:
 
     def _end_neighbours(self, ranks: set[int]) -> None:
         """Let silent ranks on this machine dump their stacks, even stopped ones, and end them."""
-        here = [self._processes[rank] for rank in ranks if self._processes[rank].host == platform.node()]
+        here = {rank: self._processes[rank] for rank in ranks if self._processes[rank].host == platform.node()}
+        logs = [self._run_dir / "logs" / f"rank_{rank}.log" for rank in here]
+        sizes = [_size(log) for log in logs]
         for number in (_DUMP_SIGNAL, signal.SIGCONT, signal.SIGKILL):
-            for process in here:
+            for process in here.values():
                 if process_identity(process.pid) == process.identity:
                     os.kill(process.pid, number)
             if number == signal.SIGCONT and here:
-                time.sleep(0.2)
+                _wait(lambda: all(_size(log) > size for log, size in zip(logs, sizes, strict=True)), seconds=_GRACE_S)
+                time.sleep(0.2)  # a dump is several writes
 
     def _say(self, message: str) -> None:
         os.write(self.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR {message}\n".encode())
@@ -188,6 +192,10 @@ def _exit_after(seconds: float) -> None:
     timer = threading.Timer(seconds, os._exit, (EXIT_RUN_AGAIN,))
     timer.daemon = True
     timer.start()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _wait(condition: Callable[[], bool], *, seconds: float) -> None:
