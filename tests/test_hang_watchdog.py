@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from ranks_harness import free_port
+from test_restart import wait_until
 from tiny_training import ds_config, join_alone, micro_batch, step_batches, tiny_engine, tiny_plan, tiny_services
 
 from bert_ds.exit_record import read_exits
 from bert_ds.ranks import Ranks
-from bert_ds.training.hang_watchdog import Heartbeat, explain_hang, watched_for_hangs
+from bert_ds.training.hang_watchdog import Heartbeat, explain_hang, signal_main_thread, watched_for_hangs
 from bert_ds.training.process_group import joined_ranks
 from bert_ds.training.train_loop import train
 from bert_ds.training.train_state import TrainState
@@ -122,6 +123,50 @@ def test_a_hang_is_named_and_ended_with_the_stacks_of_both_ranks(
         log = (tmp_path / f"logs/rank_{rank}.log").read_text()
         assert function in log
         assert "in watch\n" in log  # all threads, not the main one alone
+
+
+STOPS_AGAIN_AND_AGAIN = """
+import ctypes, faulthandler, os, signal, sys, threading, time
+log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+faulthandler.register(signal.SIGUSR2, file=log, all_threads=True)
+libc = ctypes.CDLL(None)
+for _ in range(6):  # threads that Python does not know, as gloo's are
+    libc.pthread_create(ctypes.byref(ctypes.c_ulong()), None, libc.pause, None)
+
+def poll():
+    while True:
+        time.sleep(0.01)
+
+for _ in range(3):
+    threading.Thread(target=poll, daemon=True).start()
+
+def hang():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+while True:
+    hang()
+    [str(number) for number in range(20_000)]
+"""
+
+
+def test_the_stacks_of_a_stopped_process_show_where_it_was_stopped(tmp_path: Path) -> None:
+    log = tmp_path / "stacks"
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+    process = subprocess.Popen([sys.executable, "-c", STOPS_AGAIN_AND_AGAIN, log])
+    state = Path(f"/proc/{process.pid}/stat")
+    try:
+        for number in range(60):  # with os.kill one of these fails, most times
+            assert wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T", 30)
+            time.sleep(0.02)
+            log.write_text("")
+            signal_main_thread(process.pid, signal.SIGUSR2)
+            os.kill(process.pid, signal.SIGCONT)
+            assert wait_until(lambda: log.read_text().endswith("<module>\n"), 30), number
+            assert " in hang\n" in log.read_text(), number
+    finally:
+        for one in (process, *busy):
+            one.kill()
+            one.wait()
 
 
 def test_a_long_evaluation_and_the_first_step_are_not_a_hang() -> None:

@@ -10,6 +10,7 @@ even report (stopped, or stuck while it holds the interpreter) dumps its stacks 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import os
@@ -159,10 +160,10 @@ class _Watchdog:
         for number in (_DUMP_SIGNAL, signal.SIGCONT, signal.SIGKILL):
             for process in here.values():
                 if process_identity(process.pid) == process.identity:
-                    os.kill(process.pid, number)
+                    signal_main_thread(process.pid, number)
             if number == signal.SIGCONT and here:
                 _wait(lambda: all(_size(log) > size for log, size in zip(logs, sizes, strict=True)), seconds=_GRACE_S)
-                time.sleep(0.2)  # a dump is several writes
+                time.sleep(0.1)  # a dump is several writes
 
     def _say(self, message: str) -> None:
         os.write(self.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR {message}\n".encode())
@@ -192,6 +193,19 @@ def _exit_after(seconds: float) -> None:
     timer = threading.Timer(seconds, os._exit, (EXIT_RUN_AGAIN,))
     timer.daemon = True
     timer.start()
+
+
+def signal_main_thread(pid: int, number: signal.Signals) -> None:
+    """Signal the main thread of a process, which takes the signal before it does anything else.
+
+    A signal to a stopped process is taken by whichever thread wakes first; the dump then shows a main thread that has
+    run on from where it hung.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "tgkill"):  # glibc 2.30
+        libc.tgkill(pid, pid, int(number))
+    else:
+        os.kill(pid, number)
 
 
 def _size(path: Path) -> int:
