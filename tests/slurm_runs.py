@@ -123,6 +123,6 @@ FAULTS: dict[str, Callable[[SlurmCluster, str, Path], None]] = {
     "a node killed": kill_node,
     "the time limit itself": wait_for_the_time_limit,
 }
-LONG = ("--set", "training.total_steps=700", "--set", "checkpoints.every_steps=100")
+LONG = ("--set", "training.total_steps=6000", "--set", "checkpoints.every_steps=500")
 """Options of a run that Slurm signals while it trains, with TIME_LIMIT."""
 TIME_LIMIT = ("--time=2", "--signal=B:USR1@45")

@@ -25,6 +25,7 @@ from bert_ds.training.train_loop import train
 from bert_ds.training.train_state import TrainState
 
 LIMIT_S = 3.0
+ENDED = -(signal.SIGRTMIN + 1)
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -97,10 +98,14 @@ def launch(kind: str, run_dir: Path) -> list[subprocess.Popen[str]]:
     [
         (
             "stopped in a save",
-            (75, -9),
+            (75, ENDED),
             "hang: rank 1 does not answer (stopped, or its machine is gone); the others wait in checkpoint of step 2",
         ),
-        ("stopped", (75, -9), "hang: rank 1 does not answer (stopped, or its machine is gone); the others wait in agr"),
+        (
+            "stopped",
+            (75, ENDED),
+            "hang: rank 1 does not answer (stopped, or its machine is gone); the others wait in agr",
+        ),
         ("asleep", (75, 75), "s in data wait of step 4; the others wait in agreement of step 4"),
         ("reading", (75, 75), "s in data wait of step 4; the others wait in agreement of step 4"),
     ],
@@ -123,6 +128,7 @@ def test_a_hang_is_named_and_ended_with_the_stacks_of_both_ranks(
         log = (tmp_path / f"logs/rank_{rank}.log").read_text()
         assert function in log
         assert "in watch\n" in log  # all threads, not the main one alone
+        assert "step 5/" not in log, "no rank goes on after the hang"
 
 
 STOPS_AGAIN_AND_AGAIN = """

@@ -33,8 +33,10 @@ from bert_ds.training.restart import process_identity
 PATIENCE = 3
 """So many times the limit is waited in the first step (kernels compile), in an evaluation and in a save."""
 _DUMP_SIGNAL = signal.SIGUSR2
+_END_SIGNAL = signal.SIGRTMIN + 1
+"""Lets a rank dump its stacks and end by this signal's default action, without a step in between."""
 _GRACE_S = 3.0
-"""How long a rank that has found the hang waits for the reports of the others, then for the stacks of silent ones."""
+"""How long a rank that has found the hang waits for the reports of the others, then for the end of silent ones."""
 
 
 class Heartbeat:
@@ -84,6 +86,7 @@ def watched_for_hangs(
         return
     watchdog = _Watchdog(heartbeat, run_dir, ranks=ranks, limit_s=limit_s)
     faulthandler.register(_DUMP_SIGNAL, file=watchdog.log, all_threads=True)
+    faulthandler.register(_END_SIGNAL, file=watchdog.log, all_threads=True, chain=True)
     thread = threading.Thread(target=watchdog.watch, name="hang-watchdog", daemon=True)
     hook = module.register_forward_pre_hook(heartbeat.beat)
     thread.start()
@@ -94,6 +97,7 @@ def watched_for_hangs(
         thread.join()  # for ever, if it is about to end this process
         hook.remove()
         faulthandler.unregister(_DUMP_SIGNAL)
+        faulthandler.unregister(_END_SIGNAL)
         os.close(watchdog.log)
 
 
@@ -109,7 +113,6 @@ class _Watchdog:
     def __init__(self, heartbeat: Heartbeat, run_dir: Path, *, ranks: Ranks, limit_s: float) -> None:
         self._heartbeat, self._ranks, self._limit_s = heartbeat, ranks, limit_s
         self._poll_s = min(1.0, limit_s / 10)
-        self._run_dir = run_dir
         self._reports = run_dir / "logs" / f"hang-{broadcast_json(secrets.token_hex(4))}"
         me = _Process(platform.node(), os.getpid(), process_identity(os.getpid()))
         self._processes = [_Process(*one) for one in gather_json(me)]
@@ -154,16 +157,12 @@ class _Watchdog:
 
     def _end_neighbours(self, ranks: set[int]) -> None:
         """Let silent ranks on this machine dump their stacks, even stopped ones, and end them."""
-        here = {rank: self._processes[rank] for rank in ranks if self._processes[rank].host == platform.node()}
-        logs = [self._run_dir / "logs" / f"rank_{rank}.log" for rank in here]
-        sizes = [_size(log) for log in logs]
-        for number in (_DUMP_SIGNAL, signal.SIGCONT, signal.SIGKILL):
-            for process in here.values():
-                if process_identity(process.pid) == process.identity:
-                    signal_main_thread(process.pid, number)
-            if number == signal.SIGCONT and here:
-                _wait(lambda: all(_size(log) > size for log, size in zip(logs, sizes, strict=True)), seconds=_GRACE_S)
-                time.sleep(0.1)  # a dump is several writes
+        here = [self._processes[rank] for rank in ranks if self._processes[rank].host == platform.node()]
+        for number in (_END_SIGNAL, signal.SIGCONT, signal.SIGKILL):
+            for process in filter(_is_alive, here):
+                signal_main_thread(process.pid, number)
+            if number == signal.SIGCONT:
+                _wait(lambda: not any(map(_is_alive, here)), seconds=_GRACE_S)
 
     def _say(self, message: str) -> None:
         os.write(self.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR {message}\n".encode())
@@ -195,7 +194,11 @@ def _exit_after(seconds: float) -> None:
     timer.start()
 
 
-def signal_main_thread(pid: int, number: signal.Signals) -> None:
+def _is_alive(process: _Process) -> bool:
+    return process_identity(process.pid) == process.identity
+
+
+def signal_main_thread(pid: int, number: int) -> None:
     """Signal the main thread of a process, which takes the signal before it does anything else.
 
     A signal to a stopped process is taken by whichever thread wakes first; the dump then shows a main thread that has
@@ -203,13 +206,9 @@ def signal_main_thread(pid: int, number: signal.Signals) -> None:
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "tgkill"):  # glibc 2.30
-        libc.tgkill(pid, pid, int(number))
+        libc.tgkill(pid, pid, number)
     else:
         os.kill(pid, number)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 def _wait(condition: Callable[[], bool], *, seconds: float) -> None:
