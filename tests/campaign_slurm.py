@@ -109,11 +109,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         repeated = sorted(row["steps_repeated"] for row in found)
         survived = sum(row["survived"] and not row["orphans"] for row in found)
         requeues = sum(row["requeues"] for row in found)
-        lines.append(
-            f"| {fault} | {survived}/{len(found)} | {repeated[0]} to {repeated[-1]} | {requeues} | "
-            f"{seconds[0]:.0f} to {seconds[-1]:.0f} |"
-        )
+        lines.append(f"| {fault} | {survived}/{len(found)} | {_range(repeated)} | {requeues} | {_range(seconds)} |")
     return "\n".join(lines)
+
+
+def _range(values: list[float]) -> str:
+    low, high = f"{values[0]:.0f}", f"{values[-1]:.0f}"
+    return low if low == high else f"{low} to {high}"
 
 
 if __name__ == "__main__":
