@@ -124,5 +124,5 @@ FAULTS: dict[str, Callable[[SlurmCluster, str, Path], None]] = {
     "the time limit itself": wait_for_the_time_limit,
 }
 LONG = ("--set", "training.total_steps=6000", "--set", "checkpoints.every_steps=500")
-"""Options of a run that Slurm signals while it trains, with TIME_LIMIT."""
+"""Options of a run that Slurm signals while it trains, with TIME_LIMIT: long enough for an idle machine."""
 TIME_LIMIT = ("--time=2", "--signal=B:USR1@45")
