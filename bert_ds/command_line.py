@@ -10,8 +10,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NoReturn
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TextIO, cast
 
 from bert_ds.configuration.run_config import ConfigError
 from bert_ds.exit_record import record_exit
@@ -81,9 +81,12 @@ def run_main(main: Callable[[], int | None], *, leave_at_once: bool = False) -> 
         main: the verb; returns an exit code, None for 0.
         leave_at_once: skip the teardown of the interpreter once the exit handlers have run. For verbs that join a
             process group: a background thread of gloo that is still there aborts the teardown now and then, and the
-            launcher then takes a finished run for a failed one.
+            launcher then takes a finished run for a failed one. What such a verb prints is lost, and not the run with
+            it, where the terminal is closed or the other end of the pipe has gone.
     """
     message = ""
+    if leave_at_once:
+        sys.stdout, sys.stderr = cast("TextIO", _Unfailing(sys.stdout)), cast("TextIO", _Unfailing(sys.stderr))
     try:
         code = main() or EXIT_DONE
     except tuple(kind for kind, _ in _EXIT_CODES) as error:
@@ -142,6 +145,25 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_CONFIG, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
+class _Unfailing:
+    """A text stream whose reader may go away; its log file has every line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
 
 
 def _limit_s(text: str) -> float:

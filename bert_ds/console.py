@@ -1,14 +1,16 @@
 """The `bert-ds VERB` command of an installed package.
 
-Each verb is a script of this folder. It runs in a child process, exactly as when it is started by path, so that a
-script has one way to start and is never imported.
+Each verb is a script of this folder. It runs exactly as when it is started by path, so that a script has one way to
+start and is never imported: in place of this process, or on every rank through the DeepSpeed launcher.
 """
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
 from pathlib import Path
+
+from bert_ds.launcher import run_launcher
 
 TRAINING_VERBS = ("pretrain", "finetune", "score")
 """Verbs that run on every rank, through the DeepSpeed launcher."""
@@ -27,6 +29,8 @@ SINGLE_VERBS = (
 )
 """Verbs that run once, on one machine."""
 
+LAUNCHER = "deepspeed.launcher.runner"
+
 USAGE = """usage: bert-ds VERB [arguments]
        bert-ds pretrain [launcher arguments --] [arguments]
 
@@ -37,7 +41,7 @@ bert-ds VERB --help shows the arguments of a verb."""
 
 
 def verb_command(verb: str, arguments: list[str]) -> list[str]:
-    """Return the command line that runs one verb in a child process.
+    """Return the command line that runs one verb.
 
     Arguments of a training verb that stand before a lone "--" go to the DeepSpeed launcher.
     """
@@ -47,7 +51,7 @@ def verb_command(verb: str, arguments: list[str]) -> list[str]:
     split = arguments.index("--") if "--" in arguments else 0
     launcher_arguments = arguments[:split]
     script_arguments = arguments[split + 1 :] if "--" in arguments else arguments
-    return [sys.executable, "-m", "deepspeed.launcher.runner", *launcher_arguments, script, *script_arguments]
+    return [sys.executable, "-m", LAUNCHER, *launcher_arguments, script, *script_arguments]
 
 
 def main() -> int:
@@ -61,7 +65,11 @@ def main() -> int:
     if verb not in TRAINING_VERBS + SINGLE_VERBS:
         print(f"bert-ds: unknown verb {arguments[0]!r}\n{usage}", file=sys.stderr)
         return 2
-    return subprocess.run(verb_command(verb, arguments[1:]), check=False).returncode
+    command = verb_command(verb, arguments[1:])
+    if LAUNCHER in command:
+        return run_launcher(command)
+    sys.stdout.flush()
+    os.execv(command[0], command)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def main() -> int:
     ds = replace(load_ds_config(args.deepspeed_config), recipe_name=str(args.task))
     ranks = read_ranks()
     stop = StopRequest()
-    stop.install()
+    stop.install(speaks=ranks.is_main)
     follow_launcher(stop)
     with joined_ranks(ranks):
         start = open_task(task, ds, args=args, ranks=ranks, stop=stop)
@@ -184,9 +184,10 @@ def run_training(
     )
     batches = training_batches(engine, task, start=start, from_step=state.step)
     if not best.is_exhausted:
-        with watched_for_hangs(
+        watched = watched_for_hangs(
             services.heartbeat, run_dir, ranks=start.ranks, limit_s=start.args.hang_limit, module=engine.module
-        ):
+        )
+        with watched, start.stop.training():
             train(engine, batches, state=state, plan=loop_plan(plan, len(rows.train.features)), services=services)
     engine.destroy()
     return state, best

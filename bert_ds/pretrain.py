@@ -60,7 +60,7 @@ def main() -> int:
     plan = make_plan(run, ds, ranks.world_size)
     ds_config = resolve_ds_config(run, ds, ranks.world_size, run_dir=str(args.run_dir))
     stop = StopRequest()
-    stop.install()
+    stop.install(speaks=ranks.is_main)
     follow_launcher(stop)
     with joined_ranks(ranks):
         return pretrain(plan, ds_config, ranks, args=args, stop=stop)
@@ -117,7 +117,8 @@ def pretrain(
         heartbeat=Heartbeat(),
     )
     batches = training_batches(plan, data, ranks, start=state.step + state.passed_over)
-    with watched_for_hangs(services.heartbeat, run_dir, ranks=ranks, limit_s=args.hang_limit, module=engine.module):
+    watched = watched_for_hangs(services.heartbeat, run_dir, ranks=ranks, limit_s=args.hang_limit, module=engine.module)
+    with watched, stop.training():
         train(engine, batches, state=state, plan=loop_plan(run), services=services)
     if state.step < run.training.total_steps:
         return EXIT_RUN_AGAIN

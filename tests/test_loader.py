@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterable
 from itertools import islice, pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from bert_ds.corpus.collate import PackedBatch
 from bert_ds.corpus.input_files import find_input_files
 from bert_ds.corpus.loader import DataSettings, PretrainingData, Source
 from bert_ds.corpus.text_input import FileInput
+from bert_ds.processes import STOP_SIGNALS
 from bert_ds.ranks import DataError
 
 Sequence = tuple[tuple[int, ...], ...]
@@ -273,17 +275,32 @@ def test_facts_describe_the_data(shards: Path, more_shards: Path) -> None:
     assert 1.0 <= facts["tokens_max_over_mean"] < 1.3
 
 
-def test_a_loader_process_outlives_the_signal_that_a_scheduler_sends_to_a_whole_job(shards: Path) -> None:
-    data = open_data(shards)
-    batches = data.step_batches(0, rank=0, world_size=1, micro_batch_size=4, num_workers=1)
-    next(batches)
+def test_a_loader_process_hears_no_stop_signal_however_often_it_comes(shards: Path) -> None:
+    batches = open_data(shards).step_batches(0, rank=0, world_size=1, micro_batch_size=4, num_workers=1)
     (worker,) = multiprocessing.active_children()
     assert worker.pid is not None
-    os.kill(worker.pid, signal.SIGTERM)
-    after = [next(batches) for _ in range(20)]
-    assert [len(step) for step in after] == [4] * 20
-    with contextlib.suppress(RuntimeError):  # PyTorch raises it wherever this process is when it hears of the end
-        os.kill(worker.pid, signal.SIGTERM)
-        worker.join(timeout=20)
+    for number in 3 * STOP_SIGNALS:
+        os.kill(worker.pid, number)
+    assert [len(next(batches)) for _ in range(20)] == [4] * 20
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set(), "the rank itself goes on hearing them"
+    del batches
     worker.join(timeout=20)
-    assert worker.exitcode == -signal.SIGTERM, "whoever ends it for good has to ask twice at most"
+    assert worker.exitcode == 0
+
+
+LEFT_BEHIND = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}]
+from test_loader import open_data
+batches = open_data(Path({shards!r})).step_batches(0, rank=0, world_size=1, micro_batch_size=4, num_workers=1)
+next(batches)
+sys.modules["kept"] = [batches]
+raise SystemExit("an error")
+"""
+
+
+def test_a_loader_process_that_is_left_behind_does_not_keep_its_rank_from_ending(shards: Path) -> None:
+    code = LEFT_BEHIND.format(tests=str(Path(__file__).parent), shards=str(shards))
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (1, "an error\n")

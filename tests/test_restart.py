@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bert_ds.processes import STOP_SIGNALS
 from bert_ds.training.restart import StopRequest, is_done, mark_done
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +40,8 @@ time.sleep(60)
 
 @pytest.fixture(autouse=True)
 def restored_handlers() -> object:
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    kept = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever has started the tests
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
@@ -89,7 +91,7 @@ def wait_until(condition: object, seconds: float) -> bool:
     return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_asks_for_a_stop_and_is_named(number: signal.Signals) -> None:
     stop = StopRequest()
     stop.install()
@@ -98,13 +100,37 @@ def test_a_signal_asks_for_a_stop_and_is_named(number: signal.Signals) -> None:
     assert stop.reason == number.name
 
 
-def test_a_second_interrupt_is_not_held_back() -> None:
+def test_no_later_signal_interrupts_the_save_and_a_second_ctrl_c_says_how_to_end_without(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     stop = StopRequest()
     stop.install()
+    for number in (*STOP_SIGNALS, *STOP_SIGNALS):
+        os.kill(os.getpid(), number)
+    assert stop.reason == "SIGTERM"
+    how = f"SIGQUIT (Ctrl-\\, kill -QUIT {os.getpid()}) ends without it"
+    assert capfd.readouterr().err.splitlines() == [
+        f"SIGTERM: saving at the end of this step; {how}",
+        f"SIGINT again: the save is under way; {how}",
+        f"SIGINT again: the save is under way; {how}",
+    ]
+    assert signal.getsignal(signal.SIGQUIT) == signal.SIG_DFL
+
+
+def test_only_one_rank_speaks(capfd: pytest.CaptureFixture[str]) -> None:
+    stop = StopRequest()
+    stop.install(speaks=False)
     os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert (stop.reason, capfd.readouterr().err) == ("SIGINT", "")
+
+
+def test_a_hang_up_that_is_ignored_at_the_start_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest()
+    stop.install()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.requested
 
 
 def test_a_worker_whose_launcher_is_killed_is_asked_to_stop(tmp_path: Path) -> None:
@@ -127,13 +153,38 @@ def test_a_worker_stops_when_deepspeeds_runner_dies_though_its_own_launcher_live
     os.kill(launcher, signal.SIGKILL)
 
 
-def test_what_a_killed_worker_has_forked_dies_with_it(tmp_path: Path) -> None:
+def test_a_worker_stops_whose_launchers_died_while_it_was_imported(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    environment = os.environ | {"RANK": "0", "CROSS_SIZE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    command = [sys.executable, "-c", CHILD.format(grace=60, then=""), str(told)]
+    subprocess.run(command, env=environment, check=True, timeout=60, capture_output=True)
+    assert told.read_text() == "the launcher has died"
+
+
+def test_a_worker_stops_whose_launcher_has_lost_its_runner(tmp_path: Path) -> None:
+    """The process between them is gone when the worker looks; whoever adopts orphans is the launcher's parent."""
+    told = tmp_path / "told"
+    launcher = f"import os, time\nwhile os.getppid() == int(os.environ['BETWEEN']): time.sleep(0.02)\n{PARENT}"
+    between = (
+        "import os, subprocess, sys\n"
+        "os.environ['BETWEEN'] = str(os.getpid())\n"
+        "print(subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL).pid)\n"
+    )
+    environment = os.environ | {"RANK": "0", "CROSS_SIZE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    code = CHILD.format(grace=60, then="")
+    command = [sys.executable, "-c", launcher, code, str(told), "-m deepspeed.launcher.launch"]
+    started = subprocess.run(
+        [sys.executable, "-c", between, *command], env=environment, check=True, timeout=60, stdout=subprocess.PIPE
+    )
+    assert wait_until(lambda: told.exists() and told.read_text() == "the deepspeed runner has died", 60)
+    os.kill(int(started.stdout), signal.SIGKILL)
+
+
+def test_what_a_killed_worker_has_forked_dies_with_it() -> None:
     code = (
         "import os, time\n"
         "from bert_ds.training.restart import StopRequest, follow_launcher\n"
-        "stop = StopRequest()\n"
-        "stop.install()\n"
-        "follow_launcher(stop)\n"
+        "follow_launcher(StopRequest())\n"
         "pid = os.fork()\n"
         "if pid:\n"
         "    print(pid, flush=True)\n"
@@ -143,11 +194,19 @@ def test_what_a_killed_worker_has_forked_dies_with_it(tmp_path: Path) -> None:
     worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     assert worker.stdout is not None
     forked = int(worker.stdout.readline())
-    os.kill(forked, signal.SIGTERM)
-    assert not wait_until(lambda: has_ended(forked), 0.3)
+    assert not has_ended(forked)
     worker.kill()
     worker.wait()
     assert wait_until(lambda: has_ended(forked), 10)
+
+
+def test_a_worker_that_saves_is_given_the_time_it_needs(tmp_path: Path) -> None:
+    saving = "with stop.training():\n    time.sleep(1.5)\nopen(sys.argv[1], 'w').write('saved')\ntime.sleep(60)"
+    parent, pid = start_child_of_a_launcher(tmp_path / "told", grace=0.3, then=saving)
+    parent.kill()
+    parent.wait()
+    assert wait_until(lambda: has_ended(pid), 20)
+    assert (tmp_path / "told").read_text() == "saved"
 
 
 def test_a_worker_that_does_not_stop_ends_after_the_grace_period(tmp_path: Path) -> None:

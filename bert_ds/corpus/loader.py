@@ -7,15 +7,16 @@ example, and reads tokens only for its own part.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
+import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 import numpy as np
@@ -31,13 +32,12 @@ from bert_ds.corpus.sequences import ExampleTable, build_examples, content_hash
 from bert_ds.corpus.shards import ShardSplit, open_shards
 from bert_ds.corpus.unigram import unigram_cross_entropy
 from bert_ds.corpus.wordpiece import load_tokenizer
+from bert_ds.processes import held_back_stop_signals
 from bert_ds.ranks import DataError
 
 _ORDER_FORMAT = 1
 _EVALUATION_SEED = 0x5EED
 _PREFETCHED_STEPS = 3
-_STOP_GRACE_S = 120
-"""A loader process that got SIGTERM ends itself after so long, if its rank has not ended it before."""
 _SAMPLED_STEPS = 4
 _END_OF_STEPS = 1 << 60
 
@@ -164,14 +164,19 @@ class PretrainingData:
             sampler=range(start_step, _END_OF_STEPS),
             num_workers=num_workers,
             collate_fn=_unchanged,
-            worker_init_fn=_outlive_a_stop_signal,
             prefetch_factor=_PREFETCHED_STEPS if num_workers else None,
             multiprocessing_context="fork" if num_workers else None,
             pin_memory=torch.cuda.is_available(),
             # The default would draw from torch's global generator, which is the run's own.
             generator=torch.Generator(),
         )
-        return iter(loader)
+        # Whoever ends a launch signals all its processes, and DeepSpeed's launcher those that its ranks have started
+        # once more. A rank that is about to save needs its loader processes for a step yet: they never hear of it.
+        with held_back_stop_signals():
+            batches = iter(loader)
+        if num_workers:
+            atexit.register(_end_loader_processes)
+        return batches
 
     def evaluation_batches(
         self, num_examples: int, *, batch_size: int, rank: int, world_size: int
@@ -271,17 +276,11 @@ class _Steps(Dataset[list[PackedBatch]]):
         )
 
 
-def _outlive_a_stop_signal(worker: int) -> None:
-    """Let a loader process outlive the SIGTERM that a scheduler sends to every process of a job.
-
-    Its rank is about to save and needs it for one more step; PyTorch's handler would end it, and the rank with it.
-    """
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.alarm(_STOP_GRACE_S)
-
-    signal.signal(signal.SIGTERM, on_signal)
+def _end_loader_processes() -> None:
+    """End loader processes that an error has left behind: multiprocessing would send SIGTERM and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error where a loader process is killed
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _unchanged(batches: list[PackedBatch]) -> list[PackedBatch]:

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from bert_ds.exit_record import record_exit
+from bert_ds.processes import process_identity
 from bert_ds.ranks import EXIT_RUN_AGAIN, Ranks
 from bert_ds.training.agreement import broadcast_json, gather_json
-from bert_ds.training.restart import process_identity
 
 PATIENCE = 3
 """So many times the limit is waited in the first step (kernels compile), in an evaluation and in a save."""

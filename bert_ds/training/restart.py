@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import faulthandler
 import os
 import signal
-import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from bert_ds.processes import (
+    command_of,
+    kill_what_is_forked_with_this_process,
+    parent_of,
+    process_identity,
+    signal_at_parents_death,
+    stop_signals_heard,
+)
 from bert_ds.ranks import EXIT_RUN_AGAIN
 from bert_ds.reporting.run_log import write_json
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_PR_SET_PDEATHSIG = 1
+_REAPERS = ("init", "systemd", "bert-ds", "bert_ds.console")
+"""Who becomes the parent of a process whose own has died, besides process 1."""
 
 
 class StopRequest:
@@ -25,6 +33,9 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.is_training = False
+        """Whether there is something to save: the end then waits for it, however long it takes."""
+        self._speaks = False
 
     @property
     def requested(self) -> bool:
@@ -35,77 +46,83 @@ class StopRequest:
         """Ask for the stop; the first reason is kept."""
         self.reason = self.reason or reason
 
-    def install(self) -> None:
-        """Let SIGTERM, SIGUSR1 and SIGINT ask for the stop; a second SIGINT interrupts at once. Main thread only."""
-        for number in STOP_SIGNALS:
+    def install(self, *, speaks: bool = True) -> None:
+        """Let every stop signal ask for the stop, as often as it comes; main thread only.
+
+        SIGHUP stays ignored where it is (`nohup`). SIGQUIT is left alone: it ends the process without a save.
+
+        Args:
+            speaks: whether this rank tells on stderr what a signal has led to.
+        """
+        self._speaks = speaks
+        for number in stop_signals_heard():
             signal.signal(number, self._on_signal)
 
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Mark the block in which there is something to save."""
+        self.is_training = True
+        try:
+            yield
+        finally:
+            self.is_training = False
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.requested:
-            raise KeyboardInterrupt
-        self.request(signal.Signals(number).name)
+        name, again = signal.Signals(number).name, self.requested
+        self.request(name)
+        if self._speaks and (not again or number == signal.SIGINT):
+            under_way = " again: the save is under way" if again else ": saving at the end of this step"
+            text = f"{name}{under_way}; SIGQUIT (Ctrl-\\, kill -QUIT {os.getpid()}) ends without it\n"
+            with contextlib.suppress(OSError):  # the terminal may be what has gone
+                os.write(2, text.encode())
 
 
-def follow_launcher(stop: StopRequest, *, grace_s: float = 60.0, poll_s: float = 1.0) -> None:
+def follow_launcher(stop: StopRequest, *, grace_s: float = 30.0, poll_s: float = 1.0) -> None:
     """Make sure that this process does not outlive its launcher, nor what it forks itself.
 
-    DeepSpeed's launcher loses signals: killed by SIGKILL, SIGTERM or SIGUSR1 it leaves its workers training. The kernel
-    sends SIGTERM when the parent dies; a thread watches the parent and, where the parent is DeepSpeed's per-node
-    launcher, the runner above it. When one is gone the loop is asked to stop, and grace_s later the process ends.
-    A process that no launcher started follows nobody: its shell may well be closed.
+    DeepSpeed's launcher loses signals: ended by SIGKILL, SIGHUP or SIGUSR1 it leaves its workers training. The kernel
+    sends SIGTERM when the parent dies; a thread watches the parent and, where that is DeepSpeed's per-node launcher,
+    the runner above it. When one is gone, or was before this process could look, the loop is asked to stop. While it
+    trains, it has the time that it needs to save (the hang watchdog ends what never comes); else the process ends
+    grace_s later. A process that no launcher started follows nobody: its shell may well be closed.
 
     Forked children get SIGKILL when this process dies. A data loader's worker would otherwise wait for ever to write
-    into a full pipe that nobody reads. They keep the signal handlers: a signal sent to the whole job must not take the
-    data away from a rank that is about to save.
+    into a full pipe that nobody reads.
     """
-    os.register_at_fork(after_in_child=lambda: _signal_at_parents_death(signal.SIGKILL))
+    kill_what_is_forked_with_this_process()
     if not {"RANK", "SLURM_PROCID"} & os.environ.keys():
         return
-    watched = {os.getppid(): "the launcher"}
-    _signal_at_parents_death(signal.SIGTERM)
-    watched.update(_runner_above(os.getppid()))
-    facts = {pid: (name, process_identity(pid)) for pid, name in watched.items()}
+    signal_at_parents_death(signal.SIGTERM)
+    watched = _launchers()
+    facts = [(name, pid, process_identity(pid)) for name, pid in watched.items()]
 
     def watch() -> None:
-        while all(process_identity(pid) == identity for pid, (_, identity) in facts.items()):
+        while not (gone := [name for name, pid, known in facts if known is None or process_identity(pid) != known]):
             time.sleep(poll_s)
-        gone = [name for pid, (name, identity) in facts.items() if process_identity(pid) != identity]
         stop.request(f"{gone[0]} has died")
-        time.sleep(grace_s)
+        since = time.monotonic()
+        while stop.is_training or time.monotonic() - since < grace_s:
+            time.sleep(min(poll_s, grace_s))
         faulthandler.dump_traceback(all_threads=True)
         os._exit(EXIT_RUN_AGAIN)
 
     threading.Thread(target=watch, name="follow-launcher", daemon=True).start()
 
 
-def _signal_at_parents_death(number: signal.Signals) -> None:
-    """Let the kernel send this process a signal when its parent dies; Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
-
-
-def process_identity(pid: int) -> str | None:
-    """Return what tells a process from a later one with the same number; None when it is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
-
-
-def _runner_above(pid: int) -> dict[int, str]:
-    """Return the `deepspeed` runner above DeepSpeed's per-node launcher, if that is what started this process."""
-    try:
-        if "deepspeed.launcher.launch" not in _command(pid):
-            return {}
-        parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        return {parent: "the deepspeed runner"} if "deepspeed" in _command(parent) else {}
-    except OSError:
-        return {}
-
-
-def _command(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+def _launchers() -> dict[str, int]:
+    """Return the processes that started this one by their name; 0 for one that is gone already."""
+    above = [os.getppid()]
+    while above[-1] > 1:
+        above.append(parent_of(above[-1]))
+    launcher = next((pid for pid in above if "deepspeed.launcher.launch" in command_of(pid)), None)
+    if launcher is None:
+        # Only DeepSpeed's launcher sets this one. It may have been killed while this process was being imported.
+        return {"the launcher": 0 if "CROSS_SIZE" in os.environ else above[0]}
+    found, parent = {"the launcher": launcher}, parent_of(launcher)
+    if "deepspeed" in command_of(parent):
+        return {**found, "the deepspeed runner": parent}
+    is_orphan = parent == 1 or any(name in command_of(parent) for name in _REAPERS)
+    return {**found, "the deepspeed runner": 0} if is_orphan and os.environ.get("CROSS_SIZE") == "1" else found
 
 
 def mark_done(run_dir: Path, facts: dict[str, Any]) -> None:

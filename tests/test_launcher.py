@@ -1,0 +1,188 @@
+"""`bert-ds` around a launcher, tried with real signals on processes that stand for DeepSpeed's and are as frail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_restart import has_ended, wait_until
+
+from bert_ds.launcher import _exit_code
+from bert_ds.processes import STOP_SIGNALS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+BERT_DS = """
+import sys
+from bert_ds.launcher import run_launcher
+sys.exit(run_launcher([sys.executable, "-c", *sys.argv[1:], "deepspeed.launcher.runner"]))
+"""
+
+RUNNER = """
+import os, subprocess, sys
+open("runner", "w").write(str(os.getpid()))
+launch = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2], "deepspeed.launcher.launch"])
+code = launch.wait()
+if code > 0:
+    sys.exit(code)
+"""
+
+LAUNCH = """
+import os, subprocess, sys
+os.environ["RANK"] = "0"
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+open("launch", "w").write(str(os.getpid()))
+sys.exit(rank.wait())
+"""
+
+RANK = """
+import os, time
+from bert_ds.exit_record import record_exit
+from bert_ds.training.restart import StopRequest
+stop = StopRequest()
+stop.install()
+open("rank.part", "w").write(str(os.getpid()))
+os.rename("rank.part", "rank")
+while not stop.requested:
+    time.sleep(0.02)
+time.sleep(1.0)
+open("saved", "w").write(stop.reason)
+record_exit({code})
+os._exit({code})
+"""
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    running: list[subprocess.Popen[str]] = []
+    yield running
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def start(folder: Path, *, code: int = 75, ignored: tuple[signal.Signals, ...] = ()) -> subprocess.Popen[str]:
+    """Start `bert-ds` and wait until its rank is at work."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    environment.pop("RANK", None)
+
+    def dispositions() -> None:
+        for number in (*STOP_SIGNALS, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+
+    command = [sys.executable, "-c", BERT_DS, RUNNER, LAUNCH, RANK.format(code=code)]
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=dispositions
+    )
+    assert wait_until((folder / "rank").exists, 60)
+    return process
+
+
+def pid_of(folder: Path, name: str) -> int:
+    return int((folder / name).read_text())
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_passed_to_the_ranks_once_and_the_save_is_waited_for(
+    tmp_path: Path, started: list, number: signal.Signals
+) -> None:
+    started.append(process := start(tmp_path))
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 75
+    assert (tmp_path / "saved").read_text() == "SIGTERM"
+    assert process.stderr is not None
+    how = "the run is being saved, then this ends; SIGQUIT (Ctrl-\\) ends without the save"
+    assert process.stderr.read().splitlines()[0] == f"bert-ds: {number.name}: {how}"
+
+
+def test_what_a_terminal_sends_reaches_no_process_of_the_launch(tmp_path: Path, started: list) -> None:
+    started.append(process := start(tmp_path))
+    assert {os.getsid(pid_of(tmp_path, name)) for name in ("runner", "launch", "rank")} == {pid_of(tmp_path, "runner")}
+    assert os.getsid(process.pid) != pid_of(tmp_path, "runner")
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: False, 0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 75
+    assert process.stderr is not None
+    lines = process.stderr.read().splitlines()
+    assert [line for line in lines if line.startswith("bert-ds: SIGINT again: the run is being saved")]
+    assert not [line for line in lines if line.startswith("SIGINT again")], "the ranks have heard of one"
+
+
+@pytest.mark.parametrize("victims", [("runner",), ("launch",), ("runner", "launch")])
+def test_a_launcher_that_a_signal_ends_takes_nothing_with_it(
+    tmp_path: Path, started: list, victims: tuple[str, ...]
+) -> None:
+    started.append(process := start(tmp_path))
+    for name in victims:
+        os.kill(pid_of(tmp_path, name), signal.SIGHUP)
+    assert process.wait(timeout=60) == 75
+    assert (tmp_path / "saved").exists()
+
+
+def test_sigquit_ends_all_at_once_without_a_save(tmp_path: Path, started: list) -> None:
+    started.append(process := start(tmp_path))
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGQUIT)
+    assert process.wait(timeout=60) == 131
+    assert not (tmp_path / "saved").exists()
+    assert all(has_ended(pid_of(tmp_path, name)) for name in ("runner", "launch", "rank"))
+
+
+def test_a_launch_does_not_outlive_bert_ds(tmp_path: Path, started: list) -> None:
+    started.append(process := start(tmp_path))
+    process.kill()
+    assert wait_until(lambda: has_ended(pid_of(tmp_path, "runner")), 20)
+    os.kill(pid_of(tmp_path, "rank"), signal.SIGKILL)
+
+
+def test_a_hang_up_is_ignored_under_nohup(tmp_path: Path, started: list) -> None:
+    started.append(process := start(tmp_path, ignored=(signal.SIGHUP,)))
+    for pid in (process.pid, *(pid_of(tmp_path, name) for name in ("runner", "launch", "rank"))):
+        os.kill(pid, signal.SIGHUP)
+    assert not wait_until((tmp_path / "saved").exists, 2)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=60) == 75
+
+
+def test_a_signal_before_there_are_ranks_ends_the_launcher_with_the_same_code(tmp_path: Path, started: list) -> None:
+    runner = "import time; open('rank', 'w'); time.sleep(60)"
+    code = BERT_DS.replace("*sys.argv[1:]", repr(runner))
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    started.append(process := subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True))
+    assert wait_until((tmp_path / "rank").exists, 60)
+    process.terminate()
+    assert process.wait(timeout=60) == 75
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "asked", "code"),
+    [
+        (0, [], False, 0),
+        (0, [0, 0], False, 0),
+        (1, [], False, 1),
+        (247, [0], False, 247),
+        (-9, [], False, 137),
+        (0, [75], False, 75),
+        (1, [75, 75], True, 75),
+        (1, [0, 0], True, 0),
+        (0, [], True, 75),
+        (1, [1, 4], True, 4),
+        (247, [75, 1], True, 1),
+    ],
+)
+def test_the_exit_code_is_that_of_the_ranks(launcher: int, ranks: list[int], asked: bool, code: int) -> None:
+    assert _exit_code(launcher, ranks, asked=asked) == code
+
+
+def test_a_verb_that_trains_nothing_takes_the_place_of_bert_ds() -> None:
+    code = "import os, bert_ds.console as console; os.execv = lambda path, words: print(words[1]); console.main()"
+    command = [sys.executable, "-c", code, "check_run", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert shown.stdout.strip().endswith("check_run.py")
