@@ -23,6 +23,7 @@ from bert_ds.encoder.hf_mapping import hf_config, share_unseen_segments, to_hf
 from bert_ds.encoder.hf_onnx import ONNX_FILE, OnnxCheck, write_onnx
 from bert_ds.encoder.hf_verify import verify_export
 from bert_ds.ranks import CheckpointError
+from bert_ds.reporting.run_log import AT_MASK, read_metrics
 from bert_ds.training.checkpoint_folder import find_checkpoint, read_manifest
 from bert_ds.training.fp32_weights import load_fp32_state_dict
 
@@ -56,7 +57,7 @@ def main() -> None:
             config=config,
             tensors=to_hf(state_dict, run.model),
             tokenizer=tokenizer,
-            model_card=model_card_text(run.name, _facts(run, checkpoint)),
+            model_card=model_card_text(run.name, _facts(run, checkpoint, args.run_dir / "metrics.jsonl")),
         )
         check = verify_export(folder, run.model, state_dict=state_dict, tokenizer=tokenizer)
         if args.onnx:
@@ -89,12 +90,13 @@ def _say_onnx(check: OnnxCheck, output: Path) -> None:
     )
 
 
-def _facts(run: RunConfig, checkpoint: Path) -> dict[str, object]:
+def _facts(run: RunConfig, checkpoint: Path, metrics: Path) -> dict[str, object]:
     """What the model card says of the run; no paths, which are nobody else's business."""
     state = read_manifest(checkpoint)["state"]
     return {
         "steps": f"{state['step']} of {run.training.total_steps} planned",
         "examples seen": state["consumed_examples"],
+        **_measured(metrics, state["step"]),
         "examples per step": run.training.train_batch_size,
         "longest sequence in training": run.sequences.max_seq_length,
         "sentence pair objective": run.sequences.sentence_pair,
@@ -107,6 +109,15 @@ def _facts(run: RunConfig, checkpoint: Path) -> dict[str, object]:
         "text": "docstrings of installed Python packages" if run.corpus.type == "embedded" else "token shards",
         "seed": run.seed,
     }
+
+
+def _measured(metrics: Path, step: int) -> dict[str, object]:
+    """What the run's evaluation at this step says at [MASK]; nothing where it has none of this version."""
+    found = next((row for row in read_metrics(metrics, "evaluation") if row["step"] == step), {})
+    if found.get(AT_MASK) is None:
+        return {}
+    loss, accuracy = found[AT_MASK], found["mlm_masked_accuracy"]
+    return {"held-out text at [MASK]": f"loss {loss:.3f} nats, accuracy {accuracy:.3f}"}
 
 
 if __name__ == "__main__":

@@ -208,7 +208,9 @@ def read_run_weights(run_dir: Path) -> Mapping[str, Tensor]:
 def announce(plan: RunPlan, data: PretrainingData, *, log: RunLog) -> dict[str, Any]:
     """Log the derived numbers, the warnings and the facts of the data; return them for the start row."""
     settings = plan.run.evaluation
-    unigram = data.unigram_cross_entropy(settings.num_examples, batch_size=settings.batch_size) if log.is_main else None
+    evaluated = {"batch_size": settings.batch_size, "world_size": plan.world_size}
+    data.evaluation_batches(settings.num_examples, rank=0, **evaluated)  # too few of them are refused on every rank
+    unigram = data.unigram_cross_entropy(settings.num_examples, **evaluated) if log.is_main else None
     data_facts = {**data.facts(num_parts=plan.world_size * plan.accumulation), "unigram_cross_entropy": unigram}
     for name, text in [*plan_table(plan), *((name, str(value)) for name, value in data_facts.items())]:
         log.info(f"{name:>28}: {text}")

@@ -6,8 +6,8 @@
 --html writes report.html, which needs no other file, and the same pictures as figures/*.png: losses, rates, gradient
 norm, speed, evaluations and, with LAMB, the trust ratios and update norms of every kind of layer. It needs matplotlib.
 
---require_below_unigram NATS ends with exit code 5 unless the last validation loss is that far below the cross-entropy
-of a model that knows only how frequent each piece is: a run above that line has not learned from context.
+--require_below_unigram NATS ends with exit code 5 unless the last validation loss at [MASK] is that far below the
+cross-entropy of a model that knows only how frequent each piece is: a run above that line has not learned from context.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
         print(write_report(history))
     if args.require_below_unigram is not None and (below := below_unigram(history)) < args.require_below_unigram:
         raise DivergedError(
-            f"the validation loss is {below:.3f} nats below the unigram cross-entropy, wanted at least "
+            f"the validation loss at [MASK] is {below:.3f} nats below the unigram cross-entropy, wanted at least "
             f"{args.require_below_unigram}"
         )
 

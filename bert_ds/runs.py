@@ -4,6 +4,8 @@
     python bert_ds/runs.py /shared/runs --watch
     python bert_ds/runs.py /shared/runs --json
 
+loss is the training loss, masked the validation loss at [MASK].
+
 running: makes steps. waiting: in Slurm's queue, and continues by itself. stopped: on request, and continues when it is
 started again. dead: neither finished nor under way. failed, diverged: the note says why. done.
 """
@@ -26,8 +28,8 @@ from bert_ds.configuration.run_config import ConfigError
 from bert_ds.reporting.run_overview import STATES, RunOverview, find_runs, read_overview
 from bert_ds.slurm_queue import read_queue
 
-COLUMNS = ("run", "state", "step", "loss", "tokens/s", "ETA", "starts", "job", "updated", "note")
-RIGHT = ("step", "loss", "tokens/s", "ETA", "starts", "job", "updated")
+COLUMNS = ("run", "state", "step", "loss", "masked", "tokens/s", "ETA", "starts", "job", "updated", "note")
+RIGHT = ("step", "loss", "masked", "tokens/s", "ETA", "starts", "job", "updated")
 WRAPPED = ("run", "note")
 """Shown whole in a narrow terminal: runs are told apart by the end of their path."""
 COLORS = {"running": "green", "waiting": "cyan", "stopped": "yellow", "done": "dim"}
@@ -131,6 +133,7 @@ def cells(one: RunOverview, *, now: float) -> tuple[str, ...]:
         one.state,
         f"{one.step:,}{total}",
         "" if one.loss is None else f"{one.loss:.4f}",
+        "" if one.masked_loss is None else f"{one.masked_loss:.4f}",
         "" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}",
         "" if one.eta_s is None else duration(one.eta_s),
         str(one.attempts or ""),

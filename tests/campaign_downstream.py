@@ -226,8 +226,8 @@ def facts_of(model: Path) -> dict[str, Any]:
         for line in (model.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         if '"evaluation"' in line
     ]
-    loss = evaluations[-1]["loss_mlm"]
-    return {"pretraining_loss": loss, "torch": torch.__version__, "transformers": transformers.__version__}
+    loss = evaluations[-1]["loss_mlm_masked"]
+    return {"pretraining_loss_masked": loss, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def stored() -> list[dict[str, Any]]:

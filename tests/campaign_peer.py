@@ -2,11 +2,11 @@
 
     python tests/campaign_peer.py --text FOLDER --work FOLDER [--minutes 15] [--search_minutes 2]
 
-Same documents, tokenizer, model size, sequence length, threads and validation examples with the same masks. The peers
-are the four ways a transformers user trains: sentence pairs padded to the longest of the batch (`BertForPreTraining`)
-or text concatenated and cut to full sequences (`BertForMaskedLM`), each in fp32 and under bf16 autocast. Every
-contestant gets three learning rates for `search_minutes`; for `minutes` run ours and, of each of the two ways of making
-sequences, the precision that the search found better, at the learning rate with the lowest validation loss.
+Same documents, tokenizer, model size, sequence length, threads and validation examples with the same masks; the loss
+at [MASK] decides. The peers are the four ways a transformers user trains: sentence pairs padded to the longest of the
+batch (`BertForPreTraining`) or text concatenated and cut to full sequences (`BertForMaskedLM`), each in fp32 and under
+bf16 autocast. Every contestant gets three learning rates for `search_minutes`; for `minutes` run ours and, of each of
+the two ways of making sequences, the precision that the search found better, at the learning rate with the lowest loss.
 The peers' learning rate is warmed up and decayed over the wall time itself, ours over the number of steps that a
 calibration run says fit in it. Validation is ours: a peer's weights are mapped into our model and its fixed masks.
 
@@ -32,7 +32,6 @@ import transformers
 from bert_ds.configuration.run_config import IGNORE_INDEX, RunConfig, load_run_config
 from bert_ds.corpus.collate import PackedBatch
 from bert_ds.corpus.loader import DataSettings, PretrainingData, Source
-from bert_ds.corpus.shards import open_shards
 from bert_ds.encoder.heads import BertForPreTraining
 from bert_ds.encoder.hf_mapping import from_hf, hf_config
 
@@ -58,14 +57,14 @@ def main() -> None:
     prepare(arguments.text, arguments.work, run.model.vocab_size)
     best = {name: search(name, arguments=arguments, run=run) for name in ("ours", *PEERS)}
     for group in (("ours",), *(tuple(name for name in PEERS if name.startswith(form)) for form in FORMS)):
-        name = min(group, key=lambda name: best[name]["validation_loss_mlm"])
+        name = min(group, key=lambda name: best[name]["validation_loss_masked"])
         result(name, best[name]["lr"], arguments.minutes, arguments=arguments, run=run)
 
 
 def search(contestant: str, *, arguments: argparse.Namespace, run: RunConfig) -> Any:
     """Return the best of the short trainings of a contestant."""
     trials = [result(contestant, lr, arguments.search_minutes, arguments=arguments, run=run) for lr in LEARNING_RATES]
-    return min(trials, key=lambda trial: trial["validation_loss_mlm"])
+    return min(trials, key=lambda trial: trial["validation_loss_masked"])
 
 
 def prepare(text: Path, work: Path, vocab_size: int) -> None:
@@ -82,7 +81,8 @@ def result(contestant: str, lr: float, minutes: float, *, arguments: argparse.Na
     key = {"contestant": contestant, "lr": lr, "minutes": minutes, "recipe": run.name}
     stored = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     for row in stored:
-        if all(row[name] == value for name, value in key.items()):
+        is_at_mask = "validation_loss_masked" in row  # rows of earlier versions have the mean over 80/10/10 instead
+        if is_at_mask and all(row[name] == value for name, value in key.items()):
             return row
     if contestant == "ours":
         outcome = train_ours(arguments, lr, seconds=60 * minutes)
@@ -102,15 +102,6 @@ def data_of(run: RunConfig, work: Path) -> PretrainingData:
     return PretrainingData([Source(work / "shards", "text")], work / "tokenizer", settings=settings)
 
 
-def unigram_cross_entropy(data: PretrainingData, shards: Path) -> float:
-    """Return the cross-entropy, in nats, of the validation targets under the training tokens' add-one frequencies."""
-    split = open_shards(shards, "train")
-    counts = np.bincount(split.tokens(0, split.num_tokens), minlength=split.vocab_size) + 1.0
-    log_p = np.log(counts / counts.sum())
-    labels = torch.cat([batch.masked_labels_P for batch in _validation(data)]).numpy()
-    return float(-log_p[labels].mean())
-
-
 def train_ours(arguments: argparse.Namespace, lr: float, *, seconds: float) -> dict[str, Any]:
     """Run pretrain.py for the steps that fit in `seconds`, as a calibration run of 80 steps measures them."""
     calibration = _pretrain(arguments, "calibration", lr, 80)
@@ -125,9 +116,9 @@ def train_ours(arguments: argparse.Namespace, lr: float, *, seconds: float) -> d
     trained_s = sum(row["seconds"] for row in rows)
     tokens = float(np.median([row["tokens_per_s"] for row in rows[1:]]))
     return {
-        "validation_loss_mlm": final["loss_mlm"],
-        "validation_accuracy": final["mlm_accuracy"],
-        "unigram_cross_entropy": unigram_cross_entropy(data, arguments.work / "shards"),
+        "validation_loss_masked": final["loss_mlm_masked"],
+        "validation_accuracy_masked": final["mlm_masked_accuracy"],
+        "unigram_cross_entropy": data.unigram_cross_entropy(NUM_EVALUATED, batch_size=32, world_size=1),
         "trained_s": trained_s,
         "steps": total_steps,
         "tokens_per_s": tokens,
@@ -163,8 +154,9 @@ def train_peer(variant: str, data: PretrainingData, run: RunConfig, *, lr: float
     trained_s = time.perf_counter() - begun
     loss, accuracy = evaluate_peer(model, data, run)
     return {
-        "validation_loss_mlm": loss,
-        "validation_accuracy": accuracy,
+        "validation_loss_masked": loss,
+        "validation_accuracy_masked": accuracy,
+        "unigram_cross_entropy": data.unigram_cross_entropy(NUM_EVALUATED, batch_size=32, world_size=1),
         "trained_s": trained_s,
         "steps": steps,
         "tokens_per_s": tokens / trained_s,
@@ -228,16 +220,16 @@ def pad(packed: PackedBatch) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def evaluate_peer(model: torch.nn.Module, data: PretrainingData, run: RunConfig) -> tuple[float, float]:
-    """Return masked-word loss and accuracy of a peer's weights in our model, on our validation batches, in fp32."""
+    """Return loss and accuracy at [MASK] of a peer's weights in our model, on our validation batches, in fp32."""
     has_pair_head = hasattr(model, "cls") and hasattr(model.cls, "seq_relationship")
     ours = BertForPreTraining(run.model, kernels="torch", has_pair_head=has_pair_head)
     ours.load_state_dict(from_hf(model.state_dict(), run.model, has_pair_head=has_pair_head))
     ours.eval()
     loss = correct = count = 0.0
     for batch in _validation(data):
-        losses, metrics = ours(**batch.model_inputs())
-        loss, correct = loss + losses[0].item(), correct + metrics[0].item()
-        count += batch.loss_counts[0]
+        _, metrics = ours(**batch.model_inputs())
+        loss, correct = loss + metrics[2].item(), correct + metrics[5].item()
+        count += batch.kind_counts[0]
     return loss / count, correct / count
 
 

@@ -50,6 +50,9 @@ def test_all_four_terms_and_their_gradients_are_those_of_the_formulas() -> None:
 
     plain = model_of(config, seed=1)
     hard, plain_metrics = plain(**batch)
+    judged_sums, judged = student(**batch, kind_counts=(900, 150, 50))
+    torch.testing.assert_close(judged_sums, sums)
+    torch.testing.assert_close(judged, plain(**batch, kind_counts=(900, 150, 50))[1])
     hidden_TD, taught_TD = (model.bert(**encoder_inputs(batch)) for model in (plain, teacher))
     places, labels = batch["masked_positions_P"], slice(0, config.vocab_size)
 
@@ -142,6 +145,17 @@ def test_a_run_is_taught_alike_whole_on_one_rank_and_sharded_on_two(workshop: Pa
     names = ("loss", "loss_mlm", "loss_pair", "loss_soft", "loss_hidden", "grad_norm")
     for one, other in zip(*rows, strict=True):
         assert [other[name] for name in names] == pytest.approx([one[name] for name in names], rel=1e-4)
+    judged, same = (read_metrics(folder / "metrics.jsonl", "evaluation")[-1] for folder in (alone, sharded))
+    kinds = ("masked", "random", "kept")
+    targets = [judged[f"mlm_{kind}_targets"] for kind in kinds]
+    assert targets == [same[f"mlm_{kind}_targets"] for kind in kinds] and targets[0] > 4 * max(targets[1:]) > 0
+    names += tuple(f"loss_mlm_{kind}" for kind in kinds)
+    assert [same[name] for name in names[:-4] + names[-3:]] == pytest.approx(
+        [judged[name] for name in names[:-4] + names[-3:]], rel=1e-4
+    )
+    assert [same[f"mlm_{kind}_accuracy"] for kind in kinds] == [judged[f"mlm_{kind}_accuracy"] for kind in kinds]
+    by_kind = sum(count * judged[f"loss_mlm_{kind}"] for kind, count in zip(kinds, targets, strict=True))
+    assert judged["loss_mlm"] == pytest.approx(by_kind / sum(targets), rel=1e-6)
     first, last = rows[0][0], rows[0][-1]
     assert last["loss_soft"] < first["loss_soft"], "the student has moved towards the teacher"
     weighted = first["loss_pair"] + 5.0 * first["loss_soft"] + first["loss_hidden"]

@@ -140,6 +140,24 @@ def test_metrics_count_the_right_predictions() -> None:
     assert model(**batch)[1].tolist() == [2.0, 1.0]
 
 
+def test_the_sums_of_every_kind_of_target_are_those_of_its_targets_alone() -> None:
+    config = small_config()
+    model = BertForPreTraining(config, kernels="torch").eval()
+    spread_weights(model, config)
+    batch = packed_inputs(config, [37, 30, 20], masked=50)
+    scores = model.logits(**encoder_inputs(batch), masked_positions_P=batch["masked_positions_P"])
+    batch["masked_labels_P"][::3] = scores.mlm_PV.argmax(dim=-1)[::3]
+    loss_sums, metric_sums = model(**batch)
+    judged_losses, judged = model(**batch, kind_counts=(30, 0, 20))
+    torch.testing.assert_close(judged_losses, loss_sums)
+    torch.testing.assert_close(judged[:2], metric_sums)
+    for kind, own in enumerate((slice(0, 30), slice(30, 30), slice(30, 50))):
+        targets = {name: batch[name][own] for name in ("masked_positions_P", "masked_labels_P")}
+        losses, right = model(**{**batch, **targets})
+        torch.testing.assert_close(judged[2 + kind], losses[0])
+        assert judged[5 + kind] == right[0]
+
+
 def test_padding_rows_of_the_vocabulary_are_never_predicted_and_get_no_gradient() -> None:
     config = small_config()
     model = BertForPreTraining(config, kernels="torch").train()

@@ -99,6 +99,13 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in read_metrics(run_dir / "metrics.jsonl")]
 
 
+def evaluated(run_dir: Path) -> tuple[float, dict[str, float]]:
+    """Cross-entropy of piece frequencies, and the figures of the last evaluation."""
+    (start,) = read_metrics(run_dir / "metrics.jsonl", "start")
+    row = read_metrics(run_dir / "metrics.jsonl", "evaluation")[-1]
+    return start["data"]["unigram_cross_entropy"], {name: row[name] for name in row if name != "time"} | {"kind": 0}
+
+
 def test_a_step_can_be_replayed_alone_and_shows_its_examples_and_gradients(workshop: Path, finished_run: Path) -> None:
     before = (finished_run / "metrics.jsonl").read_text()
     replayed = run(*pretrain_command(workshop, finished_run, "--replay_step", 10))
@@ -134,6 +141,10 @@ def test_two_ranks_see_the_batches_of_one(workshop: Path, finished_run: Path) ->
     for (step, loss), (same_step, same_loss) in zip(losses(alone), losses(together), strict=True):
         assert step == same_step
         assert same_loss == pytest.approx(loss, rel=2e-5)
+    floors, judged = zip(*(evaluated(run_dir) for run_dir in (alone, together)), strict=True)
+    assert floors[0] == floors[1] > 1.0
+    assert judged[1] == pytest.approx(judged[0], rel=2e-4, abs=1e-6)
+    assert judged[0]["mlm_masked_targets"] > 20 and {"perplexity", "mlm_accuracy"}.isdisjoint(judged[0])
 
 
 def test_a_run_of_two_ranks_continues_on_one_with_the_losses_it_would_have_had(workshop: Path) -> None:
@@ -204,6 +215,9 @@ def test_the_export_fills_masks_in_plain_transformers(workshop: Path, finished_r
     filled = run("-c", code, finished_run / "hf")
     assert filled.returncode == 0, filled.stderr
     assert filled.stdout.strip().splitlines()[-1] == "5"
+    loss = evaluated(finished_run)[1]["loss_mlm_masked"]
+    card = (finished_run / "hf/README.md").read_text(encoding="utf-8")
+    assert f"| held-out text at [MASK] | loss {loss:.3f} nats, accuracy 0." in card
 
 
 def test_another_run_starts_from_an_export_and_from_a_run(workshop: Path, finished_run: Path) -> None:

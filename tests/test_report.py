@@ -103,15 +103,54 @@ def test_what_a_user_wrote_is_escaped(tmp_path: Path) -> None:
     assert "<script>" not in render_page(read_history(folder), [])
 
 
-def test_the_summary_compares_the_validation_loss_with_the_piece_frequencies(tmp_path: Path) -> None:
-    rows = [START, logged("train", 1, tokens_per_s=1234.5), logged("evaluation", 1, loss_mlm=6.25, mlm_accuracy=0.125)]
+EVALUATED = {
+    "loss_mlm": 5.5,
+    "loss_mlm_masked": 6.25,
+    "loss_mlm_random": 8.5,
+    "loss_mlm_kept": 0.5,
+    "mlm_masked_accuracy": 0.125,
+    "mlm_random_accuracy": 0.0,
+    "mlm_kept_accuracy": 0.75,
+    "mlm_masked_targets": 8000,
+    "mlm_random_targets": 1001,
+    "mlm_kept_targets": 999,
+}
+
+
+def test_the_summary_compares_the_validation_loss_at_mask_with_the_piece_frequencies(tmp_path: Path) -> None:
+    rows = [START, logged("train", 1, tokens_per_s=1234.5), logged("evaluation", 1, **EVALUATED)]
     history = read_history(written(tmp_path, *rows))
     assert summary_lines(history) == [
         "step 1: 1,234 non-pad tokens/s (median of the logged intervals)",
-        "masked words of the validation text: loss 6.250 nats, accuracy 0.125; piece frequencies alone 7.000 nats, "
-        "0.750 above the model",
+        "validation text at [MASK]: loss 6.250 nats, accuracy 0.125, 8,000 targets; piece frequencies alone 7.000 "
+        "nats, 0.750 above the model",
+        "at random pieces: loss 8.500, accuracy 0.000, 1,001 targets; at kept pieces: loss 0.500, accuracy 0.750, "
+        "999 targets",
     ]
     assert below_unigram(history) == 0.75
+
+
+def test_a_run_of_an_earlier_version_opens_and_its_flattering_mean_passes_no_bar(tmp_path: Path) -> None:
+    rows = [START, logged("train", 1, loss_mlm=6.0), logged("evaluation", 1, loss_mlm=4.0, mlm_accuracy=0.25)]
+    history = read_history(written(tmp_path, *rows))
+    assert summary_lines(history)[1:] == [
+        "masked words of the validation text: loss 4.000 nats, the mean over 80/10/10 of an earlier version, which "
+        "copying the kept pieces flatters"
+    ]
+    assert [picture.name for picture in draw_figures(history)] == ["loss", "evaluation", "rates", "speed"]
+    with pytest.raises(DataError, match="mean over 80/10/10 of an earlier version, wanted loss_mlm_masked"):
+        below_unigram(history)
+
+
+def test_the_figures_show_the_validation_loss_at_mask_and_not_the_mean(tmp_path: Path) -> None:
+    def drawn(**changes: float) -> list[bytes]:
+        rows = [logged("evaluation", step, **{**EVALUATED, **changes}) for step in (1, 2)]
+        history = read_history(written(tmp_path, START, logged("train", 1, loss_mlm=6.0), *rows))
+        return [picture.png for picture in draw_figures(history)[:2]]
+
+    shown = drawn()
+    assert drawn(loss_mlm=4.0) == shown
+    assert all(other != picture for other, picture in zip(drawn(loss_mlm_masked=6.5), shown, strict=True))
 
 
 def test_a_run_without_evaluation_is_not_taken_for_one_that_has_learned(tmp_path: Path) -> None:
@@ -133,7 +172,7 @@ def test_without_matplotlib_the_figures_say_how_to_get_it(tmp_path: Path, monkey
 
 
 def test_the_command_writes_the_page_and_the_pictures(tmp_path: Path) -> None:
-    folder = written(tmp_path, START, logged("train", 1, grad_norm=None), logged("evaluation", 1, loss_mlm=6.25))
+    folder = written(tmp_path, START, logged("train", 1, grad_norm=None), logged("evaluation", 1, **EVALUATED))
     arguments = ["--run_dir", folder, "--html", "--require_below_unigram", "1"]
     done = subprocess.run([sys.executable, ROOT / "bert_ds/report.py", *arguments], capture_output=True, text=True)
     assert done.returncode == 5, done.stderr

@@ -64,6 +64,7 @@ def test_a_running_job_shows_its_newest_step_loss_speed_and_time_left(tmp_path: 
         step=40,
         total_steps=100,
         loss=8.6,
+        masked_loss=None,
         tokens_per_s=1040.0,
         eta_s=60.0,
         attempts=1,
@@ -206,12 +207,24 @@ def runs(folder: Path, *arguments: object, queue: str = "") -> subprocess.Comple
     return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=60)
 
 
+def test_the_validation_loss_is_that_at_mask_and_none_of_a_step_that_was_taken_back(tmp_path: Path) -> None:
+    evaluations = [
+        {"kind": "evaluation", "step": step, "attempt": 1, "time": NOW, "loss_mlm": 1.0, "loss_mlm_masked": loss}
+        for step, loss in ((20, 5.25), (40, 4.5))
+    ]
+    metrics = [*rows(40), *evaluations]
+    assert overview(make_run(tmp_path / "a", metrics=metrics)).masked_loss == 4.5
+    assert "4.5000" in runs(tmp_path / "a").stdout
+    again = make_run(tmp_path / "b", metrics=[*metrics, *rows(23, attempt=2, start=20)])
+    assert overview(again).masked_loss == 5.25
+
+
 def test_piped_the_table_is_plain_text_with_what_is_under_way_first(tmp_path: Path) -> None:
     make_run(tmp_path / "runs/a", metrics=rows(100), done={"step": 100})
     make_run(tmp_path / "runs/b", metrics=rows(40), job="17")
     found = runs(tmp_path / "runs", queue="17|RUNNING|None|N/A\n")
     lines = found.stdout.splitlines()
-    assert lines[0].split() == ["run", "state", "step", "loss", "tokens/s", "ETA", "starts", "job", "updated", "note"]
+    assert " ".join(lines[0].split()) == "run state step loss masked tokens/s ETA starts job updated note"
     assert [line.split()[:3] for line in lines[1:]] == [
         [f"{tmp_path}/runs/b", "running", "40/100"],
         [f"{tmp_path}/runs/a", "done", "100/100"],

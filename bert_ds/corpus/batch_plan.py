@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bert_ds.corpus.collate import PackedBatch, collate
-from bert_ds.corpus.examples import Plan, make_example, plan_examples
+from bert_ds.corpus.collate import PackedBatch, collate, grouped_by_kind
+from bert_ds.corpus.evaluation_masks import EvaluationMasker
+from bert_ds.corpus.examples import Plan, make_example, plan_examples, token_places
 from bert_ds.corpus.mlm_masking import Masker
 from bert_ds.corpus.sequences import ExampleTable
 
@@ -39,3 +40,17 @@ class BatchPlan:
         """Read, mask and pack the examples at some rows of the batch, at least one."""
         examples = [make_example(*self._places[row]) for row in rows.tolist()]
         return collate(masker.mask(examples))
+
+    def pack_held_out(self, rows: np.ndarray, masker: EvaluationMasker, *, keys: np.ndarray) -> PackedBatch:
+        """As `pack`, with the masks of an evaluation and the targets grouped by what they show.
+
+        Args:
+            rows: int64, at least one row of the batch.
+            masker: of the vocabulary.
+            keys: uint64 [sources], the key of each source's held-out text.
+        """
+        places = [self._places[row] for row in rows.tolist()]
+        examples = [make_example(*place) for place in places]
+        owners = np.array([example.key[0] for example in examples])
+        masked = masker.mask(examples, [token_places(*place) for place in places], keys=keys[owners])
+        return grouped_by_kind(collate(masked), mask_id=masker.mask_id)

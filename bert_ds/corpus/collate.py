@@ -32,7 +32,7 @@ class PackedBatch:
     max_seqlen: int
     """Length of the longest sequence."""
     masked_positions_P: Tensor
-    """int64, ascending indices into T."""
+    """int64, indices into T, ascending; in an evaluation ascending within each kind."""
     masked_labels_P: Tensor
     """int64 pieces to predict there."""
     pair_labels_N: Tensor
@@ -42,6 +42,8 @@ class PackedBatch:
     loss_counts: tuple[float, ...]
     """Targets per loss term: masked tokens, labelled pairs. Counted when packed, so that reading it never waits for
     a device."""
+    kind_counts: tuple[int, ...] = ()
+    """In an evaluation: how many targets, from the first on, show [MASK], then another piece, then the piece itself."""
 
     @property
     def num_tokens(self) -> int:
@@ -68,7 +70,8 @@ class PackedBatch:
 
     def model_inputs(self) -> dict[str, Tensor | int]:
         """Keyword arguments of the model's forward."""
-        names = (field.name for field in fields(self) if field.name not in ("example_ids", "loss_counts"))
+        left_out = ("example_ids", "loss_counts", *(() if self.kind_counts else ("kind_counts",)))
+        names = (field.name for field in fields(self) if field.name not in left_out)
         return {name: getattr(self, name) for name in names}
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
@@ -113,6 +116,20 @@ def collate(examples: Sequence[MaskedExample]) -> PackedBatch:
         pair_labels_N=torch.from_numpy(pair_labels),
         example_ids=torch.from_numpy(np.array([example.key for example in ordered], dtype=np.int64)),
         loss_counts=(float(num_masked.sum()), float((pair_labels != IGNORE_INDEX).sum())),
+    )
+
+
+def grouped_by_kind(batch: PackedBatch, *, mask_id: int) -> PackedBatch:
+    """Return the batch with its targets grouped by what the model sees there, and `kind_counts`."""
+    shown_P = batch.input_ids_T[batch.masked_positions_P]
+    is_kept_P = shown_P == batch.masked_labels_P
+    kinds_P = torch.where(shown_P == mask_id, 0, 1 + is_kept_P.long())
+    order_P = kinds_P.argsort(stable=True)
+    return replace(
+        batch,
+        masked_positions_P=batch.masked_positions_P[order_P],
+        masked_labels_P=batch.masked_labels_P[order_P],
+        kind_counts=tuple(kinds_P.bincount(minlength=3).tolist()),
     )
 
 

@@ -120,6 +120,17 @@ def make_example(plan: Plan, row: int) -> Example:
     return Example(input_ids, token_type_ids, int(plan.pair_labels[row]), (source, epoch, index))
 
 
+def token_places(plan: Plan, row: int) -> np.ndarray:
+    """Return the place in the split of every token of one planned example, int64 [n]; -1 for a special token."""
+    places = np.full(plan.lengths[row], -1, dtype=np.int64)
+    at = 1
+    for span in range(plan.first_spans[row], plan.first_spans[row + 1]):
+        start, stop = int(plan.spans.starts[span]), int(plan.spans.stops[span])
+        places[at : at + stop - start] = np.arange(start, stop)
+        at += stop - start + 1
+    return places
+
+
 def _plan_text(table: ExampleTable, first: np.ndarray, last: np.ndarray) -> Spans:
     """One range per document that the run touches: one, unless examples cross documents."""
     documents = table.document_units

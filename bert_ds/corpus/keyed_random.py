@@ -29,6 +29,9 @@ class Draw(IntEnum):
     MASK_CHOICE = 10
     MASK_KIND = 11
     MASK_PIECE = 12
+    EVALUATED = 13
+    EVALUATED_KIND = 14
+    EVALUATED_PIECE = 15
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

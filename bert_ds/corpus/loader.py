@@ -27,10 +27,11 @@ from bert_ds.configuration.run_config import IGNORE_INDEX, MaskingConfig, Sequen
 from bert_ds.corpus.batch_order import Mixture, balance, deal, global_batch
 from bert_ds.corpus.batch_plan import BatchPlan
 from bert_ds.corpus.collate import PackedBatch, collate
+from bert_ds.corpus.evaluation_masks import EvaluationMasker, split_key
 from bert_ds.corpus.mlm_masking import MaskedExample, Masker
 from bert_ds.corpus.sequences import ExampleTable, build_examples, content_hash
 from bert_ds.corpus.shards import ShardSplit, open_shards
-from bert_ds.corpus.unigram import unigram_cross_entropy
+from bert_ds.corpus.unigram import piece_counts, unigram_cross_entropy
 from bert_ds.corpus.wordpiece import load_tokenizer
 from bert_ds.processes import held_back_stop_signals
 from bert_ds.ranks import DataError
@@ -181,7 +182,7 @@ class PretrainingData:
     def evaluation_batches(
         self, num_examples: int, *, batch_size: int, rank: int, world_size: int
     ) -> Iterator[PackedBatch]:
-        """Yield this rank's share of held-out examples, with pairs and masks that never change.
+        """Yield this rank's share of held-out examples, with fixed pairs and the masks of `evaluation_masks`.
 
         Every rank gets the same number of batches and none is empty; their sizes differ by one at most. The examples
         are the same for any seed and any number of ranks, but with a batch_size of 1 those beyond a multiple of
@@ -203,14 +204,20 @@ class PretrainingData:
             seed=_EVALUATION_SEED,
         )
         parts = deal(plan.lengths, num_parts=num_batches * world_size)
-        masker = Masker(self._tokenizer, self._settings.masking, seed=_EVALUATION_SEED)
+        special = self._tokenizer.special_ids
+        masker = EvaluationMasker(vocab_size=self._tokenizer.vocab_size, special_ids=special, mask_id=special.mask)
+        keys = np.array([split_key(table.split) for table in tables], dtype=np.uint64)
         own = range(rank * num_batches, (rank + 1) * num_batches)
-        return (plan.pack(np.flatnonzero(parts == part), masker) for part in own)
+        return (plan.pack_held_out(np.flatnonzero(parts == part), masker, keys=keys) for part in own)
 
-    def unigram_cross_entropy(self, num_examples: int, *, batch_size: int) -> float:
-        """Cross-entropy in nats of the held-out masked words under the training text's piece frequencies."""
-        batches = self.evaluation_batches(num_examples, batch_size=batch_size, rank=0, world_size=1)
-        return unigram_cross_entropy([table.split for table in self._tables], batches)
+    def unigram_cross_entropy(self, num_examples: int, *, batch_size: int, world_size: int) -> float:
+        """Cross-entropy in nats of all ranks' evaluated targets at [MASK] under the training text's frequencies."""
+        batches = (
+            batch
+            for rank in range(world_size)
+            for batch in self.evaluation_batches(num_examples, batch_size=batch_size, rank=rank, world_size=world_size)
+        )
+        return unigram_cross_entropy(piece_counts([table.split for table in self._tables]), batches)
 
     def longest_batch(self, micro_batch_size: int) -> PackedBatch:
         """The largest micro-batch that can come: full sequences with as many targets as allowed."""

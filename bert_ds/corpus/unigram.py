@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -13,16 +14,26 @@ MAX_COUNTED_TOKENS = 1 << 25
 """Tokens of each source that are counted, from its beginning; more would only cost time."""
 
 
-def unigram_cross_entropy(train: Sequence[ShardSplit], validation: Iterable[PackedBatch]) -> float:
-    """Return the mean cross-entropy, in nats, of the masked words of `validation` under the frequencies of `train`.
-
-    Frequencies are smoothed by adding one to every count. Sources count alike per token, whatever their weight.
-    """
+def piece_counts(train: Sequence[ShardSplit]) -> np.ndarray:
+    """Return how often each piece is in the training text, int64 [V]; sources count alike, whatever their weight."""
     vocab_size = max(split.vocab_size for split in train)
-    counts = np.ones(vocab_size)
+    counts = np.zeros(vocab_size, dtype=np.int64)
     for split in train:
         tokens = split.tokens(0, min(split.num_tokens, MAX_COUNTED_TOKENS))
         counts += np.bincount(tokens, minlength=vocab_size)
-    surprise = -np.log(counts / counts.sum())
-    labels = np.concatenate([batch.masked_labels_P.numpy() for batch in validation])
-    return float(surprise[labels].mean())
+    return counts
+
+
+def unigram_cross_entropy(counts: np.ndarray, held_out: Iterable[PackedBatch]) -> float:
+    """Return the mean cross-entropy, in nats, of the targets at [MASK] under the frequencies of the training text.
+
+    Args:
+        counts: of every piece in the training text; one is added to each.
+        held_out: batches of an evaluation, their targets grouped by kind.
+
+    Returns:
+        NaN where there is no target at [MASK].
+    """
+    labels = np.concatenate([batch.masked_labels_P[: batch.kind_counts[0]].numpy() for batch in held_out])
+    surprise = np.log((counts + 1).sum()) - np.log(counts + 1)
+    return float(surprise[labels].mean()) if len(labels) else math.nan

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bert_ds.configuration.distillation_config import DistillationConfig
 from bert_ds.configuration.run_config import ModelConfig
-from bert_ds.encoder.heads import BertForPreTraining, MaskedWordHead
+from bert_ds.encoder.heads import BertForPreTraining, MaskedWordHead, stacked_sums
 from bert_ds.encoder.initial_weights import start_from_layers
 from bert_ds.encoder.pretrained import load_masked_lm
 
@@ -65,13 +65,18 @@ class TaughtWordHead(MaskedWordHead):
     """The masked-word head, which also compares its scores with the teacher's."""
 
     def forward(  # type: ignore[override]
-        self, hidden_PD: Tensor, labels_P: Tensor, word_weight_VD: Tensor, *, teacher: Decoder, temperature: float
+        self,
+        hidden_PD: Tensor,
+        labels_P: Tensor,
+        word_weight_VD: Tensor,
+        *,
+        kind_counts: tuple[int, ...],
+        teacher: Decoder,
+        temperature: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (sum of cross-entropies, number of right predictions, soft loss sum), fp32 scalars."""
+        """Return sum of cross-entropies and number of right predictions, see `word_sums`, and the soft loss sum."""
         transformed_PD = self.transform(hidden_PD)
-        loss, num_correct = self.ops.mlm_cross_entropy(
-            transformed_PD, word_weight_VD, self.bias, labels_P, vocab_size=self.vocab_size
-        )
+        loss, num_correct = self.word_sums(transformed_PD, labels_P, word_weight_VD, kind_counts)
         own = Decoder(transformed_PD, word_weight_VD, self.bias)
         return loss, num_correct, soft_target_loss(own, teacher, vocab_size=self.vocab_size, temperature=temperature)
 
@@ -104,13 +109,14 @@ class DistilledBert(BertForPreTraining):
         masked_positions_P: Tensor,
         masked_labels_P: Tensor,
         pair_labels_N: Tensor,
+        kind_counts: tuple[int, ...] = (),
         dropout_seed: Tensor | None = None,
         **stream: Any,
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss sums, fp32 [4], and the metric sums, fp32 [2], of a packed micro-batch.
+        """Return the loss sums, fp32 [4], and the metric sums of a packed micro-batch, those of `BertForPreTraining`.
 
         Args:
-            cu_seqlens, masked_positions_P, masked_labels_P, pair_labels_N: see `BertForPreTraining.forward`.
+            cu_seqlens, masked_positions_P, masked_labels_P, pair_labels_N, kind_counts: see `BertForPreTraining`.
             dropout_seed: of the student; the teacher drops nothing.
             stream: the other arguments of `BertEncoder.forward`.
         """
@@ -120,13 +126,13 @@ class DistilledBert(BertForPreTraining):
             hidden_TD.index_select(0, masked_positions_P),
             masked_labels_P,
             self._tied_decoder(),
+            kind_counts=kind_counts,
             teacher=self.teacher.decoder(taught_TD.index_select(0, masked_positions_P)),
             temperature=self.temperature,
         )
         pair_loss, pair_correct = self._pair_sums(hidden_TD, cu_seqlens, pair_labels_N)
-        hidden_loss = angle_loss(hidden_TD, taught_TD) if self.loss_weights[3] else torch.zeros_like(mlm_loss)
-        losses = torch.stack((mlm_loss, pair_loss, soft_loss, hidden_loss))
-        return losses, torch.stack((mlm_correct, pair_correct)).detach()
+        hidden_loss = angle_loss(hidden_TD, taught_TD) if self.loss_weights[3] else torch.zeros_like(pair_loss)
+        return stacked_sums(mlm_loss, mlm_correct, pair_loss, pair_correct, soft_loss, hidden_loss)
 
 
 def make_student(config: ModelConfig, settings: DistillationConfig, *, kernels: str, **others: Any) -> DistilledBert:

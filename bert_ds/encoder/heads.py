@@ -39,10 +39,25 @@ class MaskedWordHead(nn.Module):
         self.layer_norm_bias = nn.Parameter(torch.empty(hidden_size))
         self.bias = nn.Parameter(torch.empty(config.padded_vocab_size))
 
-    def forward(self, hidden_PD: Tensor, labels_P: Tensor, word_weight_VD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (sum of cross-entropies, number of right predictions), fp32 scalars; rows >= vocab_size never win."""
+    def forward(
+        self, hidden_PD: Tensor, labels_P: Tensor, word_weight_VD: Tensor, *, kind_counts: tuple[int, ...] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Return sum of cross-entropies and number of right predictions, see `word_sums`."""
+        return self.word_sums(self.transform(hidden_PD), labels_P, word_weight_VD, kind_counts)
+
+    def word_sums(
+        self, transformed_PD: Tensor, labels_P: Tensor, word_weight_VD: Tensor, kind_counts: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Return (sum of cross-entropies, number of right predictions), fp32; rows >= vocab_size never win.
+
+        Both are scalars, or [K] with `kind_counts`, one for each of these runs of rows.
+        """
+        if kind_counts:
+            runs = zip(transformed_PD.split(kind_counts), labels_P.split(kind_counts), strict=True)
+            sums = [self.word_sums(rows_RD, labels_R, word_weight_VD, ()) for rows_RD, labels_R in runs]
+            return torch.stack([loss for loss, _ in sums]), torch.stack([correct for _, correct in sums])
         return self.ops.mlm_cross_entropy(
-            self.transform(hidden_PD), word_weight_VD, self.bias, labels_P, vocab_size=self.vocab_size
+            transformed_PD, word_weight_VD, self.bias, labels_P, vocab_size=self.vocab_size
         )
 
     def transform(self, hidden_PD: Tensor) -> Tensor:
@@ -81,6 +96,8 @@ class BertForPreTraining(nn.Module):
 
     loss_names: tuple[str, ...] = ("mlm", "pair")
     metric_names = ("mlm_correct", "pair_correct")
+    kind_names = ("masked", "random", "kept")
+    """What stands at a target of an evaluation: [MASK], another piece, or the piece itself."""
     loss_weights: tuple[float, ...] = (1.0, 1.0)
     no_decay_patterns = ("*bias", "*layer_norm_weight")
     equal_parts = {"*qkv_weight": ("query", "key", "value"), "*qkv_bias": ("query", "key", "value")}
@@ -117,6 +134,7 @@ class BertForPreTraining(nn.Module):
         masked_positions_P: Tensor,
         masked_labels_P: Tensor,
         pair_labels_N: Tensor,
+        kind_counts: tuple[int, ...] = (),
         dropout_seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the loss sums and the metric sums of a packed micro-batch.
@@ -126,10 +144,12 @@ class BertForPreTraining(nn.Module):
             masked_positions_P: int64 [P], indices into T; P may be 0.
             masked_labels_P: int64 [P], the original ids; IGNORE_INDEX counts for nothing.
             pair_labels_N: int64 [N] in {0, 1, IGNORE_INDEX}; 0 means is next (NSP) or in order (SOP).
+            kind_counts: in an evaluation, the number of targets of each kind, which lie one kind behind the other.
 
         Returns:
             loss_sums_L: fp32 [2], sum of the cross-entropies of masked words and of pairs, in nats.
-            metric_sums_M: fp32 [2], number of right predictions of both, without gradient.
+            metric_sums_M: fp32 [2], number of right predictions of both, without gradient. With `kind_counts` the sums
+                of cross-entropies and the numbers of right predictions of every kind follow, [2 + 2 K].
         """
         hidden_TD = self.bert(
             input_ids_T,
@@ -141,9 +161,8 @@ class BertForPreTraining(nn.Module):
         )
         word_weight_VD = self._tied_decoder()
         hidden_PD = hidden_TD.index_select(0, masked_positions_P)
-        mlm_loss, mlm_correct = self.predictions(hidden_PD, masked_labels_P, word_weight_VD)
-        pair_loss, pair_correct = self._pair_sums(hidden_TD, cu_seqlens, pair_labels_N)
-        return torch.stack((mlm_loss, pair_loss)), torch.stack((mlm_correct, pair_correct)).detach()
+        words = self.predictions(hidden_PD, masked_labels_P, word_weight_VD, kind_counts=kind_counts)
+        return stacked_sums(*words, *self._pair_sums(hidden_TD, cu_seqlens, pair_labels_N))
 
     @torch.no_grad()
     def logits(self, *, masked_positions_P: Tensor, cu_seqlens: Tensor, **stream: Any) -> Logits:
@@ -185,3 +204,19 @@ class BertForPreTraining(nn.Module):
 
             deepspeed.zero.register_external_parameter(self.predictions, word_weight_VD)
         return word_weight_VD
+
+
+def stacked_sums(
+    mlm_loss: Tensor, mlm_correct: Tensor, pair_loss: Tensor, pair_correct: Tensor, *more_losses: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return loss sums and metric sums as a model gives them.
+
+    Args:
+        mlm_loss, mlm_correct: scalars, or [K] by kind of target in an evaluation.
+        pair_loss, pair_correct: scalars.
+        more_losses: scalars of further loss terms.
+    """
+    if not mlm_loss.dim():
+        return torch.stack((mlm_loss, pair_loss, *more_losses)), torch.stack((mlm_correct, pair_correct)).detach()
+    losses, correct = stacked_sums(mlm_loss.sum(), mlm_correct.sum(), pair_loss, pair_correct, *more_losses)
+    return losses, torch.cat((correct, mlm_loss, mlm_correct)).detach()

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bert_ds.configuration.run_config import ConfigError
-from bert_ds.reporting.run_history import Band, RunHistory, number
+from bert_ds.reporting.run_history import OVER_ALL, Band, RunHistory, number
+from bert_ds.reporting.run_log import AT_MASK
 
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#3465a4", "#d9730d", "#3d8f4d", "#c0392b", "#888888"
 _COLUMNS = 4
@@ -56,12 +57,13 @@ _BAND = "the line is the median over the layers, the band reaches from the small
 
 def _losses(history: RunHistory) -> Picture:
     terms = history.names("loss_")
-    others = [name for name in terms if name != "loss_mlm"]
+    others = [name for name in terms if name != OVER_ALL]
+    first = OVER_ALL if OVER_ALL in terms else "loss"
+    judged, label = _judged(history) if first == OVER_ALL else (first, "validation")
 
     def draw(axes: Sequence[Any]) -> None:
-        first = "loss_mlm" if "loss_mlm" in terms else "loss"
         axes[0].plot(history.numbers, history.series(first), color=_BLUE, linewidth=1, label="training")
-        axes[0].plot(*_evaluated(history, first), "o-", color=_RED, markersize=4, linewidth=1, label="validation")
+        axes[0].plot(*_evaluated(history, judged), "o-", color=_RED, markersize=4, linewidth=1, label=label)
         if math.isfinite(history.unigram):
             axes[0].axhline(history.unigram, color=_GREY, linestyle="--", linewidth=1, label="piece frequencies alone")
         axes[0].set_ylabel(f"{_words(first)} (nats)")
@@ -72,9 +74,10 @@ def _losses(history: RunHistory) -> Picture:
         for axis in axes:
             axis.legend(fontsize=8)
 
-    num_panels = 2 if others and "loss_mlm" in terms else 1
+    num_panels = 2 if others and first == OVER_ALL else 1
     picture = _figure(history, draw, num_panels=num_panels)
-    return Picture("loss", "Loss", "Mean loss per target of each logged step, and of the held-out text.", picture)
+    caption = "Mean loss per target of each logged step, by the masks of the recipe, and of the held-out text."
+    return Picture("loss", "Loss", caption, picture)
 
 
 def _evaluation(history: RunHistory) -> Picture:
@@ -86,13 +89,14 @@ def _evaluation(history: RunHistory) -> Picture:
         axes[0].set_ylabel("accuracy")
         if names:
             axes[0].legend(fontsize=8)
-        steps, losses = _evaluated(history, "loss_mlm")
+        judged, label = _judged(history)
+        steps, losses = _evaluated(history, judged)
         perplexities = [math.exp(min(loss, 700.0)) for loss in losses]
         axes[1].plot(steps, perplexities, "o-", color=_RED, markersize=4, linewidth=1)
-        axes[1].set_ylabel("perplexity of masked words")
+        axes[1].set_ylabel(f"perplexity, {label}")
         _set_log_scale(axes[1], perplexities)
 
-    caption = "Held-out text with fixed masks."
+    caption = "Held-out text with fixed masks. What counts is the prediction at [MASK]."
     return Picture("evaluation", "Evaluation", caption, _figure(history, draw, num_panels=2))
 
 
@@ -195,6 +199,13 @@ def _mark_events(axis: Any, history: RunHistory) -> None:
         axis.axvline(row["step"], color=_GREY, linestyle=":", linewidth=1)
     for row in history.skipped:
         axis.axvline(row["step"], color=_RED, linewidth=0.8, alpha=0.6)
+
+
+def _judged(history: RunHistory) -> tuple[str, str]:
+    """Return the validation loss of masked words that the run has, and how to call it."""
+    if any(AT_MASK in row for row in history.evaluations):
+        return AT_MASK, "validation at [MASK]"
+    return OVER_ALL, "validation, mean over 80/10/10"
 
 
 def _evaluated(history: RunHistory, name: str) -> tuple[list[int], list[float]]:

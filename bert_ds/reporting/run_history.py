@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bert_ds.ranks import DataError
-from bert_ds.reporting.run_log import read_metrics, read_rows
+from bert_ds.reporting.run_log import AT_MASK, read_metrics, read_rows
 
 Row = Mapping[str, Any]
+
+OVER_ALL = "loss_mlm"
+"""The mean over all targets: of the training rows, and of the evaluations of earlier versions."""
 
 
 class Band(NamedTuple):
@@ -94,25 +97,45 @@ def summary_lines(history: RunHistory) -> list[str]:
     """Return how the run went in a line or two."""
     speed = _median(history.series("tokens_per_s"))
     lines = [f"step {history.numbers[-1]}: {speed:,.0f} non-pad tokens/s (median of the logged intervals)"]
-    if history.evaluations and "loss_mlm" in (last := history.evaluations[-1]):
-        line = f"masked words of the validation text: loss {number(last['loss_mlm']):.3f} nats"
-        line += f", accuracy {number(last.get('mlm_accuracy')):.3f}"
-        if math.isfinite(history.unigram):
-            below = below_unigram(history)
-            line += f"; piece frequencies alone {history.unigram:.3f} nats, {below:.3f} above the model"
-        lines.append(line)
+    last = history.evaluations[-1] if history.evaluations else {}
+    if AT_MASK in last:
+        lines += _kind_lines(history, last)
+    elif OVER_ALL in last:
+        lines.append(
+            f"masked words of the validation text: loss {number(last[OVER_ALL]):.3f} nats, the mean over 80/10/10 of "
+            "an earlier version, which copying the kept pieces flatters"
+        )
     return lines
 
 
+def _kind_lines(history: RunHistory, last: Row) -> list[str]:
+    line = f"validation text at [MASK]: loss {number(last[AT_MASK]):.3f} nats, "
+    line += f"accuracy {number(last.get('mlm_masked_accuracy')):.3f}, {last.get('mlm_masked_targets', 0):,} targets"
+    if math.isfinite(history.unigram):
+        below = below_unigram(history)
+        line += f"; piece frequencies alone {history.unigram:.3f} nats, {below:.3f} above the model"
+    others = [
+        f"at {text}: loss {number(last.get(f'loss_mlm_{kind}')):.3f}, "
+        f"accuracy {number(last.get(f'mlm_{kind}_accuracy')):.3f}, {last.get(f'mlm_{kind}_targets', 0):,} targets"
+        for kind, text in (("random", "random pieces"), ("kept", "kept pieces"))
+    ]
+    return [line, "; ".join(others)]
+
+
 def below_unigram(history: RunHistory) -> float:
-    """Return how far the last validation loss of masked words is below the cross-entropy of piece frequencies, in nats.
+    """Return how far the last validation loss at [MASK] is below the cross-entropy of piece frequencies, in nats.
 
     Raises:
-        DataError: the run has not come so far.
+        DataError: the run has not come so far, or an earlier version wrote no loss at [MASK].
     """
     if not history.evaluations or not math.isfinite(history.unigram):
         raise DataError(f"{history.run_dir} holds no evaluation of masked words yet: wanted a run that has come so far")
-    return history.unigram - number(history.evaluations[-1].get("loss_mlm"))
+    if AT_MASK not in history.evaluations[-1]:
+        raise DataError(
+            f"{history.run_dir}/metrics.jsonl: the last evaluation has the mean over 80/10/10 of an earlier version, "
+            f"wanted {AT_MASK}: score.py --task masked_words measures the exported model"
+        )
+    return history.unigram - number(history.evaluations[-1][AT_MASK])
 
 
 def number(value: Any) -> float:

@@ -23,6 +23,8 @@ from bert_ds.configuration.config_secrets import is_secret_name, is_secret_value
 from bert_ds.ranks import Ranks
 
 _PACKAGES = ("bert-ds", "torch", "deepspeed", "triton", "transformers", "tokenizers", "numpy", "pydantic")
+AT_MASK = "loss_mlm_masked"
+"""The validation loss that counts, in an evaluation row of a pre-training."""
 _ENVIRONMENT_NAMES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 

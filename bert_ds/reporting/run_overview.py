@@ -34,6 +34,9 @@ class RunOverview(NamedTuple):
     step: int
     total_steps: int | None
     loss: float | None
+    """Of the newest training row, over the targets of the recipe's masks."""
+    masked_loss: float | None
+    """At [MASK], of the newest evaluation row."""
     tokens_per_s: float | None
     eta_s: float | None
     attempts: int
@@ -80,13 +83,17 @@ def read_overview(run_dir: Path, *, queue: Mapping[str, QueuedJob] | None, now: 
         note = f"{note}; Slurm: {queued.reason}" if note else f"Slurm: {queued.reason}"
     if state == "running" and silent_s > limit_s and rows:
         note = f"no row for {silent_s / 60:.0f} min"
+    step = max(last.get("step", 0), start.get("step", 0))
     speaks = state in ("running", "waiting", "stopped")
     return RunOverview(
         run_dir=str(run_dir),
         state=state,
-        step=max(last.get("step", 0), start.get("step", 0)),
+        step=step,
         total_steps=_total_steps(run_dir),
         loss=last.get("loss"),
+        masked_loss=next(
+            (row.get("loss_mlm_masked") for row in reversed(rows) if _is_evaluation(row, up_to=step)), None
+        ),
         tokens_per_s=last.get("tokens_per_s") if last else None,
         eta_s=last.get("eta_s") if speaks else None,
         attempts=max((row.get("attempt", 0) for row in rows), default=0),
@@ -95,6 +102,11 @@ def read_overview(run_dir: Path, *, queue: Mapping[str, QueuedJob] | None, now: 
         updated=updated,
         note=printable(note),
     )
+
+
+def _is_evaluation(row: Mapping[str, Any], *, up_to: int) -> bool:
+    """Whether it is one that no later attempt has superseded by going back behind it."""
+    return row.get("kind") == "evaluation" and row.get("step", 0) <= up_to
 
 
 def _state(run_dir: Path, *, in_queue: str | None, is_silent: bool) -> tuple[State, str]:

@@ -34,7 +34,8 @@ def evaluate(engine: DeepSpeedEngine, batches: Iterable[MicroBatch]) -> dict[str
     rank with fewer batches repeats its last one with weight zero.
 
     Returns:
-        See `named_means`.
+        See `named_means`; of batches with `kind_counts` also `kind_means`, in place of accuracy and perplexity over all
+        targets of the first term, which what can be copied would flatter.
 
     Raises:
         DataError: a rank has no batch at all.
@@ -51,9 +52,20 @@ def evaluate(engine: DeepSpeedEngine, batches: Iterable[MicroBatch]) -> dict[str
             totals = sums if totals is None else totals + sums
     engine.train()
     assert totals is not None
-    counts = [sum(column) for column in zip(*(batch.loss_counts for batch in local), strict=True)]
+    rows = ((*batch.loss_counts, *getattr(batch, "kind_counts", ())) for batch in local)
+    counts = [sum(column) for column in zip(*rows, strict=True)]
     agreed = sum_over_ranks([*totals.tolist(), *counts])  # host sync: once per evaluation
-    return named_means(engine.module, agreed[: len(totals)], counts=agreed[len(totals) :])
+    return _evaluated(engine.module, agreed[: len(totals)], counts=agreed[len(totals) :])
+
+
+def _evaluated(model: Any, sums: Sequence[float], *, counts: Sequence[float]) -> dict[str, float]:
+    means = named_means(model, sums, counts=counts)
+    num_terms = len(model.loss_names)
+    if len(counts) == num_terms:
+        return means
+    kinds = kind_means(model, sums[num_terms + len(model.metric_names) :], counts=counts[num_terms:])
+    flattered = ("perplexity", f"{model.loss_names[0]}_accuracy")
+    return {"loss": means["loss"], **kinds, **{name: mean for name, mean in means.items() if name not in flattered}}
 
 
 def forward_sums(engine: DeepSpeedEngine, batch: MicroBatch) -> Tensor:
@@ -86,6 +98,26 @@ def named_means(model: Any, sums: Sequence[float], *, counts: Sequence[float]) -
         if count:
             means[name.removesuffix("_correct") + "_accuracy" if name.endswith("_correct") else name] = total / count
     return means
+
+
+def kind_means(model: Any, sums: Sequence[float], *, counts: Sequence[float]) -> dict[str, float]:
+    """Return loss, accuracy and number of the first term's targets by kind; without targets the number alone.
+
+    Args:
+        model: its `kind_names` are those of the K kinds.
+        sums: [2 K], the losses of every kind, then the right predictions of every kind.
+        counts: [K], targets.
+
+    Returns:
+        `loss_<term>_<kind>`, `<term>_<kind>_accuracy` and `<term>_<kind>_targets`.
+    """
+    term, kinds = model.loss_names[0], model.kind_names
+    means: dict[str, float] = {}
+    for name, loss, correct, count in zip(kinds, sums[: len(kinds)], sums[len(kinds) :], counts, strict=True):
+        if count:
+            means[f"loss_{term}_{name}"] = loss / count
+            means[f"{term}_{name}_accuracy"] = correct / count
+    return means | {f"{term}_{name}_targets": int(count) for name, count in zip(kinds, counts, strict=True)}
 
 
 def _exp(value: float) -> float:
