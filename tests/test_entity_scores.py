@@ -16,20 +16,32 @@ BIOES_TAGS = [*BIO_TAGS, "E-PER", "S-PER", "E-LOC", "S-LOC"]
 
 
 @pytest.mark.parametrize(
-    ("scheme", "tags", "wanted"),
+    ("reading", "tags", "wanted"),
     [
         ("BIO", "B-PER I-PER O B-LOC B-LOC", [Entity(0, 2, "PER"), Entity(3, 4, "LOC"), Entity(4, 5, "LOC")]),
         ("BIO", "I-PER I-PER O", []),
         ("BIO", "B-PER I-LOC I-PER", [Entity(0, 1, "PER")]),
-        ("IOB1", "I-PER I-PER B-PER O I-LOC", [Entity(0, 2, "PER"), Entity(2, 3, "PER"), Entity(4, 5, "LOC")]),
-        ("IOB1", "I-PER I-LOC", [Entity(0, 1, "PER"), Entity(1, 2, "LOC")]),
+        ("conlleval", "I-PER I-PER B-PER O I-LOC", [Entity(0, 2, "PER"), Entity(2, 3, "PER"), Entity(4, 5, "LOC")]),
+        ("conlleval", "I-PER I-LOC", [Entity(0, 1, "PER"), Entity(1, 2, "LOC")]),
+        ("conlleval", "B-PER I-LOC I-PER", [Entity(0, 1, "PER"), Entity(1, 2, "LOC"), Entity(2, 3, "PER")]),
+        ("conlleval", "O E-PER I-PER O", [Entity(1, 2, "PER"), Entity(2, 3, "PER")]),
+        (
+            "conlleval",
+            "B-PER E-PER E-PER S-PER I-PER",
+            [Entity(*span, "PER") for span in ((0, 2), (2, 3), (3, 4), (4, 5))],
+        ),
+        (
+            "conlleval",
+            "B-PER.NAM B-PER.NAM I-PER.NOM",
+            [Entity(0, 1, "PER.NAM"), Entity(1, 2, "PER.NAM"), Entity(2, 3, "PER.NOM")],
+        ),
         ("BIOES", "B-PER I-PER E-PER S-LOC O", [Entity(0, 3, "PER"), Entity(3, 4, "LOC")]),
         ("BIOES", "B-PER I-PER O E-LOC", []),
         ("BIO", "", []),
     ],
 )
-def test_entities_of_hand_written_tags(scheme: str, tags: str, wanted: list[Entity]) -> None:
-    assert entities(tags.split(), scheme) == wanted
+def test_entities_of_hand_written_tags(reading: str, tags: str, wanted: list[Entity]) -> None:
+    assert entities(tags.split(), reading) == wanted
 
 
 def test_scores_of_a_hand_computed_case() -> None:
@@ -62,15 +74,42 @@ def tag_pairs(tags: list[str]) -> st.SearchStrategy[list[tuple[list[str], list[s
     return st.lists(sentence.map(lambda pairs: tuple(map(list, zip(*pairs, strict=True)))), min_size=1, max_size=4)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(("scheme", "tags", "rules"), [("BIO", BIO_TAGS, IOB2), ("BIOES", BIOES_TAGS, IOBES)])
-def test_scores_are_those_of_seqeval_in_strict_mode(scheme: str, tags: list[str], rules: Any) -> None:
+def test_a_forgotten_b_and_a_change_of_type_cost_the_strict_score_alone() -> None:
+    gold = [["B-PER", "I-PER", "O", "B-LOC"], ["B-ORG", "I-ORG"]]
+    found = [["I-PER", "I-PER", "O", "B-LOC"], ["B-ORG", "I-LOC"]]
+    assert {name: value for name, value in entity_scores(gold, found).items() if len(name) > 5} == {
+        "precision": 1 / 2,
+        "recall": 1 / 3,
+        "f1_LOC": 1.0,
+        "f1_ORG": 0.0,
+        "f1_PER": 0.0,
+    }
+    assert entity_scores(gold, found, reading="conlleval") == {
+        "precision": 2 / 4,
+        "recall": 2 / 3,
+        "f1": 4 / 7,
+        "f1_LOC": 2 / 3,
+        "f1_ORG": 0.0,
+        "f1_PER": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("reading", "tags", "rules"),
+    [
+        ("BIO", BIO_TAGS, {"mode": "strict", "scheme": IOB2}),
+        ("BIOES", BIOES_TAGS, {"mode": "strict", "scheme": IOBES}),
+        ("conlleval", BIOES_TAGS, {}),
+    ],
+)
+def test_scores_are_those_of_seqeval(reading: str, tags: list[str], rules: dict[str, Any]) -> None:
     @settings(max_examples=150, deadline=None)
     @given(tag_pairs(tags))
     def compare(sentences: list[tuple[list[str], list[str]]]) -> None:
         gold, found = ([pair[side] for pair in sentences] for side in (0, 1))
-        ours = entity_scores(gold, found, scheme=scheme)
+        ours = entity_scores(gold, found, reading=reading)
         for key in ("precision", "recall", "f1"):
             theirs: Callable[..., float] = getattr(metrics, f"{key}_score")
-            assert ours[key] == pytest.approx(theirs(gold, found, mode="strict", scheme=rules, zero_division=0))
+            assert ours[key] == pytest.approx(theirs(gold, found, zero_division=0, **rules))
 
     compare()

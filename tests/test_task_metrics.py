@@ -1,14 +1,15 @@
-"""What happens where the packages that metrics come from are missing."""
+"""The figures of classes, and what happens where the packages that they come from are missing."""
 
 from __future__ import annotations
 
 import importlib.util
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bert_ds.configuration.run_config import ConfigError
-from bert_ds.downstream.metrics import require_metrics
+from bert_ds.downstream.metrics import class_figures, multi_label_figures, require_metrics
 
 
 def test_a_missing_package_is_named_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,3 +22,24 @@ def test_a_missing_package_is_named_before_anything_is_trained(monkeypatch: pyte
     monkeypatch.setattr(importlib.util, "find_spec", without_sklearn)
     with pytest.raises(ConfigError, match=r"^sklearn not installed: .*pip install scikit-learn scipy"):
         require_metrics()
+
+
+def test_figures_of_a_hand_computed_case() -> None:
+    found = class_figures(["a", "a", "a", "b"], ["a", "a", "b", "c"], ["a", "b", "c", "d"])
+    assert found["accuracy"] == found["micro_f1"] == 2 / 4
+    assert found["macro_precision"] == pytest.approx((1 + 0 + 0) / 3)
+    assert found["macro_recall"] == pytest.approx((2 / 3 + 0 + 0) / 3)
+    assert found["macro_f1"] == pytest.approx((4 / 5 + 0 + 0) / 3)
+
+
+def test_figures_of_a_hand_computed_case_of_several_labels_a_row() -> None:
+    gold_NL, found_NL = np.array([[1, 1], [0, 1], [1, 0]]), np.array([[1, 0], [1, 1], [1, 0]])
+    assert multi_label_figures(gold_NL, found_NL) == pytest.approx(
+        {
+            "micro_f1": 2 * 3 / (4 + 4),
+            "macro_precision": (2 / 3 + 1) / 2,
+            "macro_recall": (1 + 1 / 2) / 2,
+            "macro_f1": (4 / 5 + 2 / 3) / 2,
+            "exact": 1 / 3,
+        }
+    )

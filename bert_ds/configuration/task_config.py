@@ -38,7 +38,7 @@ from bert_ds.configuration.config_section import (
 from bert_ds.configuration.optimizer_config import AdamWConfig, OptimizerConfig, ScheduleConfig
 from bert_ds.configuration.run_config import CheckpointConfig, ModelConfig, TrainingConfig
 from bert_ds.configuration.task_data_config import DataFile, TaskDataConfig
-from bert_ds.configuration.task_kinds import KIND_FACTS, KindName
+from bert_ds.configuration.task_kinds import ENTITY_METRICS, KIND_FACTS, WORD_METRICS, KindName
 from bert_ds.configuration.task_sections import (
     EmbeddingConfig,
     FreezeConfig,
@@ -206,7 +206,8 @@ def task_problems(task: TaskConfig) -> list[Problem]:
         problems.append(Problem("training.epochs", "give training.epochs or training.total_steps, not both"))
     if task.class_weights != "none" and not facts.has_class_weights:
         problems.append(Problem("class_weights", f'"{task.class_weights}" is for classification and token tasks'))
-    if task.kind == "token_classification" and task.metric == ("f1" if data.tag_scheme == "none" else "macro_f1"):
+    others = ENTITY_METRICS if data.tag_scheme == "none" else WORD_METRICS
+    if task.kind == "token_classification" and task.metric in others:
         problems.append(Problem("metric", f'"{task.metric}" does not go with data.tag_scheme "{data.tag_scheme}"'))
     if data.tag_scheme != "none" and "tags" not in facts.roles:
         problems.append(Problem("data.tag_scheme", f"a {task.kind} task has no tags"))

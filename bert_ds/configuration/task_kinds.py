@@ -47,17 +47,27 @@ class KindFacts(NamedTuple):
         return (*self.fields, *self.optional_fields)
 
 
-_CLASSES = ("accuracy", "macro_f1", "matthews")
-_TAGS = ("f1", "accuracy", "macro_f1")
+_MACRO = ("macro_f1", "macro_precision", "macro_recall")
+_CLASSES = ("accuracy", *_MACRO, "micro_f1", "matthews")
+ENTITY_METRICS = ("f1", "strict_f1", "conlleval_f1")
+"""Of tags that mark entities; f1 is strict_f1."""
+WORD_METRICS = (*_MACRO, "micro_f1")
+"""Of tags that stand for themselves."""
 
 KIND_FACTS: dict[str, KindFacts] = {
     "classification": KindFacts(
         ("text", "label"), ("text_pair", "id"), _CLASSES, has_class_weights=True, can_be_taught=True
     ),
-    "multi_label": KindFacts(("text", "labels"), ("text_pair", "id"), ("micro_f1", "macro_f1", "exact")),
+    "multi_label": KindFacts(("text", "labels"), ("text_pair", "id"), ("micro_f1", *_MACRO, "exact")),
     "regression": KindFacts(("text", "score"), ("text_pair", "id"), ("pearson", "spearman"), can_be_taught=True),
-    "token_classification": KindFacts(("words", "tags"), ("id",), _TAGS, has_class_weights=True, can_be_taught=True),
-    "intent_slot": KindFacts(("words", "tags", "intent"), ("id",), ("exact", "intent_accuracy", "f1")),
+    "token_classification": KindFacts(
+        ("words", "tags"),
+        ("id",),
+        (*ENTITY_METRICS, "accuracy", *WORD_METRICS),
+        has_class_weights=True,
+        can_be_taught=True,
+    ),
+    "intent_slot": KindFacts(("words", "tags", "intent"), ("id",), ("exact", "intent_accuracy", *ENTITY_METRICS)),
     "multiple_choice": KindFacts(("text", "choices", "label"), ("text_pair", "id"), ("accuracy",)),
     "question_answering": KindFacts((), (), ("f1", "exact_match"), ("squad",)),
     "sentence_embedding": KindFacts(("text", "text_pair", "score"), ("id",), ("spearman", "pearson")),

@@ -1,6 +1,9 @@
-"""Entities in tag sequences, and their scores by the strict rule: an entity counts when span and type are exact.
+"""Entities in tag sequences, and their scores: an entity counts when span and type are exact.
 
-The same numbers as seqeval's strict mode, which is no longer kept and serves the tests as oracle.
+What is an entity is read in two ways. Strictly, tags that their scheme does not allow at their place make none: the
+same numbers as seqeval's strict mode, which is no longer kept and serves the tests as oracle. As conlleval reads them
+(the script of the CoNLL-2000 shared task, whose figure most publications give), every run of tags of one type is one.
+Correct tags are read alike by both, so that only a model's own mistakes make the difference.
 """
 
 from __future__ import annotations
@@ -9,8 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
-Scheme = Literal["BIO", "IOB1", "BIOES"]
-_PREFIXES: dict[Scheme, str] = {"BIO": "BI", "IOB1": "BI", "BIOES": "BIES"}
+Reading = Literal["BIO", "BIOES", "conlleval"]
+"""By the strict rules of a scheme, or by conlleval's."""
+_PREFIXES: dict[Reading, str] = {"BIO": "BI", "BIOES": "BIES", "conlleval": "BIES"}
 
 
 class Entity(NamedTuple):
@@ -21,50 +25,68 @@ class Entity(NamedTuple):
     type: str
 
 
-def entities(tags: Sequence[str], scheme: Scheme) -> list[Entity]:
+def entities(tags: Sequence[str], reading: Reading) -> list[Entity]:
     """Return the entities of one sentence, in order.
 
-    What the scheme does not allow makes no entity: an I- without its B- (BIO), a B- without its E- (BIOES). In IOB1 an
-    I- begins an entity wherever none of its type goes on, and B- separates.
+    Strictly, an I- without its B- (BIO) and a B- without its E- (BIOES) make no entity. conlleval begins an entity at a
+    B-, at a tag after O, and where the type changes, and ends it before the next; also after an E-, as conlleval does,
+    and at and after an S-, as its successors do.
 
     Args:
         tags: "O" or a prefix, "-" and a type, each.
-        scheme: "BIO" (IOB2), "IOB1" or "BIOES".
+        reading: "BIO" (IOB2), "BIOES" or "conlleval".
 
     Raises:
-        ValueError: a tag is not of the scheme.
+        ValueError: a tag is not one of the reading.
     """
+    parts = [_split(tag, reading) for tag in (*tags, "O")]
+    return _as_conlleval(parts) if reading == "conlleval" else _strictly(parts, is_bioes=reading == "BIOES")
+
+
+def _strictly(parts: Sequence[tuple[str, str]], *, is_bioes: bool) -> list[Entity]:
     found: list[Entity] = []
     start, kind = 0, ""
-    for index, tag in enumerate([*tags, "O"]):
-        prefix, label = _split(tag, scheme)
+    for index, (prefix, label) in enumerate(parts):
         if kind and prefix in ("I", "E") and label == kind:
             if prefix == "E":
                 found.append(Entity(start, index + 1, kind))
                 kind = ""
             continue
-        if kind and scheme != "BIOES":
+        if kind and not is_bioes:
             found.append(Entity(start, index, kind))
         kind = ""
         if prefix == "S":
             found.append(Entity(index, index + 1, label))
-        elif prefix == "B" or (prefix == "I" and scheme == "IOB1"):
+        elif prefix == "B":
             start, kind = index, label
     return found
 
 
+def _as_conlleval(parts: Sequence[tuple[str, str]]) -> list[Entity]:
+    found: list[Entity] = []
+    start, before_prefix, before = 0, "O", ""
+    for index, (prefix, label) in enumerate(parts):
+        is_new = prefix in ("B", "S") or before_prefix in ("O", "E", "S") or label != before
+        if before_prefix != "O" and is_new:
+            found.append(Entity(start, index, before))
+        if is_new:
+            start = index
+        before_prefix, before = prefix, label
+    return found
+
+
 def entity_scores(
-    gold: Iterable[Sequence[str]], predicted: Iterable[Sequence[str]], *, scheme: Scheme = "BIO"
+    gold: Iterable[Sequence[str]], predicted: Iterable[Sequence[str]], *, reading: Reading = "BIO"
 ) -> dict[str, float]:
     """Return "precision", "recall" and "f1" of all entities together (micro), and "f1_TYPE" of each type, 0 to 1.
 
     Args:
         gold: the tags of each sentence.
         predicted: as many tags for each of these sentences.
-        scheme: of both.
+        reading: what is taken for an entity, on both sides.
 
     Raises:
-        ValueError: a sentence has another number of tags on the other side, or a tag is not of the scheme.
+        ValueError: a sentence has another number of tags on the other side, or a tag is not one of the reading.
     """
     right: Counter[str] = Counter()
     num_gold: Counter[str] = Counter()
@@ -72,7 +94,7 @@ def entity_scores(
     for number, (wanted, given) in enumerate(zip(gold, predicted, strict=True)):
         if len(wanted) != len(given):
             raise ValueError(f"sentence {number} has {len(wanted)} gold tags and {len(given)} predicted ones")
-        in_gold, in_predicted = set(entities(wanted, scheme)), set(entities(given, scheme))
+        in_gold, in_predicted = set(entities(wanted, reading)), set(entities(given, reading))
         num_gold.update(entity.type for entity in in_gold)
         num_predicted.update(entity.type for entity in in_predicted)
         right.update(entity.type for entity in in_gold & in_predicted)
@@ -86,13 +108,13 @@ def entity_scores(
     }
 
 
-def _split(tag: str, scheme: Scheme) -> tuple[str, str]:
+def _split(tag: str, reading: Reading) -> tuple[str, str]:
     if tag == "O":
         return "O", ""
     prefix, dash, label = tag.partition("-")
-    if not dash or not label or prefix not in tuple(_PREFIXES[scheme]):
-        wanted = ", ".join(f"{letter}-TYPE" for letter in _PREFIXES[scheme])
-        raise ValueError(f"tag {tag!r} is not of the scheme {scheme}: wanted O, {wanted}")
+    if not dash or not label or prefix not in tuple(_PREFIXES[reading]):
+        wanted = ", ".join(f"{letter}-TYPE" for letter in _PREFIXES[reading])
+        raise ValueError(f"tag {tag!r} is not of the scheme {reading}: wanted O, {wanted}")
     return prefix, label
 
 

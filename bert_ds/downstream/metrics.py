@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,19 +20,23 @@ def require_metrics() -> None:
 
 
 def class_figures(gold: Sequence[str], found: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """Return accuracy, macro-F1 over the labels that occur, and Matthews' correlation."""
+    """Return accuracy, Matthews' correlation, micro-F1, and macro precision, recall and F1 over the labels that occur.
+
+    With one label a row micro-F1 is the accuracy: every wrong label is one too many and one too few.
+    """
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     occurring = [label for label in labels if label in set(gold) | set(found)]
     return {
         "accuracy": float(accuracy_score(gold, found)),
-        "macro_f1": float(f1_score(gold, found, labels=occurring, average="macro", zero_division=0)),
         "matthews": float(matthews_corrcoef(gold, found)),
+        "micro_f1": float(f1_score(gold, found, labels=occurring, average="micro", zero_division=0)),
+        **_macro(gold, found, labels=occurring),
     }
 
 
 def multi_label_figures(gold_NL: np.ndarray, found_NL: np.ndarray) -> dict[str, float]:
-    """Return micro- and macro-F1 over the labels and the share of rows with exactly the right labels.
+    """Return micro-F1, macro precision, recall and F1 over the labels, and the share of rows with just their labels.
 
     Args:
         gold_NL, found_NL: 0 or 1.
@@ -40,9 +45,17 @@ def multi_label_figures(gold_NL: np.ndarray, found_NL: np.ndarray) -> dict[str, 
 
     return {
         "micro_f1": float(f1_score(gold_NL, found_NL, average="micro", zero_division=0)),
-        "macro_f1": float(f1_score(gold_NL, found_NL, average="macro", zero_division=0)),
+        **_macro(gold_NL, found_NL),
         "exact": float((gold_NL == found_NL).all(axis=1).mean()),
     }
+
+
+def _macro(gold: Any, found: Any, *, labels: Sequence[str] | None = None) -> dict[str, float]:
+    """Return the means over the labels, 0 for one that divides by zero."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    values = precision_recall_fscore_support(gold, found, labels=labels, average="macro", zero_division=0)
+    return dict(zip(("macro_precision", "macro_recall", "macro_f1"), map(float, values[:3]), strict=True))
 
 
 def correlations(gold: Sequence[float], found: Sequence[float]) -> dict[str, float]:

@@ -190,11 +190,20 @@ def _measure(examples: Sequence[Example], predictions: Sequence[Prediction], lab
 def _tag_figures(
     gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]], labels: Sequence[str]
 ) -> dict[str, float]:
-    """Return strict entity scores where tags mark entities, else accuracy and macro-F1 over the words."""
+    """Return entity scores, strict and as conlleval counts, where tags mark entities, else those of classes of words.
+
+    "f1", as task files have it, is "strict_f1".
+    """
     flat = class_figures([tag for tags in gold for tag in tags], [tag for tags in found for tag in tags], labels)
-    if all(label == "O" or label[:2] in ("B-", "I-") for label in labels):
-        return {**entity_scores(gold, found), "accuracy": flat["accuracy"]}
-    return {"accuracy": flat["accuracy"], "macro_f1": flat["macro_f1"]}
+    if not all(label == "O" or label[:2] in ("B-", "I-") for label in labels):
+        return {name: value for name, value in flat.items() if name != "matthews"}
+    strict, conlleval = (entity_scores(gold, found, reading=reading) for reading in ("BIO", "conlleval"))
+    return {
+        "f1": strict["f1"],
+        **{f"strict_{name}": value for name, value in strict.items()},
+        **{f"conlleval_{name}": value for name, value in conlleval.items()},
+        "accuracy": flat["accuracy"],
+    }
 
 
 def _slot_measure(examples: Sequence[Example], predictions: Sequence[Prediction], labels: Labels) -> dict[str, float]:
