@@ -1,4 +1,4 @@
-"""Sentence embeddings: the losses, and the same vectors from our evaluation and from sentence-transformers."""
+"""Sentence embeddings: the losses; the same vectors from our evaluation, sentence-transformers and onnxruntime."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from downstream_cases import CONFIG, PIECES, write_lines, write_task, write_tiny_export
 from sentence_transformers import SentenceTransformer
 from tiny_training import join_alone
@@ -25,11 +27,13 @@ from bert_ds.downstream.outcome import measure_side
 from bert_ds.downstream.task_folder import TaskFacts, make_task_model, read_task_folder, write_task_folder
 from bert_ds.downstream.task_model import HeadInput
 from bert_ds.downstream.task_rows import TaskRows, read_task
+from bert_ds.encoder.hf_onnx import write_onnx
 from bert_ds.ranks import DataError
 
 TOKENIZER = WordPieceTokenizer(PIECES, TextRules())
 KIND = KINDS["sentence_embedding"]
 PAIRS = (("the film is great", "The play is superb.", 4.5), ("we saw paris", "a dull book", 0.5), ("中文", "it", 2.0))
+LONG_PAIRS = (*PAIRS, ("the film is very " * 8, "we saw it and " * 3, 1.0))
 
 
 def pair_task(folder: Path, *, rows: Any = PAIRS, **changes: Any) -> Path:
@@ -70,22 +74,46 @@ def test_both_losses_are_those_of_their_papers() -> None:
     assert found.loss_sums_L.tolist() == pytest.approx([wanted.item()], rel=1e-5)
 
 
-def test_sentence_transformers_gives_the_same_vectors_from_the_folder(tmp_path: Path) -> None:
-    join_alone()
-    write_tiny_export(tmp_path / "export")
-    rows = rows_of(pair_task(tmp_path))
+@pytest.fixture(scope="module")
+def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of random weights, hf/, with the task, whose sequences have at most 24 tokens, beside it."""
+    folder = tmp_path_factory.mktemp("embedding")
+    write_tiny_export(folder / "export")
+    pair_task(folder, rows=LONG_PAIRS)
     model = make_task_model(KIND, CONFIG, {}, kernels="torch", init_seed=5)
-    facts = TaskFacts("tiny", "sentence_embedding", {}, TOKENIZER.fingerprint, {})
-    write_task_folder(tmp_path / "hf", model, facts=facts, tokenizer=tmp_path / "tokenizer")
-    read, labels = read_task_folder(tmp_path / "hf", KIND, kernels="torch")
-    found = measure_side(read, load_task(tmp_path / "task.json"), rows.validation, labels)
-    theirs = SentenceTransformer(str(tmp_path / "hf"), device="cpu")
-    assert theirs.max_seq_length == CONFIG.max_position_embeddings
-    left, right = (theirs.encode([pair[side] for pair in PAIRS], convert_to_tensor=True) for side in (0, 1))
+    facts = TaskFacts("tiny", "sentence_embedding", {}, TOKENIZER.fingerprint, 24, {})
+    write_task_folder(folder / "hf", model, facts=facts, tokenizer=folder / "tokenizer")
+    return folder
+
+
+def test_sentence_transformers_gives_the_same_vectors_from_the_folder(fine_tuned: Path) -> None:
+    join_alone()
+    rows = rows_of(fine_tuned / "task.json")
+    read, labels = read_task_folder(fine_tuned / "hf", KIND, kernels="torch")
+    found = measure_side(read, load_task(fine_tuned / "task.json"), rows.validation, labels)
+    theirs = SentenceTransformer(str(fine_tuned / "hf"), device="cpu")
+    assert theirs.max_seq_length == 24
+    left, right = (theirs.encode([pair[side] for pair in LONG_PAIRS], convert_to_tensor=True) for side in (0, 1))
     wanted = F.cosine_similarity(left, right).tolist()
     assert [prediction.value for prediction in found.predictions] == pytest.approx(wanted, abs=1e-5)
     assert theirs.similarity(left, right).diagonal().tolist() == pytest.approx(wanted, abs=1e-5)
     assert set(found.figures) >= {"pearson", "spearman", "loss_pair"}
+
+
+def test_onnxruntime_gives_the_vectors_of_sentence_transformers(fine_tuned: Path) -> None:
+    (fine_tuned / "onnx").mkdir()
+    write_onnx(fine_tuned / "hf", fine_tuned / "onnx")
+    session = onnxruntime.InferenceSession(fine_tuned / "onnx" / "model.onnx")
+    assert [output.name for output in session.get_outputs()] == ["last_hidden_state"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(fine_tuned / "onnx")
+    texts = [text for pair in LONG_PAIRS for text in pair[:2]]
+    inputs = dict(tokenizer(texts, padding=True, truncation=True, return_tensors="np"))
+    assert inputs["input_ids"].shape == (len(texts), 24)
+    (hidden_NSD,) = session.run(None, inputs)
+    kept_NS1 = inputs["attention_mask"][..., None]
+    found_ND = (hidden_NSD * kept_NS1).sum(axis=1) / kept_NS1.sum(axis=1)
+    wanted_ND = SentenceTransformer(str(fine_tuned / "hf"), device="cpu").encode(texts)
+    assert abs(found_ND - wanted_ND).max() < 1e-5 * abs(wanted_ND).max()
 
 
 @pytest.mark.parametrize(

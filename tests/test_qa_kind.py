@@ -130,7 +130,7 @@ def answered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TaskRows, 
     model = make_task_model(KIND, CONFIG, {}, kernels="torch", init_seed=3)
     with torch.no_grad():
         model.head.weight.mul_(30.0)
-    facts = TaskFacts("tiny", "question_answering", {}, TOKENIZER.fingerprint, {})
+    facts = TaskFacts("tiny", "question_answering", {}, TOKENIZER.fingerprint, 24, {})
     write_task_folder(folder / "hf", model, facts=facts, tokenizer=folder / "tokenizer")
     read, labels = read_task_folder(folder / "hf", KIND, kernels="torch")
     return folder / "hf", rows, measure_side(read, load_task(folder / "task.json"), rows.validation, labels)

@@ -83,7 +83,7 @@ class Case:
         return measure_side(self.model, self.task, self.rows.validation, self.rows.labels)
 
     def exported(self, folder: Path, tokenizer: Path) -> Path:
-        facts = TaskFacts("tiny", self.task.kind, self.rows.labels, load_tokenizer(tokenizer).fingerprint, {})
+        facts = TaskFacts("tiny", self.task.kind, self.rows.labels, load_tokenizer(tokenizer).fingerprint, 24, {})
         write_task_folder(folder, self.model, facts=facts, tokenizer=tokenizer)
         return folder
 

@@ -21,7 +21,7 @@ from bert_ds.downstream.text_kinds import index_file, pair_text
 from bert_ds.ranks import DataError
 
 
-def sentence_transformers_files(config: ModelConfig) -> dict[str, str]:
+def sentence_transformers_files(config: ModelConfig, max_seq_length: int) -> dict[str, str]:
     """Return what makes a Hugging Face folder one of sentence-transformers: file name -> text.
 
     These are the names that every release reads; newer ones write other names themselves. The model has no pooler, so
@@ -34,7 +34,7 @@ def sentence_transformers_files(config: ModelConfig) -> dict[str, str]:
     contents = {
         "modules.json": modules,
         "sentence_bert_config.json": {
-            "max_seq_length": config.max_position_embeddings,
+            "max_seq_length": max_seq_length,
             "do_lower_case": False,
             "model_args": {"add_pooling_layer": False},
         },

@@ -57,8 +57,8 @@ class HfForm(NamedTuple):
     """Below the folder of the model: "." unless one model is several of theirs."""
     pipeline: str = ""
     """Its task in `transformers.pipeline`; "" where there is none."""
-    extra_files: Callable[[ModelConfig], Mapping[str, str]] = lambda config: {}
-    """What other libraries want in the folder: file name -> text."""
+    extra_files: Callable[[ModelConfig, int], Mapping[str, str]] = lambda config, max_seq_length: {}
+    """What other libraries want in the folder, from the encoder and the task's longest sequence: file name -> text."""
 
 
 class Kind(NamedTuple):

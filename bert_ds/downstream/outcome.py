@@ -155,6 +155,7 @@ def _export(outcome: Outcome, model: TaskModel, step: int, figures: dict[str, fl
         kind=task.kind,
         labels=outcome.rows.labels,
         tokenizer_fingerprint=outcome.tokenizer.fingerprint,
+        max_seq_length=task.max_seq_length,
         figures={
             "training rows": len(outcome.rows.train.examples),
             "best step": step,

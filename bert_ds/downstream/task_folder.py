@@ -34,6 +34,8 @@ class TaskFacts(NamedTuple):
     kind: str
     labels: Labels
     tokenizer_fingerprint: str
+    max_seq_length: int
+    """Tokens of the longest sequence of the task: what the folder's tokenizer cuts to."""
     figures: Mapping[str, object]
     """Rows of the model card."""
 
@@ -91,12 +93,13 @@ def write_task_folder(output: Path, model: TaskModel, *, facts: TaskFacts, token
                 tensors=rows_to_hf(used, table),
                 tokenizer=tokenizer,
                 model_card=_model_card(form, facts),
+                max_length=facts.max_seq_length,
             )
-            for name, text in form.extra_files(model.config).items():
+            for name, text in form.extra_files(model.config, facts.max_seq_length).items():
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_text(text, encoding="utf-8")
             checks.append(_verify(folder, form, model))
-            verify_tokenizer(folder, model.config, tokenizer)
+            verify_tokenizer(folder, model.config, tokenizer, max_length=facts.max_seq_length)
     return checks
 
 

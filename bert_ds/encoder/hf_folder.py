@@ -108,7 +108,13 @@ def staged_folder(output: Path) -> Iterator[Path]:
 
 
 def write_hf_folder(
-    folder: Path, *, config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Path, model_card: str
+    folder: Path,
+    *,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    tokenizer: Path,
+    model_card: str,
+    max_length: int | None = None,
 ) -> None:
     """Write config.json, model.safetensors, the tokenizer's files and README.md into an existing folder.
 
@@ -118,6 +124,8 @@ def write_hf_folder(
         tensors: fp32, from `to_hf`.
         tokenizer: folder with tokenizer.json, vocab.txt and tokenizer_config.json.
         model_card: text of README.md, from `model_card_text`.
+        max_length: tokens, special ones included, that `truncation=True` cuts to; None is all that the model has
+            positions for.
 
     Raises:
         CheckpointError: a tensor is empty or not finite.
@@ -134,7 +142,7 @@ def write_hf_folder(
     shutil.copyfile(tokenizer / "tokenizer.json", folder / "tokenizer.json")
     shutil.copyfile(tokenizer / "vocab.txt", folder / "vocab.txt")
     # Without these two, transformers makes no [CLS] and [SEP], or lets 600 tokens run into an index error.
-    facts = {"tokenizer_class": "BertTokenizer", "model_max_length": config["max_position_embeddings"]}
+    facts = {"tokenizer_class": "BertTokenizer", "model_max_length": max_length or config["max_position_embeddings"]}
     write_json(folder / "tokenizer_config.json", {**read_json(tokenizer / "tokenizer_config.json"), **facts})
     (folder / "README.md").write_text(model_card, encoding="utf-8")
 

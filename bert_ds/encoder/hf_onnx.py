@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_ds.configuration.run_config import ConfigError
-from bert_ds.encoder.hf_folder import read_json, write_json
+from bert_ds.encoder.hf_folder import load_hf_folder, read_json, write_json
 from bert_ds.ranks import CheckpointError
 
 MAX_RELATIVE_DIFFERENCE = 1e-4
@@ -32,6 +32,7 @@ _ARCHITECTURES = (
     "BertForTokenClassification",
     "BertForQuestionAnswering",
 )
+_POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 
 
 class OnnxCheck(NamedTuple):
@@ -108,12 +109,18 @@ def _load(folder: Path) -> Any:
         raise ConfigError(
             f"{folder}/config.json: architectures is {architectures}, wanted one of {', '.join(_ARCHITECTURES)}"
         )
-    model, report = getattr(transformers, architectures[0]).from_pretrained(
-        folder, output_loading_info=True, local_files_only=True, dtype=torch.float32
-    )
+    make, options = getattr(transformers, architectures[0]), {"local_files_only": True, "dtype": torch.float32}
+    if architectures[0] == "BertModel" and not _has_pooler(folder):
+        options["add_pooling_layer"] = False
+    model, report = make.from_pretrained(folder, output_loading_info=True, **options)
     if report["missing_keys"] or report["mismatched_keys"]:
         raise CheckpointError(f"{folder}: transformers finds no weights for {report['missing_keys']}")
     return model.eval()
+
+
+def _has_pooler(folder: Path) -> bool:
+    """Whether there are weights of a pooler; sentence embeddings have none, and transformers would make up noise."""
+    return any(name.endswith(_POOLER) for name in load_hf_folder(folder).tensors)
 
 
 def _export(model: Any, path: Path) -> None:

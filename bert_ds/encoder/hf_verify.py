@@ -150,26 +150,31 @@ def _compare_scores(ours: BertForPreTraining, theirs: Any) -> ExportCheck:
     return ExportCheck(max(differences), max(b.abs().max().item() for _, b in pairs))
 
 
-def verify_tokenizer(folder: Path, config: ModelConfig, tokenizer: Path) -> None:
-    """Raise CheckpointError unless AutoTokenizer gives the ids that the training tokenizer gave."""
+def verify_tokenizer(folder: Path, config: ModelConfig, tokenizer: Path, *, max_length: int | None = None) -> None:
+    """Raise CheckpointError unless AutoTokenizer gives the ids of the training tokenizer and cuts to max_length.
+
+    None is all that the model has positions for.
+    """
     import transformers
     from tokenizers import Tokenizer
 
     trained = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     exported = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     problems = []
-    if exported.model_max_length != config.max_position_embeddings:
-        problems.append(f"model_max_length is {exported.model_max_length}, wanted {config.max_position_embeddings}")
+    wanted_length = max_length or config.max_position_embeddings
+    if exported.model_max_length != wanted_length:
+        problems.append(f"model_max_length is {exported.model_max_length}, wanted {wanted_length}")
     if len(exported) > config.vocab_size:
         problems.append(f"it has {len(exported)} pieces, the model {config.vocab_size}")
     if exported.mask_token is None:
         problems.append("it has no mask token")
     for text in _PROBE_TEXTS:
         wanted = trained.encode(text, add_special_tokens=False).ids
-        found = exported(text, add_special_tokens=False)["input_ids"]
+        # Not verbose: a probe may be longer than what the model is meant for.
+        found = exported(text, add_special_tokens=False, verbose=False)["input_ids"]
         if found != wanted:
             problems.append(f"{text!r} gives {found}, wanted {wanted}")
-        if exported(text)["input_ids"] != [exported.cls_token_id, *wanted, exported.sep_token_id]:
+        if exported(text, verbose=False)["input_ids"] != [exported.cls_token_id, *wanted, exported.sep_token_id]:
             problems.append(f"{text!r} is not wrapped in [CLS] and [SEP]")
     if problems:
         raise CheckpointError(f"{folder}: wrong tokenizer: " + "; ".join(problems))
