@@ -189,11 +189,37 @@ def test_predictions_are_files_of_the_official_script(answered: tuple[Path, Task
         name: json.loads(text)
         for name, text in KIND.prediction_files(*(rows.validation.examples, found.predictions)).items()
     }
-    assert set(files) == {"predictions.json", "null_odds.json", "nbest_predictions.json"}
+    wanted = {"predictions.json", "raw_predictions.json", "null_odds.json", "nbest_predictions.json"}
+    assert set(files) == wanted
     assert list(files["predictions.json"]) == ["q0", "q1", "q2", "q3", "q4"]
     assert {"exact_match", "f1", "best_f1", "best_f1_threshold", "no_answer_f1"} <= set(found.figures)
     is_empty = files["predictions.json"]["q2"] == ""
     assert found.figures["no_answer_exact_match"] == (100.0 if is_empty else 0.0)
+
+
+def test_the_official_script_finds_its_best_threshold_in_the_raw_answers(tmp_path: Path) -> None:
+    rows, _ = rows_of(qa_task(write_questions(tmp_path)))
+    # How much better no answer is, and the best answer: right, right but too weak, made up, wrong, wrong and too weak.
+    found = [(-3.0, "Paris"), (1.0, "London"), (2.0, "play"), (-1.0, "book"), (3.0, "is")]
+    texts = [(*one, rows.train.examples[index].texts[1]) for index, one in enumerate(found)]
+    spans = [[odds, [[0.0, text.index(answer), text.index(answer) + len(answer)]]] for odds, answer, text in texts]
+    summaries = [spans[feature.example] for feature in rows.train.features]
+    predictions = KIND.predict(rows.train.examples, rows.train.features, summaries, {})
+    files = {name: json.loads(text) for name, text in KIND.prediction_files(rows.train.examples, predictions).items()}
+    assert list(files["predictions.json"].values()) == ["Paris", "", "", "book", ""]
+    raw, null_odds = files["raw_predictions.json"], files["null_odds.json"]
+    assert list(raw.values()) == ["Paris", "London", "play", "book", "is"]
+    golds = {one["id"]: {answer["text"] for answer in one["answers"]} for paragraph in QUESTIONS for one in paragraph}
+
+    def exact_at(threshold: float) -> float:
+        """What evaluate-v2.0.py scores at a threshold; these texts need no normalisation."""
+        right = [not golds[key] if null_odds[key] > threshold else raw[key] in golds[key] for key in golds]
+        return 100.0 * sum(right) / len(right)
+
+    assert max((exact_at(threshold), -threshold) for threshold in null_odds.values()) == (60.0, -1.0)
+    figures = KIND.measure(rows.train.examples, predictions, {})
+    assert (figures["best_exact_match"], figures["best_exact_match_threshold"]) == (60.0, 1.0)
+    assert figures["exact_match"] == exact_at(0.0) == 40.0
 
 
 def test_a_question_longer_than_the_window_is_refused_with_its_place(tmp_path: Path) -> None:

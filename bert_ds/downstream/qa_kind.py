@@ -195,10 +195,14 @@ def _best_text(found: Prediction) -> str:
 
 
 def _prediction_files(examples: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, str]:
-    """Return the files of the official scripts: predictions.json, null_odds.json, and the best answers of each."""
+    """Return predictions.json as scored, the best answers of each question, and what evaluate-v2.0.py wants.
+
+    Its best threshold is over raw_predictions.json, which answers every question, with null_odds.json as na_prob_file.
+    """
     pairs = list(zip(examples, predictions, strict=True))
     contents: dict[str, dict[str, Any]] = {
         "predictions.json": {example.id: found.value for example, found in pairs},
+        "raw_predictions.json": {example.id: _best_text(found) for example, found in pairs},
         "nbest_predictions.json": {example.id: found.scores["answers"] for example, found in pairs},
         "null_odds.json": {example.id: found.scores["no_answer"] for example, found in pairs},
     }
