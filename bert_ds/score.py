@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 # Nothing here may reach for the network; transformers reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,7 +26,7 @@ from bert_ds.configuration.task_config import ConfigError, TaskConfig, load_task
 from bert_ds.corpus.wordpiece import load_tokenizer
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.metrics import require_metrics
-from bert_ds.downstream.outcome import measure_side, write_side
+from bert_ds.downstream.outcome import measure_side, part_figures, row_counts, write_side
 from bert_ds.downstream.task_folder import read_task_folder, tokenizer_folder
 from bert_ds.downstream.task_rows import read_task
 from bert_ds.downstream.untrained import UNTRAINED
@@ -69,7 +71,7 @@ def score_untrained(task: TaskConfig, args: argparse.Namespace, ranks: Ranks) ->
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in found.files.items():
             (folder / name).write_text(text, encoding="utf-8")
-    report(task, args, found.figures)
+    report(task, args, {args.side: found.figures, **found.parts}, facts=found.facts)
 
 
 def score_fine_tuned(task: TaskConfig, args: argparse.Namespace, ranks: Ranks) -> None:
@@ -86,15 +88,19 @@ def score_fine_tuned(task: TaskConfig, args: argparse.Namespace, ranks: Ranks) -
     found = measure_side(model.to("cuda" if torch.cuda.is_available() else "cpu"), task, side, labels)
     if args.output is not None:
         on_main_rank(lambda: write_side(args.output, args.side, task, side, found))
-    on_main_rank(lambda: report(task, args, found.figures))
+    figures = part_figures(args.side, task, side, found, labels)
+    on_main_rank(lambda: report(task, args, figures, facts=row_counts(rows)))
 
 
-def report(task: TaskConfig, args: argparse.Namespace, figures: dict[str, float]) -> None:
-    """Print the figures, and write results.json where there is an output folder."""
+def report(
+    task: TaskConfig, args: argparse.Namespace, figures: Mapping[str, Mapping[str, float]], *, facts: Mapping[str, Any]
+) -> None:
+    """Print the figures of the side and its parts, and write them with the facts into results.json in --output."""
     if args.output is not None:
-        results = {"task": task.name, "metric": task.chosen_metric, args.side: figures}
+        results = {"task": task.name, "metric": task.chosen_metric, **facts, **figures}
         write_json(args.output / "results.json", results)
-    print(f"{task.name}, {args.side}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+    for part, values in figures.items():
+        print(f"{task.name}, {part}: " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
 
 if __name__ == "__main__":

@@ -185,6 +185,8 @@ def settings(name: str) -> list[str]:
         f"optimizer.lr={LEARNING_RATE}",
         f"training.epochs={TASKS[name].epochs}",
         "training.precision=bf16",
+        # As the recorded figures were made: without the validation rows that are part of a training row.
+        "data.official=[]",
         "checkpoints.keep_last=1",
     ]
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from downstream_cases import review_task
+from downstream_cases import review_rows, review_task, write_lines
 
 from bert_ds.reporting.run_log import read_metrics
 
@@ -38,8 +38,14 @@ def finetune(
 def finished(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The task and the run folder of a finished run of two seeds."""
     folder = tmp_path_factory.mktemp("finetune")
+    rows = review_rows(62)
+    sides = {"train": rows[:48], "validation": [*rows[48:], *rows[:2]]}
+    for name, lines in sides.items():
+        write_lines(folder / name, ["text\tlabel", *lines])
+    data = {name: [{"path": name, "format": "tsv"}] for name in sides}
+    data |= {"official": ["validation"], "fields": {"text": "text", "label": "label"}}
     training = {"epochs": 12, "train_batch_size": 8, "log_every_steps": 1}
-    task = review_task(folder, training=training, checkpoints={"every_steps": 10})
+    task = review_task(folder, data=data, training=training, checkpoints={"every_steps": 10})
     done = finetune(task, tiny_export, folder / "run", "--seeds", 1, 2, "--trivial")
     assert done.returncode == 0, done.stderr
     return task, folder / "run"
@@ -52,6 +58,11 @@ def test_a_small_task_is_learned_and_everything_about_it_is_written(finished: tu
     assert results["validation"]["accuracy"]["mean"] > 0.9
     assert len(results["validation"]["accuracy"]["values"]) == 2
     assert results["trivial"]["accuracy"] == 1.0
+    assert results["rows_removed"] == {"train": 0, "validation": 0}
+    counts = {"train": 48, "validation": 16, "validation_overlapping": 2, "validation_others": 14}
+    assert results["rows"] == counts
+    parts = [results[name]["accuracy"]["values"] for name in counts if name != "train"]
+    assert [whole * 16 for whole in parts[0]] == [seen * 2 + new * 14 for seen, new in zip(*parts[1:], strict=True)]
     written = {str(path.relative_to(run_dir / "seed_1")) for path in (run_dir / "seed_1").rglob("*") if path.is_file()}
     assert written >= {
         *("DONE", "task_config.json", "ds_config.json", "environment.json", "metrics.jsonl", "results.json"),
@@ -117,8 +128,9 @@ def test_score_gives_the_figures_of_the_run_that_made_the_folder(finished: tuple
     task, run_dir = finished[0], finished[1] / "seed_1"
     done = run(ROOT / "bert_ds/score.py", "--model", run_dir / "hf", "--task", task, "--output", tmp_path / "scores")
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "scores/results.json").read_text())["validation"]
-    assert found == json.loads((run_dir / "results.json").read_text())["validation"]
+    found, wanted = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "scores", run_dir))
+    assert found == {name: value for name, value in wanted.items() if name not in ("seed", "step", "trivial")}
+    assert set(found) > {"rows", "rows_removed", "validation", "validation_overlapping", "validation_others"}
     name = "predictions/validation/predictions.tsv"
     assert (tmp_path / "scores" / name).read_text() == (run_dir / name).read_text()
 

@@ -71,6 +71,23 @@ def test_word_similarity_is_measured_by_set_and_kind_of_vector(tiny_export: Path
 PROMPT = {"template": "{text} is {label}.", "label_words": {"good": ["great"], "bad": ["dull", "clumsy film"]}}
 
 
+def test_a_prompt_scores_what_overlaps_in_an_official_side_apart(tiny_export: Path, tmp_path: Path) -> None:
+    file = {"path": "train.tsv", "format": "tsv"}
+    data = {"train": [file], "validation": [file, {"path": "more.tsv", "format": "tsv"}], "official": ["validation"]}
+    data |= {"fields": {"text": "text", "label": "label"}}
+    write_lines(tmp_path / "more.tsv", ["text\tlabel", "we saw it\tgood"])
+    task = review_task(tmp_path, rows=4, kind="prompted_classification", prompt=PROMPT, max_seq_length=40, data=data)
+    found, _ = scored(task, tiny_export)
+    assert found.facts["rows"] == {
+        **{"train": 4, "validation": 5},
+        **{"validation_overlapping": 4, "validation_others": 1},
+    }
+    whole = found.figures["accuracy"] * 5
+    assert whole == pytest.approx(
+        4 * found.parts["validation_overlapping"]["accuracy"] + found.parts["validation_others"]["accuracy"]
+    )
+
+
 @pytest.mark.parametrize("num_shots", [0, 2])
 def test_a_prompt_classifies_the_validation_rows_of_fine_tuning(
     tiny_export: Path, tmp_path: Path, num_shots: int

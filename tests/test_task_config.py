@@ -54,7 +54,8 @@ def test_every_mistake_is_said_at_once(tmp_path: Path) -> None:
         'data.fields.lable: a classification task has no such field; wanted one of "text", "label", "text_pair", "id"; '
         'did you mean "label"?',
         "data.fields.label: is missing, wanted the column that holds it",
-        'metric: found "acuracy", wanted one of "accuracy", "macro_f1", "matthews"; did you mean "accuracy"?',
+        'metric: found "acuracy", wanted one of "accuracy", "macro_f1", "macro_precision", "macro_recall", "micro_f1", '
+        '"matthews"; did you mean "accuracy"?',
         "data.validation: give exactly one of data.validation and data.validation_fraction",
         "training.epochs: give training.epochs or training.total_steps, not both",
     ]
@@ -79,6 +80,18 @@ def test_every_mistake_is_said_at_once(tmp_path: Path) -> None:
 )
 def test_a_mistake_is_named(tmp_path: Path, content: dict[str, Any], message: str) -> None:
     assert any(message in line for line in problems(tmp_path, **content))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "wrong", "right"), [("none", "conlleval_f1", "micro_f1"), ("bio", "macro_recall", "strict_f1")]
+)
+def test_a_metric_of_the_other_way_of_tagging_is_refused(tmp_path: Path, scheme: str, wrong: str, right: str) -> None:
+    data = {**DATA, "fields": {"words": "w", "tags": "t"}, "tag_scheme": scheme}
+    task = {"kind": "token_classification", "data": data}
+    assert task_of(tmp_path, {**task, "metric": right}).chosen_metric == right
+    assert problems(tmp_path, **task, metric=wrong) == [
+        f'metric: "{wrong}" does not go with data.tag_scheme "{scheme}"'
+    ]
 
 
 def test_a_task_that_is_not_shipped_is_named_with_the_nearest_one() -> None:

@@ -20,7 +20,9 @@ from tiny_training import join_alone
 
 from bert_ds.configuration.run_config import IGNORE_INDEX
 from bert_ds.configuration.task_config import TaskConfig
+from bert_ds.configuration.task_kinds import KIND_FACTS, WORD_METRICS
 from bert_ds.corpus.wordpiece import WordPieceTokenizer, load_tokenizer
+from bert_ds.downstream.kind import Prediction
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.outcome import Measurement, measure_side
 from bert_ds.downstream.task_batch import pack
@@ -214,6 +216,34 @@ def test_a_long_sentence_becomes_several_sequences_and_every_word_is_predicted(
     case = Case("token_classification", tmp_path, tokenizer, max_seq_length=4)
     assert [feature.example for feature in case.rows.train.features] == [0, 0, 1, 1]
     assert [len(found.value) for found in case.measured().predictions] == [3, 4]
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_every_metric_that_can_be_chosen_is_measured(kind: str, tmp_path: Path, tokenizer: WordPieceTokenizer) -> None:
+    case = Case(kind, tmp_path, tokenizer)
+    examples = case.rows.validation.examples
+    figures = case.kind.measure(examples, [Prediction(example.target) for example in examples], case.rows.labels)
+    metrics = set(KIND_FACTS[kind].metrics)
+    if kind == "token_classification":
+        metrics -= set(WORD_METRICS)
+        words = examples[0]._replace(target=("NOUN", "VERB", "NOUN"))
+        found = case.kind.measure([words], [Prediction(words.target)], {"tag": ("NOUN", "VERB")})
+        assert set(found) == {"accuracy", *WORD_METRICS}
+    assert {name: figures[name] for name in metrics} == pytest.approx(dict.fromkeys(metrics, 1.0))
+
+
+@pytest.mark.parametrize("kind", ["token_classification", "intent_slot"])
+def test_strict_and_conllevals_scores_have_their_own_names(
+    kind: str, tmp_path: Path, tokenizer: WordPieceTokenizer
+) -> None:
+    case = Case(kind, tmp_path, tokenizer)
+    gold, found = ("O", "B-LOC", "I-LOC", "B-LOC"), ("O", "I-LOC", "I-LOC", "B-LOC")
+    example = case.rows.train.examples[0]._replace(target=gold if kind == "token_classification" else ("play", gold))
+    prediction = Prediction(found if kind == "token_classification" else ("play", found))
+    figures = case.kind.measure([example], [prediction], case.rows.labels)
+    assert figures["f1"] == figures["strict_f1"] == figures["strict_f1_LOC"] == 2 / 3
+    assert (figures["strict_precision"], figures["strict_recall"]) == (1.0, 1 / 2)
+    assert figures["conlleval_f1"] == figures["conlleval_precision"] == figures["conlleval_f1_LOC"] == 1.0
 
 
 def test_predictions_are_written_in_columns(tmp_path: Path, tokenizer: WordPieceTokenizer) -> None:

@@ -202,6 +202,14 @@ def task_problems(task: TaskConfig) -> list[Problem]:
     if bool(data.validation) == (data.validation_fraction is not None):
         text = "give exactly one of data.validation and data.validation_fraction"
         problems.append(Problem("data.validation", text))
+    problems += [
+        Problem("data.official", f"the {side} side has no files, wanted data.{side}")
+        for side in data.official
+        if not getattr(data, side)
+    ]
+    if "validation" in data.official and data.max_validation_rows is not None:
+        text = f"is {data.max_validation_rows}, and the validation side is official: a part of it is not it"
+        problems.append(Problem("data.max_validation_rows", f"{text}; wanted null, or data.official without it"))
     if task.training.epochs is not None and task.training.total_steps is not None:
         problems.append(Problem("training.epochs", "give training.epochs or training.total_steps, not both"))
     if task.class_weights != "none" and not facts.has_class_weights:

@@ -48,7 +48,11 @@ class TaskDataConfig(Section):
     """Share of the training rows that is held out. They are chosen by a hash of their text among the rows that are part
     of no other row, so the same rows are held out whatever the seed."""
     drop_overlap: bool = True
-    """Leave out rows that are part of a row of the other side: of training rows and of validation rows."""
+    """Leave out rows that are part of a row of the other side: of training rows and of validation rows. results.json
+    counts them."""
+    official: tuple[Literal["validation", "test"], ...] = ()
+    """Sides that are published sets: no row of them is left out, so that the score is comparable. What is part of a
+    training row is scored apart from the others as well."""
     fields: dict[Name, Column | tuple[Column, ...]] = {}
     """What the task needs -> the column that holds it; of several columns, the first that a row has."""
     labels: tuple[Name, ...] = ()

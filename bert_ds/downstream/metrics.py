@@ -29,7 +29,7 @@ def class_figures(gold: Sequence[str], found: Sequence[str], labels: Sequence[st
     occurring = [label for label in labels if label in set(gold) | set(found)]
     return {
         "accuracy": float(accuracy_score(gold, found)),
-        "matthews": float(matthews_corrcoef(gold, found)),
+        "matthews": float(matthews_corrcoef(gold, found)) if len(occurring) > 1 else 0.0,
         "micro_f1": float(f1_score(gold, found, labels=occurring, average="micro", zero_division=0)),
         **_macro(gold, found, labels=occurring),
     }

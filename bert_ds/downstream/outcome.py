@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from bert_ds.downstream.kind import Prediction
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.metrics import mean_and_deviation
 from bert_ds.downstream.predicting import predict_features
+from bert_ds.downstream.splits import scored_parts
 from bert_ds.downstream.task_folder import TaskFacts, make_task_model, write_task_folder
 from bert_ds.downstream.task_model import TaskModel
 from bert_ds.downstream.task_rows import Side, TaskRows
@@ -26,6 +27,8 @@ from bert_ds.reporting.run_log import RunLog, write_json
 from bert_ds.training.checkpoint_folder import checkpoints_dir
 from bert_ds.training.fp32_weights import load_fp32_state_dict
 from bert_ds.training.run_folder import on_main_rank
+
+_SCORED = [f"{side}{part}" for side in ("validation", "test") for part in ("", "_overlapping", "_others")]
 
 
 class Measurement(NamedTuple):
@@ -67,11 +70,41 @@ def measure_side(model: Any, task: TaskConfig, side: Side, labels: Labels) -> Me
         count_targets=kind.count_targets,
     )
     predictions = kind.predict(side.examples, side.features, found.summaries, labels)
-    labelled = [index for index, example in enumerate(side.examples) if example.target is not None]
+    figures = _measured(task, side, predictions, labels, rows=range(len(predictions)))
+    return Measurement({**figures, **found.means} if figures else {}, predictions)
+
+
+def part_figures(
+    name: str, task: TaskConfig, side: Side, found: Measurement, labels: Labels
+) -> dict[str, dict[str, float]]:
+    """Return the figures of a side under its name and, where it is official, of each part that has labelled rows.
+
+    See `scored_parts`. The parts have metrics and no losses.
+    """
+    parts = scored_parts(name, len(side.examples), side.overlapping)
+    figures = {part: _measured(task, side, found.predictions, labels, rows=rows) for part, rows in parts.items()}
+    return {**{part: one for part, one in figures.items() if one}, name: found.figures}
+
+
+def row_counts(rows: TaskRows) -> dict[str, dict[str, int]]:
+    """Return how many rows were used, of each side and part, and how many were left out as part of another side's."""
+    counts = {"train": len(rows.train.examples)}
+    for name, side in (("validation", rows.validation), ("test", rows.test)):
+        if side is not None:
+            parts = scored_parts(name, len(side.examples), side.overlapping)
+            counts |= {part: len(indices) for part, indices in parts.items()}
+    return {"rows": counts, "rows_removed": rows.num_removed}
+
+
+def _measured(
+    task: TaskConfig, side: Side, predictions: Sequence[Prediction], labels: Labels, *, rows: Iterable[int]
+) -> dict[str, float]:
+    """Return the metrics of some rows, of those that have a label; {} where none has."""
+    labelled = [index for index in rows if side.examples[index].target is not None]
     if not labelled:
-        return Measurement({}, predictions)
-    measured = kind.measure([side.examples[i] for i in labelled], [predictions[i] for i in labelled], labels)
-    return Measurement({**measured, **found.means}, predictions)
+        return {}
+    examples, values = [side.examples[i] for i in labelled], [predictions[i] for i in labelled]
+    return KINDS[task.kind].measure(examples, values, labels)
 
 
 def conclude(outcome: Outcome, step: int, *, log: RunLog) -> None:
@@ -87,7 +120,9 @@ def conclude(outcome: Outcome, step: int, *, log: RunLog) -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     sides = {"validation": outcome.rows.validation, **({"test": outcome.rows.test} if outcome.rows.test else {})}
     found = {name: measure_side(model, task, side, outcome.rows.labels) for name, side in sides.items()}
-    figures = {name: measured.figures for name, measured in found.items()}
+    figures: dict[str, dict[str, float]] = {}
+    for name, side in sides.items():
+        figures |= part_figures(name, task, side, found[name], outcome.rows.labels)
 
     def write_sides() -> None:
         for name, side in sides.items():
@@ -95,12 +130,17 @@ def conclude(outcome: Outcome, step: int, *, log: RunLog) -> None:
 
     on_main_rank(write_sides)
     on_main_rank(lambda: _export(outcome, model.cpu(), step, figures["validation"], log=log))
-    results = {"task": task.name, "metric": task.chosen_metric, "seed": task.seed, "step": step, **figures}
+    facts = row_counts(outcome.rows)
+    results: dict[str, Any] = {"task": task.name, "metric": task.chosen_metric, "seed": task.seed, "step": step}
+    results |= {**facts, **figures}
     if outcome.trivial is not None:
         results["trivial"] = outcome.trivial
     on_main_rank(lambda: write_json(run_dir / "results.json", results))
     shown = "  ".join(f"{name} {value:.4f}" for name, value in figures["validation"].items())
     log.info(f"best step {step} of {task.name}: {shown}")
+    for name, measured in figures.items():
+        if name not in sides:
+            log.info(f"{name}, {facts['rows'][name]:,} rows: {task.chosen_metric} {measured[task.chosen_metric]:.4f}")
 
 
 def best_model(outcome: Outcome, step: int) -> TaskModel:
@@ -132,9 +172,12 @@ def write_summary(run_dir: Path, folders: Sequence[Path]) -> None:
     results = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in folders]
     summary: dict[str, Any] = {"task": results[0]["task"], "metric": results[0]["metric"]}
     summary["seeds"] = [result["seed"] for result in results]
-    for side in ("validation", "test"):
-        if side in results[0]:
-            summary[side] = {name: _spread([result[side][name] for result in results]) for name in results[0][side]}
+    summary |= {name: results[0][name] for name in ("rows", "rows_removed") if name in results[0]}
+    for side in _SCORED:
+        if all(side in result for result in results):
+            # An earlier version may have measured less.
+            names = [name for name in results[0][side] if all(name in result[side] for result in results)]
+            summary[side] = {name: _spread([result[side][name] for result in results]) for name in names}
     if "trivial" in results[0]:
         summary["trivial"] = results[0]["trivial"]
     write_json(run_dir / "results.json", summary)

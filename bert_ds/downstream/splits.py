@@ -60,6 +60,22 @@ def drop_overlap(train: Sequence[str], validation: Sequence[str]) -> Split:
     return Split([index for index in range(len(train)) if index not in leaked], kept)
 
 
+def scored_parts(side: str, num_rows: int, overlapping: Sequence[int] | None) -> dict[str, list[int]]:
+    """Return what of a side is scored, by name: all its rows, and of an official side two parts as well.
+
+    Args:
+        side: its name; the parts are SIDE_overlapping, rows that are part of a training row, and SIDE_others.
+        num_rows: of the side.
+        overlapping: indices of the rows that are part of a training row; None where the side is not official.
+    """
+    parts = {side: list(range(num_rows))}
+    if overlapping is not None:
+        seen = set(overlapping)
+        parts[f"{side}_overlapping"] = sorted(seen)
+        parts[f"{side}_others"] = [index for index in range(num_rows) if index not in seen]
+    return parts
+
+
 def first_by_hash(rows: Sequence[str], limit: int | None) -> list[int]:
     """Return the indices of at most `limit` rows, those with the lowest hash, in the order of the file."""
     if limit is None or limit >= len(rows):

@@ -26,6 +26,8 @@ class Side(NamedTuple):
 
     examples: list[Example]
     features: list[Feature]
+    overlapping: list[int] | None = None
+    """Which rows of an official side are part of a training row; None where the side is not official."""
 
 
 class TaskRows(NamedTuple):
@@ -35,6 +37,19 @@ class TaskRows(NamedTuple):
     train: Side
     validation: Side
     test: Side | None
+    num_removed: dict[str, int]
+    """Rows of "train" and "validation" that were left out as part of a row of the other side."""
+
+
+class SplitRows(NamedTuple):
+    """The rows that are trained on and chosen by, before they become sequences."""
+
+    train: list[Example]
+    validation: list[Example]
+    num_removed: dict[str, int]
+    """See `TaskRows`."""
+    overlapping: dict[str, list[int]]
+    """Of every official side, which of its rows are part of a training row."""
 
 
 def read_task(task: TaskConfig, tokenizer: WordPieceTokenizer, *, labels: Labels | None = None, say: Say) -> TaskRows:
@@ -50,11 +65,11 @@ def read_task(task: TaskConfig, tokenizer: WordPieceTokenizer, *, labels: Labels
         DataError: a file or a row is not as the task says; the message names it.
     """
     kind = KINDS[task.kind]
-    train, validation = split_rows(task, kind, say=say)
     test = _read(task.data.test, task, kind, is_optional=True, say=say)
-    labels = kind.make_labels(train, task) if labels is None else labels
+    split = split_rows(task, kind, test=test, say=say)
+    labels = kind.make_labels(split.train, task) if labels is None else labels
     context = FeatureContext(tokenizer, task, labels, say)
-    sides = {"training": train, "validation": validation, "test": test}
+    sides = {"training": split.train, "validation": split.validation, "test": test}
     features = {name: kind.make_features(rows, context) for name, rows in sides.items()}
     for name, rows in sides.items():
         if rows:
@@ -62,33 +77,64 @@ def read_task(task: TaskConfig, tokenizer: WordPieceTokenizer, *, labels: Labels
             say(f"{name} rows: {len(rows):,}{sequences}")
     for name, text in _balance(labels, features["training"]).items():
         say(f"{name}s of the training rows: {text}")
-    made = {name: Side(rows, features[name]) for name, rows in sides.items()}
-    return TaskRows(labels, made["training"], made["validation"], made["test"] if test else None)
+    made = {name: Side(rows, features[name], split.overlapping.get(name)) for name, rows in sides.items()}
+    return TaskRows(labels, made["training"], made["validation"], made["test"] if test else None, split.num_removed)
 
 
-def split_rows(task: TaskConfig, kind: Kind, *, say: Say) -> tuple[list[Example], list[Example]]:
-    """Return the training and the validation rows of a task, of which none is part of one of the other side."""
-    train = _read(task.data.train, task, kind, is_optional=False, say=say)
-    if task.data.validation_fraction is None:
-        validation = _read(task.data.validation, task, kind, is_optional=False, say=say)
+def split_rows(task: TaskConfig, kind: Kind, *, test: Sequence[Example] = (), say: Say) -> SplitRows:
+    """Return the training and the validation rows of a task, of which none is part of one of the other side.
+
+    An official side keeps such rows, and they are named.
+
+    Args:
+        task: names files and split.
+        kind: of the task.
+        test: the test rows, which matter where they are official.
+        say: takes how many rows were left out.
+    """
+    data = task.data
+    train = _read(data.train, task, kind, is_optional=False, say=say)
+    if data.validation_fraction is None:
+        validation = _read(data.validation, task, kind, is_optional=False, say=say)
     else:
-        split = hold_out([kind.row_text(example) for example in train], task.data.validation_fraction)
+        split = hold_out([kind.row_text(example) for example in train], data.validation_fraction)
         train, validation = [train[i] for i in split.train], [train[i] for i in split.validation]
-    if task.data.drop_overlap:
-        rows = [[kind.row_text(example) for example in side] for side in (train, validation)]
-        kept = drop_overlap(*rows)
-        say(
-            f"dropped as part of a row of the other side: {len(train) - len(kept.train):,} training rows and "
-            f"{len(validation) - len(kept.validation):,} validation rows"
-        )
-        train, validation = [train[i] for i in kept.train], [validation[i] for i in kept.validation]
-    train = [train[i] for i in first_by_hash(list(map(kind.row_text, train)), task.data.max_train_rows)]
-    limit = task.data.max_validation_rows
-    validation = [validation[i] for i in first_by_hash(list(map(kind.row_text, validation)), limit)]
+    sides = SplitRows(train, validation, {"train": 0, "validation": 0}, {})
+    if data.drop_overlap or data.official:
+        sides = _without_overlap(sides, task, kind, test=test, say=say)
+    train = [sides.train[i] for i in first_by_hash(list(map(kind.row_text, sides.train)), data.max_train_rows)]
+    chosen = first_by_hash(list(map(kind.row_text, sides.validation)), data.max_validation_rows)
+    validation = [sides.validation[i] for i in chosen]
     for name, side in (("training", train), ("validation", validation)):
         if not side:
             raise DataError(f"task {task.name}: no {name} row is left, wanted at least one")
-    return train, validation
+    return sides._replace(train=train, validation=validation)
+
+
+def _without_overlap(sides: SplitRows, task: TaskConfig, kind: Kind, *, test: Sequence[Example], say: Say) -> SplitRows:
+    """Leave out what is part of a row of the other side; of an official side, say what it is instead."""
+    official, num_validation = task.data.official, len(sides.validation)
+    held = [*sides.validation, *(test if "test" in official else ())]
+    kept = drop_overlap(*([kind.row_text(example) for example in rows] for rows in (sides.train, held)))
+    seen = sorted(set(range(len(held))) - set(kept.validation))
+    found = {
+        "validation": [i for i in seen if i < num_validation],
+        "test": [i - num_validation for i in seen if i >= num_validation],
+    }
+    overlapping: dict[str, list[int]] = {name: found[name] for name in official}
+    train, validation = sides.train, sides.validation
+    if task.data.drop_overlap:
+        train = [train[i] for i in kept.train]
+        if "validation" not in official:
+            validation = [validation[i] for i in kept.validation if i < num_validation]
+        say(
+            f"dropped as part of a row of the other side: {len(sides.train) - len(train):,} training rows and "
+            f"{num_validation - len(validation):,} validation rows"
+        )
+    for name, rows in overlapping.items():
+        say(f"{len(rows):,} {name} rows are part of a training row: they stay and are also scored apart")
+    num_removed = {"train": len(sides.train) - len(train), "validation": num_validation - len(validation)}
+    return SplitRows(train, validation, num_removed, overlapping)
 
 
 def balanced_weights(labels: Sequence[str], features: Sequence[Feature], *, target: str) -> tuple[float, ...]:

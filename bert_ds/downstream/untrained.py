@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from bert_ds.downstream.metrics import class_figures
 from bert_ds.downstream.minimal_pairs import MinimalPair, judge_pairs, pair_accuracies
 from bert_ds.downstream.prompts import Prompt, PromptWriter, Shot, check_prompt, prompt_scores
 from bert_ds.downstream.records import Record, pick, read_records
-from bert_ds.downstream.splits import first_by_hash
+from bert_ds.downstream.splits import first_by_hash, scored_parts
 from bert_ds.downstream.task_rows import Say, split_rows
 from bert_ds.downstream.text_kinds import CLASSIFICATION
 from bert_ds.downstream.word_similarity import WordPair, similarity_correlation, word_vectors
@@ -29,6 +29,10 @@ class Scored(NamedTuple):
 
     figures: dict[str, float]
     files: dict[str, str]
+    parts: Mapping[str, dict[str, float]] = {}
+    """Figures of the parts of an official side; see `scored_parts`."""
+    facts: Mapping[str, Any] = {}
+    """What else results.json says."""
 
 
 _WORD_ROLES = ("left", "right", "score")
@@ -38,7 +42,8 @@ def score_prompts(model: BertForPreTraining, tokenizer: WordPieceTokenizer, task
     """Classify the validation rows by label words; the rows and the split are those of fine-tuning."""
     settings = task.prompt
     assert settings is not None, "the task was checked"
-    train, validation = split_rows(task, CLASSIFICATION, say=say)
+    sides = split_rows(task, CLASSIFICATION, say=say)
+    train, validation = sides.train, sides.validation
     prompt = Prompt(settings.template, settings.label_words)
     check_prompt(prompt, tokenizer, num_texts=len(validation[0].texts))
     unknown = sorted({example.target for example in (*train, *validation)} - set(prompt.label_words))
@@ -51,9 +56,17 @@ def score_prompts(model: BertForPreTraining, tokenizer: WordPieceTokenizer, task
     if shots:
         say(f"demonstrations in a prompt: {np.mean(found.num_shots):.1f} of {len(shots)} in the mean")
     answers = [max(scores, key=scores.__getitem__) for scores in found.scores]
-    figures = class_figures([example.target for example in validation], answers, list(prompt.label_words))
+    parts = scored_parts("validation", len(validation), sides.overlapping.get("validation"))
+    figures = {
+        name: class_figures([validation[i].target for i in part], [answers[i] for i in part], list(prompt.label_words))
+        for name, part in parts.items()
+        if part
+    }
     lines = [f"{example.id}\t{answer}" for example, answer in zip(validation, answers, strict=True)]
-    return Scored(figures, {"predictions.tsv": "\n".join(["index\tprediction", *lines]) + "\n"})
+    files = {"predictions.tsv": "\n".join(["index\tprediction", *lines]) + "\n"}
+    counts = {"train": len(train), **{name: len(part) for name, part in parts.items()}}
+    facts = {"rows": counts, "rows_removed": sides.num_removed}
+    return Scored(figures.pop("validation"), files, figures, facts)
 
 
 def score_minimal_pairs(model: BertForPreTraining, tokenizer: WordPieceTokenizer, task: TaskConfig, say: Say) -> Scored:
