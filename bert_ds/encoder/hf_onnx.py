@@ -109,10 +109,10 @@ def _load(folder: Path) -> Any:
         raise ConfigError(
             f"{folder}/config.json: architectures is {architectures}, wanted one of {', '.join(_ARCHITECTURES)}"
         )
-    make, options = getattr(transformers, architectures[0]), {"local_files_only": True, "dtype": torch.float32}
-    if architectures[0] == "BertModel" and not _has_pooler(folder):
-        options["add_pooling_layer"] = False
-    model, report = make.from_pretrained(folder, output_loading_info=True, **options)
+    options = {"add_pooling_layer": False} if architectures[0] == "BertModel" and not _has_pooler(folder) else {}
+    model, report = getattr(transformers, architectures[0]).from_pretrained(
+        folder, output_loading_info=True, local_files_only=True, dtype=torch.float32, **options
+    )
     if report["missing_keys"] or report["mismatched_keys"]:
         raise CheckpointError(f"{folder}: transformers finds no weights for {report['missing_keys']}")
     return model.eval()
