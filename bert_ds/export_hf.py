@@ -16,34 +16,44 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from bert_ds.command_line import make_parser, run_main
-from bert_ds.configuration.run_config import RunConfig, load_run_config
+from bert_ds.configuration.run_config import ConfigError, RunConfig, load_run_config
 from bert_ds.corpus.wordpiece import load_tokenizer
-from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, staged_folder, write_hf_folder
+from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, share_unseen_segments, to_hf
-from bert_ds.encoder.hf_onnx import ONNX_FILE, OnnxCheck, write_onnx
+from bert_ds.encoder.hf_onnx import ONNX_FILE, write_onnx
 from bert_ds.encoder.hf_verify import verify_export
 from bert_ds.ranks import CheckpointError
+from bert_ds.replaced_folders import ONNX_FOLDER, replaced_export
 from bert_ds.reporting.run_log import AT_MASK, read_metrics
 from bert_ds.training.checkpoint_folder import find_checkpoint, read_manifest
 from bert_ds.training.fp32_weights import load_fp32_state_dict
 
-ONNX_FOLDER = "onnx"
-
 
 def main() -> None:
     args = _arguments()
-    if args.model is not None:
-        output = args.output or args.model / ONNX_FOLDER
-        with staged_folder(output) as folder:
-            _say_onnx(write_onnx(args.model, folder), output)
-        return
-    run = load_run_config(args.run_dir / "run_config.json")
-    checkpoint = find_checkpoint(args.run_dir, args.checkpoint)
+    source: Path = args.run_dir if args.model is None else args.model
+    if not source.is_dir():
+        raise ConfigError(f"{source} is not a folder: wanted a run, or a Hugging Face folder")
+    output: Path = args.output or source / ("hf" if args.model is None else ONNX_FOLDER)
+    with replaced_export(output) as folder:
+        if args.model is not None:
+            said = [export_onnx(source, folder, shown=output)]
+        else:
+            said = [export(source, args.checkpoint, folder, shown=output)]
+            if args.onnx:
+                (folder / ONNX_FOLDER).mkdir()
+                said.append(export_onnx(folder, folder / ONNX_FOLDER, shown=output / ONNX_FOLDER))
+    print("\n".join(said))
+
+
+def export(run_dir: Path, name: str | None, folder: Path, *, shown: Path) -> str:
+    """Write a checkpoint of a run into an empty folder, which will be called `shown`; return what to say of it."""
+    run = load_run_config(run_dir / "run_config.json")
+    checkpoint = find_checkpoint(run_dir, name)
     if checkpoint is None:
-        raise CheckpointError(f"{args.run_dir} has no checkpoint yet")
+        raise CheckpointError(f"{run_dir} has no checkpoint yet")
     state_dict = load_fp32_state_dict(checkpoint)
-    tokenizer = args.run_dir / "tokenizer"
-    output = args.output or args.run_dir / "hf"
+    tokenizer = run_dir / "tokenizer"
 
     sentence_pair = run.sequences.sentence_pair
     if sentence_pair == "none":
@@ -51,21 +61,26 @@ def main() -> None:
     config = hf_config(run.model, sentence_pair=sentence_pair, pad_token_id=pad_token_id(tokenizer))
     # So that a task notices when the folder's tokenizer is exchanged for another of the same size.
     config["tokenizer_fingerprint"] = load_tokenizer(tokenizer).fingerprint
-    with staged_folder(output) as folder:
-        write_hf_folder(
-            folder,
-            config=config,
-            tensors=to_hf(state_dict, run.model),
-            tokenizer=tokenizer,
-            model_card=model_card_text(run.name, _facts(run, checkpoint, args.run_dir / "metrics.jsonl")),
-        )
-        check = verify_export(folder, run.model, state_dict=state_dict, tokenizer=tokenizer)
-        if args.onnx:
-            (folder / ONNX_FOLDER).mkdir()
-            _say_onnx(write_onnx(folder, folder / ONNX_FOLDER), output / ONNX_FOLDER)
-    print(
-        f"exported {checkpoint.name} to {output}: transformers' scores differ by at most "
+    write_hf_folder(
+        folder,
+        config=config,
+        tensors=to_hf(state_dict, run.model),
+        tokenizer=tokenizer,
+        model_card=model_card_text(run.name, _facts(run, checkpoint, run_dir / "metrics.jsonl")),
+    )
+    check = verify_export(folder, run.model, state_dict=state_dict, tokenizer=tokenizer)
+    return (
+        f"exported {checkpoint.name} to {shown}: transformers' scores differ by at most "
         f"{check.max_difference:.1e} (largest score {check.scale:.1f}), tokenizer equal"
+    )
+
+
+def export_onnx(model: Path, folder: Path, *, shown: Path) -> str:
+    """Write the ONNX form of a Hugging Face folder into an empty folder; return what to say of it."""
+    check = write_onnx(model, folder)
+    return (
+        f"wrote {shown / ONNX_FILE}: onnxruntime's scores differ from transformers' by at most "
+        f"{check.max_difference:.1e} (largest score {check.scale:.1f})"
     )
 
 
@@ -81,13 +96,6 @@ def _arguments() -> argparse.Namespace:
     if args.model is not None and (not args.onnx or args.checkpoint):
         parser.error("--model is a finished folder: wanted --onnx beside it, and no --checkpoint")
     return args
-
-
-def _say_onnx(check: OnnxCheck, output: Path) -> None:
-    print(
-        f"wrote {output / ONNX_FILE}: onnxruntime's scores differ from transformers' by at most "
-        f"{check.max_difference:.1e} (largest score {check.scale:.1f})"
-    )
 
 
 def _facts(run: RunConfig, checkpoint: Path, metrics: Path) -> dict[str, object]:

@@ -217,7 +217,8 @@ def test_a_checkpoint_of_any_stage_becomes_a_folder_with_its_fp32_weights(
 ) -> None:
     _saved_run(tmp_path, tokenizer, stage=stage, precision=precision)
     assert _run_verb(monkeypatch, "--run_dir", str(tmp_path)) == 0
-    names = ["README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+    names = ["README.md", "config.json", "export_manifest.json", "model.safetensors"]
+    names += ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == names
     wanted = to_hf(load_fp32_state_dict(tmp_path / "checkpoints" / "global_step1"), CONFIG)
     found = load_hf_folder(tmp_path / "hf").tensors
@@ -250,7 +251,7 @@ def test_the_verb_ends_with_the_documented_exit_codes(
     assert _run_verb(monkeypatch, *run_dir, "--checkpoint", "global_step7") == 4
     assert "global_step7" in capsys.readouterr().err
     assert _run_verb(monkeypatch, *run_dir, "--output", str(tmp_path / "tokenizer")) == 2
-    assert "is not an export of ours" in capsys.readouterr().err
+    assert "tokenizer holds 'tokenizer.json', which is not ours" in capsys.readouterr().err
     (tmp_path / "tokenizer" / "vocab.txt").unlink()
     assert _run_verb(monkeypatch, *run_dir) == 3
     shutil.rmtree(tmp_path / "checkpoints")

@@ -15,7 +15,7 @@ from export_cases import CONFIG, export, spread_state_dict, write_tokenizer
 from safetensors.torch import load_file
 
 from bert_ds.configuration.run_config import ConfigError
-from bert_ds.encoder.hf_folder import load_hf_folder, staged_folder
+from bert_ds.encoder.hf_folder import load_hf_folder
 from bert_ds.encoder.hf_mapping import from_hf
 from bert_ds.ranks import CheckpointError
 
@@ -86,28 +86,3 @@ def test_a_folder_without_weights_or_config_is_refused(right_export: Path, tmp_p
     (tmp_path / "config.json").write_bytes((right_export / "config.json").read_bytes())
     with pytest.raises(CheckpointError, match="has no weights"):
         load_hf_folder(tmp_path)
-
-
-def test_a_staged_folder_appears_only_when_the_block_ends_well(tmp_path: Path) -> None:
-    output = tmp_path / "hf"
-    with pytest.raises(RuntimeError, match="stop"), staged_folder(output) as folder:
-        (folder / "half").touch()
-        raise RuntimeError("stop")
-    assert list(tmp_path.iterdir()) == []
-    with staged_folder(output) as folder:
-        (folder / "whole").touch()
-        assert not output.exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-    assert [path.name for path in output.iterdir()] == ["whole"]
-
-
-def test_an_older_export_is_replaced_and_a_foreign_folder_is_not(right_export: Path, tmp_path: Path) -> None:
-    output = tmp_path / "hf"
-    output.mkdir()
-    (output / "config.json").write_bytes((right_export / "config.json").read_bytes())
-    with staged_folder(output) as folder:
-        (folder / "new").touch()
-    assert [path.name for path in output.iterdir()] == ["new"]
-    with pytest.raises(ConfigError, match="is not an export of ours"), staged_folder(output):
-        pass
-    assert [path.name for path in output.iterdir()] == ["new"]

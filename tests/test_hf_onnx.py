@@ -16,9 +16,9 @@ import transformers
 from export_cases import export, spread_state_dict, write_tokenizer
 
 from bert_ds.configuration.run_config import ConfigError
-from bert_ds.encoder.hf_folder import staged_folder
 from bert_ds.encoder.hf_onnx import verify_onnx, write_onnx
 from bert_ds.ranks import CheckpointError
+from bert_ds.replaced_folders import replaced_export
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,9 @@ def test_a_folder_of_an_older_onnx_is_replaced(classifier: Path) -> None:
     copy = classifier.parent / "copy"
     copy.mkdir()
     (copy / "config.json").write_bytes((classifier / "onnx" / "config.json").read_bytes())
-    with staged_folder(copy) as folder:
+    with replaced_export(copy) as folder:
         (folder / "new").touch()
-    assert [path.name for path in copy.iterdir()] == ["new"]
+    assert sorted(path.name for path in copy.iterdir()) == ["export_manifest.json", "new"]
 
 
 @pytest.mark.parametrize(("architectures", "found"), [(["RobertaForMaskedLM"], "Roberta"), (None, "missing")])

@@ -220,7 +220,7 @@ def test_training_on_nothing_is_refused(tmp_path: Path) -> None:
 
 def test_training_never_overwrites(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(ConfigError, match="not an empty folder"):
+    with pytest.raises(ConfigError, match=r"holds 'mine\.txt', which is not ours"):
         trained(tmp_path)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +59,9 @@ def build_embedded(config: EmbeddedCorpus, parent: Path, *, say: Callable[[str],
             "needed: give a recipe with a corpus of your own (--run)"
         )
     say(f"training {config.vocab_size:,} word pieces on {len(documents):,} modules, {size:,} characters")
-    _train_tokenizer(config, documents, folders.tokenizer)
+    if not folders.tokenizer.exists():
+        texts = [document.text for document in documents]
+        train_wordpiece(texts, vocab_size=config.vocab_size, lowercase=config.lowercase, output=folders.tokenizer)
     say("building shards")
 
     def read_all() -> Iterator[Document]:
@@ -70,17 +71,6 @@ def build_embedded(config: EmbeddedCorpus, parent: Path, *, say: Callable[[str],
     settings = BuildSettings(validation_fraction=config.validation_fraction)
     build_shards(text_input, folders.tokenizer, folders.shards, settings=settings)
     return folders
-
-
-def _train_tokenizer(config: EmbeddedCorpus, documents: list[Document], target: Path) -> None:
-    """Train into a temporary folder that takes its name when it is whole; a killed build leaves nothing half done."""
-    if target.exists():
-        return
-    temporary = target.with_name(".tokenizer.building")
-    shutil.rmtree(temporary, ignore_errors=True)
-    texts = [document.text for document in documents]
-    train_wordpiece(texts, vocab_size=config.vocab_size, lowercase=config.lowercase, output=temporary)
-    temporary.rename(target)
 
 
 def _sha256(documents: list[Document]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from tokenizers import Tokenizer, trainers
 from bert_ds.configuration.run_config import ConfigError
 from bert_ds.corpus.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer, build_backend
 from bert_ds.ranks import DataError
+from bert_ds.replaced_folders import new_folder
 
 CHARACTER_COVERAGE = 0.9999
 """The most frequent characters that make up this share of the text get a piece; words with others become [UNK]."""
@@ -48,13 +48,20 @@ def train_wordpiece(
         report: called now and then with the characters read so far (of both readings) and what is being done.
 
     Raises:
-        ConfigError: `vocab_size` is smaller than the alphabet needs or larger than the text yields, or `output` is in
-            use.
+        ConfigError: `vocab_size` is smaller than the alphabet needs or larger than the text yields, or `output` is
+            neither new nor empty or cannot be written; the latter two before the text is read.
         DataError: there is no text.
     """
-    _check_arguments(texts, Path(output))
+    if iter(texts) is texts:
+        raise ValueError("texts is an iterator that can be read once only; give a list or an object that starts over")
     rules = TextRules(lowercase=lowercase, strip_accents=lowercase, tokenize_chinese_chars=True)
-    progress = _Progress(report)
+    with new_folder(Path(output)) as folder:
+        tokenizer = _learn(texts, vocab_size, rules, progress=_Progress(report))
+        tokenizer.save(folder)
+    return tokenizer
+
+
+def _learn(texts: Iterable[str], vocab_size: int, rules: TextRules, *, progress: _Progress) -> WordPieceTokenizer:
     counts = _count_characters(progress.through(texts, "counting characters"))
     if not counts:
         raise DataError("there is no text to train a tokenizer on")
@@ -68,24 +75,7 @@ def train_wordpiece(
     pieces = _train(progress.through(texts, "learning pieces"), forced, dropped, rules, vocab_size)
     if len(pieces) != vocab_size:
         raise ConfigError(f"vocab_size {vocab_size} is too large: this text yields only {len(pieces)} pieces")
-    tokenizer = WordPieceTokenizer(pieces, rules)
-    _save_whole(tokenizer, Path(output))
-    return tokenizer
-
-
-def _check_arguments(texts: Iterable[str], target: Path) -> None:
-    if iter(texts) is texts:
-        raise ValueError("texts is an iterator that can be read once only; give a list or an object that starts over")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"output {target} exists and is not an empty folder: remove it or choose another")
-
-
-def _save_whole(tokenizer: WordPieceTokenizer, target: Path) -> None:
-    """A killed training leaves no half-written folder under the name of a finished one."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    tokenizer.save(partial)
-    os.replace(partial, target)
+    return WordPieceTokenizer(pieces, rules)
 
 
 class _Progress:

@@ -15,7 +15,7 @@ from bert_ds.downstream.kind import HeadContext, HfForm, Kind
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.task_model import TaskModel
 from bert_ds.encoder.fused_ops import fused_ops
-from bert_ds.encoder.hf_folder import load_hf_folder, pad_token_id, read_json, staged_folder, write_hf_folder
+from bert_ds.encoder.hf_folder import load_hf_folder, pad_token_id, read_json, write_hf_folder
 from bert_ds.encoder.hf_mapping import TensorRow, encoder_rows, hf_config, modern_names, rows_from_hf, rows_to_hf
 from bert_ds.encoder.hf_verify import (
     MAX_RELATIVE_DIFFERENCE,
@@ -25,6 +25,7 @@ from bert_ds.encoder.hf_verify import (
     verify_tokenizer,
 )
 from bert_ds.ranks import CheckpointError, DataError
+from bert_ds.replaced_folders import replaced_export
 
 
 class TaskFacts(NamedTuple):
@@ -78,10 +79,11 @@ def write_task_folder(output: Path, model: TaskModel, *, facts: TaskFacts, token
         tokenizer: folder of the tokenizer.
 
     Raises:
+        ConfigError: the folder holds more than an unchanged export.
         CheckpointError: a tensor is broken, or transformers computes other scores.
     """
     checks = []
-    with staged_folder(output) as staged:
+    with replaced_export(output) as staged:
         for form in KINDS[facts.kind].hf_forms:
             folder = staged / form.folder
             folder.mkdir(exist_ok=True)

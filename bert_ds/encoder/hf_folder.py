@@ -1,13 +1,10 @@
-"""Hugging Face model folders: write one that is never half there, and read one without executing anything."""
+"""Hugging Face model folders: write one, and read one without executing anything."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +19,6 @@ from bert_ds.ranks import CheckpointError, DataError
 from bert_ds.tensor_files import load_tensor_file
 
 MAX_JSON_BYTES = 64 * 2**20
-_OUR_KEYS = ("sentence_pair_objective", "finetuned_task", "onnx")
-"""What config.json of an export has and that of no other folder."""
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -79,34 +74,6 @@ def refuse_broken_tensors(tensors: Mapping[str, Tensor], *, where: str) -> None:
         raise CheckpointError(f"{where}: " + "; ".join(problems))
 
 
-@contextmanager
-def staged_folder(output: Path) -> Iterator[Path]:
-    """Give an empty folder that takes the name `output` when the block ends well, and vanishes when it does not.
-
-    An older export of ours under that name is replaced.
-
-    Raises:
-        ConfigError: `output` exists and is neither empty nor an export of ours.
-    """
-    output = output.absolute()
-    if output.exists() and not _is_ours(output):
-        raise ConfigError(f"{output} exists and is not an export of ours: wanted another --output, or an empty folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        staged = work / "new"
-        staged.mkdir()
-        yield staged
-        for path in [*staged.rglob("*"), staged]:
-            _fsync(path)
-        if output.exists():
-            output.rename(work / "old")
-        staged.rename(output)
-        _fsync(output.parent)
-    finally:
-        shutil.rmtree(work)
-
-
 def write_hf_folder(
     folder: Path,
     *,
@@ -119,7 +86,7 @@ def write_hf_folder(
     """Write config.json, model.safetensors, the tokenizer's files and README.md into an existing folder.
 
     Args:
-        folder: where to; see `staged_folder`.
+        folder: where to; see `replaced_export`.
         config: content of config.json, from `hf_config`.
         tensors: fp32, from `to_hf`.
         tokenizer: folder with tokenizer.json, vocab.txt and tokenizer_config.json.
@@ -139,6 +106,7 @@ def write_hf_folder(
         raise DataError(f"tokenizer folder {tokenizer} lacks {', '.join(missing)}")
     write_json(folder / "config.json", config)
     save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it for its owner alone
     shutil.copyfile(tokenizer / "tokenizer.json", folder / "tokenizer.json")
     shutil.copyfile(tokenizer / "vocab.txt", folder / "vocab.txt")
     # Without these two, transformers makes no [CLS] and [SEP], or lets 600 tokens run into an index error.
@@ -227,20 +195,3 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise CheckpointError(f"{path} is not a table of tensors")
     return tensors
-
-
-def _is_ours(folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
-    if not any(folder.iterdir()):
-        return True
-    configs = [path for path in (folder / "config.json", *folder.glob("*/config.json")) if path.is_file()]
-    return bool(configs) and all(any(key in read_json(path) for key in _OUR_KEYS) for path in configs)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

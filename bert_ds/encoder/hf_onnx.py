@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bert_ds.configuration.run_config import ConfigError
 from bert_ds.encoder.hf_folder import load_hf_folder, read_json, write_json
 from bert_ds.ranks import CheckpointError
+from bert_ds.replaced_folders import write_export_manifest
 
 MAX_RELATIVE_DIFFERENCE = 1e-4
 ONNX_FILE = "model.onnx"
@@ -47,7 +48,7 @@ def write_onnx(folder: Path, output: Path) -> OnnxCheck:
 
     Args:
         folder: with config.json, weights and tokenizer.
-        output: where to; see `staged_folder`.
+        output: where to; see `replaced_export`.
 
     Returns:
         What comparing both on random batches, from one token to the longest sequence, has shown.
@@ -68,6 +69,7 @@ def write_onnx(folder: Path, output: Path) -> OnnxCheck:
             shutil.copyfile(folder / name, output / name)
     facts = {"file": ONNX_FILE, "max_difference": check.max_difference}
     write_json(output / "config.json", {**read_json(folder / "config.json"), "onnx": facts})
+    write_export_manifest(output)
     return check
 
 
