@@ -38,6 +38,7 @@ from bert_ds.downstream.task_rows import TaskRows, read_task
 from bert_ds.downstream.taught_model import load_teacher
 from bert_ds.downstream.trivial import trivial_figures
 from bert_ds.encoder.pretrained import Pretrained, check_tokenizer, load_pretrained
+from bert_ds.output_folders import open_run_folder
 from bert_ds.ranks import EXIT_DONE, EXIT_RUN_AGAIN, Ranks, read_ranks
 from bert_ds.reporting.run_log import RunLog, write_environment
 from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
@@ -47,7 +48,7 @@ from bert_ds.training.hang_watchdog import Heartbeat, watched_for_hangs
 from bert_ds.training.optimizers import make_optimizer
 from bert_ds.training.process_group import device_name, joined_ranks
 from bert_ds.training.restart import StopRequest, follow_launcher, is_done, mark_done
-from bert_ds.training.run_folder import enter_run_folder, on_main_rank, prove_same_files
+from bert_ds.training.run_folder import enter_run_folder, on_main_rank, prove_same_files, refuse_foreign_folders
 from bert_ds.training.throughput import Throughput
 from bert_ds.training.train_loop import Services, train
 from bert_ds.training.train_state import TrainPlan, TrainState
@@ -80,10 +81,13 @@ def main() -> int:
     stop.install(speaks=ranks.is_main)
     follow_launcher(stop)
     with joined_ranks(ranks):
+        folders = {seed: run_dir / f"seed_{seed}" for seed in args.seeds or ()}
+        refuse_foreign_folders(list(folders.values()) or [run_dir], export="hf")
+        refuse_foreign_folders([run_dir])
         start = open_task(task, ds, args=args, ranks=ranks, stop=stop)
-        if not args.seeds:
+        if not folders:
             return finetune(task, run_dir, start=start)
-        folders = {seed: run_dir / f"seed_{seed}" for seed in args.seeds}
+        on_main_rank(lambda: open_run_folder(run_dir))
         done = on_main_rank(lambda: [seed for seed, folder in folders.items() if is_done(folder)])
         for seed, folder in folders.items():
             if args.resume != "never" and seed in done:

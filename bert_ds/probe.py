@@ -22,6 +22,7 @@ from bert_ds.downstream.probing import PROBED_KINDS, Probe, layer_vectors, major
 from bert_ds.downstream.task_rows import TaskRows, read_task
 from bert_ds.encoder.modeling_bert import BertEncoder
 from bert_ds.encoder.pretrained import check_tokenizer, load_pretrained, make_encoder
+from bert_ds.output_folders import open_results_folder
 from bert_ds.reporting.run_log import write_json
 
 MODELS = ("this model", "random weights")
@@ -42,6 +43,8 @@ def main() -> None:
         raise ConfigError(f"task {task.name} is {task.kind}; what can be probed for is {' or '.join(PROBED_KINDS)}")
     if args.max_vectors < 1:
         raise ConfigError(f"--max_vectors is {args.max_vectors}, wanted at least 1")
+    if args.output is not None:
+        open_results_folder(args.output)
     tokenizer = load_tokenizer(args.model)
     check_tokenizer(args.model, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
     pretrained = load_pretrained(args.model)
@@ -78,7 +81,6 @@ def report(task: TaskConfig, found: dict[str, list[Probe]], *, output: Path | No
         selectivity = "-" if one.selectivity is None else f"{one.selectivity:.4f}"
         print(f"{one.layer:>5} {one.accuracy:>9.4f} {one.macro_f1:>9.4f} {selectivity:>12} {other.accuracy:>25.4f}")
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         rows = {
             name: [probe._asdict() | {"selectivity": probe.selectivity} for probe in found[name]] for name in MODELS
         }

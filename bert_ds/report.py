@@ -15,6 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bert_ds.command_line import make_parser, run_main
+from bert_ds.output_folders import claim_run_folder
 from bert_ds.ranks import DivergedError
 from bert_ds.reporting.run_figures import draw_figures
 from bert_ds.reporting.run_history import RunHistory, below_unigram, read_history, summary_lines
@@ -27,6 +28,8 @@ def main() -> None:
     parser.add_argument("--html", action="store_true", help="write report.html and figures/*.png into the folder")
     parser.add_argument("--require_below_unigram", type=float, metavar="NATS", help="fail unless this far below")
     args = parser.parse_args()
+    if args.html:
+        claim_run_folder(args.run_dir)
     history = read_history(args.run_dir)
     for line in summary_lines(history):
         print(line)

@@ -31,6 +31,7 @@ from bert_ds.downstream.task_folder import read_task_folder, tokenizer_folder
 from bert_ds.downstream.task_rows import read_task
 from bert_ds.downstream.untrained import UNTRAINED
 from bert_ds.encoder.pretrained import check_tokenizer, load_masked_lm
+from bert_ds.output_folders import open_results_folder
 from bert_ds.ranks import DataError, Ranks, read_ranks
 from bert_ds.reporting.run_log import write_json
 from bert_ds.training.process_group import joined_ranks
@@ -61,6 +62,8 @@ def score_untrained(task: TaskConfig, args: argparse.Namespace, ranks: Ranks) ->
     """Score a pre-trained folder as it is."""
     if ranks.world_size > 1 or args.side != "validation":
         raise ConfigError(f"a {task.kind} task is scored on its validation rows by one rank; found {args.side} rows")
+    if args.output is not None:
+        open_results_folder(args.output)
     tokenizer = load_tokenizer(args.model)
     check_tokenizer(args.model, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
     model = load_masked_lm(args.model, kernels=task.training.kernels)
@@ -76,6 +79,8 @@ def score_untrained(task: TaskConfig, args: argparse.Namespace, ranks: Ranks) ->
 
 def score_fine_tuned(task: TaskConfig, args: argparse.Namespace, ranks: Ranks) -> None:
     """Read model and rows, predict, measure, write; a collective."""
+    if args.output is not None:
+        on_main_rank(lambda: open_results_folder(args.output))
     kind = KINDS[task.kind]
     model, labels = read_task_folder(args.model, kind, kernels=task.training.kernels)
     folder = tokenizer_folder(args.model, kind)

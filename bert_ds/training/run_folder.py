@@ -10,7 +10,9 @@ from typing import Any, Literal, TypeVar
 import torch.distributed as dist
 
 from bert_ds.configuration.run_config import ConfigError
+from bert_ds.output_folders import claim_run_folder, open_run_folder
 from bert_ds.ranks import CheckpointError, DataError
+from bert_ds.replaced_folders import claim_export
 from bert_ds.reporting.run_log import write_text
 from bert_ds.training.agreement import broadcast_json, gather_json
 from bert_ds.training.checkpoint_folder import candidates
@@ -30,7 +32,7 @@ def on_main_rank(action: Callable[[], Value]) -> Value:
         What the action returned, on every rank; it must be a JSON value.
 
     Raises:
-        ConfigError, DataError, CheckpointError: what the action raised, on every rank.
+        ConfigError, DataError, CheckpointError: what the action raised, on every rank; DataError for an OSError.
     """
     answer: dict[str, Any] = {}
     if dist.get_rank() == 0:
@@ -38,6 +40,9 @@ def on_main_rank(action: Callable[[], Value]) -> Value:
             answer = {"value": action()}
         except tuple(_ERRORS.values()) as error:
             answer = {"error": type(error).__name__, "message": str(error)}
+        except OSError as error:  # the others would wait for ever
+            what = f"{error.filename} cannot be read or written: " if error.filename else ""
+            answer = {"error": DataError.__name__, "message": f"{what}{error.strerror or error}"}
     answer = broadcast_json(answer)
     if "error" in answer:
         raise _ERRORS[answer["error"]](answer["message"])
@@ -53,11 +58,31 @@ def enter_run_folder(run_dir: Path, descriptions: Mapping[str, str], *, resume: 
         resume: "never" refuses a folder that holds checkpoints, "must" one that holds none.
 
     Raises:
-        ConfigError: the folder cannot be made or written, another launch is in it, or it does not fit `resume`.
+        ConfigError: the folder is somebody else's, cannot be made or written, another launch is in it, or it does not
+            fit `resume`.
         DataError: a rank does not see the folder that rank 0 wrote.
     """
     on_main_rank(lambda: _enter(run_dir, descriptions, resume=resume))
     prove_same_files([run_dir / name for name in descriptions])
+
+
+def refuse_foreign_folders(run_dirs: Sequence[Path], *, export: str | None = None) -> None:
+    """Raise ConfigError on every rank unless all of these runs may write into their folders; a collective.
+
+    Nothing is changed.
+
+    Args:
+        run_dirs: folders that will be entered.
+        export: name of the folder in each of them that the run ends with.
+    """
+
+    def claim_all() -> None:
+        for run_dir in run_dirs:
+            claim_run_folder(run_dir)
+            if export is not None:
+                claim_export(run_dir / export)
+
+    on_main_rank(claim_all)
 
 
 def prove_same_files(paths: Sequence[Path]) -> None:
@@ -76,7 +101,7 @@ def prove_same_files(paths: Sequence[Path]) -> None:
 
 def _enter(run_dir: Path, descriptions: Mapping[str, str], *, resume: Resume) -> None:
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        open_run_folder(run_dir)
         lock_run_folder(run_dir)
     except OSError as error:
         raise ConfigError(f"--run_dir {run_dir} cannot be written: {error}") from None
