@@ -60,6 +60,18 @@ def build(
     return build_shards(FileInput(find_input_files(files).files), tokenizer, output, settings=settings, workers=workers)
 
 
+PLAN = {
+    "dtype": "uint16",
+    "vocab_size": 7,
+    "tokenizer_fingerprint": "another",
+    "special_ids": {},
+    "input": {},
+    "settings": {},
+    "splits": {},
+}
+"""Of a build of something else."""
+
+
 def given(texts: Iterable[str]) -> DocumentInput:
     return DocumentInput(lambda: (Document("", each) for each in texts), description={})
 
@@ -216,14 +228,60 @@ def test_other_settings_other_input_and_another_tokenizer_are_refused(
         build(files, other, output)
 
 
-def test_an_unfinished_folder_of_other_settings_is_refused(files: list[Path], tokenizer: Path, tmp_path: Path) -> None:
-    def fail() -> Iterator[Document]:
-        raise DataError("unreadable")
+def failing(number: int, message: str = "unreadable") -> DocumentInput:
+    """So many documents, and then an error."""
 
+    def documents() -> Iterator[Document]:
+        yield from (Document("", text(index)) for index in range(number))
+        raise DataError(message)
+
+    return DocumentInput(documents, description={})
+
+
+def test_a_build_that_fails_before_its_first_shard_leaves_the_folder_free_for_other_settings(
+    files: list[Path], tokenizer: Path, uninterrupted: str, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match="unreadable"):
-        build_shards(DocumentInput(fail, description={}), tokenizer, tmp_path / "s", settings=SETTINGS)
+        build_shards(failing(20), tokenizer, tmp_path / "s", settings=SETTINGS)
+    assert list((tmp_path / "s").iterdir()) == []
+    (tmp_path / "s" / "building.json").write_text(
+        Manifest.model_validate(PLAN).model_dump_json()
+    )  # killed: no clean-up
+    (tmp_path / "s" / "train-00000.tokens.partial").touch()
+    build(files, tokenizer, tmp_path / "s")
+    assert digest(tmp_path / "s") == uninterrupted
+
+
+def test_finished_shards_of_other_settings_are_refused_and_kept(
+    files: list[Path], tokenizer: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="unreadable"):
+        build_shards(failing(200), tokenizer, tmp_path / "s", settings=SETTINGS)
+    before = digest(tmp_path / "s")
     with pytest.raises(ConfigError, match="other settings: input is"):
         build(files, tokenizer, tmp_path / "s")
+    assert (tmp_path / "s" / "segment-00000.json").is_file()
+    assert digest(tmp_path / "s") == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train-00000.tokens", "mine"),
+        ("segment-00000.json", "mine"),
+        ("building.json", "garbage"),
+        ("building.json", '{"a": 1}'),
+        ("building.json.partial", "mine"),
+        (".hidden", ""),
+    ],
+)
+def test_a_file_of_somebody_else_is_refused_whatever_its_name(
+    files: list[Path], tokenizer: Path, tmp_path: Path, name: str, content: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=f"holds '{name}', which is not ours"):
+        build(files, tokenizer, tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, content)]
 
 
 def test_a_folder_with_other_things_in_it_is_refused(files: list[Path], tokenizer: Path, tmp_path: Path) -> None:

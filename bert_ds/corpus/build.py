@@ -22,7 +22,7 @@ from bert_ds.corpus.segments import (
     SegmentRecord,
     SegmentWriter,
     finished_segments,
-    foreign_files,
+    has_finished_segments,
     remove_our_files,
     sync_folder,
     write_durably,
@@ -39,6 +39,7 @@ from bert_ds.corpus.shards import (
 )
 from bert_ds.corpus.text_input import Position, TextInput
 from bert_ds.corpus.wordpiece import WordPieceTokenizer, load_tokenizer
+from bert_ds.output_folders import claim, first_entry
 from bert_ds.ranks import DataError
 
 BUILD_RULES = 1
@@ -51,6 +52,7 @@ MIN_TRAIN_TOKENS = 128
 MAX_UNKNOWN_FRACTION = 0.5
 
 _BUILDING = "building.json"
+_PLAN_BEGINS = b'{\n "format": 1,\n "dtype": "uint'
 _BATCH_CHARACTERS = 1 << 19
 _BATCH_DOCUMENTS = 1 << 12
 
@@ -91,20 +93,23 @@ def build_shards(
         DataError: the input is unreadable or too small, or the folder is damaged or cannot be written.
     """
     _check_settings(settings, workers)
+    folder = Path(output)
+    if not (folder / MANIFEST).is_file():  # a finished build may lie where nobody can write any more
+        claim(folder, _foreign_entry, wanted="wanted a new or an empty folder, or that of an earlier shard build")
     tokenizer = load_tokenizer(tokenizer_folder)
     plan = _empty_manifest(text_input, tokenizer, settings)
-    folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _only_builder(folder):
             if (folder / MANIFEST).is_file():
                 return _reuse(folder, plan)
             _enter(folder, plan)
-            records = finished_segments(folder, plan)
-            batches = _batches(text_input, records[-1].position if records else Position(0, 0))
-            results = encode_in_order(batches, Encoder(tokenizer, settings.validation_fraction), workers=workers)
-            records += _write_segments(folder, len(records), results, settings, tokenizer, report)
-            return _finish(folder, plan, records, tokenizer)
+            with _nothing_left_of_nothing(folder):
+                records = finished_segments(folder, plan)
+                batches = _batches(text_input, records[-1].position if records else Position(0, 0))
+                results = encode_in_order(batches, Encoder(tokenizer, settings.validation_fraction), workers=workers)
+                records += _write_segments(folder, len(records), results, settings, tokenizer, report)
+                return _finish(folder, plan, records, tokenizer)
     except OSError as error:
         raise DataError(f"{error.filename or folder} cannot be written: {error.strerror or error}") from None
 
@@ -156,16 +161,49 @@ def _reuse(folder: Path, plan: Manifest) -> Manifest:
     return manifest
 
 
+def _foreign_entry(folder: Path) -> str | None:
+    """Return the first name in a folder that no build has entered, None where one has."""
+    if _unfinished_plan(folder) is not None:
+        return None
+    if os.path.lexists(folder / _BUILDING):
+        return _BUILDING
+    name = first_entry(folder)
+    return None if name == f"{_BUILDING}.partial" and _is_cut_plan(folder / name) else name
+
+
+def _is_cut_plan(path: Path) -> bool:
+    """Whether a file is the beginning of what `write_durably` writes of a plan."""
+    found = path.read_bytes() if path.is_file() and not path.is_symlink() else None
+    return found is not None and found[: len(_PLAN_BEGINS)] == _PLAN_BEGINS[: len(found)]
+
+
+def _unfinished_plan(folder: Path) -> dict[str, Any] | None:
+    """Return what building.json says is built in a folder, None where it is not of a build."""
+    try:
+        return Manifest.model_validate_json((folder / _BUILDING).read_bytes()).model_dump()
+    except (OSError, ValueError):
+        return None
+
+
 def _enter(folder: Path, plan: Manifest) -> None:
-    path = folder / _BUILDING
-    if path.is_file():
-        _refuse_other_plan(folder, plan, json.loads(path.read_text(encoding="utf-8")))
-        return
-    foreign = foreign_files(folder)
-    if foreign:
-        raise ConfigError(f"output {folder} holds {foreign[0]!r}, which is not of a shard build: choose another folder")
-    remove_our_files(folder, except_for=set())
-    write_durably(path, plan.model_dump())
+    """Say what is built here; a build of something else that has finished nothing yet is forgotten."""
+    found = _unfinished_plan(folder)
+    if found is not None and has_finished_segments(folder):
+        _refuse_other_plan(folder, plan, found)
+    elif found != plan.model_dump():
+        remove_our_files(folder, except_for={_BUILDING})
+        write_durably(folder / _BUILDING, plan.model_dump())
+
+
+@contextmanager
+def _nothing_left_of_nothing(folder: Path) -> Iterator[None]:
+    """Empty the folder when the block fails before a segment is finished: another try may have other settings."""
+    try:
+        yield
+    except Exception:
+        if not has_finished_segments(folder):
+            remove_our_files(folder, except_for=set())
+        raise
 
 
 def _refuse_other_plan(folder: Path, plan: Manifest, found: dict[str, Any]) -> None:

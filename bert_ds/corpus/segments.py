@@ -116,18 +116,22 @@ def remove_our_files(folder: Path, *, except_for: set[str]) -> None:
             path.unlink()
 
 
-def foreign_files(folder: Path) -> list[str]:
-    """Return the names in a folder that no build writes."""
-    return sorted(path.name for path in folder.iterdir() if not _OUR_FILES.fullmatch(path.name))
+def has_finished_segments(folder: Path) -> bool:
+    """Whether a build has left anything in a folder that is worth keeping."""
+    return _record_path(folder, 0).is_file()
 
 
 def write_durably(path: Path, content: dict[str, Any]) -> None:
     """Write JSON so that the file is either absent, old, or whole, even after a power cut."""
     partial = path.with_name(path.name + _PARTIAL)
-    with partial.open("wb") as file:
-        file.write(json.dumps(content, indent=1).encode("utf-8") + b"\n")
-        _sync(file)
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            file.write(json.dumps(content, indent=1).encode("utf-8") + b"\n")
+            _sync(file)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
