@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,15 +224,14 @@ def _write_cache(arrays: list[np.ndarray], folders: tuple[Path, ...], name: str)
         temporary = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}-")
-            with os.fdopen(descriptor, "wb") as file:
+            temporary = folder / f".{name}-{secrets.token_hex(4)}"
+            with temporary.open("xb") as file:
                 np.save(file, np.concatenate([header, words]))
-            os.chmod(temporary, 0o644)
             os.replace(temporary, folder / name)
             return folder / name
         except OSError as error:
             if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
             refusals.append(f"{folder}: {error.strerror or error}")
     raise DataError(f"no folder takes the table of examples ({'; '.join(refusals)}): give a writable cache folder")
 

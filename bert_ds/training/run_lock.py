@@ -40,7 +40,7 @@ def lock_run_folder(run_dir: Path, *, patience_s: float = PATIENCE_S) -> None:
     path = run_dir.resolve() / LOCK
     if path in _held:
         return
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         _wait(descriptor, path, deadline=time.monotonic() + patience_s)
         os.ftruncate(descriptor, 0)
