@@ -24,7 +24,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from deepspeed import DeepSpeedEngine
 
 from bert_ds.command_line import add_launch_options, make_parser, run_main
+from bert_ds.configuration.ds_agreement import settled
 from bert_ds.configuration.ds_config import DsConfig, load_ds_config, resolve_ds_config
+from bert_ds.configuration.precision import with_precision
 from bert_ds.configuration.task_config import ConfigError, TaskConfig, TrainedTask, dump_task, load_task, trained_task
 from bert_ds.configuration.task_kinds import KIND_FACTS
 from bert_ds.corpus.wordpiece import WordPieceTokenizer, load_tokenizer
@@ -45,6 +47,7 @@ from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.checkpoints import resume
 from bert_ds.training.engine import make_engine
 from bert_ds.training.hang_watchdog import Heartbeat, watched_for_hangs
+from bert_ds.training.launch_precision import Decision, decide_precision
 from bert_ds.training.optimizers import make_optimizer
 from bert_ds.training.process_group import device_name, joined_ranks
 from bert_ds.training.restart import StopRequest, follow_launcher, is_done, mark_done
@@ -66,6 +69,7 @@ class Start:
     stop: StopRequest
     args: argparse.Namespace
     trivial: dict[str, float] | None
+    decision: Decision
 
 
 def main() -> int:
@@ -75,16 +79,19 @@ def main() -> int:
     if not KIND_FACTS[task.kind].is_trained:
         raise ConfigError(f"{args.task}: a {task.kind} task has nothing to train: score.py scores a folder on it")
     run_dir: Path = (args.run_dir or Path("runs") / task.name).absolute()
+    folders = {seed: run_dir / f"seed_{seed}" for seed in args.seeds or ()}
     ds = replace(load_ds_config(args.deepspeed_config), recipe_name=str(args.task))
+    task = settled(task, ds.settings)
     ranks = read_ranks()
     stop = StopRequest()
     stop.install(speaks=ranks.is_main)
     follow_launcher(stop)
     with joined_ranks(ranks):
-        folders = {seed: run_dir / f"seed_{seed}" for seed in args.seeds or ()}
-        refuse_foreign_folders(list(folders.values()) or [run_dir], export="hf")
+        run_dirs = list(folders.values()) or [run_dir]
+        refuse_foreign_folders(run_dirs, export="hf")
         refuse_foreign_folders([run_dir])
-        start = open_task(task, ds, args=args, ranks=ranks, stop=stop)
+        start = open_task(task, ds, args=args, ranks=ranks, stop=stop, run_dirs=run_dirs)
+        task = with_precision(task, start.decision.precision)
         if not folders:
             return finetune(task, run_dir, start=start)
         on_main_rank(lambda: open_run_folder(run_dir))
@@ -120,8 +127,10 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def open_task(task: TaskConfig, ds: DsConfig, *, args: argparse.Namespace, ranks: Ranks, stop: StopRequest) -> Start:
-    """Read model, tokenizer and rows; a collective."""
+def open_task(
+    task: TaskConfig, ds: DsConfig, *, args: argparse.Namespace, ranks: Ranks, stop: StopRequest, run_dirs: list[Path]
+) -> Start:
+    """Read model, tokenizer and rows, and decide the precision of all seeds; a collective."""
     tokenizer = load_tokenizer(args.model)
     check_tokenizer(args.model, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
     pretrained = load_pretrained(args.model)
@@ -130,7 +139,9 @@ def open_task(task: TaskConfig, ds: DsConfig, *, args: argparse.Namespace, ranks
     trivial = None
     if args.trivial:
         trivial = on_main_rank(lambda: trivial_figures(task, rows))
-    return Start(ds, pretrained, tokenizer, rows, ranks, stop, args, trivial)
+    earlier = [] if args.resume == "never" else run_dirs
+    decision = decide_precision(task.training.precision, pretrained.config, earlier=earlier)
+    return Start(ds, pretrained, tokenizer, rows, ranks, stop, args, trivial, decision)
 
 
 def finetune(task: TaskConfig, run_dir: Path, *, start: Start) -> int:
@@ -142,6 +153,7 @@ def finetune(task: TaskConfig, run_dir: Path, *, start: Start) -> int:
     descriptions = {"task_config.json": dump_task(task), "ds_config.json": json.dumps(ds_config, indent=2) + "\n"}
     enter_run_folder(run_dir, descriptions, resume=start.args.resume)
     log = RunLog(run_dir, ranks, total_steps=plan.training.total_steps)
+    start.decision.say(log.info)
     write_environment(run_dir, ranks, devices=[device_name()])
     on_main_rank(lambda: start.tokenizer.save(run_dir / "tokenizer"))
     state, best = run_training(plan, ds_config, run_dir, start=start, log=log)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bert_ds.command_line import add_launch_options, make_parser, run_main
 from bert_ds.configuration.ds_config import load_pair, resolve_ds_config
+from bert_ds.configuration.precision import decided, with_precision
 from bert_ds.configuration.run_config import RunConfig, dump_run_config
 from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table
 from bert_ds.corpus.collate import PackedBatch, with_teacher_counts
@@ -40,6 +41,7 @@ from bert_ds.training.engine import make_engine
 from bert_ds.training.evaluation import Evaluation, evaluate
 from bert_ds.training.fp32_weights import load_fp32_state_dict
 from bert_ds.training.hang_watchdog import Heartbeat, watched_for_hangs
+from bert_ds.training.launch_precision import decide_precision
 from bert_ds.training.optimizers import make_optimizer
 from bert_ds.training.probe import fits_in_memory, largest_that_fits, probe_longest
 from bert_ds.training.process_group import device_name, joined_ranks
@@ -58,22 +60,25 @@ def main() -> int:
     run, ds = load_pair(args.run, args.deepspeed_config, overrides=[*args.set, *initial])
     ranks = read_ranks()
     plan = make_plan(run, ds, ranks.world_size)
-    ds_config = resolve_ds_config(run, ds, ranks.world_size, run_dir=str(args.run_dir))
     stop = StopRequest()
     stop.install(speaks=ranks.is_main)
     follow_launcher(stop)
     with joined_ranks(ranks):
-        return pretrain(plan, ds_config, ranks, args=args, stop=stop)
+        return pretrain(plan, ranks, args=args, stop=stop)
 
 
-def pretrain(
-    plan: RunPlan, ds_config: dict[str, Any], ranks: Ranks, *, args: argparse.Namespace, stop: StopRequest
-) -> int:
+def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: StopRequest) -> int:
     """Run folder, corpus, engine, loop; a collective. Returns the exit code."""
-    run, run_dir = plan.run, args.run_dir
+    run_dir = args.run_dir
+    earlier = [] if args.resume == "never" else [run_dir]
+    decision = decide_precision(plan.run.training.precision, plan.run.model, earlier=earlier)
+    run = with_precision(plan.run, decision.precision)
+    plan = make_plan(run, plan.ds, ranks.world_size)
+    ds_config = resolve_ds_config(run, plan.ds, ranks.world_size, run_dir=str(run_dir))
     descriptions = {"run_config.json": dump_run_config(run), "ds_config.json": json.dumps(ds_config, indent=2) + "\n"}
     enter_run_folder(run_dir, descriptions, resume=args.resume)
     log = RunLog(run_dir, ranks, total_steps=run.training.total_steps)
+    decision.say(log.info)
     write_environment(run_dir, ranks, devices=[device_name()])
     data = open_corpus(run, run_dir, log=log)
     engine = build_engine(plan, ds_config, run_dir)
@@ -226,7 +231,7 @@ def make_throughput(plan: RunPlan, data: PretrainingData) -> Throughput:
     return Throughput(
         world_size=plan.world_size,
         flops_per_token=plan.flops_per_token(mean_length),
-        peak_flops_per_rank=peak_flops(device_name(), plan.run.training.precision),
+        peak_flops_per_rank=peak_flops(device_name(), decided(plan.run.training.precision)),
     )
 
 

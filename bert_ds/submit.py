@@ -25,6 +25,7 @@ if __name__ == "__main__":  # a script run by path finds its package beside itse
 from bert_ds.command_line import make_parser, run_main
 from bert_ds.configuration.ds_config import load_pair
 from bert_ds.configuration.job_config import JobConfig, parse_job_config
+from bert_ds.configuration.precision import planned
 from bert_ds.configuration.run_config import ConfigError
 from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table
 from bert_ds.reporting.run_log import write_json
@@ -127,7 +128,7 @@ def speed_of(args: argparse.Namespace, plan: RunPlan) -> Speed | None:
         return Speed(args.tokens_per_s, "given")
     if args.like is not None:
         return speed_of_run(args.like, world_size=plan.world_size)
-    peak = peak_flops(args.gpu, plan.run.training.precision) if args.gpu else None
+    peak = peak_flops(args.gpu, planned(plan.run.training.precision)) if args.gpu else None
     return speed_at_mfu(plan, peak_flops=peak, mfu=args.mfu, gpu=args.gpu) if peak else None
 
 

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bert_ds.configuration.precision import Trained, planned, with_precision
+
 RECIPE: dict[str, Any] = {
     "name": "tiny",
     "model": {
@@ -20,7 +22,7 @@ RECIPE: dict[str, Any] = {
     "corpus": {"type": "embedded", "vocab_size": 4096},
     "optimizer": {"type": "lamb", "lr": 0.002},
     "schedule": {"type": "linear", "warmup_steps": 10},
-    "training": {"total_steps": 100, "train_batch_size": 48},
+    "training": {"total_steps": 100, "train_batch_size": 48, "precision": "bf16"},
 }
 
 DEEPSPEED: dict[str, Any] = {
@@ -47,6 +49,11 @@ def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     else:
         block[last] = value
     return result
+
+
+def launched(run: Trained) -> Trained:
+    """Return a recipe or task as a launch makes it that decides for fp32 where the file leaves that open."""
+    return with_precision(run, planned(run.training.precision))
 
 
 def write_json(folder: Path, name: str, content: Any) -> Path:

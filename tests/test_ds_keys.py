@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from config_cases import DEEPSPEED, changed, write_json
+from config_cases import DEEPSPEED, changed, launched, write_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -160,7 +160,7 @@ def test_whatever_is_accepted_is_understood_by_deepspeed(tmp_path: Path, name: s
     path = write_json(tmp_path, "ds.json", changed({"zero_optimization": {"stage": stage}}, name, value))
     try:
         run, ds = load_pair(None, path)
-        effective = resolve_ds_config(run, ds, 1)
+        effective = resolve_ds_config(launched(run), ds, 1)
     except ConfigError:
         return
     DeepSpeedConfig(effective)

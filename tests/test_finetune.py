@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,15 @@ def test_a_small_task_is_learned_and_everything_about_it_is_written(finished: tu
     }
 
 
+def test_seeds_share_a_precision_that_is_decided_once(finished: tuple[Path, Path]) -> None:
+    logs = [(finished[1] / f"seed_{seed}/logs/rank_0.log").read_text() for seed in (1, 2)]
+    lines = [re.search(r"training.precision auto: (\w+); .*", log) for log in logs]
+    assert lines[0] is not None and lines[1] is not None and lines[0][0] == lines[1][0]
+    for seed in (1, 2):
+        written = json.loads((finished[1] / f"seed_{seed}/task_config.json").read_text())
+        assert written["training"]["precision"] == lines[0][1]
+
+
 def test_predictions_are_in_glues_format_and_give_the_accuracy(finished: tuple[Path, Path]) -> None:
     run_dir = finished[1] / "seed_1"
     header, *rows = (run_dir / "predictions/validation/predictions.tsv").read_text().splitlines()
@@ -96,6 +106,8 @@ def test_a_run_killed_before_its_last_checkpoint_repeats_its_losses_and_its_resu
     shutil.rmtree(killed / "checkpoints/global_step72")
     again = finetune(task, tiny_export, killed, "--seed", 1, "--resume", "must", "--trivial")
     assert again.returncode == 0, again.stderr
+    kept = json.loads((whole / "task_config.json").read_text())["training"]["precision"]
+    assert f"training.precision auto: {kept}, as in {killed}" in again.stdout
     assert "resumed from" in again.stdout and "global_step70" in again.stdout
     assert losses(killed) == losses(whole)
     assert json.loads((killed / "results.json").read_text()) == json.loads((whole / "results.json").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -77,7 +78,13 @@ def make_workshop(folder: Path) -> Path:
         "sequences": {"max_seq_length": 32, "sentence_pair": "sop"},
         "optimizer": {"type": "adamw", "lr": 5e-3},
         "schedule": {"type": "linear", "warmup_steps": 2},
-        "training": {"total_steps": TOTAL_STEPS, "train_batch_size": 8, "log_every_steps": 1, "num_workers": 1},
+        "training": {
+            "total_steps": TOTAL_STEPS,
+            "train_batch_size": 8,
+            "precision": "bf16",
+            "log_every_steps": 1,
+            "num_workers": 1,
+        },
         "evaluation": {"num_examples": 16, "batch_size": 8},
         "checkpoints": {"every_steps": 4, "keep_last": 2},
     }
@@ -108,7 +115,10 @@ def evaluated(run_dir: Path) -> tuple[float, dict[str, float]]:
 
 def test_a_step_can_be_replayed_alone_and_shows_its_examples_and_gradients(workshop: Path, finished_run: Path) -> None:
     before = (finished_run / "metrics.jsonl").read_text()
-    replayed = run(*pretrain_command(workshop, finished_run, "--replay_step", 10))
+    # In a machine without bf16 instructions, where a new run would compute in fp32, the run keeps its precision.
+    auto, old_machine = ("--set", "training.precision=auto"), {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    replayed = run(*pretrain_command(workshop, finished_run, "--replay_step", 10, *auto), env=old_machine)
+    assert "training.precision auto: bf16, as in " in replayed.stdout
     assert replayed.returncode == 0, replayed.stdout + replayed.stderr
     assert "step 10, batch 10, on the weights of step 8" in replayed.stdout
     part = json.loads(replayed.stdout.split("rank 0 micro-step 0: ")[1].splitlines()[0])
@@ -153,7 +163,7 @@ def test_a_run_of_two_ranks_continues_on_one_with_the_losses_it_would_have_had(w
     shutil.copytree(together, resized)
     shutil.rmtree(resized / "checkpoints/global_step12")
     (resized / "DONE").unlink()
-    settings = [f"--set={key}" for key in (*WITHOUT_DROPOUT, "training.precision=fp32")]
+    settings = [f"--set={key}" for key in (*WITHOUT_DROPOUT, "training.precision=auto")]
     resumed = run(*pretrain_command(workshop, resized, "--resume", "must", *settings))
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert (resized / "DONE").exists()
@@ -260,7 +270,19 @@ def test_damaged_shards_end_with_exit_code_3_and_the_file_s_name(workshop: Path,
 
 
 def test_a_dry_run_takes_one_step_and_prints_the_memory(workshop: Path) -> None:
-    tried = run(*pretrain_command(workshop, workshop / "runs/dry", "--dry_run"))
+    tried = run(*pretrain_command(workshop, workshop / "runs/dry", "--dry_run", "--set", "training.precision=auto"))
     assert tried.returncode == 0, tried.stderr
     assert "GiB at its peak" in tried.stdout
     assert not list((workshop / "runs/dry").glob("checkpoints/*"))
+
+
+def test_a_precision_that_is_decided_at_the_launch_is_said_and_written_down(workshop: Path) -> None:
+    """Follows the test above, which leaves the folder of a run whose recipe says "auto"."""
+    run_dir = workshop / "runs/dry"
+    log = (run_dir / "logs/rank_0.log").read_text()
+    said = re.search(r"training.precision auto: (fp32|bf16); .* GFLOP/s in fp32 and .* in bf16 on 1 threads", log)
+    assert said is not None, log
+    described = json.loads((run_dir / "run_config.json").read_text())["training"]["precision"]
+    effective = json.loads((run_dir / "ds_config.json").read_text())
+    assert (described, effective["data_types"]["param_dtype"]) == (said[1], said[1])
+    assert effective["bf16"]["enabled"] == (said[1] == "bf16")

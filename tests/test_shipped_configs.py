@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from config_cases import write_json
+from config_cases import launched, write_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -36,6 +36,7 @@ def test_the_promised_files_are_shipped() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_pairing_is_legal_on_1_and_8_ranks(recipe: Path, deepspeed: Path) -> None:
     run, ds = load_pair(recipe, deepspeed)
+    run = launched(run)
     for world_size in (1, 8):
         effective = resolve_ds_config(run, ds, world_size)
         plan = make_plan(run, ds, world_size)
@@ -121,7 +122,7 @@ def load_damaged(folder: Path, original: Path, content: Any) -> tuple[Any, Any]:
     is_recipe = original in RECIPES
     run, ds = load_pair(damaged if is_recipe else None, DEEPSPEED[2] if is_recipe else damaged)
     make_plan(run, ds, 2)
-    return json.loads(dump_run_config(run)), resolve_ds_config(run, ds, 2)
+    return json.loads(dump_run_config(run)), resolve_ds_config(launched(run), ds, 2)
 
 
 @FUZZ

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from config_cases import launched
 from downstream_cases import review_task, task_of
 
 from bert_ds.configuration.ds_config import load_ds_config, resolve_ds_config
@@ -106,7 +107,7 @@ def test_a_truncated_file_is_no_task(tmp_path: Path) -> None:
 
 
 def test_epochs_become_steps_and_the_deepspeed_file_gets_the_batch(tmp_path: Path) -> None:
-    task = load_task(review_task(tmp_path, training={"epochs": 2.5, "train_batch_size": 8}))
+    task = launched(load_task(review_task(tmp_path, training={"epochs": 2.5, "train_batch_size": 8})))
     plan = trained_task(task, ModelConfig(vocab_size=100), num_sequences=50)
     assert plan.training.total_steps == 16
     assert plan.every_steps(1.0, num_sequences=50) == 7

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from bert_ds.configuration.config_problems import Problem, describe, did_you_mean, one_of
 from bert_ds.configuration.ds_keys import leaves
+from bert_ds.configuration.precision import Precision, Trained, with_precision
 from bert_ds.configuration.run_config import RunConfig, TrainedRun
 
 _DTYPES = {"half": "fp16", "float16": "fp16", "bfloat16": "bf16", "float": "fp32", "float32": "fp32"}
@@ -52,13 +53,36 @@ class Owned(NamedTuple):
 def owned_settings(run: TrainedRun) -> list[Owned]:
     """Return what the recipe decides, as far as it does not depend on the number of ranks."""
     training = run.training
-    return [
+    owned = [
         Owned("train_batch_size", "training.train_batch_size", training.train_batch_size),
         Owned("gradient_clipping", "training.gradient_clipping", training.gradient_clipping),
+    ]
+    if training.precision == "auto":
+        return owned
+    return [
+        *owned,
         Owned("bf16.enabled", "training.precision", training.precision == "bf16"),
         Owned("fp16.enabled", "training.precision", training.precision == "fp16"),
         Owned("data_types.param_dtype", "training.precision", training.precision),
     ]
+
+
+def fixed_precision(settings: dict[str, Any]) -> Precision | None:
+    """Return the precision that a DeepSpeed file fixes for a run that leaves it open; None where it does not either."""
+    given = dict(leaves(settings))
+    spelled = str(given.get("data_types.param_dtype"))
+    dtype = _DTYPES.get(spelled, spelled)
+    low: tuple[Precision, ...] = ("bf16", "fp16")
+    for name in low:
+        if given.get(f"{name}.enabled") is True or dtype == name:
+            return name
+    return "fp32" if given.get("bf16.enabled") is False or dtype == "fp32" else None
+
+
+def settled(run: Trained, settings: dict[str, Any]) -> Trained:
+    """Return a recipe or a task with the precision that the DeepSpeed file fixes, where it leaves that open itself."""
+    fixed = fixed_precision(settings) if run.training.precision == "auto" else None
+    return run if fixed is None else with_precision(run, fixed)
 
 
 def disagreements(run: TrainedRun, settings: dict[str, Any], recipe_name: str) -> list[Problem]:
@@ -88,11 +112,6 @@ def recipe_overrides(settings: dict[str, Any], default: RunConfig, problems: lis
     for path in ("train_batch_size", "gradient_clipping"):
         if given.get(path, "auto") != "auto":
             result[f"training.{path}"] = given[path]
-    said = {name: given.get(f"{name}.enabled", "auto") for name in ("bf16", "fp16")}
-    if True in said.values():
-        result["training.precision"] = "bf16" if said["bf16"] is True else "fp16"
-    elif said.get(default.training.precision) is False:
-        result["training.precision"] = "fp32"
     block = settings.get("optimizer", {})
     if block.get("type", "auto") != "auto":
         result["optimizer"] = _optimizer_from_block(block, default, problems)

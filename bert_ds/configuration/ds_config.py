@@ -25,11 +25,12 @@ from bert_ds.configuration.config_files import (
     shipped_file,
 )
 from bert_ds.configuration.config_problems import Problem
-from bert_ds.configuration.ds_agreement import disagreements, recipe_overrides
+from bert_ds.configuration.ds_agreement import disagreements, recipe_overrides, settled
 from bert_ds.configuration.ds_batch import MicroBatch, split_batch
 from bert_ds.configuration.ds_effective import effective_settings
 from bert_ds.configuration.ds_keys import check_settings, setting_names
 from bert_ds.configuration.ds_support import unsupported_settings
+from bert_ds.configuration.precision import PrecisionSetting
 from bert_ds.configuration.run_config import RunConfig, TrainedRun, load_run_config, parse_run_config
 
 DEFAULT_RECIPE = "recipes/embedded_default.json"
@@ -112,7 +113,7 @@ def load_pair(
     except ConfigError as error:
         messages.append(str(error))
     try:
-        run = load_run_config(run_path, overrides)
+        run = settled(load_run_config(run_path, overrides), settings)
     except ConfigError as error:
         messages.append(str(error))
         _refuse_swapped(run_path, file)
@@ -156,7 +157,7 @@ def resolve_ds_config(run: TrainedRun, ds: DsConfig, world_size: int, *, run_dir
     DeepSpeed wraps them.
 
     Args:
-        run: the recipe, or a task.
+        run: the recipe, or a task; its precision is decided.
         ds: the DeepSpeed file.
         world_size: number of ranks.
         run_dir: where monitors write that have no output_path of their own; None leaves that to DeepSpeed.
@@ -178,7 +179,8 @@ def raise_ds_problems(ds: DsConfig, problems: Sequence[Problem]) -> None:
     raise_problems(ConfigFile(ds.name, "", {}), problems)
 
 
-_SPELLINGS = {
+_SPELLINGS: dict[PrecisionSetting, tuple[str, ...]] = {
+    "auto": (),
     "fp32": ("fp32", "float32", "float"),
     "bf16": ("bf16", "bfloat16"),
     "fp16": ("fp16", "float16", "half"),
@@ -196,7 +198,7 @@ def _default_run(ds: DsConfig | None, overrides: Sequence[str]) -> RunConfig:
         file.overridden[dotted] = ds.name
     raise_ds_problems(ds, problems)
     apply_overrides(file, overrides)
-    return parse_run_config(file)
+    return settled(parse_run_config(file), ds.settings)
 
 
 def _load_default_pair(ds_path: str | Path, overrides: Sequence[str]) -> tuple[RunConfig, DsConfig]:

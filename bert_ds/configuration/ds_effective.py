@@ -8,6 +8,7 @@ from typing import Any
 from bert_ds.configuration.ds_batch import MicroBatch
 from bert_ds.configuration.ds_keys import known_settings
 from bert_ds.configuration.ds_support import SWITCHED_OFF
+from bert_ds.configuration.precision import Precision, decided
 from bert_ds.configuration.run_config import TrainedRun
 
 _WRITTEN_OUT = (
@@ -26,7 +27,7 @@ def effective_settings(
     """Return the settings with every value explicit; `settings` is consumed.
 
     Args:
-        run: the recipe, or a task.
+        run: the recipe, or a task; its precision is decided.
         settings: a checked DeepSpeed file that agrees with it.
         batch: micro-batch and accumulation.
         run_dir: where monitors write that have no output_path.
@@ -45,9 +46,10 @@ def effective_settings(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+    precision = decided(training.precision)
     for name in ("bf16", "fp16"):
-        result[name]["enabled"] = training.precision == name
-    _fill_data_types(result["data_types"], training.precision, stage=zero["stage"])
+        result[name]["enabled"] = precision == name
+    _fill_data_types(result["data_types"], precision, stage=zero["stage"])
     if result["communication_data_type"] in (None, "auto"):
         # DeepSpeed's own default rounds what was summed in fp32 to the precision of the model on its way to the other
         # ranks: by 0.4 % in bf16, and differently for every number of ranks.
@@ -81,7 +83,7 @@ def _is_block(value: Any, node: dict[str, Any]) -> bool:
     return isinstance(value, dict) and "keys" in node
 
 
-def _fill_data_types(data_types: dict[str, Any], precision: str, *, stage: int) -> None:
+def _fill_data_types(data_types: dict[str, Any], precision: Precision, *, stage: int) -> None:
     # Stage 0 refuses to accumulate in another dtype than the weights' (engine.py, _do_optimizer_sanity_check). Stage 1
     # in bf16 with fp32 accumulation and no offload becomes BF16_Optimizer there.
     if data_types["grad_accum_dtype"] in (None, "auto"):

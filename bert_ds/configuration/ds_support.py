@@ -128,6 +128,8 @@ def _combinations(settings: dict[str, Any], given: dict[str, Any]) -> list[Probl
             problems.append(Problem(f"{path}.device", f'"nvme" needs zero_optimization.stage 3, which is {stage}'))
         if device == "nvme" and not block.get("nvme_path"):
             problems.append(Problem(f"{path}.nvme_path", 'is missing, wanted a folder: device is "nvme"'))
+    if given.get("bf16.enabled") is True and given.get("fp16.enabled") is True:
+        problems.append(Problem("fp16.enabled", "found true, but bf16.enabled is true too: wanted one of them"))
     if given.get("bf16.immediate_grad_update") and stage != 1:
         problems.append(Problem("bf16.immediate_grad_update", f"is for stage 1, the stage is {stage}: {_UNUSED}"))
     if (bucket := zero.get("allgather_bucket_size", 2)) % 2 or bucket == 0:

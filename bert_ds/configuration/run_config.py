@@ -46,6 +46,7 @@ from bert_ds.configuration.corpus_config import (
 )
 from bert_ds.configuration.distillation_config import DistillationConfig
 from bert_ds.configuration.optimizer_config import AdamWConfig, LambConfig, OptimizerConfig, ScheduleConfig
+from bert_ds.configuration.precision import PrecisionSetting
 
 __all__ = [
     "IGNORE_INDEX",
@@ -136,8 +137,8 @@ class TrainingConfig(Section):
     """Optimizer steps of the whole run."""
     train_batch_size: Annotated[int, Field(ge=1, le=2**24)]
     """Examples per optimizer step over all ranks: micro-batch x accumulation x ranks."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Dtype of weights and activations in forward and backward; optimizer state is always fp32."""
+    precision: PrecisionSetting = "auto"
+    """Dtype of weights and activations; optimizer state is always fp32. auto: bf16 on CUDA and where it is faster."""
     gradient_clipping: NonNegativeFloat = 1.0
     """Global gradient norm is clipped to this; 0 switches clipping off."""
     kernels: Literal["auto", "triton", "torch"] = "auto"

@@ -11,6 +11,7 @@ from bert_ds.configuration.config_files import ConfigError
 from bert_ds.configuration.config_problems import Problem
 from bert_ds.configuration.ds_batch import MicroBatch, split_batch
 from bert_ds.configuration.ds_config import DsConfig, pair_problems
+from bert_ds.configuration.precision import planned, precision_text
 from bert_ds.configuration.run_checks import (
     corpus_tokens,
     named_files,
@@ -169,7 +170,10 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
     run, length = plan.run, plan.run.sequences.max_seq_length
     flops = plan.flops_per_token(length)
     rows = [
-        ("run", f"{run.name}: {run.optimizer.type}, {run.training.precision}, ZeRO stage {plan.zero_stage}"),
+        (
+            "run",
+            f"{run.name}: {run.optimizer.type}, {precision_text(run.training.precision)}, ZeRO stage {plan.zero_stage}",
+        ),
         (
             "global batch",
             f"{plan.train_batch_size:,} = {plan.micro_batch_size} micro-batch x {plan.accumulation} accumulation "
@@ -209,7 +213,7 @@ def _rank_problems(ds: DsConfig, world_size: int) -> list[Problem]:
 
 def _spread_warnings(run: RunConfig, ds: DsConfig, batch: MicroBatch) -> list[str]:
     warnings = []
-    if ds.zero_stage == 0 and run.training.precision == "bf16" and batch.accumulation > 1:
+    if ds.zero_stage == 0 and planned(run.training.precision) == "bf16" and batch.accumulation > 1:
         warnings.append(
             f"stage 0 accumulates {batch.accumulation} micro-steps in bf16, which costs precision; stages 1 to 3 "
             "accumulate in fp32"

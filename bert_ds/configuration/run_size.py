@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from bert_ds.configuration.precision import Precision, planned
 from bert_ds.configuration.run_config import ModelConfig, RunConfig
 
 FLOPS_SOURCE = (
@@ -15,7 +16,7 @@ FLOPS_SOURCE = (
     "attention scores and values, vocabulary head on masked positions only"
 )
 
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 class MemoryEstimate(NamedTuple):
@@ -93,7 +94,7 @@ def activation_bytes(run: RunConfig, micro_batch_size: int, *, recompute: bool) 
         micro_batch_size: sequences, taken as max_seq_length long.
         recompute: with activation checkpointing only T D per layer is kept, and one layer in full.
     """
-    model, width = run.model, _BYTES[run.training.precision]
+    model, width = run.model, _BYTES[planned(run.training.precision)]
     tokens = micro_batch_size * run.sequences.max_seq_length
     layer = tokens * (8 * model.hidden_size + 2 * model.intermediate_size)
     if run.training.kernels == "torch":
@@ -122,7 +123,7 @@ def memory_estimate(
         num_fixed: parameters of a teacher, which every rank holds whole.
     """
     number = count_parameters(run.model, has_pair_head=run.sequences.sentence_pair != "none")
-    width = _BYTES[run.training.precision]
+    width = _BYTES[planned(run.training.precision)]
     shard = -(-number // world_size)
     low = width == 2
     moments = 4 if run.optimizer.type == "lion" else 8
@@ -143,7 +144,7 @@ def memory_estimate(
 def checkpoint_bytes(run: RunConfig, *, stage: int) -> int:
     """Estimate one checkpoint of all ranks: weights in the training precision, fp32 master and moments."""
     number = count_parameters(run.model, has_pair_head=run.sequences.sentence_pair != "none")
-    width = _BYTES[run.training.precision]
+    width = _BYTES[planned(run.training.precision)]
     moments = 4 if run.optimizer.type == "lion" else 8
     master = 4 if width == 2 or stage > 0 else 0
     weights = 0 if stage == 3 else width

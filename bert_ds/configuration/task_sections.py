@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from bert_ds.configuration.config_section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from bert_ds.configuration.precision import PrecisionSetting
 
 
 class FreezeConfig(Section):
@@ -29,8 +30,8 @@ class TaskTrainingConfig(Section):
     """Optimizer steps, instead of epochs."""
     train_batch_size: Annotated[int, Field(ge=1, le=2**24)] = 32
     """Sequences per optimizer step over all ranks."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Dtype of weights and activations in forward and backward; optimizer state is always fp32."""
+    precision: PrecisionSetting = "auto"
+    """Dtype of weights and activations; optimizer state is always fp32. auto: bf16 on CUDA and where it is faster."""
     gradient_clipping: NonNegativeFloat = 1.0
     """Global gradient norm is clipped to this; 0 switches clipping off."""
     kernels: Literal["auto", "triton", "torch"] = "auto"

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from bert_ds.configuration.precision import Precision
+
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -25,12 +27,12 @@ PEAK_FLOPS = {
 """Dense bf16 and fp16 tensor-core FLOP/s by a part of the device name, from NVIDIA's data sheets."""
 
 
-def peak_flops(device_name: str, precision: str) -> float | None:
+def peak_flops(device_name: str, precision: Precision) -> float | None:
     """Return the dense peak of one device in FLOP/s, or None where it is not known.
 
     The longest entry whose words all begin the same way in the device name wins, so that "A10G" is not taken for A10.
     """
-    if precision not in ("bf16", "fp16"):
+    if precision == "fp32":
         return None
     words = device_name.replace("-", " ").replace("_", " ").split()
     known = [name for name in PEAK_FLOPS if all(word in words for word in name.split())]
