@@ -1,6 +1,6 @@
 """Storms of signals over whole launches: each run must save where it was stopped and go on as if nothing had happened.
 
-    python tests/campaign_storms.py storms [--storms 200] [--whole_imports]
+    python tests/campaign_storms.py storms [--first 0] [--storms 200] [--whole_imports]
     python tests/campaign_storms.py table
 
 A storm: up to ten SIGTERM, SIGINT, SIGUSR1 and SIGHUP at random moments within 1.5 s, each to one or all processes of a
@@ -348,7 +348,8 @@ def print_table() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("storms", "table"))
-    parser.add_argument("--storms", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--storms", type=int, default=200, metavar="N", help="up to storm N - 1")
     parser.add_argument("--whole_imports", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("runs/campaign-storms"))
     args = parser.parse_args()
@@ -359,7 +360,7 @@ def main() -> None:
     args.work = args.work.absolute()
     start_s = prepare(args.work, light=not args.whole_imports)
     recorded = {row["number"] for row in read_rows(RESULTS)}
-    for number in (number for number in range(args.storms) if number not in recorded):
+    for number in (number for number in range(args.first, args.storms) if number not in recorded):
         storm, run_dir = make_storm(number), args.work / f"storm_{number}"
         shutil.rmtree(run_dir, ignore_errors=True)
         row = weather(args.work, storm, run_dir, start_s=start_s, light=not args.whole_imports)
