@@ -7,7 +7,7 @@
 loss is the training loss, masked the validation loss at [MASK].
 
 running: makes steps. waiting: in Slurm's queue, and continues by itself. stopped: on request, and continues when it is
-started again. dead: neither finished nor under way. failed, diverged: the note says why. done.
+started again. dead: neither finished nor under way. unreadable, failed, diverged: the note says why. done.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if __name__ == "__main__":  # a script run by path finds its package beside itse
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bert_ds.command_line import make_parser, run_main
+from bert_ds.configuration.config_problems import printable
 from bert_ds.configuration.run_config import ConfigError
 from bert_ds.reporting.run_overview import STATES, RunOverview, find_runs, read_overview
 from bert_ds.slurm_queue import read_queue
@@ -129,7 +130,7 @@ def cells(one: RunOverview, *, now: float) -> tuple[str, ...]:
     total = f"/{one.total_steps:,}" if one.total_steps is not None else ""
     job = " ".join(part for part in (one.job, (one.job_state or "").lower()) if part)
     return (
-        one.run_dir,
+        printable(one.run_dir),
         one.state,
         f"{one.step:,}{total}",
         "" if one.loss is None else f"{one.loss:.4f}",

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from bert_ds.configuration.run_config import ConfigError
-from bert_ds.training.run_lock import DEAD_AFTER_S, LOCK, lock_run_folder
+from bert_ds.reporting.run_pulse import LOCK
+from bert_ds.training.run_lock import DEAD_AFTER_S, lock_run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 OWNER = """

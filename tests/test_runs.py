@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import platform
 import select
 import signal
 import stat
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 
 from bert_ds.reporting.run_overview import TAIL_BYTES, RunOverview, find_runs, read_overview
+from bert_ds.reporting.run_pulse import LOCK, RENEWED_EVERY_S
 from bert_ds.slurm_queue import QueuedJob, parse_queue
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,6 +137,101 @@ def test_without_slurm_a_run_that_was_asked_to_stop_is_stopped(tmp_path: Path) -
     (run_dir / "logs").mkdir()
     (run_dir / "logs/rank_0.log").write_text("INFO asked to stop (SIGTERM), saving at step 40\nINFO saved\n")
     assert (overview(run_dir).state, overview(run_dir).note) == ("stopped", "--resume auto continues it")
+
+
+def lock(run_dir: Path, *, host: str, age_s: float) -> None:
+    (run_dir / LOCK).write_text(json.dumps({"host": host, "pid": 7}))
+    os.utime(run_dir / LOCK, (NOW - age_s, NOW - age_s))
+
+
+def test_a_held_lock_is_a_running_run_and_a_free_one_is_not_at_once(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "a", metrics=rows(40, age_s=0.5), done={"step": 40})
+    lock(run_dir, host=platform.node(), age_s=5)
+    with (run_dir / LOCK).open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert overview(run_dir).state == "running"
+    assert overview(run_dir).state == "done"
+    (run_dir / "DONE").unlink()
+    assert (overview(run_dir).state, overview(run_dir).note) == ("dead", "no sign of life; --resume auto continues it")
+    (run_dir / "logs").mkdir()
+    (run_dir / "logs/rank_0.log").write_text(
+        "INFO step 40/100  loss 8\nINFO asked to stop (SIGTERM), saving\nINFO saved\n"
+    )
+    assert overview(run_dir).state == "stopped"
+
+
+def test_where_machines_share_no_lock_a_run_is_running_while_its_lock_is_renewed(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "a", metrics=rows(40, age_s=0.5))
+    lock(run_dir, host="another-node", age_s=9)
+    assert overview(run_dir).state == "running"
+    lock(run_dir, host="another-node", age_s=10.5)
+    assert overview(run_dir).state == "dead"
+    assert 3 * RENEWED_EVERY_S < 10
+
+
+def test_looking_leaves_the_lock_to_whoever_starts_next(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "a", metrics=rows(40))
+    lock(run_dir, host=platform.node(), age_s=5)
+    before = (run_dir / LOCK).stat().st_mtime
+    overview(run_dir)
+    with (run_dir / LOCK).open() as free:
+        fcntl.flock(free, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert (run_dir / LOCK).stat().st_mtime == before
+
+
+def test_a_run_that_went_on_after_a_stop_and_one_that_could_not_save_are_dead(tmp_path: Path) -> None:
+    asked = "INFO asked to stop (SIGTERM), saving at step 40\n"
+    for name, after in (
+        ("a", "INFO step 41/100  loss 8.6\n"),
+        ("b", "WARNING checkpoint was not written: disk full\n"),
+    ):
+        run_dir = make_run(tmp_path / name, metrics=rows(40, age_s=5000))
+        (run_dir / "logs").mkdir()
+        (run_dir / "logs/rank_0.log").write_text(asked + after)
+        assert overview(run_dir).state == "dead"
+    assert "disk full" in overview(run_dir).note
+
+
+def damaged(folder: Path) -> list[Path]:
+    """Run folders with what no run writes."""
+    made = [make_run(folder / f"broken_{index}", metrics=rows(4)) for index in range(7)]
+    (made[0] / "metrics.jsonl").write_text('{"kind": "train", "step": "four", "time": 1}\n')
+    (made[1] / "metrics.jsonl").write_text('{"kind": "train", "step": 4, "loss": [1], "time": 1}\n')
+    (made[2] / "metrics.jsonl").write_text('{"kind": "train", "step": 4, "time": "noon"}\n')
+    (made[3] / "run_config.json").write_text("[" * 100_000)
+    for path, name in ((made[4], "metrics.jsonl"), (made[5], "restarts.json"), (made[6], LOCK)):
+        (path / name).unlink(missing_ok=True)
+        os.mkfifo(path / name)
+    return made
+
+
+def test_a_broken_run_folder_is_a_row_that_says_so_and_the_others_are_shown(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    damaged(folder)
+    make_run(folder / "whole", metrics=rows(100), done={"step": 100})
+    os.mkdir(os.fsencode(folder) + b"/bro\xffken")
+    (folder / "bro\udcffken/slurm_job").write_text("17")
+    shown = runs(folder)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    states = {line.split()[0].rpartition("/")[2]: line for line in shown.stdout.splitlines()[1:]}
+    assert [name for name, line in states.items() if "unreadable" in line] == [f"broken_{index}" for index in range(4)]
+    assert 'metrics.jsonl: step: found "four", wanted a number' in states["broken_0"]
+    assert "done" in states["whole"] and "bro\\udcffken" in states
+    assert len(states) == 9
+
+
+def test_a_folder_that_may_not_be_listed_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "runs/a", metrics=rows(4))
+    make_run(tmp_path / "runs/b", metrics=rows(100), done={"step": 100})
+    whole = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("runs/a"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may list everything
+    assert [overview(path).state for path in find_runs(tmp_path)] == ["unreadable", "done"]
 
 
 def test_the_length_of_a_fine_tuning_is_read_from_its_log(tmp_path: Path) -> None:

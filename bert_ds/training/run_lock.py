@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from bert_ds.configuration.run_config import ConfigError
+from bert_ds.reporting.run_pulse import LOCK, RENEWED_EVERY_S
 
-LOCK = "run.lock"
-RENEWED_EVERY_S = 20.0
 DEAD_AFTER_S = 180.0
 """A lock of another machine that has not been renewed for so long is nobody's."""
 PATIENCE_S = 15.0
