@@ -12,6 +12,9 @@ EXIT_CHECKPOINT = 4
 EXIT_DIVERGED = 5
 EXIT_RUN_AGAIN = 75
 
+LAUNCHER_PATIENCE_S = 30
+"""DeepSpeed's launcher kills its ranks so long after SIGTERM or SIGINT; `bert-ds` and Slurm's scripts wait."""
+
 
 class DataError(ValueError):
     """Input text, shards or tokenizer are unusable; the message names the file and what is wanted."""

@@ -50,7 +50,7 @@ open("rank.part", "w").write(str(os.getpid()))
 os.rename("rank.part", "rank")
 while not stop.requested:
     time.sleep(0.02)
-time.sleep(1.0)
+time.sleep(0.4)
 open("saved", "w").write(stop.reason)
 record_exit({code})
 os._exit({code})
@@ -145,7 +145,7 @@ def test_a_hang_up_is_ignored_under_nohup(tmp_path: Path, started: list) -> None
     started.append(process := start(tmp_path, ignored=(signal.SIGHUP,)))
     for pid in (process.pid, *(pid_of(tmp_path, name) for name in ("runner", "launch", "rank"))):
         os.kill(pid, signal.SIGHUP)
-    assert not wait_until((tmp_path / "saved").exists, 2)
+    assert not wait_until((tmp_path / "saved").exists, 0.7)
     assert process.poll() is None
     process.terminate()
     assert process.wait(timeout=60) == 75

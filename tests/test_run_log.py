@@ -137,3 +137,26 @@ def test_a_json_file_is_replaced_whole(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"x": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 2}
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_step_and_a_save_that_deepspeeds_launcher_would_cut_are_told_once_both_are_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(tmp_path, MAIN, total_steps=100)
+    log.start(0, {})
+    log.train_row(1, {"loss": 1.0, "seconds": 500.0})  # kernels compile
+    log.checkpoint_row(1, stall_s=2.0, background_s=19.0, num_bytes=9)
+    log.train_row(11, {"loss": 1.0, "seconds": 80.0})
+    log.checkpoint_row(11, stall_s=1.0, background_s=1.0, num_bytes=9)
+    assert "warning" not in capsys.readouterr().out
+    log.checkpoint_row(12, stall_s=2.0, background_s=21.0, num_bytes=9)
+    log.train_row(21, {"loss": 1.0, "seconds": 80.0})
+    log.checkpoint_row(21, stall_s=2.0, background_s=21.0, num_bytes=9)
+    log.close()
+    told = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert told == [
+        "warning: a step (8 s) and a save (23 s) together take longer than the 30 s that the deepspeed launcher waits "
+        "after SIGTERM or Ctrl-C before it kills: bert-ds and Slurm wait for the save"
+    ]
+    [row, *_] = read_metrics(tmp_path / "metrics.jsonl", "checkpoint")
+    assert (row["seconds"], row["background_s"], row["bytes"]) == (2.0, 19.0, 9)

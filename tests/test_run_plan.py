@@ -11,7 +11,7 @@ from config_cases import RECIPE, changed, write_json
 
 from bert_ds.configuration.ds_config import load_pair
 from bert_ds.configuration.run_config import ConfigError, ModelConfig
-from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table
+from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table, size_text
 from bert_ds.configuration.run_size import count_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,6 +129,12 @@ def test_disk_holds_the_kept_checkpoints_and_the_one_being_written(tmp_path: Pat
     plan = plan_of(tmp_path, recipe)
     assert plan.checkpoint_bytes == plan.num_parameters * 14
     assert plan.disk_bytes == plan.checkpoint_bytes * (3 + 1 + 2)
+
+
+def test_the_disk_speed_is_told_at_which_deepspeeds_launcher_lets_a_save_end(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, RECIPE)
+    told = dict(plan_table(plan))["stop on request"]
+    assert f"kills after 30 s, enough for a save above {size_text(plan.checkpoint_bytes / 30)}/s" in told
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from bert_ds.configuration.run_size import (
     memory_estimate,
     teacher_flops_per_token,
 )
+from bert_ds.ranks import LAUNCHER_PATIENCE_S
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,12 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
     rows += [_memory_row(plan, stage) for stage in (0, 1, 2, 3)]
     kept = kept_checkpoints(run)
     disk = f"{size_text(plan.checkpoint_bytes)} each, {size_text(plan.disk_bytes)} for {kept} at a time (estimate)"
-    return [*rows, ("checkpoints", disk)]
+    speed = size_text(plan.checkpoint_bytes / LAUNCHER_PATIENCE_S)
+    stop = (
+        f"after a step and a save, measured at the first one; deepspeed alone kills after {LAUNCHER_PATIENCE_S} s, "
+        f"enough for a save above {speed}/s; bert-ds and Slurm wait"
+    )
+    return [*rows, ("checkpoints", disk), ("stop on request", stop)]
 
 
 def size_text(number: float) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_ds.configuration.config_secrets import is_secret_name, is_secret_value
-from bert_ds.ranks import Ranks
+from bert_ds.ranks import LAUNCHER_PATIENCE_S, Ranks
 
 _PACKAGES = ("bert-ds", "torch", "deepspeed", "triton", "transformers", "tokenizers", "numpy", "pydantic")
 AT_MASK = "loss_mlm_masked"
@@ -46,6 +46,8 @@ class RunLog:
         self._file = -1
         self._line_end = b""
         self._bar: Any = None
+        self._last_step: int | None = None
+        self._step_s, self._save_s, self._is_told = 0.0, 0.0, False
         if self.is_main:
             path = run_dir / "metrics.jsonl"
             repair_metrics(path)
@@ -80,6 +82,9 @@ class RunLog:
     def train_row(self, step: int, values: Mapping[str, Any]) -> None:
         """Append a training row and show it: a line each time, and on a terminal a bar below the lines."""
         self.row("train", step, values)
+        if self._last_step is not None and step > self._last_step:  # the first row's time holds what is done once
+            self._note_duration(step_s=values.get("seconds", 0.0) / (step - self._last_step))
+        self._last_step = step
         self.info(step_line(step, self.total_steps, values=values))
         if self._bar:
             self._bar.update(step)
@@ -88,6 +93,11 @@ class RunLog:
         """Append an evaluation row and show it."""
         self.row("evaluation", step, values)
         self.info(f"evaluation at step {step}: " + "  ".join(f"{name} {_short(v)}" for name, v in values.items()))
+
+    def checkpoint_row(self, step: int, *, stall_s: float, background_s: float, num_bytes: int) -> None:
+        """Append the row of a save that took so many seconds of the training, and more behind it."""
+        self.row("checkpoint", step, {"seconds": stall_s, "background_s": background_s, "bytes": num_bytes})
+        self._note_duration(save_s=stall_s + background_s)
 
     def close(self) -> None:
         """Close the files and the progress bar; a second call does nothing."""
@@ -101,6 +111,18 @@ class RunLog:
             self._logger.removeHandler(handler)
             logging.getLogger("DeepSpeed").removeHandler(handler)
             handler.close()
+
+    def _note_duration(self, *, step_s: float = 0.0, save_s: float = 0.0) -> None:
+        """Say once that the end on request takes longer than DeepSpeed's launcher waits."""
+        self._step_s, self._save_s = step_s or self._step_s, save_s or self._save_s
+        is_long = min(self._step_s, self._save_s) > 0 and self._step_s + self._save_s > LAUNCHER_PATIENCE_S
+        if self.is_main and is_long and not self._is_told:
+            self._is_told = True
+            self.warning(
+                f"warning: a step ({self._step_s:.0f} s) and a save ({self._save_s:.0f} s) together take longer than "
+                f"the {LAUNCHER_PATIENCE_S} s that the deepspeed launcher waits after SIGTERM or Ctrl-C before it "
+                "kills: bert-ds and Slurm wait for the save"
+            )
 
     def _say(self, level: int, message: str) -> None:
         self._logger.log(level, message)

@@ -165,8 +165,8 @@ class CheckpointSaver:
     def _report(self, save: _Save) -> None:
         num_bytes, seconds = sum(record["bytes"] for record in (save.files or {}).values()), save.seconds()
         stall_s = seconds if save.stall_s is None else save.stall_s
-        facts = {"seconds": stall_s, "background_s": seconds - stall_s, "bytes": num_bytes}
-        self._log.row("checkpoint", save.manifest["step"], facts)
+        step = save.manifest["step"]
+        self._log.checkpoint_row(step, stall_s=stall_s, background_s=seconds - stall_s, num_bytes=num_bytes)
         behind = f", {seconds - stall_s:.1f} s more behind the training" if save.stall_s is not None else ""
         self._log.info(f"saved {save.temporary.parent / save.tag}: {num_bytes:,} bytes in {stall_s:.1f} s{behind}")
 
