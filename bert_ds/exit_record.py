@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from bert_ds.input_gate import read_json
+
 VARIABLE = "BERT_DS_EXITS"
 """Environment variable: the folder that holds the records; the job scripts set it."""
 
@@ -40,8 +42,8 @@ def read_exits(folder: Path) -> dict[int, ExitRecord]:
     """Return rank -> record, of the ranks that left one."""
     found = {}
     for path in folder.glob("rank_*.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            content = json.loads(path.read_text(encoding="utf-8"))
+        with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
+            content = read_json(path)
             rank = int(path.stem.removeprefix("rank_"))
             found[rank] = ExitRecord(int(content["code"]), str(content["message"]))
     return dict(sorted(found.items()))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from bert_ds.configuration.config_files import ConfigError
 from bert_ds.configuration.job_config import JobConfig
 from bert_ds.configuration.run_plan import RunPlan, size_text
+from bert_ds.input_gate import read_text
 from bert_ds.reporting.run_log import read_metrics
 
 SIGNAL_BEFORE_END_S = 300
@@ -78,9 +79,9 @@ def site_settings(path: Path) -> dict[str, str]:
 
     Only plain values are read: the file is a shell script and no shell runs here.
     """
-    if not path.is_file():
+    if not path.exists():
         return {}
-    matches = (_SITE_SETTING.fullmatch(line) for line in path.read_text(encoding="utf-8").splitlines())
+    matches = (_SITE_SETTING.fullmatch(line) for line in read_text(path, error=ConfigError).splitlines())
     return {match[1]: match[2] for match in matches if match is not None}
 
 

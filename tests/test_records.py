@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bert_ds.configuration.task_data_config import DataFile
+from bert_ds.downstream import records
 from bert_ds.downstream.records import pick, read_records
 from bert_ds.ranks import DataError
 
@@ -64,7 +66,7 @@ def test_the_digit_of_a_segmentation_is_cut_off_and_a_replacement_character_stay
     ("content", "form", "settings", "message"),
     [
         ("text\tlabel\na\t1\nb\n", "tsv", {}, r"file:3: found 1 columns, wanted 2 \(text, label\)"),
-        (b"text\na\n\xff\n", "tsv", {}, r'file:3: byte 7 is no UTF-8.* wants encoding "latin-1"'),
+        (b"text\na\n\xff\n", "tsv", {}, r'file:3: byte 7 is no UTF-8 \(encoding "latin-1"\?\)'),
         ("a\ta\n1\t2\n", "tsv", {}, "file:1: two columns have the same name"),
         ('{"a": 1}\n{"a": \n', "jsonl", {}, "file:2: not JSON"),
         ('"a,b\n', "csv", {}, "file:1: unexpected end of data"),
@@ -94,3 +96,46 @@ def test_a_wrong_column_is_named_with_the_nearest_one(tmp_path: Path) -> None:
     with pytest.raises(DataError, match='file:2 has no column "sentense", it has "sentence", "label"; did you mean'):
         pick(record, "sentense")
     assert (pick(record, 0), pick(record, -1), pick(record, ("none", "label"))) == ("a", "1", "1")
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(?P<text>(a|aa)+)$", "(?P<text>(.*)*)x"])
+def test_a_pattern_that_would_match_for_years_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    monkeypatch.setattr(records, "PATTERN_S", 0.2)
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"file: matching .* takes more than 0\.2 s"):
+        read(tmp_path, "a" * 60 + "b\n", "lines", pattern=pattern)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("<c>" * 1_000_000, "file: more than 64 elements in each other"),
+        ("<c>" * 65 + "</c>" * 65, "file: more than 64 elements in each other"),
+        ('<!DOCTYPE c [<!ATTLIST p a CDATA "x">]><c><p/></c>', "declares entities or attributes"),
+        ('<!DOCTYPE c [<!ENTITY % a SYSTEM "file:///etc/passwd">%a;]><c/>', "declares entities or attributes"),
+    ],
+    ids=["a million levels", "65 levels", "defaults", "outside"],
+)
+def test_xml_that_makes_much_of_little_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, content, "xml", record="p")
+    assert time.monotonic() - start < 5
+
+
+def test_elements_beside_each_other_are_no_levels(tmp_path: Path) -> None:
+    assert len(read(tmp_path, "<c>" + "<p><t>a</t></p>" * 200 + "</c>", "xml", record="p")) == 200
+
+
+@pytest.mark.parametrize("word_id", ["²", "٣", "1.", "-", "1-", "x"])
+def test_a_word_of_conllu_is_counted_in_plain_digits(tmp_path: Path, word_id: str) -> None:
+    with pytest.raises(DataError, match="file:1: the id is"):
+        read(tmp_path, f"{word_id}\ta" + "\t_" * 8 + "\n", "conllu")
+
+
+def test_empty_lines_are_rows_of_lines_except_at_the_end(tmp_path: Path) -> None:
+    assert [row["text"] for row in read(tmp_path, "a\n\nb\r\n\r\n\n", "lines")] == ["a", "", "b"]
+    assert read(tmp_path, "a\tb\n1\t\n\n2\t\n", "tsv") == [{"a": "1", "b": ""}, {"a": "2", "b": ""}]

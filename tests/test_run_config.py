@@ -140,11 +140,11 @@ def test_text_that_is_no_plain_json_object_is_refused(tmp_path: Path, text: str,
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_bytes(b'{"name": "\xff"}')
-    assert message(path) == f"{path}: byte 10 is not UTF-8"
+    assert message(path) == f'{path}:1: byte 10 is no UTF-8 (encoding "latin-1"?)'
 
 
 def test_a_file_larger_than_any_configuration_is_refused(tmp_path: Path) -> None:
-    assert "more than 200000 bytes" in message_of(tmp_path, " " * (MAX_BYTES + 1))
+    assert "has 200001 bytes, wanted at most 200000" in message_of(tmp_path, " " * (MAX_BYTES + 1))
 
 
 def test_a_fifo_does_not_block(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from bert_ds.configuration.config_problems import MAX_PROBLEMS, Problem, describe
 from bert_ds.configuration.config_secrets import is_secret_name, is_secret_value, secret_text
+from bert_ds.input_gate import read_text
 
 MAX_BYTES = 200_000
 MAX_DEPTH = 16
@@ -69,7 +69,9 @@ def read_config_file(path: str | Path) -> ConfigFile:
             kept in `problems`.
     """
     name = str(path)
-    text = _read_text(name)
+    text = read_text(name, max_bytes=MAX_BYTES, error=ConfigError)
+    if text.startswith("\ufeff"):
+        raise ConfigError(f"{name}: starts with a byte order mark; save it as UTF-8 without one")
     file = ConfigFile(name, os.path.dirname(os.path.abspath(name)), {})
     try:
         value = parse_json(text)
@@ -182,32 +184,6 @@ def _finite_float(text: str) -> float | _NotANumber:
 
 def _bounded_int(text: str) -> int | _NotANumber:
     return int(text) if len(text) <= 20 and abs(int(text)) < 2**63 else _NotANumber(text)
-
-
-def _read_text(name: str) -> str:
-    try:
-        # A FIFO without a writer would block an ordinary open.
-        descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ConfigError(f"{name}: not a regular file")
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{name}: {error.strerror}") from None
-    except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{describe(name)}: not a file name ({error})") from None
-    if len(content) > MAX_BYTES:
-        raise ConfigError(f"{name}: more than {MAX_BYTES} bytes, a configuration file is smaller")
-    if content.startswith(b"\xef\xbb\xbf"):
-        raise ConfigError(f"{name}: starts with a byte order mark; save it as UTF-8 without one")
-    if b"\0" in content:
-        raise ConfigError(f"{name}: byte {content.index(0)} is NUL, wanted text")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{name}: byte {error.start} is not UTF-8") from None
 
 
 def _plain(value: Any, path: tuple[str, ...], problems: list[Problem]) -> Any:

@@ -6,7 +6,6 @@ A problem stops the run; a warning is something that works and that the user may
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from bert_ds.configuration.run_config import (
     ShardCorpus,
     TrainedRun,
 )
+from bert_ds.input_gate import read_json, read_text, split_lines
 
-MAX_JSON_BYTES = 64_000_000
 MODEL_SIZES = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"),
     *("max_position_embeddings", "type_vocab_size"),
@@ -201,6 +200,8 @@ def _teacher_problem(folder: Path, run: RunConfig) -> str | None:
     if wrong:
         return f"the teacher has {', '.join(wrong)}"
     layers, positions = content.get("num_hidden_layers", 0), content.get("max_position_embeddings", 0)
+    if type(layers) is not int or type(positions) is not int:
+        return f"the teacher has {describe(layers)} layers and {describe(positions)} positions, wanted whole numbers"
     if distillation.init_layers is not None and max(distillation.init_layers) >= layers:
         return f"the teacher has {layers} layers, init_layers names {max(distillation.init_layers)} (counted from 0)"
     if positions < run.max_seq_length:
@@ -210,11 +211,12 @@ def _teacher_problem(folder: Path, run: RunConfig) -> str | None:
 
 def _tokenizer_problem(folder: Path, vocab_size: int) -> str | None:
     vocab = folder / "vocab.txt"
-    if vocab.is_file() and vocab.stat().st_size <= MAX_JSON_BYTES:
-        found = sum(1 for line in vocab.read_bytes().split(b"\n") if line.strip(b"\r"))
-        return _vocab_text(found, vocab_size)
-    content = _read_json(folder / "tokenizer.json")
-    pieces = content.get("model", {}).get("vocab") if isinstance(content, dict) else None
+    try:
+        return _vocab_text(sum(1 for line in split_lines(read_text(vocab)) if line), vocab_size)
+    except ValueError:
+        content = _read_json(folder / "tokenizer.json")
+    model = content.get("model") if isinstance(content, dict) else None
+    pieces = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(pieces, dict):
         return f"{folder} holds neither vocab.txt nor tokenizer.json"
     return _vocab_text(len(pieces), vocab_size)
@@ -265,8 +267,6 @@ def _weights_problem(folder: Path, model: ModelConfig) -> str | None:
 
 def _read_json(path: Path) -> Any:
     try:
-        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
-            return None
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except ValueError:
         return None

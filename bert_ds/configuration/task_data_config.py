@@ -21,8 +21,8 @@ class DataFile(Section):
     """Below the data folder of the command line, or else beside the task file."""
     format: Format
     """tsv has no quoting, csv is quoted, lines is one text a line, xml a list of elements, squad SQuAD's JSON."""
-    encoding: Literal["utf-8", "latin-1"] = "utf-8"
-    """latin-1 takes any byte."""
+    encoding: Literal["utf-8", "latin-1", "gb18030", "utf-16", "utf-16-le", "utf-16-be"] = "utf-8"
+    """latin-1 takes any byte; gb18030 is GBK and GB2312 too; utf-16 begins with a byte order mark."""
     has_header: bool = True
     """tsv and csv: the first row names the columns."""
     pattern: Name | None = None

@@ -39,6 +39,7 @@ from bert_ds.corpus.shards import (
 )
 from bert_ds.corpus.text_input import Position, TextInput
 from bert_ds.corpus.wordpiece import WordPieceTokenizer, load_tokenizer
+from bert_ds.input_gate import read_bytes
 from bert_ds.output_folders import claim, first_entry
 from bert_ds.ranks import DataError
 
@@ -173,15 +174,15 @@ def _foreign_entry(folder: Path) -> str | None:
 
 def _is_cut_plan(path: Path) -> bool:
     """Whether a file is the beginning of what `write_durably` writes of a plan."""
-    found = path.read_bytes() if path.is_file() and not path.is_symlink() else None
+    found = read_bytes(path) if path.is_file() and not path.is_symlink() else None
     return found is not None and found[: len(_PLAN_BEGINS)] == _PLAN_BEGINS[: len(found)]
 
 
 def _unfinished_plan(folder: Path) -> dict[str, Any] | None:
     """Return what building.json says is built in a folder, None where it is not of a build."""
     try:
-        return Manifest.model_validate_json((folder / _BUILDING).read_bytes()).model_dump()
-    except (OSError, ValueError):
+        return Manifest.model_validate_json(read_bytes(folder / _BUILDING)).model_dump()
+    except ValueError:
         return None
 
 

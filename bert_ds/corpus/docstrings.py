@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bert_ds.corpus.documents import Document
 from bert_ds.corpus.prose import prose_of
+from bert_ds.input_gate import read_text
 
 MIN_DOCUMENT_CHARACTERS = 200
 """Modules with less prose than this give no document."""
@@ -96,9 +97,7 @@ def _modules(roots: Sequence[Path]) -> list[tuple[str, Path]]:
 def _docstrings(path: Path) -> list[str] | None:
     """Return the docstrings of a file in source order, None where it is no readable Python."""
     try:
-        if path.stat().st_size > _MAX_SOURCE_BYTES:
-            return None
-        source = path.read_text(encoding="utf-8-sig")
+        source = read_text(path, max_bytes=_MAX_SOURCE_BYTES, encoding="utf-8-sig")
         if not _is_promising(source):
             return []
         with _quietly():

@@ -33,6 +33,7 @@ from bert_ds.corpus.sequences import ExampleTable, build_examples, content_hash
 from bert_ds.corpus.shards import ShardSplit, open_shards
 from bert_ds.corpus.unigram import piece_counts, unigram_cross_entropy
 from bert_ds.corpus.wordpiece import load_tokenizer
+from bert_ds.input_gate import read_bytes
 from bert_ds.processes import held_back_stop_signals
 from bert_ds.ranks import DataError
 
@@ -106,7 +107,7 @@ class PretrainingData:
         settings = self._settings
         masking = settings.masking.model_dump(mode="json")
         if settings.masking.word_list is not None:
-            masking["word_list"] = hashlib.sha256(Path(settings.masking.word_list).read_bytes()).hexdigest()
+            masking["word_list"] = hashlib.sha256(read_bytes(settings.masking.word_list, error=DataError)).hexdigest()
         if settings.masking.word_segmenter == "jieba":
             masking["word_segmenter"] = f"jieba {version('jieba')}"
         content = {

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from bert_ds.corpus.shards import COUNT_DTYPE, KINDS, SPLITS, FileRecord, Manifest, ShardRecord, Split, verify_shard
 from bert_ds.corpus.text_input import Position
+from bert_ds.input_gate import read_bytes
 from bert_ds.ranks import DataError
 
 _PARTIAL = ".partial"
@@ -96,7 +97,7 @@ def finished_segments(folder: Path, manifest: Manifest) -> list[SegmentRecord]:
     records: list[SegmentRecord] = []
     while (path := _record_path(folder, len(records))).is_file():
         try:
-            record = SegmentRecord.model_validate_json(path.read_bytes())
+            record = SegmentRecord.model_validate_json(read_bytes(path))
             for shard in record.shards.values():
                 verify_shard(folder, shard, manifest, "sha256")
         except (DataError, ValueError):

@@ -13,7 +13,6 @@ and counts of every file, and the fingerprint of the tokenizer, a copy of which 
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 from bisect import bisect_right
@@ -24,6 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bert_ds.corpus.wordpiece import SpecialIds, load_tokenizer
+from bert_ds.input_gate import read_json
 from bert_ds.ranks import DataError
 
 MANIFEST = "manifest.json"
@@ -172,7 +172,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     if not path.is_file():
         raise DataError(f"{path} is missing: {folder} is no shard folder, or its build did not finish")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, error=DataError)
         if isinstance(content, dict) and content.get("format") != 1:
             raise DataError(f"{path} has format {content.get('format')!r}, wanted 1: build the shards again")
         manifest = Manifest.model_validate(content)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from bert_ds.configuration.run_config import ConfigError, MaskingConfig
 from bert_ds.corpus.wordpiece import WordPieceTokenizer
+from bert_ds.input_gate import read_text
 
 _CHINESE_RANGES = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2FA1F))
 
@@ -100,9 +100,9 @@ def _jieba_segmenter() -> Segmenter:
 def _list_segmenter(path: str | None) -> Segmenter:
     assert path is not None, "MaskingConfig wants a word_list for this segmenter"
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"masking.word_list {path}: {error}; wanted a UTF-8 file with one word per line") from None
+        lines = read_text(path).split("\n")
+    except ValueError as error:
+        raise ConfigError(f"masking.word_list {error}; wanted a UTF-8 file with one word per line") from None
     words = {word for line in lines if (word := line.strip())}
     if not any(len(word) > 1 and all(map(_is_chinese, word)) for word in words):
         raise ConfigError(f"masking.word_list {path}: found no Chinese word of two or more characters")

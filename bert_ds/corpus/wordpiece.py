@@ -17,13 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from bert_ds.input_gate import read_json, read_text, refuse_link_out
 from bert_ds.ranks import DataError
 
 SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """In the order of the ids that a newly trained vocabulary gives them."""
-
-MAX_FILE_BYTES = 64 << 20
-"""A vocabulary of a million pieces is smaller."""
 
 MODEL_MAX_LENGTH = 512
 """Written for Hugging Face, whose own default is no limit at all: longer inputs then crash in the position table."""
@@ -34,6 +32,7 @@ _PARTS_CHINESE_ALONE = re.compile(f"[{_CHINESE}{_PUNCTUATION}]|[^ {_CHINESE}{_PU
 _PARTS = re.compile(f"[{_PUNCTUATION}]|[^ {_PUNCTUATION}]+")
 _MAX_CACHED_PARTS = 1 << 18
 _CASED_FRACTION = 0.01
+_HALF_CHARACTER = re.compile("[\\ud800-\\udfff]")
 
 
 class SpecialIds(NamedTuple):
@@ -200,29 +199,20 @@ def _fingerprint(pieces: list[str], rules: TextRules) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
+    if not path.exists():
         return None
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise DataError(f"{path} has {path.stat().st_size} bytes, wanted at most {MAX_FILE_BYTES}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from None
+    refuse_link_out(path, error=DataError)
+    content = read_json(path, error=DataError)
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}, wanted an object")
     return content
 
 
 def _read_vocab(path: Path) -> list[str] | None:
-    if not path.is_file():
+    if not path.exists():
         return None
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise DataError(f"{path} has {path.stat().st_size} bytes, wanted at most {MAX_FILE_BYTES}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 at byte {error.start}") from None
-    return text.removesuffix("\n").split("\n")
+    refuse_link_out(path, error=DataError)
+    return read_text(path, error=DataError).removesuffix("\n").split("\n")
 
 
 def _pieces_of(path: Path, whole: dict[str, Any]) -> list[str]:
@@ -231,11 +221,14 @@ def _pieces_of(path: Path, whole: dict[str, Any]) -> list[str]:
     if kind != "WordPiece" or not isinstance(model, dict):
         raise DataError(f"{path} holds a {kind} model, wanted WordPiece")
     try:
-        ids = {str(piece): int(index) for piece, index in model["vocab"].items()}
+        ids = dict(model["vocab"].items())
         for added in whole.get("added_tokens") or ():
             ids.setdefault(added["content"], added["id"])
+        wrong = next((piece for piece, index in ids.items() if type(index) is not int or type(piece) is not str), None)
+        if wrong is not None:
+            raise DataError(f"{path}: the id of {str(wrong)[:60]!r} is {str(ids[wrong])[:60]}, wanted a whole number")
         is_whole = sorted(ids.values()) == list(range(len(ids)))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise DataError(f"{path} holds no vocabulary of pieces and ids: {error!r}") from None
     if not is_whole:
         raise DataError(f"{path}: the ids of its {len(ids)} pieces are not 0..{len(ids) - 1}, each once")
@@ -252,10 +245,15 @@ def _check_pieces(path: Path, pieces: list[str]) -> None:
         raise DataError(f"the vocabulary of {path} holds {twice!r} twice")
     if "" in pieces:
         raise DataError(f"the vocabulary of {path} holds an empty piece at id {pieces.index('')}")
+    halves = next((index for index, piece in enumerate(pieces) if _HALF_CHARACTER.search(piece)), None)
+    if halves is not None:
+        raise DataError(f"the vocabulary of {path} holds half a character at id {halves}: {pieces[halves]!r}")
 
 
 def _rules_of(path: Path, pieces: list[str], whole: dict[str, Any] | None, config: dict[str, Any] | None) -> TextRules:
     normalizer = (whole or {}).get("normalizer") or {}
+    if not isinstance(normalizer, dict):
+        raise DataError(f"{path}: normalizer is {str(normalizer)[:60]!r}, wanted an object")
     config = config or {}
     lowercase = config.get("do_lower_case", normalizer.get("lowercase"))
     if lowercase is None:
@@ -268,7 +266,9 @@ def _rules_of(path: Path, pieces: list[str], whole: dict[str, Any] | None, confi
         lowercase = True
     strip_accents = config.get("strip_accents", normalizer.get("strip_accents"))
     chinese = config.get("tokenize_chinese_chars", normalizer.get("handle_chinese_chars", True))
-    for name, value in (("do_lower_case", lowercase), ("tokenize_chinese_chars", chinese)):
+    strip_accents = lowercase if strip_accents is None else strip_accents
+    rules = {"do_lower_case": lowercase, "strip_accents": strip_accents, "tokenize_chinese_chars": chinese}
+    for name, value in rules.items():
         if not isinstance(value, bool):
-            raise DataError(f"{path}: {name} is {value!r}, wanted true or false")
-    return TextRules(lowercase, lowercase if strip_accents is None else bool(strip_accents), chinese)
+            raise DataError(f"{path}: {name} is {str(value)[:60]!r}, wanted true or false")
+    return TextRules(bool(lowercase), bool(strip_accents), bool(chinese))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bert_ds.input_gate import read_json
 from bert_ds.ranks import DataError
 from bert_ds.reporting.run_log import write_json
 
@@ -24,8 +24,8 @@ def read_history(path: Path, *, until_step: int) -> list[Measured]:
     if not path.is_file():
         return []
     try:
-        rows = [Measured(int(row["step"]), float(row["value"])) for row in json.loads(path.read_text(encoding="utf-8"))]
-    except (ValueError, KeyError, TypeError):
+        rows = [Measured(int(row["step"]), float(row["value"])) for row in read_json(path)]
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise DataError(f"{path} is no list of evaluations: delete it, or the run folder") from None
     return [row for row in rows if row.step <= until_step]
 

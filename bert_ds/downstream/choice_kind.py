@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from bert_ds.ranks import DataError
 
 def _example(record: Record, index: int, task: TaskConfig, is_optional: bool) -> Example:
     """Return texts (text, question or "", choice, choice, ...) and the number of the right choice."""
-    texts = texts_of(record, task)
+    texts = texts_of(record, task, is_optional=is_optional)
     choices = _choices(record, task)
     label = label_of(record, "label", task, is_optional=is_optional)
     target = None if label is None else _choice_number(label, choices, where=record.where)
@@ -46,7 +47,9 @@ def _choice_number(label: str, choices: Sequence[str], *, where: str) -> int:
     """Return the number of a choice named by number from 0, by letter, or by its text."""
     if label in choices:
         return list(choices).index(label)
-    number = int(label) if label.isdecimal() else ord(label.upper()) - ord("A") if len(label) == 1 else -1
+    number = "ABCDEFGHIJKLMNOPQRSTUVWXYZ".find(label.upper()) if len(label) == 1 else -1
+    if re.fullmatch("[0-9]{1,9}", label):  # not what `str.isdecimal` takes, which has no limit
+        number = int(label)
     if not 0 <= number < len(choices):
         raise DataError(f"{where}: label is {describe(label)}, wanted 0 to {len(choices) - 1}, a letter or a choice")
     return number

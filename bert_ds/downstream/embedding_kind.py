@@ -12,7 +12,7 @@ from torch import nn
 from bert_ds.configuration.run_config import IGNORE_INDEX, ModelConfig
 from bert_ds.configuration.task_config import TaskConfig
 from bert_ds.downstream.embedding_head import EmbeddingHead
-from bert_ds.downstream.examples import Example, Labels, id_of, score_of, text_of
+from bert_ds.downstream.examples import Example, Labels, id_of, score_of, texts_of
 from bert_ds.downstream.features import Feature, FeatureContext, cut_to, encode_text, wrap
 from bert_ds.downstream.kind import HeadContext, HfForm, Kind, Prediction, count_labelled
 from bert_ds.downstream.metrics import correlations
@@ -51,7 +51,7 @@ def _make_example(record: Record, index: int, task: TaskConfig, is_optional: boo
         raise DataError(
             f"{record.where}: score is {score}, wanted 0 to {settings.max_score} (sentence_embedding.max_score)"
         )
-    texts = (text_of(record, "text", task), text_of(record, "text_pair", task))
+    texts = texts_of(record, task, is_optional=is_optional)
     return Example(record.where, id_of(record, index, task), texts, score)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from bert_ds.configuration.task_config import TaskConfig
 from bert_ds.downstream.records import Record, pick
 from bert_ds.ranks import DataError
 
+_WHOLE_NUMBER = re.compile("-?[0-9]{1,18}")
+"""Not what `str.isdigit` takes: that has superscripts, and no limit."""
 Labels = dict[str, tuple[str, ...]]
 """Name of a prediction -> its labels in the order of their ids; {} where numbers are predicted."""
 
@@ -28,20 +31,27 @@ class Example(NamedTuple):
     """What is to be predicted, in the form that the kind gives it; None where the row has no label."""
 
 
-def text_of(record: Record, role: str, task: TaskConfig) -> str:
-    """Return a text without space around it; DataError where it is missing or empty."""
+def text_of(record: Record, role: str, task: TaskConfig, *, may_be_empty: bool = False) -> str:
+    """Return a text without space around it; DataError where it is missing, or empty and may not be."""
     value = _value(record, role, task)
     if not isinstance(value, str):
         raise DataError(f"{record.where}: {role} is {describe(value)}, wanted text")
-    if not value.strip():
+    if not value.strip() and not may_be_empty:
         raise DataError(f"{record.where}: {role} is empty, wanted text")
     return value.strip()
 
 
-def texts_of(record: Record, task: TaskConfig) -> tuple[str, ...]:
-    """Return the text, and its pair where the task has one."""
+def texts_of(record: Record, task: TaskConfig, *, is_optional: bool = False) -> tuple[str, ...]:
+    """Return the text, and its pair where the task has one.
+
+    Args:
+        record: of a file.
+        task: names the columns.
+        is_optional: the row may be without a label. Such rows are predicted, one and all: an empty text too, or the
+            predictions would not be as many as the rows.
+    """
     roles = ("text", "text_pair") if "text_pair" in task.data.fields else ("text",)
-    return tuple(text_of(record, role, task) for role in roles)
+    return tuple(text_of(record, role, task, may_be_empty=is_optional) for role in roles)
 
 
 def label_of(record: Record, role: str, task: TaskConfig, *, is_optional: bool = False) -> str | None:
@@ -64,7 +74,7 @@ def score_of(record: Record, role: str, task: TaskConfig, *, is_optional: bool =
     value = _value(record, role, task)
     try:
         score = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         score = math.nan
     if not math.isfinite(score):
         raise DataError(f"{record.where}: {role} is {describe(value)}, wanted a finite number")
@@ -93,9 +103,20 @@ def sorted_labels(found: Iterable[str], declared: Sequence[str]) -> tuple[str, .
     if declared:
         return tuple(declared)
     names = set(found)
-    if all(name.lstrip("-").isdigit() for name in names):
-        return tuple(sorted(names, key=int))
+    if all(map(_WHOLE_NUMBER.fullmatch, names)):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
+
+
+def several_labels(found: Iterable[str], declared: Sequence[str], *, role: str, task: TaskConfig) -> tuple[str, ...]:
+    """Return the labels of `sorted_labels`; DataError where there is one alone, of which nothing can be learned."""
+    labels = sorted_labels(found, declared)
+    if len(labels) == 1:
+        raise DataError(
+            f"task {task.name}: the {role} of every training row is {describe(labels[0])}, wanted at least two labels "
+            f"(data.fields.{role} names the column)"
+        )
+    return labels
 
 
 def label_id(label: str, labels: Sequence[str], *, where: str) -> int:

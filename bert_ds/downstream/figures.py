@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bert_ds.downstream.metrics import class_report, confusion_counts
+from bert_ds.downstream.tables import cell, spreadsheet_cell, table_text
 
 _MAX_DRAWN = 60
 
@@ -29,9 +30,10 @@ def write_class_figures(folder: Path, name: str, pairs: Sequence[tuple[str, str]
     labels = sorted({*gold, *found})
     (folder / f"{name}_classes.txt").write_text(class_report(gold, found, labels), encoding="utf-8")
     counts = confusion_counts(gold, found, labels)
-    rows = ["\t".join(["true \\ predicted", *labels])]
-    rows += ["\t".join([label, *map(str, row)]) for label, row in zip(labels, counts.tolist(), strict=True)]
-    (folder / f"{name}_confusion.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    shown = list(map(spreadsheet_cell, labels))
+    rows = [[cell(r"true \ predicted"), *shown]]
+    rows += [[label, *map(str, row)] for label, row in zip(shown, counts.tolist(), strict=True)]
+    (folder / f"{name}_confusion.tsv").write_text(table_text(rows), encoding="utf-8")
     if len(labels) <= _MAX_DRAWN and importlib.util.find_spec("matplotlib") is not None:
         draw_confusion(folder / f"{name}_confusion.png", counts, labels)
 
@@ -44,6 +46,13 @@ def draw_confusion(path: Path, counts: np.ndarray, labels: Sequence[str]) -> Non
         counts: int64 [true label, predicted label].
         labels: in the order of both sides.
     """
+    from matplotlib import rc_context
+
+    with rc_context({"text.parse_math": False}):  # a label may hold a dollar sign
+        _draw_confusion(path, counts, list(map(cell, labels)))
+
+
+def _draw_confusion(path: Path, counts: np.ndarray, labels: Sequence[str]) -> None:
     from matplotlib.figure import Figure
 
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -67,13 +76,15 @@ def draw_probes(path: Path, accuracies: Mapping[str, Sequence[float]]) -> None:
     """Draw accuracy over layers, a line per model, layer 0 first; nothing where matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for name, values in accuracies.items():
-        axes.plot(range(len(values)), values, marker="o", label=name)
-    axes.set_xlabel("layer (0: the embeddings)")
-    axes.set_ylabel("accuracy of a linear classifier")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    with rc_context({"text.parse_math": False}):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.add_subplot()
+        for name, values in accuracies.items():
+            axes.plot(range(len(values)), values, marker="o", label=name)
+        axes.set_xlabel("layer (0: the embeddings)")
+        axes.set_ylabel("accuracy of a linear classifier")
+        axes.legend()
+        figure.savefig(path, dpi=120)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bert_ds.configuration.run_config import ConfigError
+from bert_ds.downstream.tables import cell
 
 
 def require_metrics() -> None:
@@ -71,7 +72,8 @@ def class_report(gold: Sequence[str], found: Sequence[str], labels: Sequence[str
     """Return precision, recall, F1 and number of rows of each label, as a table."""
     from sklearn.metrics import classification_report
 
-    return classification_report(gold, found, labels=list(labels), digits=4, zero_division=0)
+    names = list(map(cell, labels))
+    return classification_report(gold, found, labels=list(labels), target_names=names, digits=4, zero_division=0)
 
 
 def confusion_counts(gold: Sequence[str], found: Sequence[str], labels: Sequence[str]) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +14,13 @@ from bert_ds.configuration.config_problems import describe, did_you_mean
 from bert_ds.configuration.task_data_config import Column, DataFile
 from bert_ds.downstream.squad_files import read_squad
 from bert_ds.downstream.tagged_files import read_conll, read_conllu
+from bert_ds.input_gate import parse_json, read_text, split_lines, time_limit
 from bert_ds.ranks import DataError
 
 MAX_BYTES = 1 << 31
+MAX_XML_DEPTH = 64
+PATTERN_S = 5.0
+"""For matching a file with a pattern, and a microsecond for each of its characters: ten times what it takes."""
 
 
 class Record(NamedTuple):
@@ -36,7 +39,9 @@ def read_records(file: DataFile) -> list[Record]:
         DataError: the file is missing, is not in its format or encoding, or holds no row; the message names the line.
     """
     path = Path(file.path)
-    rows = _READERS[file.format](path, _read_text(path, file.encoding), file)
+    advice = "; --data names the folder that data files are in"
+    text = read_text(path, max_bytes=MAX_BYTES, error=DataError, encoding=file.encoding, advice=advice)
+    rows = _READERS[file.format](path, text.removeprefix("\ufeff"), file)
     records = [Record(f"{path}:{line}", {**values, **file.values}) for line, values in rows]
     if not records:
         raise DataError(f"{path} holds no row, wanted at least one")
@@ -61,31 +66,17 @@ def pick(record: Record, column: Column | tuple[Column, ...]) -> Any:
     )
 
 
-def _read_text(path: Path, encoding: str) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; --data names the folder that data files are in") from None
-    if len(content) > MAX_BYTES:
-        raise DataError(f"{path} has {len(content)} bytes, wanted at most {MAX_BYTES}")
-    try:
-        return content.decode(encoding).removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(
-            f'{path}:{line}: byte {error.start} is no UTF-8; a file of Western text wants encoding "latin-1"'
-        ) from None
-
-
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Yield numbered lines that are not empty; only \\n and \\r\\n end a line."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, line.removesuffix("\r")
+def _lines(text: str, *, keep_empty: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield numbered lines; those that are empty only where an empty line is a row, and never at the end."""
+    for number, line in enumerate(split_lines(text.rstrip("\r\n")), start=1):
+        if keep_empty or line.strip():
+            yield number, line
 
 
 def _read_tsv(path: Path, text: str, file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = ((number, line.split("\t")) for number, line in _lines(text))
+    # With one column an empty line is a row: left out, the rows behind it would change their numbers.
+    has_one_column = "\t" not in next(split_lines(text), "")
+    rows = ((number, line.split("\t")) for number, line in _lines(text, keep_empty=has_one_column))
     return _named_columns(path, rows, file.has_header)
 
 
@@ -121,10 +112,7 @@ def _named_columns(
 
 def _read_jsonl(path: Path, text: str, file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in _lines(text):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not JSON: {error}") from None
+        row = parse_json(line, where=f"{path}:{number}", error=DataError)
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: found {describe(row)}, wanted an object")
         yield number, row
@@ -132,23 +120,49 @@ def _read_jsonl(path: Path, text: str, file: DataFile) -> Iterator[tuple[int, di
 
 def _read_lines(path: Path, text: str, file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
     pattern = re.compile(file.pattern or "(?P<text>.*)")
-    for number, line in _lines(text):
-        found = pattern.fullmatch(line)
+    seconds = PATTERN_S + len(text) / 1e6
+    sentence = (
+        f"{path}: matching {file.pattern} takes more than {seconds:.1f} s, wanted a pattern without nested repeats"
+    )
+    with time_limit(seconds, sentence, error=DataError):
+        rows = [(number, line, pattern.fullmatch(line)) for number, line in _lines(text, keep_empty=True)]
+    for number, line, found in rows:
         if found is None:
             raise DataError(f"{path}:{number}: {describe(line)} does not match {file.pattern}")
         yield number, found.groupdict()
 
 
 def _read_xml(path: Path, text: str, file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
-    if "<!ENTITY" in text:
-        raise DataError(f"{path} declares entities, wanted XML without them")
+    # Both make much of little: an entity wherever it is named, a default of an attribute in every element.
+    if "<!ENTITY" in text or "<!ATTLIST" in text:
+        raise DataError(f"{path} declares entities or attributes, wanted XML without them")
+    parser = ElementTree.XMLParser(target=_BoundedTree(str(path)))
     try:
-        root = ElementTree.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", text))
+        root = ElementTree.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", text), parser)
     except ElementTree.ParseError as error:
         raise DataError(f"{path}:{error.position[0]}: not XML: {error}") from None
     for number, element in enumerate(root.iter(file.record), start=1):
         children = {child.tag: "".join(child.itertext()) for child in element}
         yield number, {**{f"@{name}": value for name, value in element.attrib.items()}, **children}
+
+
+class _BoundedTree(ElementTree.TreeBuilder):
+    """Builds a tree of bounded depth: a million levels take seconds to build and hold every text a million times."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self._where = where
+        self._depth = 0
+
+    def start(self, tag: Any, attrs: Any) -> ElementTree.Element:  # type: ignore[override]
+        self._depth += 1
+        if self._depth > MAX_XML_DEPTH:
+            raise DataError(f"{self._where}: more than {MAX_XML_DEPTH} elements in each other")
+        return super().start(tag, attrs)
+
+    def end(self, tag: Any) -> ElementTree.Element:
+        self._depth -= 1
+        return super().end(tag)
 
 
 _READERS: dict[str, Callable[[Path, str, DataFile], Iterator[tuple[int | str, dict[str, Any]]]]] = {

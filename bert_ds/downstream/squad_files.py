@@ -8,11 +8,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bert_ds.input_gate import parse_json
 from bert_ds.ranks import DataError
 
 
@@ -42,10 +42,7 @@ def read_squad(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         DataError: the text is not JSON or not of this form, an id comes twice, a text is empty, or a question is
             impossible and has answers all the same.
     """
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON, or only the beginning of it: {error}") from None
+    content = parse_json(text, where=path, error=DataError)
     places: dict[str, str] = {}
     for place, fields in _questions(path, content):
         key = fields["id"]

@@ -17,12 +17,22 @@ from bert_ds.configuration.run_config import IGNORE_INDEX
 from bert_ds.configuration.task_config import TaskConfig
 from bert_ds.corpus.wordpiece import WordPieceTokenizer
 from bert_ds.downstream.entity_scores import entity_scores
-from bert_ds.downstream.examples import Example, Labels, id_of, label_id, label_of, list_of, sorted_labels
+from bert_ds.downstream.examples import (
+    Example,
+    Labels,
+    id_of,
+    label_id,
+    label_of,
+    list_of,
+    several_labels,
+    sorted_labels,
+)
 from bert_ds.downstream.features import Feature, FeatureContext, encode_text, wrap
 from bert_ds.downstream.heads import IntentSlotHead, TokenHead
 from bert_ds.downstream.kind import HeadContext, HfForm, Kind, Prediction, Say, count_labelled
 from bert_ds.downstream.metrics import class_figures
 from bert_ds.downstream.records import Record
+from bert_ds.downstream.tables import cell, predictions_text, table_text
 from bert_ds.downstream.tag_schemes import to_bio
 from bert_ds.ranks import DataError
 
@@ -83,7 +93,7 @@ def _tag_labels(examples: Sequence[Example], task: TaskConfig) -> Labels:
 
 
 def _slot_labels(examples: Sequence[Example], task: TaskConfig) -> Labels:
-    intents = sorted_labels((example.target[0] for example in examples), ())
+    intents = several_labels((example.target[0] for example in examples), (), role="intent", task=task)
     return {"intent": intents, "tag": _tags([example.target[1] for example in examples], task)}
 
 
@@ -222,15 +232,15 @@ def _conll(examples: Sequence[Example], predictions: Sequence[Prediction]) -> di
     blocks = []
     for example, found in zip(examples, predictions, strict=True):
         columns = [example.texts, *([] if example.target is None else [example.target]), found.value]
-        blocks.append("".join("\t".join(row) + "\n" for row in zip(*columns, strict=True)))
+        blocks.append(table_text(tuple(map(cell, row)) for row in zip(*columns, strict=True)))
     return {"predictions.conll": "\n".join(blocks)}
 
 
 def _slot_files(examples: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, str]:
     tags = [found._replace(value=found.value[1]) for found in predictions]
     bare = [row if row.target is None else row._replace(target=row.target[1]) for row in examples]
-    intents = [f"{row.id}\t{found.value[0]}" for row, found in zip(examples, predictions, strict=True)]
-    return {**_conll(bare, tags), "intents.tsv": "\n".join(["index\tprediction", *intents]) + "\n"}
+    intents = [(row.id, found.value[0]) for row, found in zip(examples, predictions, strict=True)]
+    return {**_conll(bare, tags), "intents.tsv": predictions_text(intents)}
 
 
 def _pairs(examples: Sequence[Example], predictions: Sequence[Prediction]) -> list[tuple[str, str]]:

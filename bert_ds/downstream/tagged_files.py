@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from bert_ds.configuration.config_problems import describe
 from bert_ds.configuration.task_data_config import DataFile
+from bert_ds.input_gate import split_lines
 from bert_ds.ranks import DataError
 
+_WORD_ID = re.compile("[0-9]+")
+_NO_WORD_ID = re.compile(r"[0-9]+[-.][0-9]+")
 CONLLU_COLUMNS = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
 
 
@@ -47,9 +52,9 @@ def read_conllu(path: Path, text: str, file: DataFile) -> Iterator[tuple[int, di
             row = line.split("\t")
             if len(row) != len(CONLLU_COLUMNS):
                 raise DataError(f"{path}:{number}: found {len(row)} columns, wanted {len(CONLLU_COLUMNS)}")
-            if row[0].isdigit():
+            if _WORD_ID.fullmatch(row[0]):
                 rows.append(row)
-            elif not row[0].replace("-", "").replace(".", "").isdigit():
+            elif not _NO_WORD_ID.fullmatch(row[0]):
                 raise DataError(f"{path}:{number}: the id is {describe(row[0])}, wanted a number")
         if rows:
             yield first, dict(zip(CONLLU_COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
@@ -57,8 +62,7 @@ def read_conllu(path: Path, text: str, file: DataFile) -> Iterator[tuple[int, di
 
 def _sentences(text: str) -> Iterator[tuple[int, list[tuple[int, str]]]]:
     lines: list[tuple[int, str]] = []
-    for number, line in enumerate([*text.split("\n"), ""], start=1):
-        line = line.removesuffix("\r")
+    for number, line in enumerate(chain(split_lines(text), [""]), start=1):
         if line.strip():
             lines.append((number, line))
         elif lines:
@@ -67,6 +71,6 @@ def _sentences(text: str) -> Iterator[tuple[int, list[tuple[int, str]]]]:
 
 
 def _stripped(word: str, *, where: str) -> str:
-    if len(word) < 2 or not word[-1].isdigit():
+    if len(word) < 2 or word[-1] not in "0123456789":
         raise DataError(f"{where}: the word is {describe(word)}, wanted a character and a digit")
     return word[:-1]

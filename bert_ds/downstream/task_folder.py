@@ -159,9 +159,10 @@ def _config(form: HfForm, config: ModelConfig, facts: TaskFacts, tokenizer: Path
 
 def _labels(folder: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
     names = content.get("id2label")
-    if not isinstance(names, dict) or sorted(map(int, names)) != list(range(len(names))):
-        raise DataError(f"{folder}/config.json: id2label does not name the labels 0, 1, 2 and so on")
-    return tuple(names[str(index)] for index in range(len(names)))
+    found = [names.get(str(index)) for index in range(len(names))] if isinstance(names, dict) else []
+    if not found or not all(isinstance(name, str) for name in found) or len(set(found)) != len(found):
+        raise DataError(f"{folder}/config.json: id2label does not name the labels 0, 1, 2 and so on, each differently")
+    return tuple(map(str, found))
 
 
 @torch.no_grad()

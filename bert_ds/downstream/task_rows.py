@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from bert_ds.configuration.config_problems import printable
 from bert_ds.configuration.run_config import IGNORE_INDEX
 from bert_ds.configuration.task_config import TaskConfig
 from bert_ds.configuration.task_data_config import DataFile
@@ -154,6 +155,9 @@ def balanced_weights(labels: Sequence[str], features: Sequence[Feature], *, targ
 def _read(files: Sequence[DataFile], task: TaskConfig, kind: Kind, *, is_optional: bool, say: Say) -> list[Example]:
     records = [record for file in files for record in read_records(file)]
     examples = [kind.make_example(record, index, task, is_optional) for index, record in enumerate(records)]
+    empty = [example.where for example in examples if not example.texts[0]]
+    if empty and is_optional:
+        say(f"{len(empty)} rows to predict have an empty text, the first at {empty[0]}")
     return examples if kind.mend is None else kind.mend(examples, task, say)
 
 
@@ -164,7 +168,8 @@ def _balance(labels: Labels, features: Sequence[Feature]) -> dict[str, str]:
         counts = _counts(features, name)
         total = sum(counts.values()) or 1
         shown = [
-            f"{names[index]} {count:,} ({count / total:.1%})" for index, count in counts.most_common(_SHOWN_LABELS)
+            f"{printable(names[index])} {count:,} ({count / total:.1%})"
+            for index, count in counts.most_common(_SHOWN_LABELS)
         ]
         texts[name] = ", ".join(shown) + (", ..." if len(counts) > _SHOWN_LABELS else "")
     return texts

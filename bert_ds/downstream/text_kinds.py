@@ -18,6 +18,7 @@ from bert_ds.downstream.examples import (
     label_of,
     list_of,
     score_of,
+    several_labels,
     sorted_labels,
     texts_of,
 )
@@ -26,6 +27,7 @@ from bert_ds.downstream.heads import Objective, SequenceHead
 from bert_ds.downstream.kind import HeadContext, HfForm, Kind, Prediction, count_labelled
 from bert_ds.downstream.metrics import class_figures, correlations, multi_label_figures
 from bert_ds.downstream.records import Record
+from bert_ds.downstream.tables import predictions_text
 
 
 def pair_text(example: Example) -> str:
@@ -52,9 +54,9 @@ def text_features(
 
 
 def index_file(examples: Sequence[Example], predictions: Sequence[Prediction]) -> dict[str, str]:
-    """Return predictions as GLUE takes them: index, tab, prediction."""
-    rows = [f"{example.id}\t{_shown(found.value)}" for example, found in zip(examples, predictions, strict=True)]
-    return {"predictions.tsv": "\n".join(["index\tprediction", *rows]) + "\n"}
+    """Return predictions as GLUE takes them, see `predictions_text`."""
+    rows = [(example.id, _shown(found.value)) for example, found in zip(examples, predictions, strict=True)]
+    return {"predictions.tsv": predictions_text(rows)}
 
 
 def _shown(value: Any) -> str:
@@ -65,11 +67,12 @@ def _shown(value: Any) -> str:
 
 def _class_example(record: Record, index: int, task: TaskConfig, is_optional: bool) -> Example:
     label = label_of(record, "label", task, is_optional=is_optional)
-    return Example(record.where, id_of(record, index, task), texts_of(record, task), label)
+    return Example(record.where, id_of(record, index, task), texts_of(record, task, is_optional=is_optional), label)
 
 
 def _class_labels(examples: Sequence[Example], task: TaskConfig) -> Labels:
-    return {"label": sorted_labels((example.target for example in examples), task.data.labels)}
+    found = (example.target for example in examples)
+    return {"label": several_labels(found, task.data.labels, role="label", task=task)}
 
 
 def _class_target(example: Example, context: FeatureContext) -> np.ndarray:
@@ -100,7 +103,7 @@ def _multi_example(record: Record, index: int, task: TaskConfig, is_optional: bo
         text = label_of(record, "labels", task, is_optional=is_optional)
         names = None if text is None else tuple(name.strip() for name in text.split(task.data.label_separator))
     renamed = None if names is None else tuple(task.data.rename_labels.get(name, name) for name in names)
-    return Example(record.where, id_of(record, index, task), texts_of(record, task), renamed)
+    return Example(record.where, id_of(record, index, task), texts_of(record, task, is_optional=is_optional), renamed)
 
 
 def _multi_labels(examples: Sequence[Example], task: TaskConfig) -> Labels:
@@ -134,7 +137,7 @@ def _multi_measure(examples: Sequence[Example], predictions: Sequence[Prediction
 
 def _score_example(record: Record, index: int, task: TaskConfig, is_optional: bool) -> Example:
     score = score_of(record, "score", task, is_optional=is_optional)
-    return Example(record.where, id_of(record, index, task), texts_of(record, task), score)
+    return Example(record.where, id_of(record, index, task), texts_of(record, task, is_optional=is_optional), score)
 
 
 def _score_target(example: Example, context: FeatureContext) -> np.ndarray:

@@ -17,6 +17,7 @@ from bert_ds.downstream.minimal_pairs import MinimalPair, judge_pairs, pair_accu
 from bert_ds.downstream.prompts import Prompt, PromptWriter, Shot, check_prompt, prompt_scores
 from bert_ds.downstream.records import Record, pick, read_records
 from bert_ds.downstream.splits import first_by_hash, scored_parts
+from bert_ds.downstream.tables import predictions_text
 from bert_ds.downstream.task_rows import Say, split_rows
 from bert_ds.downstream.text_kinds import CLASSIFICATION
 from bert_ds.downstream.word_similarity import WordPair, similarity_correlation, word_vectors
@@ -62,8 +63,8 @@ def score_prompts(model: BertForPreTraining, tokenizer: WordPieceTokenizer, task
         for name, part in parts.items()
         if part
     }
-    lines = [f"{example.id}\t{answer}" for example, answer in zip(validation, answers, strict=True)]
-    files = {"predictions.tsv": "\n".join(["index\tprediction", *lines]) + "\n"}
+    lines = [(example.id, answer) for example, answer in zip(validation, answers, strict=True)]
+    files = {"predictions.tsv": predictions_text(lines)}
     counts = {"train": len(train), **{name: len(part) for name, part in parts.items()}}
     facts = {"rows": counts, "rows_removed": sides.num_removed}
     return Scored(figures.pop("validation"), files, figures, facts)

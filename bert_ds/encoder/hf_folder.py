@@ -13,12 +13,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bert_ds import input_gate
 from bert_ds.configuration.run_config import ConfigError, ModelConfig
 from bert_ds.encoder.hf_mapping import model_config_from_hf
+from bert_ds.input_gate import open_regular, read_text, refuse_link_out
 from bert_ds.ranks import CheckpointError, DataError
 from bert_ds.tensor_files import load_tensor_file
 
-MAX_JSON_BYTES = 64 * 2**20
+_TOKENIZER_KEYS = (
+    *("do_lower_case", "strip_accents", "tokenize_chinese_chars"),
+    *("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"),
+)
+"""What of tokenizer_config.json goes into an export; a key such as auto_map would make others run code."""
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -43,7 +49,7 @@ def load_hf_folder(folder: Path, *, pad_vocab_size_to_multiple_of: int = 64) -> 
         ConfigError: config.json is missing, unreadable, or no BERT that this model can be.
         CheckpointError: the weights are missing, unreadable, or hold a value that is not finite.
     """
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise ConfigError(f"{folder} has no config.json: wanted the folder of a Hugging Face BERT")
     try:
         facts = read_json(folder / "config.json")
@@ -107,18 +113,20 @@ def write_hf_folder(
     write_json(folder / "config.json", config)
     save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it for its owner alone
-    shutil.copyfile(tokenizer / "tokenizer.json", folder / "tokenizer.json")
-    shutil.copyfile(tokenizer / "vocab.txt", folder / "vocab.txt")
+    for name in ("tokenizer.json", "vocab.txt"):
+        copy_member(tokenizer / name, folder / name)
     # Without these two, transformers makes no [CLS] and [SEP], or lets 600 tokens run into an index error.
     facts = {"tokenizer_class": "BertTokenizer", "model_max_length": max_length or config["max_position_embeddings"]}
-    write_json(folder / "tokenizer_config.json", {**read_json(tokenizer / "tokenizer_config.json"), **facts})
+    found = read_json(tokenizer / "tokenizer_config.json")
+    kept = {name: found[name] for name in _TOKENIZER_KEYS if name in found}
+    write_json(folder / "tokenizer_config.json", {**kept, **facts})
     (folder / "README.md").write_text(model_card, encoding="utf-8")
 
 
 def pad_token_id(tokenizer: Path) -> int:
     """Return the id of [PAD], read from a tokenizer folder's vocab.txt; DataError when it has none."""
     path = tokenizer / "vocab.txt"
-    pieces = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    pieces = read_text(path, error=DataError).split("\n") if path.exists() else []
     if "[PAD]" not in pieces:
         raise DataError(f"{path} has no piece [PAD]: wanted the vocabulary of a BERT tokenizer")
     return pieces.index("[PAD]")
@@ -154,16 +162,19 @@ def model_card_text(name: str, facts: Mapping[str, object]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; ConfigError when it is something else or larger than MAX_JSON_BYTES."""
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ConfigError(f"{path} has {path.stat().st_size} bytes, wanted at most {MAX_JSON_BYTES}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
+    """Return the JSON object in a file of a model folder; ConfigError when it is something else or lies elsewhere."""
+    refuse_link_out(path, error=ConfigError)
+    value = input_gate.read_json(path, error=ConfigError)
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is not a JSON object")
     return value
+
+
+def copy_member(source: Path, target: Path) -> None:
+    """Copy a file of a model folder; ConfigError where it is no regular file or lies elsewhere."""
+    refuse_link_out(source, error=ConfigError)
+    with open_regular(source, error=ConfigError) as content, target.open("wb") as copy:
+        shutil.copyfileobj(content, copy)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -186,6 +197,7 @@ def _weight_parts(path: Path) -> list[Path]:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    refuse_link_out(path, error=CheckpointError)
     if path.suffix == ".safetensors":
         try:
             return load_file(path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_ds.configuration.run_config import ConfigError
-from bert_ds.encoder.hf_folder import load_hf_folder, read_json, write_json
+from bert_ds.encoder.hf_folder import copy_member, load_hf_folder, read_json, write_json
 from bert_ds.ranks import CheckpointError
 from bert_ds.replaced_folders import write_export_manifest
 
@@ -65,8 +64,8 @@ def write_onnx(folder: Path, output: Path) -> OnnxCheck:
     _export(model, output / ONNX_FILE)
     check = verify_onnx(model, output / ONNX_FILE)
     for name in _TOKENIZER_FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, output / name)
+        if (folder / name).exists():
+            copy_member(folder / name, output / name)
     facts = {"file": ONNX_FILE, "max_difference": check.max_difference}
     write_json(output / "config.json", {**read_json(folder / "config.json"), "onnx": facts})
     write_export_manifest(output)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from bert_ds.configuration.config_problems import found_wanted, printable
 from bert_ds.exit_record import read_exits
+from bert_ds.input_gate import open_regular, parse_json, read_json, read_text
 from bert_ds.ranks import EXIT_DIVERGED, EXIT_DONE, EXIT_RUN_AGAIN
 from bert_ds.reporting.run_pulse import is_alive
 from bert_ds.slurm_queue import QueuedJob
@@ -185,13 +185,16 @@ def _job_number(run_dir: Path) -> str | None:
     found = []
     for name, read in (("slurm_job", _read_number), ("submit.json", lambda path: str(_read_json(path).get("job", "")))):
         path = run_dir / name
-        if path.is_file() and (number := read(path)).isdigit():
+        if path.is_file() and re.fullmatch("[0-9]{1,18}", number := read(path)):
             found.append((path.stat().st_mtime, number))
     return max(found)[1] if found else None
 
 
 def _read_number(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace").strip()
+    try:
+        return read_text(path, max_bytes=100).strip()
+    except ValueError:
+        return ""
 
 
 def _total_steps(run_dir: Path) -> int | None:
@@ -205,9 +208,9 @@ def _total_steps(run_dir: Path) -> int | None:
 
 def _tail_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in _tail(path).splitlines():
+    for line in _tail(path).decode(errors="replace").split("\n"):
         try:
-            row = json.loads(line)
+            row = parse_json(line, where=path)
         except ValueError:
             continue  # the first line of the tail is cut, and a kill may have torn the last
         if isinstance(row, dict):
@@ -224,21 +227,17 @@ def _number(row: Mapping[str, Any], name: str) -> float | None:
 
 
 def _tail(path: Path) -> bytes:
-    if not path.is_file():  # a pipe would be waited for
-        return b""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
             return file.read(TAIL_BYTES)
-    except OSError:
+    except (OSError, ValueError):
         return b""
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = read_json(path)
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

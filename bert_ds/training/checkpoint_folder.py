@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bert_ds.input_gate import read_json
 from bert_ds.ranks import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -25,7 +26,6 @@ POINTER = "latest"
 TEMPORARY_PREFIX = ".tmp-"
 _TAG = re.compile(r"global_step(\d+)")
 _CHUNK = 8 << 20
-_MAX_MANIFEST_BYTES = 64 << 20
 
 
 def checkpoints_dir(run_dir: Path) -> Path:
@@ -76,11 +76,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def parse_manifest(folder: Path) -> dict[str, Any]:
     """Return the content of a manifest that matches its own checksum, whatever it describes."""
     try:
-        if (size := (folder / MANIFEST).stat().st_size) > _MAX_MANIFEST_BYTES:
-            raise CheckpointError(f"{folder / MANIFEST} has {size} bytes, wanted at most {_MAX_MANIFEST_BYTES}")
-        content = json.loads((folder / MANIFEST).read_bytes())
+        content = read_json(folder / MANIFEST, error=CheckpointError)
         checksum = content.pop("checksum")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error!r}") from None
     if checksum != _checksum(content):
         raise CheckpointError(f"{folder / MANIFEST} does not match its own checksum")

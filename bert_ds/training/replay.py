@@ -8,6 +8,8 @@ from pathlib import Path
 
 from deepspeed import DeepSpeedEngine
 
+from bert_ds.input_gate import read_json
+from bert_ds.ranks import DataError
 from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.agreement import gather_json
 from bert_ds.training.bad_steps import gradient_report, spelled, trouble_folder
@@ -57,4 +59,4 @@ def replay_step(
 def _batch_of(run_dir: Path, step: int) -> int | None:
     """Return which batch a step that is known to be bad was trained on."""
     report = trouble_folder(run_dir, step) / "rank_0.json"
-    return int(json.loads(report.read_text(encoding="utf-8"))["batch"]) if report.exists() else None
+    return int(read_json(report, error=DataError)["batch"]) if report.exists() else None

@@ -6,13 +6,13 @@ progress only if it left a newer checkpoint; too many in a row without one end t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from bert_ds.exit_record import ExitRecord
+from bert_ds.input_gate import read_json
 from bert_ds.ranks import EXIT_CHECKPOINT, EXIT_CONFIG, EXIT_DATA, EXIT_DIVERGED, EXIT_DONE, EXIT_RUN_AGAIN
 
 PERMANENT = {
@@ -62,7 +62,7 @@ class Progress(NamedTuple):
     def load(cls, path: Path, job: str) -> Progress:
         """Return what this job has stored, else a fresh start."""
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = read_json(path)
             numbers = [value[name] for name in cls._fields[1:]]
         except (OSError, ValueError, KeyError, TypeError):
             return cls(job)

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch.distributed as dist
 
 from bert_ds.configuration.run_config import ConfigError
+from bert_ds.input_gate import open_regular
 from bert_ds.output_folders import claim_run_folder, open_run_folder
 from bert_ds.ranks import CheckpointError, DataError
 from bert_ds.replaced_folders import claim_export
@@ -124,6 +125,7 @@ def _enter(run_dir: Path, descriptions: Mapping[str, str], *, resume: Resume) ->
 
 def _sha256(path: Path) -> str | None:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError):
         return None
