@@ -16,7 +16,7 @@ import transformers
 from export_cases import export, spread_state_dict, write_tokenizer
 
 from bert_ds.configuration.run_config import ConfigError
-from bert_ds.encoder.hf_onnx import verify_onnx, write_onnx
+from bert_ds.encoder.hf_onnx import load_to_trace, verify_onnx, write_onnx
 from bert_ds.ranks import CheckpointError
 from bert_ds.replaced_folders import replaced_export
 
@@ -76,6 +76,17 @@ def test_a_folder_of_an_older_onnx_is_replaced(classifier: Path) -> None:
     with replaced_export(copy) as folder:
         (folder / "new").touch()
     assert sorted(path.name for path in copy.iterdir()) == ["export_manifest.json", "new"]
+
+
+def test_a_pooler_is_there_where_its_weights_are(tmp_path: Path) -> None:
+    export(tmp_path / "hf", write_tokenizer(tmp_path / "tokenizer"), spread_state_dict())
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": ["BertModel"]}))
+    model = load_to_trace(tmp_path / "hf")
+    assert model.pooler is not None
+    model.pooler = None
+    model.save_pretrained(tmp_path / "bare")
+    assert load_to_trace(tmp_path / "bare").pooler is None
 
 
 @pytest.mark.parametrize(("architectures", "found"), [(["RobertaForMaskedLM"], "Roberta"), (None, "missing")])

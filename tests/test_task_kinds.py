@@ -243,7 +243,7 @@ def test_strict_and_conllevals_scores_have_their_own_names(
     figures = case.kind.measure([example], [prediction], case.rows.labels)
     assert figures["f1"] == figures["strict_f1"] == figures["strict_f1_LOC"] == 2 / 3
     assert (figures["strict_precision"], figures["strict_recall"]) == (1.0, 1 / 2)
-    assert figures["conlleval_f1"] == figures["conlleval_precision"] == figures["conlleval_f1_LOC"] == 1.0
+    assert figures["conlleval_f1"] == figures["conlleval_precision"] == figures["conlleval_recall"] == 1.0
 
 
 def test_predictions_are_written_in_columns(tmp_path: Path, tokenizer: WordPieceTokenizer) -> None:

@@ -60,7 +60,7 @@ def write_onnx(folder: Path, output: Path) -> OnnxCheck:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)} not installed: --onnx wants pip install {' '.join(_PACKAGES)}")
-    model = _load(folder)
+    model = load_to_trace(folder)
     _export(model, output / ONNX_FILE)
     check = verify_onnx(model, output / ONNX_FILE)
     for name in _TOKENIZER_FILES:
@@ -70,6 +70,31 @@ def write_onnx(folder: Path, output: Path) -> OnnxCheck:
     write_json(output / "config.json", {**read_json(folder / "config.json"), "onnx": facts})
     write_export_manifest(output)
     return check
+
+
+def load_to_trace(folder: Path) -> Any:
+    """Return transformers' model of the folder, in fp32, with a pooler only where there are weights of one.
+
+    Raises:
+        ConfigError: config.json is missing or names another architecture than transformers' BERTs.
+        CheckpointError: a weight is missing or has another shape.
+    """
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json: wanted an exported or fine-tuned Hugging Face folder")
+    architectures = read_json(folder / "config.json").get("architectures") or ["missing"]
+    if architectures[0] not in _ARCHITECTURES:
+        raise ConfigError(
+            f"{folder}/config.json: architectures is {architectures}, wanted one of {', '.join(_ARCHITECTURES)}"
+        )
+    options = {"add_pooling_layer": False} if architectures[0] == "BertModel" and not _has_pooler(folder) else {}
+    model, report = getattr(transformers, architectures[0]).from_pretrained(
+        folder, output_loading_info=True, local_files_only=True, dtype=torch.float32, **options
+    )
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise CheckpointError(f"{folder}: transformers finds no weights for {report['missing_keys']}")
+    return model.eval()
 
 
 def verify_onnx(model: Any, path: Path) -> OnnxCheck:
@@ -97,26 +122,6 @@ def verify_onnx(model: Any, path: Path) -> OnnxCheck:
             f"wanted at most {MAX_RELATIVE_DIFFERENCE} of the largest score {check.scale:.3e}"
         )
     return check
-
-
-def _load(folder: Path) -> Any:
-    """Return transformers' model of the folder, in fp32; nothing may be missing."""
-    import transformers
-
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} has no config.json: wanted an exported or fine-tuned Hugging Face folder")
-    architectures = read_json(folder / "config.json").get("architectures") or ["missing"]
-    if architectures[0] not in _ARCHITECTURES:
-        raise ConfigError(
-            f"{folder}/config.json: architectures is {architectures}, wanted one of {', '.join(_ARCHITECTURES)}"
-        )
-    options = {"add_pooling_layer": False} if architectures[0] == "BertModel" and not _has_pooler(folder) else {}
-    model, report = getattr(transformers, architectures[0]).from_pretrained(
-        folder, output_loading_info=True, local_files_only=True, dtype=torch.float32, **options
-    )
-    if report["missing_keys"] or report["mismatched_keys"]:
-        raise CheckpointError(f"{folder}: transformers finds no weights for {report['missing_keys']}")
-    return model.eval()
 
 
 def _has_pooler(folder: Path) -> bool:
