@@ -1,13 +1,17 @@
 """Storms of signals over whole launches: each run must save where it was stopped and go on as if nothing had happened.
 
     python tests/campaign_storms.py storms [--first 0] [--storms 200] [--whole_imports]
+    python tests/campaign_storms.py nohup [--steps 100]
     python tests/campaign_storms.py table
 
 A storm: up to ten SIGTERM, SIGINT, SIGUSR1 and SIGHUP at random moments within 1.5 s, each to one or all processes of a
 random kind (bert-ds, DeepSpeed's runner, its per-node launcher, ranks, loader processes), to the process group, or the
-end of the terminal. It begins at a random moment of the start or at a random step. Afterwards every process must end by
-itself and the newest checkpoint must be of the last step that was taken. The run is then continued, and losses,
-evaluations and the checkpoint at its end, weights and optimizer, must have the bits of the run that was left alone.
+end of the terminal. It begins at a random step, or at a random moment of the start, of a new run or of one that goes on
+from a checkpoint. Afterwards every process must end by itself and the newest checkpoint must be of the last step that
+was taken. The run is then continued, and losses, evaluations and the checkpoint at its end, weights and optimizer, must
+have the bits of the run that was left alone.
+
+nohup: launched so, a run goes on when its terminal is closed and every process gets SIGHUP; then a storm stops it.
 
 The processes are those of a user: DeepSpeed's runner, its launcher, the ranks and a loader process each. Unless
 --whole_imports is given, `light_launcher` spares the two launchers the import of torch. Storms with the same number are
@@ -17,32 +21,26 @@ the same; those that are recorded in tests/results/storms.jsonl are not repeated
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import random
-import select
 import shutil
 import signal
-import subprocess
 import sys
-import termios
-import threading
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from campaign_rows import add_row, read_rows
 from ranks_harness import free_port
+from stormed_launch import Blow, Launch, arguments, marked, steps_taken
 from test_pretrain import make_workshop
 
 from bert_ds import pretrain
-from bert_ds.processes import STOP_SIGNALS, command_of, is_rank, parent_of, process_identity
+from bert_ds.processes import STOP_SIGNALS
 from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.checkpoint_engine import load_safely
 from bert_ds.training.checkpoint_folder import find_checkpoint, step_of
@@ -50,20 +48,6 @@ from bert_ds.training.checkpoint_folder import find_checkpoint, step_of
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results/storms.jsonl"
 STEPS = 40
-MARK = "BERT_DS_STORM"
-"""Environment variable by which all processes of a launch are known, whoever has become their parent."""
-PATIENCE_S = 300.0
-
-
-class Blow(NamedTuple):
-    """A signal of a storm."""
-
-    at_s: float
-    target: str
-    """A kind of process, "group" or "terminal"."""
-    signal: str
-    every: bool
-    """To all processes of the kind, not to a random one."""
 
 
 class Storm(NamedTuple):
@@ -77,6 +61,8 @@ class Storm(NamedTuple):
     at_share: float
     """Of the seconds that the start takes."""
     blows: tuple[Blow, ...]
+    continued: bool = False
+    """The launch finds a checkpoint of an earlier one."""
 
 
 def make_storm(number: int) -> Storm:
@@ -98,131 +84,16 @@ def make_storm(number: int) -> Storm:
     if draw.random() < 0.25:
         blows.append(Blow(draw.uniform(0.0, 1.5), "terminal", "SIGHUP", True))
     at_step = draw.randint(1, STEPS - 2) if draw.random() < 0.75 else None
-    return Storm(way, draw.choice((1, 1, 2)), at_step, draw.random(), tuple(sorted(blows)))
+    ranks, at_share = draw.choice((1, 1, 2)), draw.random()
+    continued = at_step is None and draw.random() < 0.5
+    return Storm(way, ranks, at_step, at_share, tuple(sorted(blows)), continued)
 
 
-class Launch:
-    """A launch on a terminal of its own."""
-
-    def __init__(
-        self, work: Path, run_dir: Path, *, way: str, ranks: int, nohup: bool = False, light: bool = True
-    ) -> None:
-        self.mark = f"{run_dir.name}-{os.urandom(4).hex()}"
-        self.run_dir, self._is_read = run_dir, True
-        launcher = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
-        if way == "bert-ds":
-            command = [sys.executable, "-m", "bert_ds.console", "pretrain", *launcher, "--", *arguments(work, run_dir)]
-        else:
-            script = [str(ROOT / "bert_ds/pretrain.py"), *arguments(work, run_dir)]
-            command = [sys.executable, "-m", "deepspeed.launcher.runner", *launcher, *script]
-        path = os.environ.get("PYTHONPATH", "")
-        environment = {**os.environ, MARK: self.mark, "CUDA_VISIBLE_DEVICES": ""}
-        environment["PYTHONPATH"] = f"{ROOT / 'tests/light_launcher'}:{path}" if light else path
-        self.terminal, side = os.openpty()
-        self.process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=side,
-            stdout=side,
-            stderr=side,
-            start_new_session=True,
-            preexec_fn=partial(_take_terminal, nohup),
-        )
-        os.close(side)
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        with (self.run_dir.parent / f"{self.run_dir.name}.txt").open("ab") as copy, contextlib.suppress(OSError):
-            while self._is_read:
-                if select.select([self.terminal], [], [], 0.1)[0]:
-                    copy.write(os.read(self.terminal, 65536))
-                    copy.flush()
-
-    def hang_up(self) -> None:
-        """Close the terminal; what is written to it from now on fails."""
-        if self._is_read:
-            self._is_read = False
-            self._reader.join()
-            os.close(self.terminal)
-
-    def processes(self) -> dict[str, list[int]]:
-        """Return the living processes by kind."""
-        found: dict[str, list[int]] = {"bert-ds": [], "runner": [], "launcher": [], "ranks": [], "loaders": []}
-        for pid in marked(self.mark):
-            command = command_of(pid)
-            if is_rank(pid):
-                kind = "loaders" if is_rank(parent_of(pid)) else "ranks"
-            elif "deepspeed.launcher" in command:
-                kind = "runner" if "deepspeed.launcher.runner" in command else "launcher"
-            else:
-                kind = "bert-ds"
-            found[kind].append(pid)
-        return found
-
-    def strike(self, blow: Blow, draw: random.Random) -> None:
-        """Send the signal of a blow, if there is somebody to receive it."""
-        number = signal.Signals[blow.signal]
-        if blow.target == "terminal":
-            return self.hang_up()
-        with contextlib.suppress(ProcessLookupError):
-            if blow.target == "group":
-                return os.killpg(self.process.pid, number)
-            pids = self.processes()[blow.target]
-            for pid in pids if blow.every else draw.sample(pids, min(1, len(pids))):
-                os.kill(pid, number)
-
-    def await_step(self, step: int) -> bool:
-        """Wait until a step has been taken; False where the launch ends before."""
-        while steps_taken(self.run_dir) < step:
-            if self.process.poll() is not None and not marked(self.mark):
-                return False
-            time.sleep(0.05)
-        return True
-
-    def await_end(self) -> int | None:
-        """Wait for the end of all processes; return the exit code, None where they had to be killed."""
-        deadline = time.monotonic() + PATIENCE_S
-        while marked(self.mark) and time.monotonic() < deadline:
-            self.process.poll()
-            time.sleep(0.1)
-        left = marked(self.mark)
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
-        code = self.process.wait()
-        self.hang_up()
-        return None if left else code
-
-
-def _take_terminal(nohup: bool) -> None:
-    for number in (*STOP_SIGNALS, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)
-    if nohup:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
-def marked(mark: str) -> list[int]:
-    """Return the living processes whose environment has the mark."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(entry.name)
-            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes() and process_identity(pid):
-                found.append(pid)
-    return found
-
-
-def arguments(work: Path, run_dir: Path) -> list[str]:
-    """Return what pretrain is told."""
-    files = ("--run", work / "recipe.json", "--deepspeed_config", ROOT / "ds_configs/zero2.json")
-    return [*map(str, files), "--run_dir", str(run_dir), "--resume", "auto"]
-
-
-def steps_taken(run_dir: Path) -> int:
-    """Return the newest step of the run folder."""
-    rows = read_metrics(run_dir / "metrics.jsonl")
-    return rows[-1]["step"] if rows else 0
+def storm_under_nohup(way: str) -> Storm:
+    """Return one that reaches every process, twice each launcher and rank."""
+    kinds = ("runner", "launcher", "ranks", "loaders", "group")
+    blows = [Blow(0.0, kind, name, True) for kind in kinds for name in ("SIGTERM", "SIGINT")]
+    return Storm(way, 1, 3, 0.0, tuple(blows))
 
 
 def finish(work: Path, run_dir: Path, *, ranks: int) -> None:
@@ -278,14 +149,24 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
-def weather(work: Path, storm: Storm, run_dir: Path, *, start_s: float, light: bool) -> dict[str, Any]:
+def weather(
+    work: Path, storm: Storm, run_dir: Path, *, start_s: float, light: bool, nohup: bool = False
+) -> dict[str, Any]:
     """Launch a run into a storm, let it continue, and say what came of it."""
-    begun = time.monotonic()
-    draw, launch = random.Random(str(storm)), Launch(work, run_dir, way=storm.way, ranks=storm.ranks, light=light)
+    begun, whole = time.monotonic(), work / f"whole_{storm.ranks}"
+    if storm.continued:
+        shutil.copytree(whole, run_dir, ignore=shutil.ignore_patterns(f"global_step{STEPS}", "DONE", "run.lock"))
+    draw = random.Random(str(storm))
+    launch = Launch(work, run_dir, way=storm.way, ranks=storm.ranks, nohup=nohup, light=light)
     if storm.at_step is None:
         time.sleep(storm.at_share * start_s)
     else:
         launch.await_step(storm.at_step)
+    if nohup:
+        launch.hang_up()
+        for pid in marked(launch.mark):
+            os.kill(pid, signal.SIGHUP)
+        assert launch.await_step(steps_taken(run_dir) + 5), "a run does not go on under nohup"
     struck = time.monotonic()
     for blow in storm.blows:
         time.sleep(max(0.0, struck + blow.at_s - time.monotonic()))
@@ -296,7 +177,7 @@ def weather(work: Path, storm: Storm, run_dir: Path, *, start_s: float, light: b
     if not done:
         finish(work, run_dir, ranks=storm.ranks)
     row = {"steps": taken, "saved": saved, "done": done, "code": code, "hangs": code is None}
-    same = digest(run_dir) == digest(work / f"whole_{storm.ranks}")
+    same = digest(run_dir) == digest(whole)
     return {**row, "same": same, "seconds": round(time.monotonic() - begun, 1)}
 
 
@@ -307,17 +188,21 @@ def survived(row: dict[str, Any]) -> bool:
     return row["saved"] == row["steps"] and row["same"] and not row["hangs"] and told
 
 
-def prepare(work: Path, *, light: bool) -> float:
-    """Make corpus, recipe and the runs that are left alone; return the seconds that a start takes."""
+def prepare(work: Path, *, steps: int) -> None:
+    """Make corpus, recipe and the runs that are left alone."""
     if not (work / "recipe.json").exists():
         make_workshop(work)
         recipe = json.loads((work / "recipe.json").read_text())
-        recipe["training"]["total_steps"], recipe["evaluation"]["every_steps"] = STEPS, 20
+        recipe["training"]["total_steps"], recipe["evaluation"]["every_steps"] = steps, 20
         recipe["checkpoints"] = {"every_steps": 15, "keep_last": 2}
         (work / "recipe.json").write_text(json.dumps(recipe))
-    for ranks in (1, 2):
+    for ranks in (1, 2)[: 2 if steps == STEPS else 1]:
         if not (work / f"whole_{ranks}/DONE").exists():
             finish(work, work / f"whole_{ranks}", ranks=ranks)
+
+
+def time_start(work: Path, *, light: bool) -> float:
+    """Return the seconds that a start takes, of a launch that is left alone and must be like the others."""
     shutil.rmtree(work / "start", ignore_errors=True)
     begun, launch = time.monotonic(), Launch(work, work / "start", way="deepspeed", ranks=1, light=light)
     launch.await_step(1)
@@ -347,9 +232,10 @@ def print_table() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("storms", "table"))
+    parser.add_argument("what", choices=("storms", "nohup", "table"))
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--storms", type=int, default=200, metavar="N", help="up to storm N - 1")
+    parser.add_argument("--steps", type=int, default=100, help="of a run under nohup")
     parser.add_argument("--whole_imports", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("runs/campaign-storms"))
     args = parser.parse_args()
@@ -358,12 +244,19 @@ def main() -> None:
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     args.work = args.work.absolute()
-    start_s = prepare(args.work, light=not args.whole_imports)
+    light = not args.whole_imports
+    prepare(args.work, steps=STEPS if args.what == "storms" else args.steps)
+    if args.what == "nohup":
+        for way in ("deepspeed", "bert-ds"):
+            row = weather(args.work, storm_under_nohup(way), args.work / way, start_s=0.0, light=light, nohup=True)
+            print(json.dumps({"way": way, **row}), flush=True)
+        return
+    start_s = time_start(args.work, light=light)
     recorded = {row["number"] for row in read_rows(RESULTS)}
     for number in (number for number in range(args.first, args.storms) if number not in recorded):
         storm, run_dir = make_storm(number), args.work / f"storm_{number}"
         shutil.rmtree(run_dir, ignore_errors=True)
-        row = weather(args.work, storm, run_dir, start_s=start_s, light=not args.whole_imports)
+        row = weather(args.work, storm, run_dir, start_s=start_s, light=light)
         facts = json.loads((run_dir / "environment.json").read_text())
         known = {"number": number, **storm._asdict(), "whole_imports": args.whole_imports}
         row = {**known, **row, "machine": facts["devices"][0], "commit": facts["commit"]}

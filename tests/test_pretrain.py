@@ -182,23 +182,6 @@ def test_a_world_size_that_cannot_make_the_global_batch_is_a_config_error_that_n
     assert "is not a multiple of 3 ranks; with 2 or 4 ranks it is" in refused.stderr
 
 
-def test_a_stopped_run_continues_with_the_identical_losses(workshop: Path, finished_run: Path) -> None:
-    run_dir = workshop / "runs/stopped"
-    command = [sys.executable, *map(str, pretrain_command(workshop, run_dir, "--resume", "auto"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 6/"):
-            process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=120) == 75
-    stopped_at = losses(run_dir)[-1][0]
-    assert 6 <= stopped_at < TOTAL_STEPS
-    continued = run(*pretrain_command(workshop, run_dir, "--resume", "auto"))
-    assert continued.returncode == 0, continued.stdout + continued.stderr
-    assert losses(run_dir) == losses(finished_run)
-
-
 def test_a_killed_run_continues_with_the_identical_losses(workshop: Path, finished_run: Path) -> None:
     run_dir = workshop / "runs/killed"
     command = [sys.executable, *map(str, pretrain_command(workshop, run_dir, "--resume", "auto"))]
