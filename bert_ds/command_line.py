@@ -26,6 +26,7 @@ from bert_ds.ranks import (
     DivergedError,
     LauncherError,
 )
+from bert_ds.start_watch import START_LIMIT_S, say_ended
 
 Report = Callable[[int, str], None]
 """Called with the amount done so far and a short text about it."""
@@ -67,6 +68,14 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
         help="end with exit code 75 and the stacks of all ranks after so long without progress, 0: never "
         "(default: %(default)s; three times as long in the first step, an evaluation or a save)",
     )
+    parser.add_argument(
+        "--start_limit",
+        type=_limit_s,
+        default=START_LIMIT_S,
+        metavar="SECONDS",
+        help="end with exit code 75 and their names when ranks have not come after so long, 0: never "
+        "(default: %(default)s; a rank that has come and died ends the start at once)",
+    )
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
@@ -96,6 +105,9 @@ def run_main(main: Callable[[], int | None], *, leave_at_once: bool = False) -> 
     except KeyboardInterrupt:
         print(f"{_program_name()}: interrupted", file=sys.stderr)
         code = 130
+    except SystemExit as error:
+        say_ended(error.code if isinstance(error.code, int) else int(error.code is not None))
+        raise
     except Exception as error:
         record_exit(1, f"{type(error).__name__}: {error}")
         if not leave_at_once:
@@ -103,6 +115,7 @@ def run_main(main: Callable[[], int | None], *, leave_at_once: bool = False) -> 
         traceback.print_exc()
         code, message = 1, f"{type(error).__name__}: {error}"
     record_exit(code, message)
+    say_ended(code, message)
     if leave_at_once:
         atexit._run_exitfuncs()
         sys.stdout.flush()

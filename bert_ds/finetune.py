@@ -18,6 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+# First of all: a rank may end in the imports below, and the others would wait for it.
+from bert_ds.start_watch import watch_start
+
+if __name__ == "__main__":
+    watch_start()
+
 # Nothing here may reach for the network; transformers reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -86,7 +92,7 @@ def main() -> int:
     stop = StopRequest()
     stop.install(speaks=ranks.is_main)
     follow_launcher(stop)
-    with joined_ranks(ranks):
+    with joined_ranks(ranks, start_limit_s=args.start_limit):
         run_dirs = list(folders.values()) or [run_dir]
         refuse_foreign_folders(run_dirs, export="hf")
         refuse_foreign_folders([run_dir])

@@ -15,6 +15,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+# First of all: a rank may end in the imports below, and the others would wait for it.
+from bert_ds.start_watch import watch_start
+
+if __name__ == "__main__":
+    watch_start()
+
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
@@ -63,7 +69,7 @@ def main() -> int:
     stop = StopRequest()
     stop.install(speaks=ranks.is_main)
     follow_launcher(stop)
-    with joined_ranks(ranks):
+    with joined_ranks(ranks, start_limit_s=args.start_limit):
         return pretrain(plan, ranks, args=args, stop=stop)
 
 

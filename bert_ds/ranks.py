@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from typing import NamedTuple
 
 EXIT_DONE = 0
@@ -11,6 +12,8 @@ EXIT_DATA = 3
 EXIT_CHECKPOINT = 4
 EXIT_DIVERGED = 5
 EXIT_RUN_AGAIN = 75
+PERMANENT_EXITS = (EXIT_CONFIG, EXIT_DATA, EXIT_CHECKPOINT, EXIT_DIVERGED)
+"""Exit codes that another launch would meet again."""
 
 LAUNCHER_PATIENCE_S = 30
 """DeepSpeed's launcher kills its ranks so long after SIGTERM or SIGINT; `bert-ds` and Slurm's scripts wait."""
@@ -69,6 +72,11 @@ def read_ranks(environ: dict[str, str] | None = None) -> Ranks:
             raise LauncherError(f"{names[0]}={rank} is outside 0..{world_size - 1} ({names[2]}={world_size})")
         return Ranks(rank, local_rank, world_size)
     return Ranks(0, 0, 1)
+
+
+def node_name() -> str:
+    """Return the name of this machine, Slurm's where there is one."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def _whole_number(env: dict[str, str], name: str) -> int:

@@ -16,6 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+# First of all: a rank may end in the imports below, and the others would wait for it.
+from bert_ds.start_watch import watch_start
+
+if __name__ == "__main__":
+    watch_start()
+
 # Nothing here may reach for the network; transformers reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -15,16 +15,29 @@ from deepspeed.accelerator import get_accelerator
 
 from bert_ds.configuration.run_config import ConfigError
 from bert_ds.ranks import Ranks
+from bert_ds.start_watch import START_LIMIT_S, joined, meet
 from bert_ds.training.agreement import COLLECTIVE_TIMEOUT
 from bert_ds.training.deepspeed_names import missing_name
 
 
 @contextmanager
-def joined_ranks(ranks: Ranks, *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[None]:
+def joined_ranks(
+    ranks: Ranks,
+    *,
+    timeout: timedelta = COLLECTIVE_TIMEOUT,
+    start_limit_s: float = START_LIMIT_S,
+    first: Callable[[], object] = lambda: None,
+) -> Iterator[None]:
     """Be one of the job's ranks inside the block: NCCL on CUDA, gloo on CPU; a collective.
 
     A single process that no launcher started gets a group of its own. Under a bare `srun` the SLURM variables are
     translated; MASTER_ADDR and MASTER_PORT then come from the job script.
+
+    Args:
+        ranks: place of this process in the job.
+        timeout: of a collective.
+        start_limit_s: how long ranks that have not come are waited for, 0: for ever. One that dies ends all at once.
+        first: a collective that is done while the start is still watched, before the block.
 
     Raises:
         ConfigError: there are several ranks and MASTER_ADDR or MASTER_PORT is not set.
@@ -37,6 +50,7 @@ def joined_ranks(ranks: Ranks, *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> It
                 raise ConfigError(f"{name} is not set: {ranks.world_size} ranks need it to find each other")
             os.environ[name] = alone
     leave_out_shared_memory_operator()
+    meet(start_limit_s)
     deepspeed.init_distributed(
         dist_backend="nccl" if get_accelerator().device_name() == "cuda" else "gloo",
         auto_mpi_discovery=False,
@@ -44,6 +58,8 @@ def joined_ranks(ranks: Ranks, *, timeout: timedelta = COLLECTIVE_TIMEOUT) -> It
         verbose=False,
     )
     try:
+        first()
+        joined()
         yield
     finally:
         # Without this the background threads of gloo abort an interpreter that ends by an exception.
