@@ -38,6 +38,8 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (CheckpointError, EXIT_CHECKPOINT),
     (DivergedError, EXIT_DIVERGED),
 )
+USER_ERRORS = tuple(kind for kind, _ in _EXIT_CODES)
+"""What the user can act upon."""
 _PLAIN_LINE_EVERY_S = 10.0
 
 
@@ -98,10 +100,8 @@ def run_main(main: Callable[[], int | None], *, leave_at_once: bool = False) -> 
         sys.stdout, sys.stderr = cast("TextIO", _Unfailing(sys.stdout)), cast("TextIO", _Unfailing(sys.stderr))
     try:
         code = main() or EXIT_DONE
-    except tuple(kind for kind, _ in _EXIT_CODES) as error:
-        message = str(error)
-        print(f"{_program_name()}: error: {error}", file=sys.stderr)
-        code = next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
+    except USER_ERRORS as error:
+        code, message = report_error(error), str(error)
     except KeyboardInterrupt:
         print(f"{_program_name()}: interrupted", file=sys.stderr)
         code = 130
@@ -122,6 +122,12 @@ def run_main(main: Callable[[], int | None], *, leave_at_once: bool = False) -> 
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def report_error(error: Exception) -> int:
+    """Print one of USER_ERRORS on stderr and return its exit code."""
+    print(f"{_program_name()}: error: {error}", file=sys.stderr)
+    return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
 
 
 @contextmanager
@@ -148,13 +154,20 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
+        # A misspelt option comes before what argparse says of it: that the one which was meant is missing.
+        words = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
+        options = [word for word in words if word.startswith("--") and word != "--"]
+        self._refuse_unknown([word for word in options if word.partition("=")[0] not in self._option_string_actions])
         parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            name = unknown[0].partition("=")[0]
+        self._refuse_unknown(unknown)
+        return parsed
+
+    def _refuse_unknown(self, words: Sequence[str]) -> None:
+        if words:
+            name = words[0].partition("=")[0]
             near = difflib.get_close_matches(name, self._option_string_actions, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             self.error(f"unknown argument {name}{hint}")
-        return parsed
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_CONFIG, f"{self.prog}: error: {message} (--help lists the options)\n")

@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+from bert_ds.command_line import USER_ERRORS, report_error
+from bert_ds.launch_checks import CHECKS
 from bert_ds.launcher import run_launcher
 
 TRAINING_VERBS = ("pretrain", "finetune", "score")
@@ -30,6 +32,8 @@ SINGLE_VERBS = (
 """Verbs that run once, on one machine."""
 
 LAUNCHER = "deepspeed.launcher.runner"
+QUIET = ("--log_level", "warning")
+"""What the launcher says of every launch stands in the logs of the ranks; a --log_level of the user comes later."""
 
 USAGE = """usage: bert-ds VERB [arguments]
        bert-ds pretrain [launcher arguments --] [arguments]
@@ -45,13 +49,32 @@ def verb_command(verb: str, arguments: list[str]) -> list[str]:
 
     Arguments of a training verb that stand before a lone "--" go to the DeepSpeed launcher.
     """
-    script = str(Path(__file__).resolve().parent / f"{verb}.py")
+    script = script_of(verb)
     if verb not in TRAINING_VERBS or arguments in (["-h"], ["--help"]):
         return [sys.executable, script, *arguments]
     split = arguments.index("--") if "--" in arguments else 0
     launcher_arguments = arguments[:split]
     script_arguments = arguments[split + 1 :] if "--" in arguments else arguments
-    return [sys.executable, "-m", LAUNCHER, *launcher_arguments, script, *script_arguments]
+    return [sys.executable, "-m", LAUNCHER, *QUIET, *launcher_arguments, script, *script_arguments]
+
+
+def script_of(verb: str) -> str:
+    """Return the path of a verb's script."""
+    return str(Path(__file__).resolve().parent / f"{verb}.py")
+
+
+def refused(verb: str, words: list[str]) -> int | None:
+    """Say what is wrong with a verb's command line and files, in a rank's words, and return the exit code.
+
+    Returns:
+        None where the launcher may start. A word that no verb knows and --help end this process.
+    """
+    sys.argv = [script_of(verb), *words]
+    try:
+        CHECKS[verb](words)
+    except USER_ERRORS as error:
+        return report_error(error)
+    return None
 
 
 def main() -> int:
@@ -67,7 +90,8 @@ def main() -> int:
         return 2
     command = verb_command(verb, arguments[1:])
     if LAUNCHER in command:
-        return run_launcher(command)
+        code = refused(verb, command[command.index(script_of(verb)) + 1 :])
+        return run_launcher(command) if code is None else code
     sys.stdout.flush()
     os.execv(command[0], command)
 

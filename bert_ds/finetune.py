@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from deepspeed import DeepSpeedEngine
 
-from bert_ds.command_line import add_launch_options, make_parser, run_main
-from bert_ds.configuration.ds_agreement import settled
-from bert_ds.configuration.ds_config import DsConfig, load_ds_config, resolve_ds_config
+from bert_ds.command_line import run_main
+from bert_ds.configuration.ds_config import DsConfig, resolve_ds_config
 from bert_ds.configuration.precision import with_precision
-from bert_ds.configuration.task_config import ConfigError, TaskConfig, TrainedTask, dump_task, load_task, trained_task
-from bert_ds.configuration.task_kinds import KIND_FACTS
+from bert_ds.configuration.task_config import TaskConfig, TrainedTask, dump_task, trained_task
 from bert_ds.corpus.wordpiece import WordPieceTokenizer, load_tokenizer
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.metrics import require_metrics
@@ -46,6 +44,7 @@ from bert_ds.downstream.task_rows import TaskRows, read_task
 from bert_ds.downstream.taught_model import load_teacher
 from bert_ds.downstream.trivial import trivial_figures
 from bert_ds.encoder.pretrained import Pretrained, check_tokenizer, load_pretrained
+from bert_ds.launch_checks import checked_task, finetune_arguments
 from bert_ds.output_folders import open_run_folder
 from bert_ds.ranks import EXIT_DONE, EXIT_RUN_AGAIN, Ranks, read_ranks
 from bert_ds.reporting.run_log import RunLog, write_environment
@@ -79,15 +78,11 @@ class Start:
 
 
 def main() -> int:
-    args = parse_arguments()
+    args = finetune_arguments()
+    task, ds = checked_task(args)
     require_metrics()
-    task = load_task(args.task, args.set, data=args.data)
-    if not KIND_FACTS[task.kind].is_trained:
-        raise ConfigError(f"{args.task}: a {task.kind} task has nothing to train: score.py scores a folder on it")
     run_dir: Path = (args.run_dir or Path("runs") / task.name).absolute()
     folders = {seed: run_dir / f"seed_{seed}" for seed in args.seeds or ()}
-    ds = replace(load_ds_config(args.deepspeed_config), recipe_name=str(args.task))
-    task = settled(task, ds.settings)
     ranks = read_ranks()
     stop = StopRequest()
     stop.install(speaks=ranks.is_main)
@@ -110,27 +105,6 @@ def main() -> int:
                 return code
         on_main_rank(lambda: write_summary(run_dir, list(folders.values())))
     return EXIT_DONE
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Return the command line."""
-    parser = make_parser("Fine-tune a pre-trained BERT on a task under DeepSpeed.")
-    parser.add_argument("--task", required=True, help="task file, or the name of a shipped task")
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of a pre-trained BERT")
-    parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed file")
-    parser.add_argument("--data", type=Path, help="folder of the data files (default: that of the task file)")
-    parser.add_argument("--run_dir", type=Path, help="run folder (default: runs/NAME of the task)")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one setting")
-    parser.add_argument("--seed", type=int, help="seed of this run, instead of the task's")
-    parser.add_argument("--seeds", type=int, nargs="+", help="a run for each seed, with mean and deviation at the end")
-    parser.add_argument("--trivial", action="store_true", help="measure the trivial method on the same rows too")
-    parser.add_argument("--random_weights", action="store_true", help="the same network from random weights")
-    add_launch_options(parser)
-    args = parser.parse_args()
-    if args.seed is not None and args.seeds:
-        parser.error("--seed and --seeds exclude each other")
-    args.set += [] if args.seed is None else [f"seed={args.seed}"]
-    return args
 
 
 def open_task(

@@ -24,8 +24,8 @@ if __name__ == "__main__":
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from bert_ds.command_line import add_launch_options, make_parser, run_main
-from bert_ds.configuration.ds_config import load_pair, resolve_ds_config
+from bert_ds.command_line import run_main
+from bert_ds.configuration.ds_config import resolve_ds_config
 from bert_ds.configuration.precision import decided, with_precision
 from bert_ds.configuration.run_config import RunConfig, dump_run_config
 from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table
@@ -38,6 +38,7 @@ from bert_ds.encoder.distillation import make_student
 from bert_ds.encoder.heads import BertForPreTraining
 from bert_ds.encoder.initial_weights import load_initial_weights
 from bert_ds.encoder.pretrained import check_tokenizer
+from bert_ds.launch_checks import checked_run, pretrain_arguments
 from bert_ds.ranks import EXIT_DONE, EXIT_RUN_AGAIN, CheckpointError, Ranks, read_ranks
 from bert_ds.reporting.run_log import RunLog, write_environment
 from bert_ds.training.checkpoint_folder import find_checkpoint
@@ -61,9 +62,8 @@ from bert_ds.training.train_state import TrainPlan, TrainState
 
 
 def main() -> int:
-    args = parse_arguments()
-    initial = [f"init_from={args.init_from}"] if args.init_from else []
-    run, ds = load_pair(args.run, args.deepspeed_config, overrides=[*args.set, *initial])
+    args = pretrain_arguments()
+    run, ds = checked_run(args)
     ranks = read_ranks()
     plan = make_plan(run, ds, ranks.world_size)
     stop = StopRequest()
@@ -137,27 +137,6 @@ def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: Sto
         mark_done(run_dir, {"step": state.step})
     log.close()
     return EXIT_DONE
-
-
-def parse_arguments() -> argparse.Namespace:
-    """Return the command line."""
-    parser = make_parser("Pre-train a BERT encoder under DeepSpeed.")
-    parser.add_argument("--run", type=Path, help="recipe (default: the embedded default)")
-    parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed file")
-    parser.add_argument("--run_dir", type=Path, default=Path("runs/default"), help="run folder (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one recipe setting")
-    parser.add_argument("--init_from", type=Path, help="start from the weights of a run or of a Hugging Face folder")
-    add_launch_options(parser)
-    parser.add_argument(
-        "--replay_step", type=int, metavar="N", help="show what the examples of step N do to the gradients, and end"
-    )
-    parser.add_argument("--dry_run", action="store_true", help="take one step on the longest batch, print the memory")
-    parser.add_argument("--find_micro_batch", action="store_true", help="double the micro-batch until it does not fit")
-    args = parser.parse_args()
-    if args.replay_step is not None:
-        args.resume = "must"
-    args.run_dir = args.run_dir.absolute()
-    return args
 
 
 def open_corpus(run: RunConfig, run_dir: Path, *, log: RunLog) -> PretrainingData:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 # First of all: a rank may end in the imports below, and the others would wait for it.
@@ -27,8 +26,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from bert_ds.command_line import make_parser, run_main
-from bert_ds.configuration.task_config import ConfigError, TaskConfig, load_task
+from bert_ds.command_line import run_main
+from bert_ds.configuration.task_config import ConfigError, TaskConfig
 from bert_ds.corpus.wordpiece import load_tokenizer
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.metrics import require_metrics
@@ -37,6 +36,7 @@ from bert_ds.downstream.task_folder import read_task_folder, tokenizer_folder
 from bert_ds.downstream.task_rows import read_task
 from bert_ds.downstream.untrained import UNTRAINED
 from bert_ds.encoder.pretrained import check_tokenizer, load_masked_lm
+from bert_ds.launch_checks import checked_scoring, score_arguments
 from bert_ds.output_folders import open_results_folder
 from bert_ds.ranks import DataError, Ranks, read_ranks
 from bert_ds.reporting.run_log import write_json
@@ -45,19 +45,10 @@ from bert_ds.training.run_folder import on_main_rank
 
 
 def main() -> None:
-    parser = make_parser("Score a fine-tuned or a pre-trained folder on a task.")
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument("--task", required=True, help="task file, or the name of a shipped task")
-    parser.add_argument("--data", type=Path, help="folder of the data files (default: that of the task file)")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one setting")
-    parser.add_argument("--side", choices=("train", "validation", "test"), default="validation", help="which rows")
-    parser.add_argument("--output", type=Path, help="folder for predictions, figures and results.json")
-    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = score_arguments()
+    task = checked_scoring(args)
     require_metrics()
     ranks = read_ranks()
-    task = load_task(args.task, args.set, data=args.data)
     if task.kind in UNTRAINED:
         return score_untrained(task, args, ranks)
     with joined_ranks(ranks):

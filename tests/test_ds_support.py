@@ -102,15 +102,16 @@ def test_nvme_needs_stage_3_and_a_folder(tmp_path: Path) -> None:
         ("aio", {"block_size": 1048576}),
         ("checkpoint", {"tag_validation": "FAIL"}),
         ("wall_clock_breakdown", True),
-        ("prescale_gradients", True),
+        ("prescale_gradients", False),
         ("steps_per_print", 10),
         ("log_level", "warning"),
         ("communication_data_type", "fp32"),
     ],
 )
 def test_what_deepspeed_knows_and_this_project_honours_reaches_deepspeed(
-    tmp_path: Path, path: str, value: object
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, value: object
 ) -> None:
+    monkeypatch.setattr("bert_ds.configuration.ds_support.find_spec", lambda name: object())
     settings = changed(DEEPSPEED, path, value)
     found = dict(leaves(resolved(tmp_path, RECIPE, settings)))
     for name, given in leaves(settings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -85,6 +86,10 @@ SWITCHED_OFF = {
 """Blocks that may only be present switched off, and why; they do not reach DeepSpeed."""
 
 
+_MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+"""What DeepSpeed imports for a monitor that is enabled."""
+
+
 def unsupported_settings(settings: dict[str, Any], *, stage_is_known: bool = True) -> list[Problem]:
     """Return one problem per setting that this project cannot honour.
 
@@ -100,6 +105,7 @@ def unsupported_settings(settings: dict[str, Any], *, stage_is_known: bool = Tru
             problems.append(Problem(path, f"{found_wanted(given[path], wanted)}: {reason}"))
     for path, reason in SWITCHED_OFF.items():
         problems += _switched_on(path, settings, reason)
+    problems += _monitors(given)
     return problems + _paths(given) + (_combinations(settings, given) if stage_is_known else [])
 
 
@@ -128,6 +134,7 @@ def _combinations(settings: dict[str, Any], given: dict[str, Any]) -> list[Probl
             problems.append(Problem(f"{path}.device", f'"nvme" needs zero_optimization.stage 3, which is {stage}'))
         if device == "nvme" and not block.get("nvme_path"):
             problems.append(Problem(f"{path}.nvme_path", 'is missing, wanted a folder: device is "nvme"'))
+    problems += _scaled_reduction(settings, stage=stage)
     if given.get("bf16.enabled") is True and given.get("fp16.enabled") is True:
         problems.append(Problem("fp16.enabled", "found true, but bf16.enabled is true too: wanted one of them"))
     if given.get("bf16.immediate_grad_update") and stage != 1:
@@ -136,6 +143,31 @@ def _combinations(settings: dict[str, Any], given: dict[str, Any]) -> list[Probl
         text = f"found {bucket}, wanted an even number of at least 2"
         problems.append(Problem("zero_optimization.allgather_bucket_size", text))
     return problems
+
+
+def _scaled_reduction(settings: dict[str, Any], *, stage: int) -> list[Problem]:
+    """Return scaled gradients where DeepSpeed asserts that there are none, or scales them wrongly.
+
+    Stages 2 and 3 reduce and scatter in one; stage 3 does not multiply by a factor that equals the number of ranks.
+    """
+    scatters = settings.get("zero_optimization", {}).get("reduce_scatter", True)
+    factor, is_prescaled = settings.get("gradient_predivide_factor", 1.0), settings.get("prescale_gradients", False)
+    problems = []
+    if factor != 1.0 and ((stage == 2 and scatters) or stage == 3):
+        text = f"{found_wanted(factor, '1.0')}: DeepSpeed refuses it at zero_optimization.stage {stage}"
+        problems.append(Problem("gradient_predivide_factor", text))
+    if is_prescaled and stage >= 2 and scatters:
+        text = f"{found_wanted(True, 'false')}: DeepSpeed refuses it at zero_optimization.stage {stage}"
+        problems.append(Problem("prescale_gradients", text))
+    return problems
+
+
+def _monitors(given: dict[str, Any]) -> list[Problem]:
+    return [
+        Problem(f"{name}.enabled", f"found true, but {package} is not installed here: pip install {package}")
+        for name, package in _MONITOR_PACKAGES.items()
+        if given.get(f"{name}.enabled") is True and find_spec(package) is None
+    ]
 
 
 def _paths(given: dict[str, Any]) -> list[Problem]:

@@ -149,14 +149,12 @@ def make_plan(run: RunConfig, ds: DsConfig, world_size: int, *, gpu_memory_bytes
     """
     if world_size < 1:
         raise ConfigError(f"world size: found {world_size}, wanted >= 1")
-    file_problems, missing = named_files(run)
-    in_recipe = [*recipe_problems(run), *file_problems]
-    in_recipe += spread_problems(run, stage=ds.zero_stage, offloaded=ds.offload_optimizer != "none")
-    in_ds = [*pair_problems(run, ds), *_rank_problems(ds, world_size)]
+    lines, missing = _pair_lines(run, ds)
+    in_ds = _rank_problems(ds, world_size)
     batch = split_batch(run, world_size, micro=ds.micro_batch_size, accumulation=ds.accumulation)
     if isinstance(batch, Problem):
         in_ds.append(batch)
-    lines = [problem.line(ds.recipe_name) for problem in in_recipe] + [problem.line(ds.name) for problem in in_ds]
+    lines += [problem.line(ds.name) for problem in in_ds]
     if lines:
         raise ConfigError("\n".join(lines))
     assert isinstance(batch, MicroBatch)
@@ -164,6 +162,18 @@ def make_plan(run: RunConfig, ds: DsConfig, world_size: int, *, gpu_memory_bytes
     tokens, teacher = corpus_tokens(run), teacher_model(run)
     plan = RunPlan(run, ds, world_size, batch.size, batch.accumulation, warnings, tokens, teacher)
     return _with_memory_warning(plan, gpu_memory_bytes)
+
+
+def require_files(run: RunConfig, ds: DsConfig) -> None:
+    """Check the two files against each other, whatever the number of ranks, and that every file they name is here.
+
+    Raises:
+        ConfigError: with one line per problem, all at once.
+    """
+    lines, missing = _pair_lines(run, ds)
+    lines += [f"{ds.recipe_name}: {text}" for text in missing]
+    if lines:
+        raise ConfigError("\n".join(lines))
 
 
 def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
@@ -207,6 +217,15 @@ def size_text(number: float) -> str:
             return f"{number:.0f} {unit}" if number >= 100 or unit == "B" else f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:.1f} TB"
+
+
+def _pair_lines(run: RunConfig, ds: DsConfig) -> tuple[list[str], list[str]]:
+    """Return what is wrong whatever the number of ranks, and the named files that are not here."""
+    file_problems, missing = named_files(run)
+    in_recipe = [*recipe_problems(run), *file_problems]
+    in_recipe += spread_problems(run, stage=ds.zero_stage, offloaded=ds.offload_optimizer != "none")
+    lines = [problem.line(ds.recipe_name) for problem in in_recipe]
+    return lines + [problem.line(ds.name) for problem in pair_problems(run, ds)], missing
 
 
 def _rank_problems(ds: DsConfig, world_size: int) -> list[Problem]:

@@ -258,7 +258,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _rank_logger(run_dir: Path, ranks: Ranks) -> logging.Logger:
-    """Return a logger into logs/rank_K.log that also receives DeepSpeed's messages."""
+    """Return a logger into logs/rank_K.log that also receives DeepSpeed's messages.
+
+    DeepSpeed shows warnings and drops the rest; here the rest goes into the file alone, after what its launcher would
+    have told of this rank.
+    """
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(run_dir / "logs" / f"rank_{ranks.rank}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -266,7 +270,17 @@ def _rank_logger(run_dir: Path, ranks: Ranks) -> logging.Logger:
     logger.propagate = False
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
-    logging.getLogger("DeepSpeed").addHandler(handler)
+    deepspeed = logging.getLogger("DeepSpeed")
+    for shown in deepspeed.handlers:
+        if isinstance(shown, logging.StreamHandler) and not isinstance(shown, logging.FileHandler):
+            shown.setLevel(max(shown.level, logging.WARNING))
+    deepspeed.setLevel(logging.INFO)
+    deepspeed.addHandler(handler)
+    place = f"{os.environ.get('MASTER_ADDR', '-')}:{os.environ.get('MASTER_PORT', '-')}"
+    logger.info(
+        f"rank {ranks.rank} of {ranks.world_size}, local rank {ranks.local_rank}, process {os.getpid()} on "
+        f"{platform.node()}, rendezvous at {place}"
+    )
     return logger
 
 
