@@ -6,79 +6,50 @@ is up; what it returns is pickled back to the test. A rank that raises fails the
 
 from __future__ import annotations
 
+import importlib
 import os
-import queue
-import socket
-import time
-import traceback
+import pickle
+import sys
+import tempfile
 from collections.abc import Callable
-from multiprocessing.queues import Queue
+from pathlib import Path
 from typing import Any
 
-import torch
-import torch.multiprocessing as mp
+from fork_server import launch, plain_environment, rank_facts
 
 
-def free_port() -> int:
-    """Return a TCP port that is free on the loopback interface."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+def enter(rank: int, world_size: int, module: str, worker: str, args: tuple) -> Any:
+    """Be a rank: join the others and call the worker."""
+    import torch
 
+    from bert_ds.ranks import Ranks
+    from bert_ds.training.process_group import joined_ranks
 
-def _enter(rank: int, worker: Callable[..., Any], world_size: int, port: int, args: tuple, results: Queue) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-    )
     torch.set_num_threads(1)
-    try:
-        from bert_ds.ranks import Ranks
-        from bert_ds.training.process_group import joined_ranks
-
-        with joined_ranks(Ranks(rank, rank, world_size)):
-            results.put((rank, worker(rank, world_size, *args), None))
-    except BaseException:
-        results.put((rank, None, traceback.format_exc()))
+    with joined_ranks(Ranks(rank, rank, world_size)):
+        return getattr(importlib.import_module(module), worker)(rank, world_size, *args)
 
 
 def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
     """Run `worker(rank, world_size, *args)` on world_size processes and return the results in rank order.
 
     Raises:
-        AssertionError: a rank raised, died, or did not answer within timeout_s.
+        AssertionError: a rank raised or died.
+        subprocess.TimeoutExpired: a rank did not answer within timeout_s.
     """
-    context = mp.get_context("spawn")
-    results: Queue = context.Queue()
-    port = free_port()
-    processes = [
-        context.Process(target=_enter, args=(rank, worker, world_size, port, args, results))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    answers: dict[int, Any] = {}
-    deadline = time.monotonic() + timeout_s
-    try:
-        while len(answers) < world_size:
-            try:
-                rank, value, error = results.get(timeout=1.0)
-            except queue.Empty:
-                dead = [p.exitcode for p in processes if p.exitcode not in (None, 0)]
-                assert not dead, f"a rank died with exit code {dead[0]}"
-                assert time.monotonic() < deadline, f"no answer from all {world_size} ranks in {timeout_s} s"
-                continue
-            assert error is None, f"rank {rank} of {world_size} raised:\n{error}"
-            answers[rank] = value
-    finally:
-        for process in processes:
-            process.join(timeout=20 if len(answers) == world_size else 0)
-            if process.is_alive():
-                process.kill()
-                process.join()
-    return [answers[rank] for rank in range(world_size)]
+    module = worker.__module__
+    if module == "__main__":
+        module = Path(str(sys.modules["__main__"].__file__)).stem
+    with tempfile.TemporaryDirectory() as name:
+        folder, orders = Path(name), []
+        for rank, facts in enumerate(rank_facts(world_size)):
+            call = (rank, world_size, module, worker.__name__, args)
+            order = (folder / f"call{rank}", folder / f"answer{rank}", folder / f"says{rank}")
+            order[0].write_bytes(pickle.dumps(("ranks_harness", "enter", call, str(order[1]))))
+            files = {"call": str(order[0]), "out": str(order[2]), "err": str(order[2])}
+            orders.append({"env": plain_environment() | facts, "cwd": os.getcwd(), **files})
+        codes = launch(orders, timeout_s=timeout_s)
+        for rank, code in enumerate(codes):
+            said = (folder / f"says{rank}").read_text("utf-8", "replace")
+            assert code == 0, f"rank {rank} of {world_size} ended with {code}:\n{said}"
+        return [pickle.loads((folder / f"answer{rank}").read_bytes()) for rank in range(world_size)]

@@ -139,7 +139,7 @@ def test_a_run_is_taught_alike_whole_on_one_rank_and_sharded_on_two(workshop: Pa
     assert done.returncode == 0, done.stdout + done.stderr
     assert "whole on every rank" in done.stdout
     script, *arguments = pretrain_command(workshop, sharded, stage=3)
-    done = run("-m", "deepspeed.launcher.runner", "--num_gpus", 2, "--master_port", 29837, script, *arguments)
+    done = run(script, *arguments, world_size=2)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [list(read_metrics(folder / "metrics.jsonl")) for folder in (alone, sharded)]
     names = ("loss", "loss_mlm", "loss_pair", "loss_soft", "loss_hidden", "grad_norm")

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from downstream_cases import review_rows, review_task, write_lines
+from forked_verbs import run_verb
 
 from bert_ds.reporting.run_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def run(*command: object) -> subprocess.CompletedProcess[str]:
-    """Run a script with the interpreter of the tests, as one rank without a launcher."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, timeout=240
-    )
 
 
 def finetune(
@@ -32,7 +23,7 @@ def finetune(
     """Run finetune.py."""
     files = ["--task", task, "--model", model, "--run_dir", run_dir]
     deepspeed_config = ROOT / f"ds_configs/zero{stage}.json"
-    return run(ROOT / "bert_ds/finetune.py", *files, "--deepspeed_config", deepspeed_config, *extra)
+    return run_verb(ROOT / "bert_ds/finetune.py", *files, "--deepspeed_config", deepspeed_config, *extra)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +129,8 @@ def test_a_run_that_no_longer_improves_ends_early_with_its_best_step(tiny_export
 
 def test_score_gives_the_figures_of_the_run_that_made_the_folder(finished: tuple[Path, Path], tmp_path: Path) -> None:
     task, run_dir = finished[0], finished[1] / "seed_1"
-    done = run(ROOT / "bert_ds/score.py", "--model", run_dir / "hf", "--task", task, "--output", tmp_path / "scores")
+    places = ("--model", run_dir / "hf", "--output", tmp_path / "scores")
+    done = run_verb(ROOT / "bert_ds/score.py", "--task", task, *places)
     assert done.returncode == 0, done.stderr
     found, wanted = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "scores", run_dir))
     assert found == {name: value for name, value in wanted.items() if name not in ("seed", "step", "trivial")}

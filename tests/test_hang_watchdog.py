@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from ranks_harness import free_port
+from fork_server import free_port
 from test_restart import wait_until
 from tiny_training import ds_config, join_alone, micro_batch, step_batches, tiny_engine, tiny_plan, tiny_services
 

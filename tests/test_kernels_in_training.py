@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from corpus_fixtures import FIRST_TEXT_ID, tiny_tokenizer, write_shards
+from forked_verbs import run_verb
 
 from bert_ds.reporting.run_log import read_metrics
 
@@ -57,17 +55,8 @@ def train(workshop: Path, kernels: str, dropout: float) -> list[float]:
         "model.attention_probs_dropout_prob": dropout,
     }
     overrides = [word for name, value in recipe.items() for word in ("--set", f"{name}={value}")]
-    port = 29820 + 2 * (kernels == "triton") + (dropout > 0)
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
     files = ["--run", workshop / "recipe.json", "--deepspeed_config", ROOT / "ds_configs/zero2.json"]
-    command = [sys.executable, *launcher, ROOT / "bert_ds/pretrain.py", *files, "--run_dir", run_dir, *overrides]
-    environment: dict[str, str] = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TRITON_INTERPRET": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
-    done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, timeout=300)
+    done = run_verb(ROOT / "bert_ds/pretrain.py", *files, "--run_dir", run_dir, *overrides, world_size=2)
     assert done.returncode == 0, done.stdout + done.stderr
     return [row["loss"] for row in read_metrics(run_dir / "metrics.jsonl")]
 

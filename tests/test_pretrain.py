@@ -12,9 +12,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from forked_verbs import run_verb
 
 from bert_ds.reporting.run_log import read_metrics
 
@@ -25,12 +25,7 @@ TOTAL_STEPS = 12
 WITHOUT_DROPOUT = ("model.hidden_dropout_prob=0", "model.attention_probs_dropout_prob=0")
 
 
-def run(*command: object, env: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command with the interpreter of the tests."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", **(env or {})}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment, timeout=240, **options
-    )
+run = run_verb
 
 
 def pretrain_command(workshop: Path, run_dir: Path, *extra: object, stage: int = 2) -> list[object]:
@@ -145,8 +140,7 @@ def test_two_ranks_see_the_batches_of_one(workshop: Path, finished_run: Path) ->
     settings = [f"--set={key}" for key in (*WITHOUT_DROPOUT, "training.precision=fp32")]
     alone, together = workshop / "runs/alone", workshop / "runs/together"
     assert run(*pretrain_command(workshop, alone, *settings)).returncode == 0
-    script, *arguments = pretrain_command(workshop, together, *settings)
-    launched = run("-m", "deepspeed.launcher.runner", "--num_gpus", 2, "--master_port", 29818, script, *arguments)
+    launched = run(*pretrain_command(workshop, together, *settings), world_size=2)
     assert launched.returncode == 0, launched.stdout + launched.stderr
     for (step, loss), (same_step, same_loss) in zip(losses(alone), losses(together), strict=True):
         assert step == same_step

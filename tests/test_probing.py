@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from downstream_cases import BAD, GOOD, OTHER, review_task, task_of, write_lines, write_task
+from forked_verbs import run_verb
 
 from bert_ds.configuration.task_config import TaskConfig, load_task
 from bert_ds.corpus.wordpiece import load_tokenizer
@@ -135,9 +134,7 @@ def test_a_control_task_gives_every_word_type_one_label_on_both_sides() -> None:
 
 
 def run_probe(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, str(ROOT / "bert_ds/probe.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    return run_verb(ROOT / "bert_ds/probe.py", *arguments)
 
 
 def test_the_verb_prints_a_line_per_layer_and_writes_it(tiny_export: Path, tmp_path: Path) -> None:

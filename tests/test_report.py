@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_verbs import run_verb
 from tiny_training import TinyModel, ds_config, join_alone, step_batches, tiny_plan, tiny_services
 
 from bert_ds.configuration.config_files import shipped_file
@@ -176,12 +176,12 @@ def test_without_matplotlib_the_figures_say_how_to_get_it(tmp_path: Path, monkey
 def test_the_command_writes_the_page_and_the_pictures(tmp_path: Path) -> None:
     folder = written(tmp_path, START, logged("train", 1, grad_norm=None), logged("evaluation", 1, **EVALUATED))
     arguments = ["--run_dir", folder, "--html", "--require_below_unigram", "1"]
-    refused = subprocess.run([sys.executable, ROOT / "bert_ds/report.py", *arguments], capture_output=True, text=True)
+    refused = run_verb(ROOT / "bert_ds/report.py", *arguments)
     assert refused.returncode == 2
     assert "holds 'metrics.jsonl', which is not ours" in refused.stderr
     assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
     shutil.copy(shipped_file("recipes/embedded_default.json"), folder / "run_config.json")
-    done = subprocess.run([sys.executable, ROOT / "bert_ds/report.py", *arguments], capture_output=True, text=True)
+    done = run_verb(ROOT / "bert_ds/report.py", *arguments)
     assert done.returncode == 5, done.stderr
     assert "0.750 nats below the unigram cross-entropy, wanted at least 1.0" in done.stderr
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")

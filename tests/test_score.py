@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from downstream_cases import review_task, write_lines, write_task
+from forked_verbs import run_verb
 
 from bert_ds.configuration.run_config import ConfigError
 from bert_ds.configuration.task_config import load_task
@@ -104,9 +102,7 @@ def test_a_prompt_classifies_the_validation_rows_of_fine_tuning(
 
 def test_the_verb_prints_and_writes_the_figures(tiny_export: Path, tmp_path: Path) -> None:
     command = [ROOT / "bert_ds/score.py", "--task", pair_task(tmp_path), "--model", tiny_export]
-    command += ["--output", tmp_path / "out"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+    done = run_verb(*command, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "tiny, validation: accuracy 0.5000  accuracy_order 0.5000" in done.stdout
     results = json.loads((tmp_path / "out/results.json").read_text())

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked_verbs import run_verb
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def show_masks(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "bert_ds/show_masks.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return run_verb(ROOT / "bert_ds/show_masks.py", *arguments)
 
 
 def test_an_exported_folder_fills_the_mask_of_a_sentence_with_the_asked_number_of_words(tiny_export: Path) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from downstream_cases import CONFIG, review_task, task_of, write_lines, write_task
+from forked_verbs import run_verb
 
 from bert_ds.configuration.run_config import ConfigError
 from bert_ds.configuration.task_config import TaskConfig, load_task
@@ -110,7 +109,6 @@ def test_the_soft_term_and_its_gradients_are_those_of_the_formula(tiny_export: P
 def finetune(
     task: Path, model: Path, run_dir: Path, *extra: object, ranks: int = 1
 ) -> subprocess.CompletedProcess[str]:
-    launcher = () if ranks == 1 else ("-m", "deepspeed.launcher.runner", "--num_gpus", ranks, "--master_port", 29841)
     files = (
         "--task",
         task,
@@ -121,9 +119,7 @@ def finetune(
         "--deepspeed_config",
         ROOT / "ds_configs/zero3.json",
     )
-    command = [sys.executable, *launcher, ROOT / "bert_ds/finetune.py", *files, *extra]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=240)
+    return run_verb(ROOT / "bert_ds/finetune.py", *files, *extra, world_size=ranks)
 
 
 def test_a_student_is_taught_by_a_finished_run_on_two_ranks(tiny_export: Path, tmp_path: Path) -> None:

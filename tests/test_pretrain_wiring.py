@@ -1,0 +1,190 @@
+"""What pretrain.py hands to its parts, seen from outside: by transformers, by hand, by the batches of the corpus."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_recipe_settings import RECIPE, ROOT, ROUGH, Workshop, must
+from torch.nn.functional import cross_entropy
+
+from bert_ds.configuration.run_config import RunConfig, load_run_config
+from bert_ds.corpus.collate import PackedBatch
+from bert_ds.corpus.loader import DataSettings, PretrainingData, Source
+from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.reporting.run_log import read_metrics, read_rows
+from bert_ds.training.checkpoint_folder import parse_manifest, write_manifest
+from bert_ds.training.fp32_weights import load_fp32_state_dict
+
+DRY = {"model.hidden_dropout_prob": 0.0, "model.attention_probs_dropout_prob": 0.0}
+MIXED = {
+    "corpus.sources": [{"path": "shards", "weight": 2.0}, {"path": "more"}],
+    "sequences": {"max_seq_length": 64, "short_seq_prob": 0.5},
+}
+"""Of two sources, with examples of all lengths."""
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("wiring"))
+
+
+def recipe_of(run_dir: Path) -> RunConfig:
+    return load_run_config(run_dir / "run_config.json")
+
+
+def data_of(run: RunConfig) -> PretrainingData:
+    """The corpus of a run, opened as the loader's own tests do."""
+    assert run.corpus.type == "shards"
+    sources = [Source(Path(source.path), source.path, source.weight) for source in run.corpus.sources]
+    settings = DataSettings(run.sequences, run.masking, run.seed, run.training.train_batch_size)
+    return PretrainingData(sources, Path(run.corpus.tokenizer), settings=settings)
+
+
+def batch_of(data: PretrainingData, number: int) -> PackedBatch:
+    """The whole batch at a place of the order, from 1."""
+    (batch,) = data.rank_batches(number - 1, rank=0, world_size=1, accumulation=1)
+    return batch
+
+
+def sums_of(model: Any, batch: PackedBatch) -> torch.Tensor:
+    """Summed losses of masked words and of pairs, sequence by sequence, and how many masked words are right."""
+    words, pairs, right = torch.zeros(()), torch.zeros(()), 0
+    bounds = batch.cu_seqlens.tolist()
+    for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        found = model(
+            input_ids=batch.input_ids_T[start:stop][None], token_type_ids=batch.token_type_ids_T[start:stop][None]
+        )
+        mine = (batch.masked_positions_P >= start) & (batch.masked_positions_P < stop)
+        scores, labels = found.prediction_logits[0, batch.masked_positions_P[mine] - start], batch.masked_labels_P[mine]
+        words = words + cross_entropy(scores, labels, reduction="sum")
+        pairs = pairs + cross_entropy(found.seq_relationship_logits, batch.pair_labels_N[index : index + 1])
+        right += int((scores.argmax(1) == labels).sum())
+    return torch.stack((words, pairs, torch.tensor(float(right))))
+
+
+def test_a_run_is_what_transformers_and_torch_make_of_the_same_batches(workshop: Workshop) -> None:
+    changes = {
+        **DRY,
+        "init_from": "teacher",
+        "training.total_steps": 6,
+        "training.gradient_clipping": 1.5,
+        "schedule": {"type": "linear", "warmup_steps": 2},
+        "optimizer": {"type": "adamw", "lr": 4e-3, "betas": [0.7, 0.9], "eps": 1e-5, "weight_decay": 0.4},
+    }
+    run_dir = workshop.run(changes)
+    rows, data = read_metrics(run_dir / "metrics.jsonl"), data_of(recipe_of(run_dir))
+    model = transformers.BertForPreTraining.from_pretrained(workshop.folder / "teacher").eval()
+    flat = [p for name, p in model.named_parameters() if name.endswith("bias") or "LayerNorm" in name]
+    groups = [
+        {"params": [p for p in model.parameters() if not any(p is one for one in flat)], "weight_decay": 0.4},
+        {"params": flat, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.7, 0.9), eps=1e-5)
+    for number, height in enumerate((0.5, 1.0, 0.75, 0.5, 0.25, 0.0), start=1):
+        batch = batch_of(data, number)
+        sums = sums_of(model, batch)
+        words, pairs = sums[0] / batch.loss_counts[0], sums[1] / batch.loss_counts[1]
+        optimizer.zero_grad()
+        (words + pairs).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.5)
+        row = rows[number - 1]
+        assert (row["step"], row["lr"]) == (number, pytest.approx(4e-3 * height))
+        found = [row["loss_mlm"], row["loss_pair"], row["loss"], row["grad_norm"]]
+        assert found == pytest.approx([float(x.detach()) for x in (words, pairs, words + pairs, norm)], rel=2e-4)
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-3 * height
+        optimizer.step()
+    (last,) = read_metrics(run_dir / "metrics.jsonl", "evaluation")
+    held_out = list(data.evaluation_batches(8, batch_size=4, rank=0, world_size=1))
+    with torch.no_grad():
+        words, pairs, right = sum(sums_of(model, batch) for batch in held_out).tolist()
+    counts = [sum(batch.loss_counts[term] for batch in held_out) for term in (0, 1)]
+    wanted = [words / counts[0], pairs / counts[1], right / counts[0]]
+    assert [last[name] for name in ("loss_mlm", "loss_pair", "mlm_accuracy")] == pytest.approx(wanted, rel=2e-4)
+
+
+@pytest.mark.parametrize("sentence_pair", ["nsp", "none"])
+def test_the_first_step_of_lamb_moves_every_part_by_the_rate_times_its_norm(
+    sentence_pair: str, workshop: Workshop
+) -> None:
+    changes = {
+        "optimizer": {"type": "lamb", "lr": 0.03, "weight_decay": 0.2},
+        "schedule": {"type": "constant", "warmup_steps": 0},
+        "training.total_steps": 1,
+        "sequences.sentence_pair": sentence_pair,
+        "seed": 7,
+    }
+    run_dir = workshop.run(changes)
+    run = recipe_of(run_dir)
+    model = BertForPreTraining(run.model, kernels="torch", has_pair_head=sentence_pair != "none", init_seed=7)
+    end = load_fp32_state_dict(run_dir / "checkpoints/global_step1")
+    assert set(end) == set(model.state_dict())
+    for name, start in model.state_dict().items():
+        if start.ndim < 2:
+            continue
+        num_parts = 3 if "qkv" in name else 1
+        for before, after in zip(start.chunk(num_parts), end[name].chunk(num_parts), strict=True):
+            assert float((after - before).norm() / before.norm()) == pytest.approx(0.03, rel=1e-3), name
+
+
+def numbered(run_dir: Path) -> list[tuple[dict[str, Any], int]]:
+    """Every training row with the number of the batch that its step has to be trained on."""
+    passed_over, found = 0, []
+    for row in read_rows(run_dir / "metrics.jsonl"):
+        passed_over = row.get("passed_over", passed_over) if row["kind"] == "start" else passed_over
+        if row["kind"] == "train":
+            found.append((row, row["step"] + passed_over))
+    return found
+
+
+def test_after_going_back_steps_train_on_batches_that_come_after_those_seen(workshop: Workshop) -> None:
+    recovery = {**ROUGH["recovery"], "spike_sigmas": 0.01, "max_rollbacks": 99}
+    wild = {**ROUGH, **MIXED, "recovery": recovery, "optimizer.lr": 0.5, "training.num_workers": 1}
+    run_dir = workshop.run(wild)
+    data, rows = data_of(recipe_of(run_dir)), numbered(run_dir)
+    assert max(number - row["step"] for row, number in rows) > 0, "the run has not gone back"
+    for row, number in rows:
+        assert row["num_tokens"] == batch_of(data, number).num_tokens
+
+
+def test_a_resumed_run_passes_over_the_batches_that_its_checkpoint_says(workshop: Workshop) -> None:
+    whole = workshop.run({**MIXED, "checkpoints.every_steps": 2})
+    run_dir = whole.with_name("passed_over")
+    shutil.copytree(whole, run_dir)
+    (run_dir / "DONE").unlink()
+    shutil.rmtree(run_dir / "checkpoints/global_step4")
+    checkpoint = run_dir / "checkpoints/global_step2"
+    manifest = parse_manifest(checkpoint)
+    write_manifest(checkpoint, {**manifest, "state": {**manifest["state"], "passed_over": 3}})
+    files = ("--run", run_dir / "run_config.json", "--deepspeed_config", ROOT / "ds_configs/zero0.json")
+    script = (ROOT / "bert_ds/pretrain.py", *files, "--run_dir", run_dir)
+    (run_dir / "metrics.jsonl").write_text("")
+    must(*script, "--resume", "auto")
+    data, rows = data_of(recipe_of(run_dir)), read_metrics(run_dir / "metrics.jsonl")
+    assert len({row["num_tokens"] for row, _ in numbered(whole)}) > 1
+    assert [(row["step"], row["num_tokens"]) for row in rows] == [
+        (step, batch_of(data, step + 3).num_tokens) for step in (3, 4)
+    ]
+    counts = [data.source_counts(step + 2, step + 3) for step in (3, 4)]
+    assert [row["sources"] for row in rows] == [
+        {name: one._asdict() for name, one in count.items()} for count in counts
+    ]
+    replayed = must(*script, "--replay_step", 4)
+    assert "step 4, batch 7, on the weights of step 2" in replayed
+    part = json.loads(replayed.split("rank 0 micro-step 0: ")[1].splitlines()[0])
+    assert part["example_ids"] == batch_of(data, 7).example_ids.tolist()
+
+
+def test_a_row_of_a_mixture_counts_the_tokens_of_its_own_step(workshop: Workshop) -> None:
+    rows = read_metrics(workshop.run({**MIXED, "checkpoints.every_steps": 2}) / "metrics.jsonl")
+    assert len({row["num_tokens"] for row in rows}) > 1
+    for row in rows:
+        assert sum(source["tokens"] for source in row["sources"].values()) == row["num_tokens"]
+        assert sum(source["examples"] for source in row["sources"].values()) == RECIPE["training"]["train_batch_size"]

@@ -1,0 +1,252 @@
+"""Each setting that a recipe may hold reaches what it is for: another value makes another run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked_verbs import run_verb
+from settings_walk import Change, changed, observed, setting_paths
+
+from bert_ds.configuration.run_config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "seed": 5,
+    "model": {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 64,
+    },
+    "corpus": {"type": "shards", "sources": [{"path": "shards"}], "tokenizer": "tokenizer"},
+    "sequences": {"max_seq_length": 32},
+    "optimizer": {"type": "adamw", "lr": 5e-3},
+    "schedule": {"type": "linear", "warmup_steps": 2},
+    "training": {
+        "total_steps": 4,
+        "train_batch_size": 4,
+        "log_every_steps": 1,
+        "num_workers": 0,
+        "precision": "fp32",
+        "kernels": "torch",
+    },
+    "evaluation": {"num_examples": 8, "batch_size": 4},
+}
+
+REASONS = {
+    "$schema": "for editors",
+    "format": "has one value",
+    "name": "a label: it stands in run_config.json and in the model card of the export",
+    "training.kernels": "the same figures by other means: test_kernels_in_training",
+    "training.num_workers": "the same batches by other processes: test_loader",
+    "checkpoints.asynchronous": "the same checkpoints, written later: test_checkpoint_saver",
+    **{
+        f"optimizer:{kind}.": "a kernel that is compiled or wants a GPU: test_foreign_optimizers"
+        for kind in ("deepspeed_fused_adam", "deepspeed_cpu_adam", "deepspeed_fused_lamb", "apex_fused_lamb")
+    },
+}
+"""Settings, or beginnings of settings, whose change no run here can show, and why."""
+
+
+def form(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"optimizer": {"type": kind, "lr": 5e-3, **settings}}
+
+
+def moments(kind: str, **base: Any) -> dict[str, Change]:
+    """Changes of what every optimizer has."""
+    changes = {"lr": 4e-3, "betas": [0.8, 0.9], "eps": 1e-2, "weight_decay": 0.5}
+    if kind == "lion":
+        del changes["eps"]
+    made = {f"optimizer:{kind}.{name}": Change(value, form(kind, **base)) for name, value in changes.items()}
+    other = "lion" if kind == "adamw" else "adamw"
+    return {**made, f"optimizer:{kind}.type": Change(other, form(kind, **base))}
+
+
+def trust(kind: str) -> dict[str, Change]:
+    """Changes of the clamps of the trust ratio."""
+    changes = {"min_trust": 0.9, "max_trust": 1e-3, "weight_norm_clamp": [0.0, 0.1]}
+    return {f"optimizer:{kind}.{name}": Change(value, form(kind)) for name, value in changes.items()}
+
+
+LAMB = {"bias_correction": False, "grad_averaging": False, "adam_w_mode": False, "use_nvlamb": True}
+PLAIN = {"sequences.sentence_pair": "none"}
+WORDS = {"masking.whole_word_mask": True}
+LISTED = {**WORDS, "masking.word_segmenter": "word_list", "masking.word_list": "words.txt"}
+ROUGH = {
+    "recovery": {"spike_sigmas": 0.1, "spike_window": 8, "max_bad_steps": 1, "max_rollbacks": 2},
+    "schedule": {"type": "constant", "warmup_steps": 0},
+    "optimizer.lr": 0.1,
+    "checkpoints.every_steps": 9,
+    "training.total_steps": 20,
+}
+"""A run in which ripples of the loss count as spikes."""
+TAUGHT = {"distillation": {"teacher": "teacher"}}
+EMBEDDED = {
+    "corpus": {"type": "embedded", "vocab_size": 400, "max_bytes": 1_000_000},
+    "model.vocab_size": 400,
+    "training.total_steps": 1,
+    "schedule.warmup_steps": 0,
+}
+
+CHANGES = {
+    "seed": Change(6),
+    "init_from": Change("teacher"),
+    "model.vocab_size": Change(300, EMBEDDED, {"corpus.vocab_size": 300}),
+    "model.pad_vocab_size_to_multiple_of": Change(48),
+    "model.hidden_size": Change(24),
+    "model.num_hidden_layers": Change(1),
+    "model.num_attention_heads": Change(1),
+    "model.intermediate_size": Change(32),
+    "model.hidden_act": Change("gelu_new"),
+    "model.hidden_dropout_prob": Change(0.3),
+    "model.attention_probs_dropout_prob": Change(0.3),
+    "model.max_position_embeddings": Change(48),
+    "model.type_vocab_size": Change(3),
+    "model.layer_norm_eps": Change(1e-2),
+    "model.initializer_range": Change(0.03),
+    "corpus:embedded.type": Change("shards", EMBEDDED, {"corpus": RECIPE["corpus"], "model.vocab_size": 64}),
+    "corpus:embedded.vocab_size": Change(300, EMBEDDED, {"model.vocab_size": 300}),
+    "corpus:embedded.lowercase": Change(False, EMBEDDED),
+    "corpus:embedded.max_bytes": Change(900_000, EMBEDDED),
+    "corpus:embedded.validation_fraction": Change(0.1, EMBEDDED),
+    "corpus:shards.type": Change("embedded", also={"corpus": EMBEDDED["corpus"], "model.vocab_size": 400}),
+    "corpus:shards.sources.0.path": Change("more"),
+    "corpus:shards.sources.0.weight": Change(0.5),
+    "corpus:shards.tokenizer": Change("other", code=3),
+    "sequences.max_seq_length": Change(24),
+    "sequences.sentence_pair": Change("sop"),
+    "sequences.short_seq_prob": Change(0.9),
+    "sequences.cross_documents": Change(True, PLAIN),
+    "masking.mlm_probability": Change(0.3),
+    "masking.mask_token_fraction": Change(0.2),
+    "masking.random_token_fraction": Change(0.0, {"masking.mask_token_fraction": 0.2}),
+    "masking.whole_word_mask": Change(True),
+    "masking.word_segmenter": Change("word_list", WORDS, {"masking.word_list": "words.txt"}),
+    "masking.word_list": Change("words2.txt", LISTED),
+    "masking.max_predictions_per_seq": Change(1),
+    **moments("adamw"),
+    **moments("lamb"),
+    **trust("lamb"),
+    **{f"optimizer:lamb.{name}": Change(value, form("lamb")) for name, value in LAMB.items()},
+    "optimizer:lamb.correct_lr": Change(True, form("lamb", bias_correction=False)),
+    **moments("lans"),
+    **trust("lans"),
+    **moments("stableadamw"),
+    **moments("lion"),
+    "schedule.type": Change("constant"),
+    "schedule.warmup_steps": Change(1),
+    "schedule.warmup_fraction": Change(0.75, {"schedule": {"type": "linear", "warmup_fraction": 0.5}}),
+    "schedule.power": Change(0.5, {"schedule.type": "polynomial"}),
+    "schedule.decay_fraction": Change(0.5, {"schedule.type": "wsd"}),
+    "schedule.min_lr_fraction": Change(0.5),
+    "training.total_steps": Change(5),
+    "training.train_batch_size": Change(6),
+    "training.precision": Change("bf16"),
+    "training.gradient_clipping": Change(0.05),
+    "training.log_every_steps": Change(3),
+    "evaluation.every_steps": Change(2),
+    "evaluation.num_examples": Change(12),
+    "evaluation.batch_size": Change(3),
+    "checkpoints.every_steps": Change(3),
+    "checkpoints.keep_last": Change(1, {"checkpoints.every_steps": 2}),
+    "checkpoints.keep_every_steps": Change(2, {"checkpoints": {"every_steps": 1, "keep_last": 1}}),
+    "recovery.spike_sigmas": Change(3.0, ROUGH),
+    "recovery.spike_window": Change(9, ROUGH),
+    "recovery.max_bad_steps": Change(3, ROUGH),
+    "recovery.max_rollbacks": Change(0, ROUGH),
+    "distillation.teacher": Change("teacher2", TAUGHT),
+    "distillation.temperature": Change(1.0, TAUGHT),
+    "distillation.mlm_weight": Change(1.0, TAUGHT),
+    "distillation.soft_weight": Change(1.0, TAUGHT),
+    "distillation.hidden_weight": Change(0.0, TAUGHT),
+    "distillation.init_layers": Change([1, 0], TAUGHT),
+}
+
+SUBJECTS = ("farmer", "river", "king", "cloud", "child", "stone")
+CHINESE = ("北京天气很好", "我们在北京学习", "天气学习很好", "我们学习北京")
+
+
+def text(seed: int) -> str:
+    """Documents of two languages."""
+    draw = random.Random(seed)
+    subjects = SUBJECTS[seed:]
+    lines = [
+        f"the {draw.choice(subjects)} sees the {draw.choice(subjects)} near {draw.choice(CHINESE)} ."
+        for _ in range(240)
+    ]
+    return "\n\n".join("\n".join(lines[first : first + 8]) for first in range(0, len(lines), 8))
+
+
+def must(*command: object, codes: tuple[int, ...] = (0,)) -> str:
+    """Run a verb that ends with one of these codes, and return what it said."""
+    done = run_verb(*command)
+    assert done.returncode in codes, done.stdout + done.stderr
+    return done.stdout
+
+
+class Workshop:
+    """A folder with everything a recipe may name, and the runs made in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.made: dict[str, Any] = {}
+        (folder / "words.txt").write_text("北京\n学习\n", encoding="utf-8")
+        (folder / "words2.txt").write_text("天气很好\n我们\n", encoding="utf-8")
+        for seed, tokenizer, shards in ((1, "tokenizer", "shards"), (2, "other", "more")):
+            (folder / f"{shards}.txt").write_text(text(seed), encoding="utf-8")
+            source = ("--input", folder / f"{shards}.txt")
+            size = ("--vocab_size", RECIPE["model"]["vocab_size"])
+            must(ROOT / "bert_ds/train_wordpiece.py", *source, "--output", folder / tokenizer, *size)
+            places = ("--tokenizer", folder / "tokenizer", "--output", folder / shards)
+            must(ROOT / "bert_ds/build_shards.py", *source, *places, "--validation_fraction", 0.2)
+        for seed, teacher in ((1, "teacher"), (2, "teacher2")):
+            run_dir = self.run({"seed": seed})
+            must(ROOT / "bert_ds/export_hf.py", "--run_dir", run_dir, "--output", folder / teacher)
+
+    def run(self, changes: dict[str, Any], *, code: int = 0) -> Path:
+        """Run a changed recipe and return its run folder; the same recipe runs once."""
+        recipe = json.dumps(changed(RECIPE, changes), sort_keys=True)
+        run_dir = self.folder / f"runs/{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+        if not run_dir.exists():
+            path, codes = self.folder / f"{run_dir.name}.json", (code, 5) if "recovery" in changes else (code,)
+            path.write_text(recipe, encoding="utf-8")
+            files = ("--run", path, "--deepspeed_config", ROOT / "ds_configs/zero0.json")
+            must(ROOT / "bert_ds/pretrain.py", *files, "--run_dir", run_dir, codes=codes)
+        return run_dir
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("recipes"))
+
+
+def is_excused(path: str) -> bool:
+    return any(path == name or (name.endswith(".") and path.startswith(name)) for name in REASONS)
+
+
+def test_every_setting_of_a_recipe_is_changed_below_or_has_a_reason() -> None:
+    paths = set(setting_paths(RunConfig))
+    assert {path for path in paths if not is_excused(path)} == {path.replace(".0.", ".") for path in CHANGES}
+    assert all(any(path.startswith(name) for path in paths) for name in REASONS)
+
+
+def test_the_same_recipe_makes_the_same_run(workshop: Workshop) -> None:
+    first, again = workshop.run({}), workshop.run({"name": "again"})
+    assert observed(first) == observed(again)
+
+
+@pytest.mark.parametrize("path", CHANGES)
+def test_another_value_of_a_recipe_s_setting_makes_another_run(path: str, workshop: Workshop) -> None:
+    change = CHANGES[path]
+    before = observed(workshop.run(change.base))
+    after = observed(workshop.run({**change.base, path: change.value, **change.also}, code=change.code))
+    assert before != after
