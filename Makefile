@@ -9,7 +9,7 @@
 #                 small sizes under compute-sanitizer
 # make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, shards and peer (each wants
 #                 TEXT=folder of text), lamb, kernels, configs, deepspeed (the newest release instead of the
-#                 pinned one), kills, storms, checkpoint, damage (wants root, for a small disk in memory), slurm,
+#                 pinned one), kills, storms, folders, checkpoint, damage (wants root, for a small disk in memory), slurm,
 #                 downstream (wants DATA=folder of the data sets), hf-trainer (DATA and MODEL=pre-trained folder)
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
 
@@ -21,7 +21,7 @@ RUN_DIR := runs/default
 DEEPSPEED_CONFIG := ds_configs/zero2.json
 
 .PHONY: pretrain test test-slurm check format env env-dev clean bench-gpu
-.PHONY: campaign-kills campaign-storms campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
+.PHONY: campaign-kills campaign-folders campaign-storms campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer campaign-lamb campaign-kernels campaign-configs campaign-slurm
 .PHONY: bench-cpu test-gpu sanitize-gpu
 
@@ -99,6 +99,9 @@ campaign-storms: env-dev
 campaign-damage: env-dev
 	$(BIN)/python tests/campaign_damage.py
 	$(BIN)/python tests/campaign_disk.py
+
+campaign-folders: env-dev
+	$(BIN)/python tests/campaign_folders.py
 
 campaign-checkpoint: env-dev
 	$(BIN)/python tests/campaign_checkpoint.py

@@ -141,8 +141,7 @@ def finetune(task: TaskConfig, run_dir: Path, *, start: Start) -> int:
         return EXIT_RUN_AGAIN
     outcome = Outcome(task, rows, start.tokenizer, run_dir, start.pretrained.config, start.trivial)
     conclude(outcome, best.step, log=log)
-    if ranks.is_main:
-        mark_done(run_dir, {"step": state.step, "best_step": best.step})
+    on_main_rank(lambda: mark_done(run_dir, {"step": state.step, "best_step": best.step}))
     log.close()
     return EXIT_DONE
 

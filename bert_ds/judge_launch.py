@@ -17,6 +17,7 @@ if __name__ == "__main__":  # a script run by path finds its package beside itse
 
 from bert_ds.command_line import make_parser, run_main
 from bert_ds.exit_record import read_exits
+from bert_ds.output_folders import claim_run_folder
 from bert_ds.reporting.run_log import write_json
 from bert_ds.training.checkpoint_folder import candidates, step_of
 from bert_ds.training.restart import is_done
@@ -36,7 +37,11 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=int, default=3, help="launches without a newer checkpoint (default %(default)s)"
     )
+    parser.add_argument("--may_enter", action="store_true", help="only say, by exit code 2, that the folder is foreign")
     args = parser.parse_args()
+    if args.may_enter:
+        claim_run_folder(args.run_dir)
+        return
     saved = candidates(args.run_dir)
     end = LaunchEnd(
         exits=read_exits(args.run_dir / "logs/exits"),

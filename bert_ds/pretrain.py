@@ -133,8 +133,7 @@ def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: Sto
         train(engine, batches, state=state, plan=loop_plan(run), services=services)
     if state.step < run.training.total_steps:
         return EXIT_RUN_AGAIN
-    if ranks.is_main:
-        mark_done(run_dir, {"step": state.step})
+    on_main_rank(lambda: mark_done(run_dir, {"step": state.step}))
     log.close()
     return EXIT_DONE
 

@@ -178,7 +178,10 @@ def _staged(output: Path, foreign: Callable[[Path], str | None], *, wanted: str)
         yield staged
         for path in [*entries(staged), "."]:
             _fsync(staged / path)
-        _put_in_place(staged, output, foreign, wanted=wanted)
+        try:
+            _put_in_place(staged, output, foreign, wanted=wanted)
+        except OSError as error:
+            raise ConfigError(f"{output} cannot take its name: {error.strerror or error}") from None
         _fsync(output.parent)
     finally:
         if output.exists() or not (work / "old").exists():
@@ -189,10 +192,7 @@ def _staged(output: Path, foreign: Callable[[Path], str | None], *, wanted: str)
 def _put_in_place(staged: Path, output: Path, foreign: Callable[[Path], str | None], *, wanted: str) -> None:
     """Rename; what was there is looked at once more when nobody can reach it under its name any longer."""
     if not output.is_dir() or not os.listdir(output):
-        try:
-            os.rename(staged, output)
-        except OSError as error:
-            raise ConfigError(f"{output} cannot take its name: {error.strerror or error}") from None
+        os.rename(staged, output)
         return
     old = staged
     if not _exchange(staged, output):
@@ -233,7 +233,9 @@ def _clean_up(output: Path) -> None:
             lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its owner lives
-                if (work / "old").is_dir() and not os.path.lexists(output):
+                if set(os.listdir(work)) == {"new", "old"}:  # killed before the new one took its place
+                    if os.path.lexists(output):
+                        continue
                     os.rename(work / "old", output)
                 shutil.rmtree(work, ignore_errors=True)
             finally:

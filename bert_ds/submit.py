@@ -28,6 +28,7 @@ from bert_ds.configuration.job_config import JobConfig, parse_job_config
 from bert_ds.configuration.precision import planned
 from bert_ds.configuration.run_config import ConfigError
 from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table
+from bert_ds.output_folders import claim_run_folder, open_run_folder
 from bert_ds.reporting.run_log import write_json
 from bert_ds.slurm_job import (
     Speed,
@@ -54,6 +55,7 @@ def main() -> int:
     args = parse_arguments()
     run, ds = load_pair(args.run, args.deepspeed_config, overrides=args.set)
     job = parse_job_config(job_values(args, default_name=run.name))
+    claim_run_folder(Path(job.run_dir))
     plan = make_plan(run, ds, job.world_size)
     saved = candidates(Path(job.run_dir))
     held_bytes = sum(path.stat().st_size for folder in saved for path in folder.iterdir())
@@ -142,7 +144,7 @@ def submit(job: JobConfig, *, rows: list[tuple[str, str]], dry_run: bool) -> int
         return 0
     run_dir = Path(job.run_dir)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)  # sbatch opens the log in it
+        open_run_folder(run_dir)  # sbatch opens the log in it
         done = subprocess.run(
             command, cwd=ROOT, env={**site, **os.environ}, capture_output=True, text=True, timeout=120, check=False
         )

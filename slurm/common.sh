@@ -74,6 +74,7 @@ run_until_done() {
 enter_run_folder() {
   [[ $run_dir == /* ]] || run_dir=$PWD/$run_dir
   [[ $run_dir != *[%\\]* ]] || refuse "$run_dir: Slurm would read % and \\ in the names of log files"
+  [[ ! -d $run_dir || -z $(ls -A "$run_dir") ]] || may_enter "$run_dir"
   exits=$run_dir/logs/exits
   mkdir -p "$exits" || refuse "$run_dir cannot be made"
   local owner=""
@@ -88,6 +89,12 @@ enter_run_folder() {
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   export MASTER_ADDR=${MASTER_ADDR:-${hosts[0]}} PYTHONUNBUFFERED=1
   say "start $(( ${SLURM_RESTART_COUNT:-0} + 1 )) on ${hosts[*]}: $world_size ranks, $cores cores each, in $run_dir"
+}
+
+# Before a byte changes: in a folder that is neither empty nor a run's nothing starts.
+may_enter() {
+  python_here "$root/bert_ds/judge_launch.py" --run_dir "$1" --job "$SLURM_JOB_ID" --world_size "$world_size" \
+    --srun_code 0 --may_enter || exit 2
 }
 
 forget_exits() {

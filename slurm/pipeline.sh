@@ -30,6 +30,10 @@ corpus=(--set "corpus.sources.0.path=$out/shards" --set "corpus.tokenizer=$token
 for recipe in "$phase1" "$phase2"; do
   "$PYTHON" "$root/bert_ds/check_run.py" --run "$recipe" --deepspeed_config "$deepspeed_config" "${corpus[@]}" >/dev/null
 done
+for folder in "$out/phase1" "$out/phase2" "$out/finetuned"; do
+  [[ ! -d $folder ]] || "$PYTHON" "$root/bert_ds/judge_launch.py" --run_dir "$folder" --job 0 --world_size 1 \
+    --srun_code 0 --may_enter
+done
 mkdir -p "$out"
 
 # AFTER RUN_DIR FLAG... SCRIPT ARGUMENT...: submit a job that starts when the job AFTER has ended well; sets `job`.

@@ -36,6 +36,10 @@ def test_an_export_is_read_back_as_it_was_written(right_export: Path) -> None:
     assert all(torch.equal(back[name], state_dict[name]) for name in state_dict)
 
 
+def test_the_weights_can_be_read_by_whom_the_umask_lets_read(right_export: Path) -> None:
+    assert len({path.stat().st_mode for path in right_export.iterdir()}) == 1
+
+
 def test_sharded_safetensors_are_read(right_export: Path, tmp_path: Path) -> None:
     model = transformers.BertForPreTraining.from_pretrained(right_export)
     model.save_pretrained(tmp_path, max_shard_size="20KB")

@@ -61,6 +61,10 @@ def test_the_folder_says_what_was_measured_and_its_axes_have_names(classifier: P
     ]
 
 
+def test_every_file_can_be_read_by_whom_the_umask_lets_read(classifier: Path) -> None:
+    assert len({path.stat().st_mode for path in (classifier / "onnx").iterdir()}) == 1
+
+
 def test_a_file_of_another_model_is_caught(classifier: Path) -> None:
     model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier)
     with torch.no_grad():

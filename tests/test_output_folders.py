@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from campaign_folders import VERBS
 
 from bert_ds.configuration.config_files import shipped_file
 from bert_ds.configuration.run_config import ConfigError, dump_run_config, load_run_config
@@ -127,6 +130,15 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_made(tmp_p
 def test_trying_to_write_leaves_nothing_behind(tmp_path: Path) -> None:
     claim(tmp_path / "a/b/c", first_entry, wanted="wanted another")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_verb_refuses_a_foreign_folder_and_leaves_it_as_it_is(tmp_path: Path) -> None:
+    results = tmp_path / "rows.jsonl"
+    command = [sys.executable, "tests/campaign_folders.py", "--untrained", "--kinds", "foreign", "--results", results]
+    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, timeout=300)
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    found = {row["verb"]: (row["code"], row["unchanged"], "which is not ours" in row["said"]) for row in rows}
+    assert found == dict.fromkeys(VERBS, (2, True, True))
 
 
 def test_results_go_where_earlier_results_are_and_nowhere_else(tmp_path: Path) -> None:

@@ -108,6 +108,12 @@ def evaluated(run_dir: Path) -> tuple[float, dict[str, float]]:
     return start["data"]["unigram_cross_entropy"], {name: row[name] for name in row if name != "time"} | {"kind": 0}
 
 
+def test_everything_in_a_run_folder_follows_the_umask(finished_run: Path) -> None:
+    os.umask(mask := os.umask(0))
+    modes = {path.stat().st_mode & 0o777 for path in finished_run.rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~mask}
+
+
 def test_a_step_can_be_replayed_alone_and_shows_its_examples_and_gradients(workshop: Path, finished_run: Path) -> None:
     before = (finished_run / "metrics.jsonl").read_text()
     # In a machine without bf16 instructions, where a new run would compute in fp32, the run keeps its precision.

@@ -210,6 +210,14 @@ def test_an_export_that_is_killed_between_two_steps_loses_neither_and_the_next_o
     assert (tmp_path / "hf/tags/vocab.txt").is_file() == (can_exchange == "no")
 
 
+def test_an_old_export_whose_place_somebody_has_taken_is_kept(tmp_path: Path) -> None:
+    export(tmp_path / "hf", "of somebody else")
+    for name in ("new", "old"):
+        export(tmp_path / f".hf.partial-0123abcd/{name}", name)
+    export(tmp_path / "hf", "newest")
+    assert (tmp_path / ".hf.partial-0123abcd/old/tags/vocab.txt").read_text() == "old"
+
+
 def test_what_another_living_process_writes_is_left_alone(tmp_path: Path) -> None:
     with new_folder(tmp_path / "t") as one:
         (one / "a").touch()

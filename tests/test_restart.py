@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bert_ds.processes import STOP_SIGNALS
+from bert_ds.ranks import CheckpointError
 from bert_ds.training.restart import StopRequest, is_done, mark_done
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,3 +222,15 @@ def test_done_is_said_by_a_marker(tmp_path: Path) -> None:
     assert not is_done(tmp_path)
     mark_done(tmp_path, {"step": 10})
     assert is_done(tmp_path)
+
+
+def test_a_disk_that_is_full_at_the_last_mark_is_told_with_what_stands_and_what_to_do(tmp_path: Path) -> None:
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"has ended well and its last checkpoint is saved.*File too large"):
+            mark_done(tmp_path, {"step": 3})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(tmp_path.iterdir()) == []

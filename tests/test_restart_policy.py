@@ -29,6 +29,13 @@ def test_the_marker_ends_the_job_well_whatever_srun_answers() -> None:
     assert verdict(is_done=True, srun_code=137)[:2] == ("done", 0)
 
 
+def test_a_run_that_has_saved_nothing_is_never_said_to_have_saved() -> None:
+    for facts in ({"stop": "TERM"}, {"stop": "USR1"}, {"exits": {0: SAVED, 1: SAVED}}):
+        sentence = verdict(newest_step=0, **facts).sentence
+        assert "no checkpoint yet" in sentence and "saved" not in sentence
+        assert "saved at step 60" in verdict(**facts).sentence
+
+
 def test_exit_code_0_without_the_marker_is_not_success() -> None:
     found = verdict(srun_code=0, exits={0: ExitRecord(0, ""), 1: ExitRecord(0, "")})
     assert found.action == "again"

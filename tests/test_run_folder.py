@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from ranks_harness import run_ranks
 
 from bert_ds.configuration.run_config import ConfigError
 from bert_ds.ranks import DataError
-from bert_ds.training.run_folder import enter_run_folder, on_main_rank, prove_same_files
+from bert_ds.training.run_folder import enter_run_folder, on_main_rank, prove_same_files, refuse_foreign_folders
 
 
 def scenarios(rank: int, world_size: int, folder: str) -> dict[str, str]:
@@ -31,10 +32,26 @@ def scenarios(rank: int, world_size: int, folder: str) -> dict[str, str]:
     attempt("different", DataError, lambda: prove_same_files([own / "manifest.json"]))
     (shared / "checkpoints/global_step3").mkdir(parents=True, exist_ok=True)
     attempt("occupied", ConfigError, lambda: enter_run_folder(shared, {"run_config.json": "x"}, resume="never"))
+    attempt("foreign", ConfigError, lambda: refuse_foreign_folders([root / "seed_1", root / "foreign"]))
+    attempt("foreign hf", ConfigError, lambda: refuse_foreign_folders([root / "with_hf"], export="hf"))
+    attempt("foreign entered", ConfigError, lambda: enter_run_folder(root / "foreign", {"a.json": "1"}, resume="auto"))
+    attempt("disk", DataError, lambda: on_main_rank(lambda: (root / "gone/file").write_text("x") and None))
     attempt("raised on rank 0", DataError, lambda: on_main_rank(fail))
     said["value of rank 0"] = str(on_main_rank(lambda: rank))
+    said["left"] = f"{os.listdir(root / 'foreign')} {(root / 'foreign/run.lock').read_text()}"
     said["config"] = (shared / "run_config.json").read_text()
     return said
+
+
+def test_a_foreign_folder_is_refused_on_every_rank_and_left_as_it_is(said: list[dict[str, str]]) -> None:
+    assert all("foreign holds 'run.lock', which is not ours" in rank["foreign"] for rank in said)
+    assert all("foreign holds 'run.lock', which is not ours" in rank["foreign entered"] for rank in said)
+    assert all("with_hf/hf holds 'mine', which is not ours" in rank["foreign hf"] for rank in said)
+    assert said[0]["left"] == "['run.lock'] mine"
+
+
+def test_a_file_that_rank_0_cannot_write_is_told_on_every_rank(said: list[dict[str, str]]) -> None:
+    assert all("gone/file cannot be read or written: No such file" in rank["disk"] for rank in said)
 
 
 def fail() -> None:
@@ -43,7 +60,12 @@ def fail() -> None:
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    return run_ranks(scenarios, 2, str(tmp_path_factory.mktemp("run")))
+    folder = tmp_path_factory.mktemp("run")
+    for name in ("foreign/run.lock", "with_hf/hf/mine"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("mine")
+    (folder / "with_hf/run.lock").touch()
+    return run_ranks(scenarios, 2, str(folder))
 
 
 def test_ranks_that_share_the_folder_enter_it(said: list[dict[str, str]]) -> None:

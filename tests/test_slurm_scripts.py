@@ -140,6 +140,19 @@ def test_what_cannot_work_ends_the_job_with_exit_code_2_before_a_rank_starts(
     assert [call for call in calls if call[0] == "srun"] == []
 
 
+def test_a_folder_of_somebody_else_is_left_as_it_is_and_no_rank_starts(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/slurm_job").write_text("night run")
+    code, log, calls = run_job(tmp_path, "", "", tmp_path / "run")
+    assert code == 2
+    assert "run holds 'slurm_job', which is not ours" in log
+    assert [call for call in calls if call[0] == "srun"] == []
+    assert [(path.name, path.read_text()) for path in (tmp_path / "run").iterdir()] == [("slurm_job", "night run")]
+    (tmp_path / "run/slurm_job").write_text("4710\n")
+    code, log, calls = run_job(tmp_path, "", "", tmp_path / "run")
+    assert code == 0, log
+
+
 def test_fine_tuning_of_an_array_is_a_run_per_seed(tmp_path: Path) -> None:
     array = {
         "SLURM_ARRAY_JOB_ID": "4710",

@@ -96,6 +96,17 @@ def test_the_printed_command_is_the_one_that_is_run_and_the_run_folder_keeps_it(
     assert f"cd {ROOT} && sbatch --parsable --job-name=tiny --nodes=2 --gpus-per-node=2" in done.stdout
 
 
+def test_a_folder_of_somebody_else_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    record, env = fake_sbatch(tmp_path)
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/submit.json").write_text("mine")
+    refused = submit(tmp_path, "--gpus_per_node", 1, env=env)
+    assert refused.returncode == 2
+    assert "runs/a holds 'submit.json', which is not ours" in refused.stderr
+    assert not record.exists()
+    assert [(path.name, path.read_text()) for path in (tmp_path / "runs/a").iterdir()] == [("submit.json", "mine")]
+
+
 def test_a_dry_run_submits_nothing_and_makes_nothing(tmp_path: Path) -> None:
     record, env = fake_sbatch(tmp_path)
     assert submit(tmp_path, "--gpus_per_node", 1, "--dry-run", env=env).returncode == 0

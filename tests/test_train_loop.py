@@ -156,6 +156,19 @@ def test_a_nan_on_one_rank_changes_no_weight_anywhere_and_training_goes_on(kind:
         assert result["nan"][kind] == (True, True, 1)
 
 
+@pytest.mark.parametrize(
+    ("step", "said"), [(0, "no step was taken and nothing is saved"), (3, "no step since the checkpoint of step 3")]
+)
+def test_a_stop_before_the_first_step_of_a_launch_says_what_is_saved(tmp_path: Path, step: int, said: str) -> None:
+    join_alone()
+    services = tiny_services(tmp_path, 0, 1)
+    services.stop.request("SIGTERM")
+    batches = step_batches(step, 0, 1)
+    train(tiny_engine(ds_config(0)), batches, state=TrainState(step=step), plan=tiny_plan(9), services=services)
+    services.log.close()
+    assert f"asked to stop (SIGTERM), {said}" in (tmp_path / "logs/rank_0.log").read_text()
+
+
 def test_a_stop_asked_of_one_rank_stops_all_at_the_same_step_with_a_checkpoint(two_ranks: Any) -> None:
     assert [(result["stopped"], result["saved"]) for result in two_ranks] == [(2, [2]), (2, [2])]
 

@@ -21,7 +21,7 @@ from bert_ds.processes import (
     signal_at_parents_death,
     stop_signals_heard,
 )
-from bert_ds.ranks import EXIT_RUN_AGAIN
+from bert_ds.ranks import EXIT_RUN_AGAIN, CheckpointError
 from bert_ds.reporting.run_log import write_json
 
 _REAPERS = ("init", "systemd", "bert-ds", "bert_ds.console")
@@ -126,8 +126,18 @@ def _launchers() -> dict[str, int]:
 
 
 def mark_done(run_dir: Path, facts: dict[str, Any]) -> None:
-    """Write DONE: the run has ended well. Launchers trust this file rather than an exit code. Rank 0 only."""
-    write_json(run_dir / "DONE", facts)
+    """Write DONE: the run has ended well. Launchers trust this file rather than an exit code. Rank 0 only.
+
+    Raises:
+        CheckpointError: the file cannot be written; all else of the run stands.
+    """
+    try:
+        write_json(run_dir / "DONE", facts)
+    except OSError as error:
+        raise CheckpointError(
+            f"the run has ended well and its last checkpoint is saved, but {run_dir / 'DONE'} could not be written: "
+            f"{error.strerror or error}; once that is mended, --resume auto marks it"
+        ) from None
 
 
 def is_done(run_dir: Path, *, since: Path | None = None) -> bool:

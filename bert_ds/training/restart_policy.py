@@ -99,6 +99,7 @@ def judge(end: LaunchEnd, progress: Progress, *, limit: int) -> tuple[Verdict, P
     """
     after = progress.after(end.newest_step)
     at = f"at step {end.newest_step}"
+    saved = f"saved {at}" if end.newest_step else "no checkpoint yet"
     if (failed := _permanent(end)) is not None:
         code, who = failed
         return Verdict("stop", code, 0, f"stopped, {PERMANENT[code]}: {who}"), after
@@ -106,17 +107,15 @@ def judge(end: LaunchEnd, progress: Progress, *, limit: int) -> tuple[Verdict, P
         return Verdict("done", EXIT_DONE, 0, f"done {at}"), after
     why = how_it_ended(end)
     if end.stop == "TERM":
-        text = f"ended by Slurm, saved {at}; it continues if Slurm starts the job again or it is submitted once more"
+        text = f"ended by Slurm, {saved}; it continues if Slurm starts the job again or it is submitted once more"
         return Verdict("stop", EXIT_RUN_AGAIN, 0, text), after
     if after.without_progress >= limit:
         text = f"stopped: {after.without_progress} launches in a row left no checkpoint newer than step "
         return Verdict("stop", 1, 0, f"{text}{after.best_step}; the last one: {why}"), after
     if end.stop == "USR1":
-        return Verdict(
-            "requeue", EXIT_RUN_AGAIN, 0, f"the time is nearly up, saved {at}: queueing the job again"
-        ), after
+        return Verdict("requeue", EXIT_RUN_AGAIN, 0, f"the time is nearly up, {saved}: queueing the job again"), after
     if _all_asked_to_stop(end):
-        return Verdict("requeue", EXIT_RUN_AGAIN, 0, f"asked to stop, saved {at}: queueing the job again"), after
+        return Verdict("requeue", EXIT_RUN_AGAIN, 0, f"asked to stop, {saved}: queueing the job again"), after
     if not end.nodes_answer:
         return Verdict(
             "requeue", EXIT_RUN_AGAIN, 0, f"{why}, and a node does not answer: queueing the job again"

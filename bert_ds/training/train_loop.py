@@ -93,7 +93,7 @@ def train(
         step = _take_one(engine, batches, state=state, plan=plan, services=services, guard=guard)
         if step is None:
             reason = services.stop.reason or "on another rank"
-            services.log.info(f"asked to stop ({reason}), saving at step {state.step}")
+            services.log.info(f"asked to stop ({reason}), {_what_is_saved(state.step, saved_step)}")
             break
         if not step.applied:
             _look_into(engine, step, state=state, plan=plan, services=services, guard=guard)
@@ -247,6 +247,12 @@ def _save(state: TrainState, *, services: Services, must: bool, guard: LossGuard
     if must and not saved:
         raise CheckpointError(f"the last checkpoint, at step {state.step}, could not be written")
     return state.step if saved else -1
+
+
+def _what_is_saved(step: int, saved_step: int) -> str:
+    if step != saved_step:
+        return f"saving at step {step}"
+    return f"no step since the checkpoint of step {step}" if step else "no step was taken and nothing is saved"
 
 
 def _is_due(step: int, every: int | None) -> bool:
