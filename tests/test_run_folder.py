@@ -9,6 +9,7 @@ import pytest
 from ranks_harness import run_ranks
 
 from bert_ds.configuration.run_config import ConfigError
+from bert_ds.output_folders import MARKER
 from bert_ds.ranks import DataError
 from bert_ds.training.run_folder import enter_run_folder, on_main_rank, prove_same_files, refuse_foreign_folders
 
@@ -64,7 +65,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     for name in ("foreign/run.lock", "with_hf/hf/mine"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("mine")
-    (folder / "with_hf/run.lock").touch()
+    (folder / "with_hf" / MARKER).write_text('{"bert_ds_folder": "run"}')
     return run_ranks(scenarios, 2, str(folder))
 
 
