@@ -2,9 +2,8 @@
 
     python tests/campaign_folders.py [--verbs export_hf ...] [--kinds foreign ...]
 
-Every case is the verb itself, as its command line starts it, in a process forked from one that has loaded the
-libraries. Of a refusal it is checked that no byte, name or time stamp has changed; of everything else that what
-somebody else had put there is still there, unchanged.
+Every case is the verb itself, as its command line starts it. Of a refusal it is checked that no byte, name or time
+stamp has changed; of everything else that what somebody else had put there is still there, unchanged.
 
 Rows go to tests/results/folders.jsonl; --print only prints the table that is recorded.
 """
@@ -14,16 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import runpy
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", GOMP_SPINCOUNT="1000")
-
 from campaign_rows import add_row, read_rows
+from forked_verbs import run_verb
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results/folders.jsonl"
@@ -59,6 +55,8 @@ class Workshop:
         from bert_ds.corpus.wordpiece_training import train_wordpiece
 
         self.folder = folder
+        (folder / "sbatch").write_text("#!/bin/sh\necho 17\n", encoding="utf-8")
+        (folder / "sbatch").chmod(0o755)
         words = ("the cat sees a dog .", "a bird finds the tree .", "the king paints a river .")
         lines = [" ".join(words[(i + j) % 3] for j in range(4)) for i in range(120)]
         (folder / "text.txt").write_text("\n\n".join(f"{line}\n{line}" for line in lines), encoding="utf-8")
@@ -113,25 +111,9 @@ class Workshop:
         return [ROOT / f"bert_ds/{verb.split()[0]}.py", *commands[verb]]
 
     def run(self, verb: str, output: Path) -> tuple[int, str]:
-        """Run a verb in a fork; its exit code and what it said."""
-        log = self.folder / "log.txt"
-        child = os.fork()
-        if child == 0:
-            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            sys.argv = list(map(str, self.command(verb, output)))
-            code = 1
-            try:
-                runpy.run_path(sys.argv[0], run_name="__main__")
-            except SystemExit as end:
-                code = int(end.code or 0)
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        return code, log.read_text(encoding="utf-8", errors="replace")
+        """Run a verb; its exit code and what it said."""
+        done = run_verb(*self.command(verb, output), env={"PATH": f"{self.folder}:{os.environ['PATH']}"})
+        return done.returncode, done.stdout + done.stderr
 
 
 def state(folder: Path) -> dict[str, object]:
@@ -227,23 +209,15 @@ def main() -> None:
     parser.add_argument("--verbs", nargs="+")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--untrained", action="store_true", help="enough where every kind is refused")
     parser.add_argument("--print", action="store_true")
     args = parser.parse_args()
     if not args.print:
-        import deepspeed  # noqa: F401  # before the fork, so that no case loads it again
-        import transformers  # noqa: F401
-
-        folder = Path(tempfile.mkdtemp())  # a TemporaryDirectory would be deleted by the first fork that ends
-        os.environ["PATH"] = f"{folder}:{os.environ['PATH']}"
-        (folder / "sbatch").write_text("#!/bin/sh\necho 17\n", encoding="utf-8")
-        (folder / "sbatch").chmod(0o755)
-        workshop = Workshop(folder, trained=not args.untrained)
         args.results.unlink(missing_ok=True)
-        for verb in args.verbs or VERBS:
-            for row in measure(workshop, verb, tuple(args.kinds)):
-                add_row(args.results, row)
-        shutil.rmtree(folder)
+        with tempfile.TemporaryDirectory() as folder:
+            workshop = Workshop(Path(folder))
+            for verb in args.verbs or VERBS:
+                for row in measure(workshop, verb, tuple(args.kinds)):
+                    add_row(args.results, row)
     print(table(read_rows(args.results)))
 
 

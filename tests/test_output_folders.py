@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from campaign_folders import VERBS
+from campaign_folders import VERBS, Workshop, measure
 
 from bert_ds.configuration.config_files import shipped_file
 from bert_ds.configuration.run_config import ConfigError, dump_run_config, load_run_config
@@ -133,11 +131,9 @@ def test_trying_to_write_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_every_verb_refuses_a_foreign_folder_and_leaves_it_as_it_is(tmp_path: Path) -> None:
-    results = tmp_path / "rows.jsonl"
-    command = [sys.executable, "tests/campaign_folders.py", "--untrained", "--kinds", "foreign", "--results", results]
-    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, timeout=300)
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
-    found = {row["verb"]: (row["code"], row["unchanged"], "which is not ours" in row["said"]) for row in rows}
+    workshop = Workshop(tmp_path, trained=False)
+    rows = [row for verb in VERBS for row in measure(workshop, verb, ("foreign",))]
+    found = {row["verb"]: (row["code"], row["unchanged"], "which is not ours" in str(row["said"])) for row in rows}
     assert found == dict.fromkeys(VERBS, (2, True, True))
 
 
