@@ -63,7 +63,7 @@ class Workshop:
         train_wordpiece(lines, vocab_size=60, lowercase=True, output=folder / "tokenizer")
         self.export = write_tiny_export(folder / "pretrained/hf")
         self.task = review_task(folder / "task", rows=24, training={"epochs": 1, "train_batch_size": 8})
-        self.run_dir = folder / "run"
+        self.run_dir, self.tuned = folder / "run", folder / "tuned/hf" if trained else self.export
         self._recipe()
         self.run_dir.mkdir()
         for verb, output in (("pretrain", self.run_dir), ("finetune", folder / "tuned")) if trained else ():
@@ -103,7 +103,7 @@ class Workshop:
             "finetune": (*task, "--deepspeed_config", ds, "--run_dir", output, "--resume", "auto"),
             "export_hf": ("--run_dir", here / "run", "--output", output),
             "export_hf --onnx": ("--model", self.export, "--onnx", "--output", output),
-            "score": ("--model", here / "tuned/hf", "--task", self.task, "--output", output),
+            "score": ("--model", self.tuned, "--task", self.task, "--output", output),
             "probe": (*task, "--max_vectors", 50, "--output", output),
             "report --html": ("--run_dir", output, "--html"),
             "submit": (*run, "--run_dir", output, "--gpus_per_node", 0),
