@@ -122,6 +122,8 @@ def checked_scoring(args: argparse.Namespace) -> TaskConfig:
         ConfigError: with one line per problem, all at once.
     """
     task, messages = _read_task(args)
+    if args.task == "masked_words" and args.data is None:
+        messages.append("--data: is missing, wanted the text, or the shards, that the model is to be scored on")
     _raise(messages)
     assert task is not None, "no problem was found and no task was loaded"
     return task

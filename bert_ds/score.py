@@ -2,10 +2,13 @@
 
     python bert_ds/score.py --model runs/sst2/hf --task sst2 --data DATA
     python bert_ds/score.py --model runs/mine/hf --task blimp --data DATA
+    python bert_ds/score.py --model ANY --task masked_words --data TEXT
     deepspeed bert_ds/score.py --model DIR --task mine.json --side test --output scores
 
 A fine-tuned task takes any folder of its architecture. Prompts, minimal pairs and word similarity take a pre-trained
-folder with its masked-word head, and run on one rank. Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint.
+folder with its masked-word head, and run on one rank. So does masked_words, of any family that transformers opens: TEXT
+is a file or folder of text, or of shards; the unigram cross-entropy wants the training text, or shards, beside it:
+--set 'data.train=[{"path": "TRAIN", "format": "text"}]'. Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint.
 """
 
 from __future__ import annotations
@@ -28,8 +31,10 @@ import torch
 
 from bert_ds.command_line import run_main
 from bert_ds.configuration.task_config import ConfigError, TaskConfig
+from bert_ds.configuration.task_kinds import KIND_FACTS
 from bert_ds.corpus.wordpiece import load_tokenizer
 from bert_ds.downstream.kinds import KINDS
+from bert_ds.downstream.masked_words import score_masked_words
 from bert_ds.downstream.metrics import require_metrics
 from bert_ds.downstream.outcome import measure_side, part_figures, row_counts, write_side
 from bert_ds.downstream.task_folder import read_task_folder, tokenizer_folder
@@ -49,7 +54,7 @@ def main() -> None:
     task = checked_scoring(args)
     require_metrics()
     ranks = read_ranks()
-    if task.kind in UNTRAINED:
+    if not KIND_FACTS[task.kind].is_trained:
         return score_untrained(task, args, ranks)
     with joined_ranks(ranks):
         score_fine_tuned(task, args, ranks)
@@ -61,6 +66,8 @@ def score_untrained(task: TaskConfig, args: argparse.Namespace, ranks: Ranks) ->
         raise ConfigError(f"a {task.kind} task is scored on its validation rows by one rank; found {args.side} rows")
     if args.output is not None:
         open_results_folder(args.output)
+    if task.kind == "masked_words":
+        return report(task, args, {args.side: score_masked_words(args.model, task, print)}, facts={})
     tokenizer = load_tokenizer(args.model)
     check_tokenizer(args.model, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
     model = load_masked_lm(args.model, kernels=task.training.kernels)
@@ -102,7 +109,12 @@ def report(
         results = {"task": task.name, "metric": task.chosen_metric, **facts, **figures}
         write_json(args.output / "results.json", results)
     for part, values in figures.items():
-        print(f"{task.name}, {part}: " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        print(f"{task.name}, {part}: " + "  ".join(f"{name} {shown(value)}" for name, value in values.items()))
+
+
+def shown(value: float) -> str:
+    """Return a figure with four digits, a count with none."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 if __name__ == "__main__":

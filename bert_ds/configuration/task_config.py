@@ -220,7 +220,21 @@ def task_problems(task: TaskConfig) -> list[Problem]:
     if data.tag_scheme != "none" and "tags" not in facts.roles:
         problems.append(Problem("data.tag_scheme", f"a {task.kind} task has no tags"))
     problems += _section_problems(task)
-    return problems + _file_problems(data)
+    return problems + _format_problems(task) + _file_problems(data)
+
+
+def _format_problems(task: TaskConfig) -> list[Problem]:
+    """Return files of running text where rows are wanted, and the reverse."""
+    is_text, problems = KIND_FACTS[task.kind].is_text, []
+    for side in ("train", "validation", "test"):
+        for index, file in enumerate(getattr(task.data, side)):
+            if (file.format == "text") != is_text:
+                wanted = '"text"' if is_text else "a format with rows"
+                text = f'a {task.kind} task wants {wanted}, found "{file.format}"'
+                problems.append(Problem(f"data.{side}.{index}.format", text))
+    if is_text and task.data.validation_fraction is not None:
+        problems.append(Problem("data.validation_fraction", f"is not for {task.kind} tasks, wanted data.validation"))
+    return problems
 
 
 def _section_problems(task: TaskConfig) -> list[Problem]:

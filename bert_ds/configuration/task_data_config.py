@@ -11,7 +11,7 @@ from bert_ds.configuration.config_section import PositiveInt, Section
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Column = Name | Annotated[int, Field(ge=-64, le=1000)]
 """A column by its name, or by its place, counted from 0, or from the end as -1, -2 and so on."""
-Format = Literal["tsv", "csv", "jsonl", "lines", "xml", "conll", "conllu", "squad"]
+Format = Literal["tsv", "csv", "jsonl", "lines", "xml", "conll", "conllu", "squad", "text"]
 
 
 class DataFile(Section):
@@ -20,7 +20,8 @@ class DataFile(Section):
     path: Annotated[str, Field(min_length=1)]
     """Below the data folder of the command line, or else beside the task file."""
     format: Format
-    """tsv has no quoting, csv is quoted, lines is one text a line, xml a list of elements, squad SQuAD's JSON."""
+    """tsv has no quoting, csv is quoted, lines is one text a line, xml a list of elements, squad SQuAD's JSON.
+    text is for masked_words: a file or folder of text as build_shards.py takes it, or a folder of shards."""
     encoding: Literal["utf-8", "latin-1", "gb18030", "utf-16", "utf-16-le", "utf-16-be"] = "utf-8"
     """latin-1 takes any byte; gb18030 is GBK and GB2312 too; utf-16 begins with a byte order mark."""
     has_header: bool = True

@@ -19,6 +19,7 @@ KindName = Literal[
     "prompted_classification",
     "minimal_pairs",
     "word_similarity",
+    "masked_words",
 ]
 
 
@@ -33,6 +34,8 @@ class KindFacts(NamedTuple):
     """Figures that the best step can be chosen by; the first is the default."""
     own_formats: tuple[str, ...] = ()
     """Formats that bring the fields by themselves."""
+    is_text: bool = False
+    """Whether its files are running text without rows, and so all of the format "text"."""
     has_class_weights: bool = False
     can_be_taught: bool = False
     """Whether a teacher's scores can be learned from."""
@@ -75,5 +78,8 @@ KIND_FACTS: dict[str, KindFacts] = {
     "minimal_pairs": KindFacts(("good", "bad", "paradigm"), (), ("accuracy",), is_trained=False, needs_train=False),
     "word_similarity": KindFacts(
         ("left", "right", "score", "set"), (), ("encoder", "embedding"), is_trained=False, needs_train=False
+    ),
+    "masked_words": KindFacts(
+        (), (), ("loss_mlm_masked", "nats_per_character"), is_text=True, is_trained=False, needs_train=False
     ),
 }
