@@ -156,6 +156,11 @@ def weather(
     begun, whole = time.monotonic(), work / f"whole_{storm.ranks}"
     if storm.continued:
         shutil.copytree(whole, run_dir, ignore=shutil.ignore_patterns(f"global_step{STEPS}", "DONE", "run.lock"))
+        found = find_checkpoint(run_dir)
+        assert found is not None
+        rows = [row for row in read_rows(run_dir / "metrics.jsonl") if row["step"] <= step_of(found.name)]
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = steps_taken(run_dir)
     draw = random.Random(str(storm))
     launch = Launch(work, run_dir, way=storm.way, ranks=storm.ranks, nohup=nohup, light=light)
     if storm.at_step is None:
@@ -176,15 +181,14 @@ def weather(
     saved = 0 if found is None else step_of(found.name)
     if not done:
         finish(work, run_dir, ranks=storm.ranks)
-    row = {"steps": taken, "saved": saved, "done": done, "code": code, "hangs": code is None}
+    row = {"took": taken - before, "steps": taken, "saved": saved, "done": done, "code": code, "hangs": code is None}
     same = digest(run_dir) == digest(whole)
     return {**row, "same": same, "seconds": round(time.monotonic() - begun, 1)}
 
 
 def survived(row: dict[str, Any]) -> bool:
     """Whether nothing was lost: all ended by themselves, the last step was saved, the run came out the same."""
-    trained = row["steps"] > 0
-    told = row["way"] != "bert-ds" or not trained or row["code"] == (0 if row["done"] else 75)
+    told = row["way"] != "bert-ds" or not row["took"] or row["code"] == (0 if row["done"] else 75)
     return row["saved"] == row["steps"] and row["same"] and not row["hangs"] and told
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -234,3 +236,47 @@ def test_a_disk_that_is_full_at_the_last_mark_is_told_with_what_stands_and_what_
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert list(tmp_path.iterdir()) == []
+
+
+WITHOUT_A_TERMINAL = """
+import sys, time
+from bert_ds.command_line import run_main
+from bert_ds.training.restart import StopRequest
+def main():
+    stop = StopRequest()
+    stop.install()
+    print("ready", flush=True)
+    for step in range(20):
+        time.sleep(0.03)
+        print("step", step, flush=True)
+        print("step", step, file=sys.stderr)
+    open(sys.argv[1], "w").write(str(stop.reason))
+    return 0 if stop.reason is None else 75
+run_main(main, leave_at_once=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("owns_terminal", "ignores", "reason"),
+    [(False, False, "None"), (True, True, "None"), (True, False, "SIGHUP")],
+    ids=["setsid", "nohup", "plain"],
+)
+def test_a_closed_terminal_stops_a_rank_unless_it_was_started_by_setsid_or_nohup(
+    tmp_path: Path, owns_terminal: bool, ignores: bool, reason: str
+) -> None:
+    def enter() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignores else signal.SIG_DFL)
+        if owns_terminal:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    terminal, side = os.openpty()
+    command = [sys.executable, "-c", WITHOUT_A_TERMINAL, str(tmp_path / "told")]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    process = subprocess.Popen(
+        command, stdin=side, stdout=side, stderr=side, env=environment, start_new_session=True, preexec_fn=enter
+    )
+    os.close(side)
+    assert os.read(terminal, 5) == b"ready"
+    os.close(terminal)
+    assert process.wait(timeout=60) == (0 if reason == "None" else 75)
+    assert (tmp_path / "told").read_text() == reason

@@ -24,8 +24,8 @@ from bert_ds.processes import (
 from bert_ds.ranks import EXIT_RUN_AGAIN, CheckpointError
 from bert_ds.reporting.run_log import write_json
 
-_REAPERS = ("init", "systemd", "bert-ds", "bert_ds.console")
-"""Who becomes the parent of a process whose own has died, besides process 1."""
+_REAPERS = ("init", "systemd", "tini", "dumb-init", "docker-init")
+"""Programs that become the parent of a process whose own has died, besides process 1."""
 
 
 class StopRequest:
@@ -121,7 +121,7 @@ def _launchers() -> dict[str, int]:
     found, parent = {"the launcher": launcher}, parent_of(launcher)
     if "deepspeed" in command_of(parent):
         return {**found, "the deepspeed runner": parent}
-    is_orphan = parent == 1 or any(name in command_of(parent) for name in _REAPERS)
+    is_orphan = parent == 1 or os.path.basename(command_of(parent).partition(" ")[0]) in _REAPERS
     return {**found, "the deepspeed runner": 0} if is_orphan and os.environ.get("CROSS_SIZE") == "1" else found
 
 
