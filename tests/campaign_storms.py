@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import torch
 from campaign_rows import add_row, read_rows
-from ranks_harness import free_port
+from fork_server import free_port
 from stormed_launch import Blow, Launch, arguments, marked, steps_taken
 from test_pretrain import make_workshop
 

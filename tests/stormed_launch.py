@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ranks_harness import free_port
+from fork_server import free_port
 
 from bert_ds.processes import STOP_SIGNALS, command_of, is_rank, parent_of, process_identity
 from bert_ds.reporting.run_log import read_metrics
