@@ -59,6 +59,8 @@ class Tally:
         self.counts: collections.Counter[str] = collections.Counter()
         self.seconds: list[float] = []
         self.failures: list[str] = []
+        self.table: dict[str, Any] = {}
+        """Figures of single cases, where the part has them."""
 
     def add(self, found: str, seconds: float, what: str) -> None:
         """Count a verdict: "refused", "accepted", or what is wrong."""
@@ -203,28 +205,53 @@ def bombs(file: Path) -> Tally:
 
 
 def seconds(file: Path) -> Tally:
-    """Measure the time from starting a command to the message about a typo, and that no run folder is made."""
-    tally = Tally()
+    """Measure the time from starting a command to the message about a mistake, the best of three.
+
+    That `bert-ds` says what a rank says, no launcher is started and no run folder is made is tried on the way.
+    """
+    tally, work = Tally(), file.parent
     file.write_text(RECIPE.read_text(encoding="utf-8").replace("total_steps", "total_stesp"), encoding="utf-8")
-    folder = file.parent / "run"
-    options = ["--run", str(file), "--deepspeed_config", str(DEEPSPEED)]
-    script = str(ROOT / "bert_ds/pretrain.py")
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
-    commands = {
-        "check_run.py": [sys.executable, str(ROOT / "bert_ds/check_run.py"), *options],
-        "pretrain.py": [sys.executable, script, *options, "--run_dir", str(folder)],
-        "deepspeed pretrain.py, 2 ranks": [*runner, script, *options, "--run_dir", str(folder)],
-    }
-    for name, command in commands.items():
-        for _ in range(3):
-            begun = time.perf_counter()
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-            spent = time.perf_counter() - begun
-            is_right = done.returncode == 2 and 'did you mean "total_steps"?' in done.stderr and not folder.exists()
-            is_clean = "Traceback" not in done.stderr
-            tally.add("refused" if is_right and is_clean else f"exit {done.returncode}: {done.stderr}", spent, name)
-        print(f"{name}: {min(tally.seconds[-3:]):.2f} s", file=sys.stderr)
+    deepspeed = work / "deepspeed.json"
+    deepspeed.write_text('{"zero_optimisation": {"stage": 2}}', encoding="utf-8")
+    pair = ("--run", str(RECIPE), "--deepspeed_config", str(DEEPSPEED))
+    tuned = ("--task", "sst2", "--model", str(work / "model"), "--deepspeed_config", str(DEEPSPEED))
+    for name, wanted, verb, words in (
+        ("DeepSpeed file: a typo", "zero_optimization", "pretrain", (*pair[:3], str(deepspeed))),
+        ("DeepSpeed file: missing", "No such file", "pretrain", (*pair[:3], str(work / "none.json"))),
+        ("recipe: a typo", "total_steps", "pretrain", ("--run", str(file), *pair[2:])),
+        ("recipe: missing", "No such file", "pretrain", ("--run", str(work / "none.json"), *pair[2:])),
+        ("--set: a typo", "total_steps", "pretrain", (*pair, "--set", "training.total_stesp=3")),
+        ("option: a typo", "--dry_run", "pretrain", (*pair, "--dry_rum")),
+        ("--init_from: missing", "does not exist", "pretrain", (*pair, "--init_from", str(work / "none"))),
+        ("--task: a typo", '"sst2"', "finetune", ("--task", "sst3", *tuned[2:])),
+        ("--model: missing", "has no config.json", "finetune", tuned),
+        ("--data: a wrong folder", "--data names", "score", (*tuned[:4], "--data", str(work))),
+    ):
+        rank = _asked([sys.executable, str(ROOT / f"bert_ds/{verb}.py"), *words], wanted, work, tally, name)
+        bert_ds = [sys.executable, "-m", "bert_ds.console", verb, *words]
+        asked = min((_asked(bert_ds, wanted, work, tally, name) for _ in range(3)), key=lambda one: one["wall_s"])
+        if rank.pop("said") != asked.pop("said"):
+            tally.failures.append(f"{name}: a rank says something else")
+        tally.table[name] = {"bert-ds": asked, "one rank": rank}
+        print(f"{name}: {tally.table[name]}", file=sys.stderr, flush=True)
+    # -o env: the environment is there; making it would be measured, and done to the one that others use.
+    make = ["make", "-o", "env", "-C", str(ROOT), "--no-print-directory", "pretrain", f"RUN_DIR={work / 'run'}"]
+    asked = _asked([*make, f"DEEPSPEED_CONFIG={deepspeed}"], "zero_optimization", work, tally, "make")
+    asked.pop("said")
+    tally.table["make pretrain, DeepSpeed file: a typo"] = {"make": asked}
     return tally
+
+
+def _asked(command: list[str], wanted: str, work: Path, tally: Tally, name: str) -> dict[str, Any]:
+    """Run a command that has a mistake and return what it said and the seconds that passed and were computed."""
+    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    spent, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
+    is_right = done.returncode == 2 and wanted in done.stderr and not (work / "run").exists()
+    is_clean = "Traceback" not in done.stderr and "launcher" not in done.stdout + done.stderr
+    tally.add("refused" if is_right and is_clean else f"exit {done.returncode}: {done.stderr}", spent, name)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"said": done.stderr, "wall_s": round(spent, 2), "cpu_s": round(cpu_s, 2)}
 
 
 PARTS: dict[str, Callable[[Path], Tally]] = {
@@ -256,6 +283,8 @@ def main() -> int:
         row = {"part": part, "commit": commit.strip(), **tally.row()}
         if part == "classic":
             row |= {"tried": len(BROKEN), "accepted_by_deepspeed_itself": tally.counts["deepspeed"]}
+        if tally.table:
+            row["cases"] = tally.table
         num_failures += row["wrong"]
         print("\n".join(tally.failures[:SHOWN]), json.dumps(row), sep="\n", flush=True)
         with RESULTS.open("a", encoding="utf-8") as results:
