@@ -78,6 +78,13 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
         help="end with exit code 75 and their names when ranks have not come after so long, 0: never "
         "(default: %(default)s; a rank that has come and died ends the start at once)",
     )
+    parser.add_argument(
+        "--preflight",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="measure every node before the first step, refuse one that is slow, full or late (default: %(default)s, "
+        "which is on for several nodes)",
+    )
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ from bert_ds.training.engine import make_engine
 from bert_ds.training.hang_watchdog import Heartbeat, watched_for_hangs
 from bert_ds.training.launch_precision import Decision, decide_precision
 from bert_ds.training.optimizers import make_optimizer
+from bert_ds.training.preflight import preflight
 from bert_ds.training.process_group import device_name, joined_ranks
 from bert_ds.training.restart import StopRequest, follow_launcher, is_done, mark_done
 from bert_ds.training.run_folder import enter_run_folder, on_main_rank, prove_same_files, refuse_foreign_folders
@@ -87,7 +89,8 @@ def main() -> int:
     stop = StopRequest()
     stop.install(speaks=ranks.is_main)
     follow_launcher(stop)
-    with joined_ranks(ranks, start_limit_s=args.start_limit):
+    look = partial(preflight, run_dir, ranks, when=args.preflight)
+    with joined_ranks(ranks, start_limit_s=args.start_limit, first=look):
         run_dirs = list(folders.values()) or [run_dir]
         refuse_foreign_folders(run_dirs, export="hf")
         refuse_foreign_folders([run_dir])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ from bert_ds.training.evaluation import Evaluation, evaluate
 from bert_ds.training.fp32_weights import load_fp32_state_dict
 from bert_ds.training.hang_watchdog import Heartbeat, watched_for_hangs
 from bert_ds.training.launch_precision import decide_precision
+from bert_ds.training.node_facts import needs_of
 from bert_ds.training.optimizers import make_optimizer
+from bert_ds.training.preflight import preflight
 from bert_ds.training.probe import fits_in_memory, largest_that_fits, probe_longest
 from bert_ds.training.process_group import device_name, joined_ranks
 from bert_ds.training.rank_times import RankTimes
@@ -69,7 +72,8 @@ def main() -> int:
     stop = StopRequest()
     stop.install(speaks=ranks.is_main)
     follow_launcher(stop)
-    with joined_ranks(ranks, start_limit_s=args.start_limit):
+    look = partial(preflight, args.run_dir, ranks, when=args.preflight, needs=needs_of(plan, args.run_dir))
+    with joined_ranks(ranks, start_limit_s=args.start_limit, first=look):
         return pretrain(plan, ranks, args=args, stop=stop)
 
 

@@ -71,7 +71,8 @@ def sbatch_command(job: JobConfig, script: Path) -> list[str]:
     overrides = [word for override in job.overrides for word in ("--set", override)]
     exclusive = ["--exclusive"] if job.exclusive else []
     places = [job.run or "", job.deepspeed_config, job.run_dir]
-    return ["sbatch", "--parsable", *words, *exclusive, str(script), *places, *overrides]
+    preflight = [] if job.preflight == "auto" else ["--preflight", job.preflight]
+    return ["sbatch", "--parsable", *words, *exclusive, str(script), *places, *overrides, *preflight]
 
 
 def site_settings(path: Path) -> dict[str, str]:

@@ -93,6 +93,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mfu", type=float, default=0.35, help="assumed share of --gpu's peak (default %(default)s)")
     parser.add_argument("--tokens_per_s", type=float, help="expected speed of the whole job")
     parser.add_argument("--like", type=Path, metavar="RUN_DIR", help="an earlier run whose measured speed is expected")
+    parser.add_argument(
+        "--preflight", choices=("auto", "on", "off"), default="auto", help="measure every node first (auto: of several)"
+    )
     parser.add_argument("--dry_run", action="store_true", help="check and print, submit nothing")
     args = parser.parse_args()
     for name in ("gpu_memory_gb", "mfu", "tokens_per_s"):
@@ -114,6 +117,7 @@ def job_values(args: argparse.Namespace, *, default_name: str) -> dict[str, Any]
         "run": recipe,
         "overrides": args.set,
         "exclusive": args.exclusive,
+        "preflight": args.preflight,
     }
 
 

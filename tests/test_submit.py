@@ -84,6 +84,15 @@ def test_the_least_job_is_this_command() -> None:
     ]
 
 
+def test_a_job_asks_for_the_preflight_or_does_without_it() -> None:
+    for answer in ("on", "off"):
+        assert sbatch_command(parse_job_config({**JOB, "preflight": answer}), Path("/s.sh"))[-2:] == [
+            "--preflight",
+            answer,
+        ]
+    assert "--preflight" not in sbatch_command(parse_job_config(JOB), Path("/s.sh"))
+
+
 def test_the_printed_command_is_the_one_that_is_run_and_the_run_folder_keeps_it(tmp_path: Path) -> None:
     record, env = fake_sbatch(tmp_path)
     done = submit(tmp_path, "--nodes", 2, "--gpus-per-node", 2, "--time", "2:00:00", "--set", "seed=7", env=env)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
@@ -82,6 +82,8 @@ class JobConfig(Section):
     """Run folder, on a file system that all nodes share."""
     overrides: tuple[Override, ...] = ()
     """Overrides of the recipe, section.name=value each."""
+    preflight: Literal["auto", "on", "off"] = "auto"
+    """Whether every node is measured before the first step; auto is on for several nodes."""
 
     @property
     def ranks_per_node(self) -> int:
