@@ -9,8 +9,8 @@
 #                 small sizes under compute-sanitizer
 # make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, shards and peer (each wants
 #                 TEXT=folder of text), lamb, kernels, configs, deepspeed (the newest release instead of the
-#                 pinned one), kills, storms, folders, checkpoint, damage (wants root, for a small disk in memory), slurm,
-#                 downstream (wants DATA=folder of the data sets), hf-trainer (DATA and MODEL=pre-trained folder)
+#                 pinned one), kills, storms, folders, start, checkpoint, damage (wants root, for a small disk in memory),
+#                 slurm, downstream (wants DATA=folder of the data sets), hf-trainer (DATA and MODEL=pre-trained folder)
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
 
 SHELL := /bin/bash
@@ -23,7 +23,7 @@ DEEPSPEED_CONFIG := ds_configs/zero2.json
 .PHONY: pretrain test test-slurm check format env env-dev clean bench-gpu
 .PHONY: campaign-kills campaign-folders campaign-storms campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer campaign-lamb campaign-kernels campaign-configs campaign-slurm
-.PHONY: bench-cpu test-gpu sanitize-gpu
+.PHONY: campaign-start bench-cpu test-gpu sanitize-gpu
 
 env:
 	@.ci/make_env.sh
@@ -59,6 +59,10 @@ campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer: env-dev
 campaign-slurm: env-dev
 	@$(BIN)/python tests/slurm_cluster.py
 	$(BIN)/python tests/campaign_slurm.py
+
+# Seconds from a rank's death at the start to the end of the others, in every way of starting.
+campaign-start: env-dev
+	$(BIN)/python tests/campaign_start.py
 
 campaign-deepspeed: env-dev
 	$(BIN)/python tests/campaign_deepspeed.py
