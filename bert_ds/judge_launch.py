@@ -51,6 +51,7 @@ def main() -> None:
         is_done=is_done(args.run_dir, since=args.run_dir / "logs/exits/started"),
         stop=args.stop,
         nodes_answer=args.nodes_answer == "yes",
+        srun_said=srun_words(args.run_dir / "logs/exits/srun.err"),
     )
     progress = Progress.load(args.run_dir / PROGRESS, args.job)
     verdict, progress = judge(end, progress, limit=args.limit)
@@ -59,6 +60,14 @@ def main() -> None:
     write_json(args.run_dir / PROGRESS, record)
     print(f"job {args.job}: {verdict.sentence}", file=sys.stderr)
     print(verdict.action, verdict.exit_code, verdict.delay_s)
+
+
+def srun_words(path: Path) -> str:
+    """Return what srun wrote on stderr; empty where that is not known."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")[:100_000]
+    except OSError:
+        return ""
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ _PUT_FIRST: Mapping[str, Callable[[Any], bool]] = {
 }
 """What submit.py and a job script leave before a run starts: name, and what its JSON is. An empty file is one too."""
 _LOG_PUT_FIRST = r"slurm-[\w.-]*\d\.out"
-_LOGS_PUT_FIRST = r"rank_\d+\.out|exits(/(started|\.?rank_\d+(\.json)?))?"
+_LOGS_PUT_FIRST = r"rank_\d+\.out|exits(/(started|srun\.err|\.?rank_\d+(\.json)?))?"
 _RESULTS = (
     r"results\.json|probes\.(json|png)|(predictions|figures)"
     r"|predictions/(train|validation|test)"

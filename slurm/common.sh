@@ -16,7 +16,7 @@ stop="" srun_pid=""
 trap 'stop=TERM' TERM # Slurm sends it to the ranks as well, and decides itself whether the job starts again
 trap 'stop=USR1; forward_stop' USR1
 
-SRUN_FLAGS=() CONTAINER=() PYTHON=$root/.venv/bin/python RESTARTS_WITHOUT_PROGRESS=3
+SRUN_FLAGS=() CONTAINER=() patience=() PYTHON=$root/.venv/bin/python RESTARTS_WITHOUT_PROGRESS=3
 [[ -x $PYTHON ]] || PYTHON=python3
 site=${BERT_DS_SITE:-$scripts/site.env}
 if [[ -n ${BERT_DS_SITE:-} || -f $site ]]; then
@@ -25,6 +25,9 @@ if [[ -n ${BERT_DS_SITE:-} || -f $site ]]; then
   source "$site"
   set -u
 fi
+
+# shellcheck source=slurm/requeue.sh
+source "$scripts/requeue.sh"
 
 check_ranks() {
   gpus=${SLURM_GPUS_ON_NODE:-0}
@@ -46,7 +49,7 @@ python_here() {
   if (( ${#SRUN_FLAGS[@]} + ${#CONTAINER[@]} )); then
     here=(srun --nodes=1 --ntasks=1 --overlap --input=none "${SRUN_FLAGS[@]}" "${CONTAINER[@]}")
   fi
-  "${here[@]}" "$PYTHON" "$@"
+  "${patience[@]}" "${here[@]}" "$PYTHON" "$@"
 }
 
 run_until_done() {
@@ -57,10 +60,12 @@ run_until_done() {
     srun_code=138
     [[ -n $stop ]] || launch_once "$@" # a signal between two launches is judged like one that ended a launch
     end_steps
-    local answer action code delay
+    local answer action code delay patience=(timeout 120) # in a container it is a step, which slurmctld must start
     answer=$(python_here "$root/bert_ds/judge_launch.py" --run_dir "$run_dir" --job "$SLURM_JOB_ID" \
       --world_size "$world_size" --srun_code "$srun_code" --stop "$stop" --nodes_answer "$(nodes_answer)" \
-      --limit "$RESTARTS_WITHOUT_PROGRESS")
+      --limit "$RESTARTS_WITHOUT_PROGRESS") || true
+    patience=()
+    [[ -n $answer || $stop != USR1 ]] || answer="requeue 75 0"
     read -r action code delay <<<"$answer"
     case $action in
       again) sleep "$delay" & wait $! || true ;;
@@ -98,7 +103,7 @@ may_enter() {
 }
 
 forget_exits() {
-  rm -f "$exits"/rank_*.json
+  rm -f "$exits"/rank_*.json "$exits/srun.err"
   : >"$exits/started" # what is newer than this file belongs to the coming launch
 }
 
@@ -113,7 +118,7 @@ launch_once() {
   (( gpus == 0 )) || command+=(--gpu-bind=none) # a rank picks its GPU by its number, and NCCL wants to see them all
   command+=("${SRUN_FLAGS[@]}" "${CONTAINER[@]}" "$PYTHON" "$@")
   say "launch $launch, port $MASTER_PORT; every rank writes $run_dir/logs/rank_N.out"
-  BERT_DS_EXITS=$exits "${command[@]}" &
+  BERT_DS_EXITS=$exits "${command[@]}" 2> >(tee "$exits/srun.err" >&2) &
   srun_pid=$!
   tail --pid="$srun_pid" --lines=0 --retry --follow=name "$run_dir/logs/rank_0.out" 2>/dev/null &
   local tail_pid=$!
@@ -132,7 +137,7 @@ forward_stop() { [[ -z $srun_pid ]] || kill -USR1 "$srun_pid" 2>/dev/null || tru
 end_steps() {
   local step job=$SLURM_JOB_ID
   [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-  for step in $(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i); do
+  for step in $(timeout 60 squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i); do
     [[ $step =~ ^${job}\.[0-9]+$ ]] || continue
     say "ending step $step, which outlived its srun"
     scancel --signal=KILL "$step" || true
@@ -140,17 +145,7 @@ end_steps() {
 }
 
 nodes_answer() {
+  [[ $stop != USR1 ]] || { echo yes; return; } # it is queued again anyway, and slurmctld may be down
   timeout 60 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --overlap \
     --input=none --output=none true 2>/dev/null && echo yes || echo no
-}
-
-requeue() {
-  if scontrol requeue "$SLURM_JOB_ID"; then
-    say "queued again; Slurm lets it wait, two minutes unless the site says otherwise"
-  elif [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == PENDING ]]; then
-    say "Slurm has already queued it again"
-  else
-    say "cannot be queued again: submit the same command once more and it continues" >&2
-  fi
-  exit 75
 }

@@ -93,6 +93,15 @@ def requeue(cluster: SlurmCluster, job: str, run_dir: Path) -> None:
     cluster.run("scontrol", "requeue", job)
 
 
+def stop_controller(cluster: SlurmCluster, job: str, run_dir: Path) -> None:
+    """slurmctld is dead when the time is nearly up, and comes back a while after the job has asked for it."""
+    script = next(pid for pid in processes_of(run_dir) if processes()[pid][1:2][0].endswith("slurm_script"))
+    os.kill(int((cluster.folder / "slurmctld.pid").read_text()), signal.SIGKILL)
+    os.kill(script, signal.SIGUSR1)
+    wait_until(lambda: "slurmctld does not queue it again" in log_of(run_dir), seconds=180)
+    cluster.run("slurmctld")
+
+
 def kill_slurmd(cluster: SlurmCluster, job: str, run_dir: Path) -> None:
     """A node's daemon dies, its tasks do not; it is started again when the run has ended without it."""
     os.kill(cluster.daemon_of("node2"), signal.SIGKILL)
@@ -119,6 +128,7 @@ FAULTS: dict[str, Callable[[SlurmCluster, str, Path], None]] = {
     "signal before the time limit": signal_time_limit,
     "signal to the ranks": signal_ranks,
     "scontrol requeue": requeue,
+    "slurmctld down at the signal": stop_controller,
     "a node's slurmd killed": kill_slurmd,
     "a node killed": kill_node,
     "the time limit itself": wait_for_the_time_limit,

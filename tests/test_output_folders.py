@@ -42,7 +42,12 @@ OUR_RUNS: dict[str, dict[str, str]] = {
     "an earlier pre-training": {"run_config.json": RECIPE, "notes.txt": "mine"},
     "an earlier fine-tuning": {"task_config.json": TASK, "hf/config.json": "{}"},
     "submitted": {"submit.json": '{"job": "17"}', "slurm-17.out": "waits"},
-    "started by a job script": {"slurm_job": "17\n", "logs/exits/started": "", "logs/rank_0.out": "Traceback"},
+    "started by a job script": {
+        "slurm_job": "17\n",
+        "logs/exits/started": "",
+        "logs/exits/srun.err": "srun: error",
+        "logs/rank_0.out": "Traceback",
+    },
     "refused at the lock": {"run.lock": '{"host": "a", "pid": 3}', "restarts.json": '{"action": "stop"}'},
     "locked on a full disk": {"run.lock": ""},
     "seeds": {"seed_1/task_config.json": TASK, "seed_2/": "", "results.json": '{"seeds": [1]}'},

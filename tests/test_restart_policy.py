@@ -63,6 +63,17 @@ def test_a_dead_rank_is_launched_again_at_once() -> None:
     assert verdict(exits={0: SAVED}).sentence.startswith("rank 1 ended without a word (srun: 137)")
 
 
+def test_the_rank_that_srun_names_first_is_the_reason_where_none_of_them_has_left_a_word() -> None:
+    said = "srun: launch/slurm: noise\nsrun: error: node2: task 1: Exited with exit code 127\n"
+    said += "srun: error: node1: task 0: Killed\n"
+    found = verdict(srun_said=said)
+    assert found.sentence.startswith(
+        "rank 1 on node2 ended without a word (srun: Exited with exit code 127); launching"
+    )
+    start = ExitRecord(75, "rank 1 on node2 (process 7) died before all ranks had met")
+    assert verdict(srun_said=said, exits={0: start}).sentence.startswith("rank 1 on node2 (process 7) died before")
+
+
 def test_a_hang_is_the_reason_whatever_else_the_ranks_say_and_is_no_wish_to_stop() -> None:
     hang = ExitRecord(75, "hang: rank 1 does not answer")
     for exits in ({0: hang}, {0: hang, 1: SAVED}, {0: ExitRecord(1, "Connection closed by peer"), 1: hang}):

@@ -125,6 +125,24 @@ def test_a_signal_before_the_time_limit_saves_and_queues_the_job_again(
     assert cluster.job_fact(job, "Restarts") == "1"
 
 
+def test_a_job_whose_controller_is_down_at_the_signal_is_queued_again_when_it_is_back(
+    cluster: SlurmCluster, workshop: Path, finished_run: Path
+) -> None:
+    job, run_dir = started(cluster, workshop, "no_controller")
+    slurm_runs.stop_controller(cluster, job, run_dir)
+    assert_ended_well(cluster, job, run_dir, finished_run)
+    assert "queued again; Slurm lets it wait" in log_of(run_dir)
+    assert cluster.job_fact(job, "Restarts") == "1"
+
+
+def test_a_node_whose_slurmd_dies_goes_on_and_the_run_ends_well(
+    cluster: SlurmCluster, workshop: Path, finished_run: Path
+) -> None:
+    job, run_dir = started(cluster, workshop, "dead_slurmd")
+    slurm_runs.kill_slurmd(cluster, job, run_dir)
+    assert_ended_well(cluster, job, run_dir, finished_run)
+
+
 def test_a_job_that_is_sent_back_to_the_queue_saves_and_resumes(
     cluster: SlurmCluster, workshop: Path, finished_run: Path
 ) -> None:

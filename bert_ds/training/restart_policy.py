@@ -6,6 +6,7 @@ progress only if it left a newer checkpoint; too many in a row without one end t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ PERMANENT = {
 }
 """Exit codes that another launch would meet again."""
 MAX_DELAY_S = 60
+_SRUN_TASK = re.compile(r"^srun: error: (?P<node>[^ :]+): tasks? (?P<ranks>[0-9][0-9,-]*): (?P<how>.*)$", re.MULTILINE)
+"""The first such line is of the rank that began it; what --kill-on-bad-exit then ends comes after it."""
 
 Action = Literal["done", "again", "requeue", "stop"]
 
@@ -44,6 +47,8 @@ class LaunchEnd:
     """Signal that the job has received: the time is nearly up, or Slurm ends the job."""
     nodes_answer: bool = True
     """Every node of the job starts a task when asked to."""
+    srun_said: str = ""
+    """What srun wrote on stderr: which task ended first, on which node and how."""
 
 
 class Progress(NamedTuple):
@@ -134,6 +139,8 @@ def how_it_ended(end: LaunchEnd) -> str:
             return f"rank {rank} ended with exit code {record.code}" + (
                 f" ({record.message})" if record.message else ""
             )
+    if first := _SRUN_TASK.search(end.srun_said):
+        return f"rank {first['ranks']} on {first['node']} ended without a word (srun: {first['how'].strip()})"
     silent = sorted(set(range(end.world_size)) - set(end.exits))
     if len(silent) == end.world_size:
         return f"all ranks ended without a word (srun: {end.srun_code})"
