@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ranks_harness import free_port
+from fork_server import free_port
 from slurm_cluster import descendants
 
 ROOT = Path(__file__).resolve().parents[1]
 
-MOMENTS = ("before any import", "during the imports", "before the rendezvous", "in the rendezvous")
+MOMENTS = ("at the first import", "during the imports", "before the rendezvous", "in the rendezvous")
 SITECUSTOMIZE = """
 import os, signal, sys, threading, time
 rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
@@ -31,7 +31,7 @@ if rank == os.environ["FAULT_RANK"] and sys.argv[:1] != [""]:
         names = {code.co_name for code in frames}
         files = " ".join(code.co_filename for code in frames)
         return {
-            "before any import": "start_watch.py" in files and "__init__" in names,
+            "at the first import": "/deepspeed/__init__.py" in files,
             "during the imports": "/torch/" in files and "<module>" in names,
             "before the rendezvous": "load_pair" in names,
             "in the rendezvous": "init_process_group" in names,
@@ -44,8 +44,6 @@ if rank == os.environ["FAULT_RANK"] and sys.argv[:1] != [""]:
                 frames.append(frame.f_code)
                 frame = frame.f_back
             if is_now(frames):
-                if os.environ["FAULT_MOMENT"] == "before any import":
-                    time.sleep(0.05)
                 with open(os.environ["FAULT_TIME"], "w") as file:
                     file.write(repr(time.time()))
                 os.kill(os.getpid(), signal.SIGKILL)
