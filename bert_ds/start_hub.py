@@ -50,6 +50,8 @@ class Hub:
         self._ranks: dict[int, _Peer] = {}
         self._end: dict[str, Any] | None = None
         self._reached = 0
+        self.all_came = threading.Event()
+        """Set once every rank has said hello."""
         self.all_told = threading.Event()
         """Set once every rank has come and has been told that one is gone."""
         self._selector = selectors.DefaultSelector()
@@ -120,6 +122,8 @@ class Hub:
             _send(peer, {"refused": f"rank {rank} has already come from {self._ranks[rank].where}"})
             return
         peer.rank, peer.where, self._ranks[rank] = rank, str(said["where"]), peer
+        if len(self._ranks) == self._world_size:
+            self.all_came.set()
         _send(peer, {"welcome": self._launch, "missing": self._missing()})
         if self._end is not None:
             _send(peer, self._end)

@@ -34,7 +34,7 @@ NUM_PORTS = 8
 FIRST_PORT, LAST_PORT = 10_000, 30_000
 """Below the ports that systems give to outgoing connections."""
 FIRST_CONTACT_S = 60.0
-"""How long a rank waits for rank 0 before it goes on with its imports."""
+"""How long a rank waits for rank 0, and rank 0 for all, before it goes on with its imports."""
 WORD_PATIENCE_S = 15.0
 """How long a rank that ends stays to tell it to ranks that have not come yet."""
 OWN_WORD_S = 2.0
@@ -52,7 +52,8 @@ _watch: _Watch | None = None
 def watch_start() -> None:
     """Begin to watch, where a launcher or a person has started several ranks that know where to meet.
 
-    Waits for rank 0 for a while: a rank that dies before it was seen cannot be told from one that is still to come.
+    Waits for rank 0 for a while, and rank 0 for all: a rank that dies before it was seen looks like one that is
+    still to come.
     """
     global _watch
     try:
@@ -69,7 +70,7 @@ def watch_start() -> None:
         print(f"error: rank 0 cannot watch the start: {error}; {VARIABLE}=0 does without", file=sys.stderr)
         sys.exit(EXIT_CONFIG)
     sys.excepthook = _watch.note_error
-    _watch.connected.wait(FIRST_CONTACT_S)
+    _watch.wait_for_contact(FIRST_CONTACT_S)
 
 
 def meet(limit_s: float) -> None:
@@ -118,6 +119,12 @@ class _Watch:
         self.all_ready, self.all_joined = threading.Event(), threading.Event()
         os.register_at_fork(after_in_child=self._leave_to_parent)
         threading.Thread(target=self._follow, name="start-watch", daemon=True).start()
+
+    def wait_for_contact(self, seconds: float) -> None:
+        """Wait until this rank is known to rank 0; on rank 0, until all are."""
+        self.connected.wait(seconds)
+        if self._hub is not None:
+            self._hub.all_came.wait(seconds)
 
     def enter(self, phase: str) -> None:
         """Note that this rank has come so far."""

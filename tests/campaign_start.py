@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results/start.jsonl"
 
 def main() -> None:
     done = {(row["way"], row["moment"], row["rank"]) for row in read_rows(RESULTS)}
-    wanted = [(way, moment, rank) for moment in MOMENTS for way in WAYS for rank in (1, 0)]
+    wanted = [(way, moment, rank) for rank in (1, 0) for moment in MOMENTS for way in WAYS]
     with tempfile.TemporaryDirectory() as folder:
         workshop = test_pretrain.make_workshop(Path(folder) / "workshop")
         for number, (way, moment, rank) in enumerate(wanted):

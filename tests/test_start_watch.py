@@ -66,11 +66,12 @@ def dying(dead: int, moment: str) -> list[Rank]:
 def cannot_import(failing: int) -> list[Rank]:
     """Three ranks of which one fails before the others have begun."""
     others = [Rank(rank, MEET, f"wait_for('rank_{failing}.json')") for rank in range(3) if rank != failing]
-    return [Rank(failing, "import no_such_module"), *others]
+    return [Rank(failing, "import no_such_module", "watch.FIRST_CONTACT_S = 0"), *others]
 
 
 LAUNCHES = {
     "0 dies before": dying(0, 'wait_for("came_1", "came_2"); die()'),
+    "0 dies at once": [Rank(0, "die()"), *(Rank(rank, WAIT, "time.sleep(1)") for rank in (1, 2))],
     "2 dies before": dying(2, 'wait_for("came_0", "came_1"); die()'),
     "0 dies in": dying(0, "meet(60); die()"),
     "2 dies in": dying(2, "meet(60); die()"),
@@ -80,7 +81,10 @@ LAUNCHES = {
         Rank(1, "meet(60); joined(); time.sleep(0.5); die()"),
     ],
     "slow": [Rank(rank, f"time.sleep({wait_s}); meet(60); joined()") for rank, wait_s in enumerate((0, 3, 0))],
-    "late": [Rank(0, "wait_for('came_1'); meet(4); time.sleep(60)"), Rank(1, "time.sleep(60)")],
+    "late": [
+        Rank(0, "wait_for('came_1'); meet(4); time.sleep(60)", "watch.FIRST_CONTACT_S = 0.5"),
+        Rank(1, "time.sleep(60)"),
+    ],
     "no rank 0": [Rank(1, "meet(2); time.sleep(60)", "watch.FIRST_CONTACT_S = 0.5")],
     "0 cannot import": cannot_import(0),
     "1 cannot import": cannot_import(1),
@@ -173,6 +177,11 @@ def test_a_rank_that_dies_ends_the_others_with_75_and_its_name(
         assert found[rank].record["code"] == 75 and f"rank {dead} on" in found[rank].record["message"]
 
 
+def test_a_rank_0_that_dies_before_the_others_have_come_is_named_too(ends: dict[str, list[End]]) -> None:
+    assert codes(ends["0 dies at once"]) == [-9, 75, 75]
+    assert all("rank 0 on" in one.said for one in ends["0 dies at once"][1:])
+
+
 def test_a_rank_that_dies_after_others_have_joined_still_ends_them(ends: dict[str, list[End]]) -> None:
     assert codes(ends["dies after others joined"]) == [75, -9, 75]
 
@@ -240,7 +249,9 @@ def test_two_processes_that_say_they_are_one_rank_are_refused_and_the_first_goes
 
 def test_strangers_on_the_port_do_not_disturb_the_start(tmp_path: Path) -> None:
     port = free_port()
-    first = start(Rank(0, "print(watch._watch._ports[0], file=sys.stderr)\n" + MEET), tmp_path, port)
+    first = start(
+        Rank(0, "print(watch._watch._ports[0], file=sys.stderr)\n" + MEET, "watch.FIRST_CONTACT_S = 0"), tmp_path, port
+    )
     ranks = [first]
     try:
         assert first.stderr is not None
