@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bert_ds.configuration.run_config import ConfigError
-from bert_ds.reporting.run_history import OVER_ALL, Band, RunHistory, number
+from bert_ds.reporting.run_history import OVER_ALL, Band, RunHistory, section
 from bert_ds.reporting.run_log import AT_MASK
+from bert_ds.reporting.run_rows import number
 
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#3465a4", "#d9730d", "#3d8f4d", "#c0392b", "#888888"
+_MAX_POINTS = 4_000
+"""Of a line; a panel is some 500 pixels wide."""
 _COLUMNS = 4
 """Panels side by side in the figures of the layer kinds."""
 
@@ -33,9 +36,14 @@ def draw_figures(history: RunHistory) -> list[Picture]:
         ConfigError: matplotlib is not installed.
     """
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib import rc_context
     except ImportError as error:
         raise ConfigError("the figures of a report need matplotlib: pip install matplotlib") from error
+    with rc_context({"text.parse_math": False}):  # a name may hold a dollar sign
+        return _pictures(history)
+
+
+def _pictures(history: RunHistory) -> list[Picture]:
     pictures = [_losses(history), _rates(history), _speed(history)]
     if history.evaluations:
         pictures.insert(1, _evaluation(history))
@@ -62,13 +70,13 @@ def _losses(history: RunHistory) -> Picture:
     judged, label = _judged(history) if first == OVER_ALL else (first, "validation")
 
     def draw(axes: Sequence[Any]) -> None:
-        axes[0].plot(history.numbers, history.series(first), color=_BLUE, linewidth=1, label="training")
+        _line(axes[0], history.numbers, history.series(first), color=_BLUE, linewidth=1, label="training")
         axes[0].plot(*_evaluated(history, judged), "o-", color=_RED, markersize=4, linewidth=1, label=label)
         if math.isfinite(history.unigram):
             axes[0].axhline(history.unigram, color=_GREY, linestyle="--", linewidth=1, label="piece frequencies alone")
         axes[0].set_ylabel(f"{_words(first)} (nats)")
         for name in others[: len(axes) - 1]:
-            axes[1].plot(history.numbers, history.series(name), color=_BLUE, linewidth=1, label="training")
+            _line(axes[1], history.numbers, history.series(name), color=_BLUE, linewidth=1, label="training")
             axes[1].plot(*_evaluated(history, name), "o-", color=_RED, markersize=4, linewidth=1, label="validation")
             axes[1].set_ylabel(f"{_words(name)} (nats)")
         for axis in axes:
@@ -101,15 +109,15 @@ def _evaluation(history: RunHistory) -> Picture:
 
 
 def _rates(history: RunHistory) -> Picture:
-    clip = history.recipe.get("training", {}).get("gradient_clipping")
+    clip = number(section(history.recipe, "training").get("gradient_clipping"))
 
     def draw(axes: Sequence[Any]) -> None:
-        axes[0].plot(history.numbers, history.series("lr"), color=_BLUE, linewidth=1)
+        _line(axes[0], history.numbers, history.series("lr"), color=_BLUE, linewidth=1)
         axes[0].set_ylabel("learning rate")
-        axes[1].plot(history.numbers, norms := history.series("grad_norm"), color=_BLUE, linewidth=1)
+        _line(axes[1], history.numbers, norms := history.series("grad_norm"), color=_BLUE, linewidth=1)
         axes[1].set_ylabel("gradient norm before clipping")
         _set_log_scale(axes[1], norms)
-        if clip:
+        if clip > 0:
             axes[1].axhline(clip, color=_GREY, linestyle="--", linewidth=1, label=f"clipped to {clip:g}")
             axes[1].legend(fontsize=8)
 
@@ -119,12 +127,13 @@ def _rates(history: RunHistory) -> Picture:
 
 def _speed(history: RunHistory) -> Picture:
     def draw(axes: Sequence[Any]) -> None:
-        axes[0].plot(history.numbers, history.series("tokens_per_s"), color=_BLUE, linewidth=1)
+        _line(axes[0], history.numbers, history.series("tokens_per_s"), color=_BLUE, linewidth=1)
         axes[0].set(ylabel="non-pad tokens/s")
         axes[0].set_ylim(bottom=0)
-        axes[1].plot(history.numbers, history.series("data_wait_share"), color=_ORANGE, linewidth=1, label="data wait")
+        waits = history.series("data_wait_share")
+        _line(axes[1], history.numbers, waits, color=_ORANGE, linewidth=1, label="data wait")
         if any(map(math.isfinite, mfu := history.series("mfu"))):
-            axes[1].plot(history.numbers, mfu, color=_GREEN, linewidth=1, label="MFU")
+            _line(axes[1], history.numbers, mfu, color=_GREEN, linewidth=1, label="MFU")
         axes[1].set(ylabel="share")
         axes[1].set_ylim(bottom=0)
         axes[1].legend(fontsize=8)
@@ -138,8 +147,8 @@ def _panels(history: RunHistory, bands: Mapping[str, Band]) -> bytes:
 
     def draw(axes: Sequence[Any]) -> None:
         for axis, (kind, band) in zip(axes, bands.items(), strict=True):
-            axis.fill_between(history.numbers, band.low, band.high, color=_BLUE, alpha=0.25, linewidth=0)
-            axis.plot(history.numbers, band.median, color=_BLUE, linewidth=1)
+            axis.fill_between(history.trust_numbers, band.low, band.high, color=_BLUE, alpha=0.25, linewidth=0)
+            axis.plot(history.trust_numbers, band.median, color=_BLUE, linewidth=1)
             axis.set_title(_short(kind), fontsize=7)
             _set_log_scale(axis, [*band.low, *band.high])
             axis.tick_params(labelsize=6, which="both")
@@ -170,6 +179,20 @@ def _figure(
     return _png(figure)
 
 
+def _line(axis: Any, steps: Sequence[int], values: Sequence[float], **style: Any) -> None:
+    """Draw values over steps; of many, the smallest and the largest of every group, so that no spike is lost."""
+    import numpy as np
+
+    x, y = np.asarray(steps), np.asarray(values)
+    if len(x) > _MAX_POINTS:
+        group = -(-len(x) // (_MAX_POINTS // 2))
+        starts = range(0, len(x), group)
+        known = [part.start + np.flatnonzero(np.isfinite(y[part])) for part in (slice(s, s + group) for s in starts)]
+        kept = [extreme for part in known if len(part) for extreme in (part[y[part].argmin()], part[y[part].argmax()])]
+        x, y = x[sorted(kept)], y[sorted(kept)]
+    axis.plot(x, y, **style)
+
+
 def _set_log_scale(axis: Any, values: Sequence[float]) -> None:
     """Use a logarithmic scale with plain numbers, where there is something positive to show."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -195,10 +218,14 @@ def _png(figure: Any) -> bytes:
 
 def _mark_events(axis: Any, history: RunHistory) -> None:
     """Mark where an attempt began (dotted) and where a step was skipped (red)."""
-    for row in history.attempts[1:]:
-        axis.axvline(row["step"], color=_GREY, linestyle=":", linewidth=1)
-    for row in history.skipped:
-        axis.axvline(row["step"], color=_RED, linewidth=0.8, alpha=0.6)
+    begins, skipped = ([row["step"] for row in rows] for rows in (history.attempts[1:], history.skipped))
+    # One object for all of them: thousands of lines of their own would take minutes.
+    for steps, style in (
+        (begins, {"color": _GREY, "linestyles": ":", "linewidth": 1}),
+        (skipped, {"color": _RED, "linewidth": 0.8, "alpha": 0.6}),
+    ):
+        if steps:
+            axis.vlines(steps, 0, 1, transform=axis.get_xaxis_transform(), **style)
 
 
 def _judged(history: RunHistory) -> tuple[str, str]:

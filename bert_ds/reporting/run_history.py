@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from bert_ds import input_gate
+from bert_ds.configuration.config_problems import describe
 from bert_ds.ranks import DataError
-from bert_ds.reporting.run_log import AT_MASK, read_metrics, read_rows
-
-Row = Mapping[str, Any]
+from bert_ds.reporting.run_log import AT_MASK
+from bert_ds.reporting.run_rows import Row, RunRows, number, read_run_rows
 
 OVER_ALL = "loss_mlm"
 """The mean over all targets: of the training rows, and of the evaluations of earlier versions."""
 
 
 class Band(NamedTuple):
-    """Smallest, middle and largest value of a kind of layer at each logged step; NaN where a row has none."""
+    """Smallest, middle and largest value of a kind of layer at each of `trust_numbers`; NaN where a row has none."""
 
     low: list[float]
     median: list[float]
@@ -27,17 +27,10 @@ class Band(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RunHistory:
-    """The rows of a run as they stand, what later attempts superseded left out."""
+class RunHistory(RunRows):
+    """The rows of a run as they stand, at least one of training, and what it was run with and on."""
 
     run_dir: Path
-    steps: Sequence[Row]
-    """Training rows; there is at least one."""
-    evaluations: Sequence[Row]
-    skipped: Sequence[Row]
-    checkpoints: Sequence[Row]
-    attempts: Sequence[Row]
-    """The start row of every attempt, in the order of time."""
     recipe: Row
     """run_config.json, empty where the folder has none."""
     environment: Row
@@ -45,27 +38,29 @@ class RunHistory:
     is_done: bool
 
     @property
-    def numbers(self) -> list[int]:
-        """Numbers of the logged steps."""
-        return [row["step"] for row in self.steps]
+    def trust_numbers(self) -> list[int]:
+        """The logged steps of which `trust` tells: all, or evenly spread ones where there are many."""
+        return [row["step"] for row in self.whole]
 
     @property
     def unigram(self) -> float:
         """Cross-entropy of a model that knows only how frequent each piece is, in nats; NaN where it is not known."""
-        return number(self.attempts[-1].get("data", {}).get("unigram_cross_entropy")) if self.attempts else math.nan
+        attempts = self.attempts
+        return number(section(attempts[-1], "data").get("unigram_cross_entropy")) if attempts else math.nan
 
-    def series(self, name: str) -> list[float]:
+    def series(self, name: str) -> Sequence[float]:
         """Return a figure of every logged step, NaN where it is missing or was not finite."""
-        return [number(row.get(name)) for row in self.steps]
+        return self.columns.get(name) or [math.nan] * len(self.numbers)
 
     def names(self, prefix: str) -> list[str]:
         """Return the fields of the training rows that begin so."""
-        return sorted({name for row in self.steps for name in row if name.startswith(prefix)})
+        return sorted(name for name in self.columns if name.startswith(prefix))
 
     def trust(self, field: str) -> dict[str, Band]:
         """Return `trust_ratio` or `update_norm` by kind of layer; empty without an optimizer that has them."""
-        kinds = {kind: None for row in self.steps for kind in row.get("trust") or {}}
-        return {kind: _band(row.get("trust", {}).get(kind, {}).get(field, {}) for row in self.steps) for kind in kinds}
+        trusts = [section(row, "trust") for row in self.whole]
+        kinds = {kind: None for trust in trusts for kind in trust}
+        return {kind: _band(section(section(trust, kind), field) for trust in trusts) for kind in kinds}
 
 
 def read_history(run_dir: Path) -> RunHistory:
@@ -75,18 +70,14 @@ def read_history(run_dir: Path) -> RunHistory:
         DataError: it is not the folder of a run, or no step has been logged yet.
     """
     path = run_dir / "metrics.jsonl"
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"{path} does not exist: wanted the folder of a run")
-    steps = read_metrics(path, "train")
-    if not steps:
+    rows = read_run_rows(path)
+    if not rows.numbers:
         raise DataError(f"{path} holds no logged step yet: wanted a run that has come so far")
     return RunHistory(
         run_dir=run_dir,
-        steps=steps,
-        evaluations=read_metrics(path, "evaluation"),
-        skipped=read_metrics(path, "skipped"),
-        checkpoints=read_metrics(path, "checkpoint"),
-        attempts=[row for row in read_rows(path) if row.get("kind") == "start"],
+        **vars(rows),
         recipe=_read_json(run_dir / "run_config.json"),
         environment=_read_json(run_dir / "environment.json"),
         is_done=(run_dir / "DONE").exists(),
@@ -138,9 +129,10 @@ def below_unigram(history: RunHistory) -> float:
     return history.unigram - number(history.evaluations[-1][AT_MASK])
 
 
-def number(value: Any) -> float:
-    """Return a logged value as a float: null, which stands for what was not finite, and a missing one are NaN."""
-    return math.nan if value is None else float(value)
+def section(row: Row, name: str) -> Row:
+    """Return an object inside a row, empty where there is none."""
+    value = row.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def _band(spreads: Iterable[Row]) -> Band:
@@ -154,9 +146,9 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _read_json(path: Path) -> Row:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
+    value = input_gate.read_json(path, error=DataError)
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: found {describe(value)}, wanted an object")
+    return value

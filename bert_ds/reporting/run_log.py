@@ -5,7 +5,6 @@ Only rank 0 writes metrics and the console; every rank writes its own `logs/rank
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import logging
@@ -21,6 +20,7 @@ from typing import Any
 
 from bert_ds.configuration.config_secrets import is_secret_name, is_secret_value
 from bert_ds.ranks import LAUNCHER_PATIENCE_S, Ranks
+from bert_ds.reporting.metrics_file import numbered_rows
 
 _PACKAGES = ("bert-ds", "torch", "deepspeed", "triton", "transformers", "tokenizers", "numpy", "pydantic")
 AT_MASK = "loss_mlm_masked"
@@ -194,11 +194,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return every whole row of the file as it was written, superseded ones included."""
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+    return [row for _, row in numbered_rows(path)]
 
 
 def repair_metrics(path: Path) -> None:

@@ -10,7 +10,8 @@ from html import escape
 from typing import Any
 
 from bert_ds.reporting.run_figures import Picture
-from bert_ds.reporting.run_history import RunHistory, number, summary_lines
+from bert_ds.reporting.run_history import RunHistory, section, summary_lines
+from bert_ds.reporting.run_rows import number
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1120px; padding: 0 1rem; color: #222 }
@@ -38,10 +39,10 @@ def render_page(history: RunHistory, pictures: Sequence[Picture]) -> str:
 
 
 def _state(history: RunHistory) -> str:
-    total = history.recipe.get("training", {}).get("total_steps")
+    total = section(history.recipe, "training").get("total_steps")
     reached = f"step {history.numbers[-1]}" + (f" of {total}" if total else "")
     state = "finished" if history.is_done else "not finished"
-    return f"{state}, {reached}, {len(history.attempts)} attempts, last row {_clock(history.steps[-1])}"
+    return f"{state}, {reached}, {len(history.attempts)} attempts, last row {_clock(history.whole[-1])}"
 
 
 def _section(picture: Picture) -> str:
@@ -62,10 +63,10 @@ def _evaluations(history: RunHistory) -> str:
 def _events(history: RunHistory) -> str:
     events: list[tuple[Any, ...]] = []
     for row in history.attempts:
-        text = f"attempt {row['attempt']} begins" if row["step"] == 0 else f"attempt {row['attempt']} continues"
+        text = f"attempt {row.get('attempt')} begins" if row["step"] == 0 else f"attempt {row.get('attempt')} continues"
         events.append((row["time"], row["step"], text))
     for row in history.checkpoints:
-        text = f"checkpoint, {row['bytes'] / 1e6:,.0f} MB in {row['seconds']:.1f} s"
+        text = f"checkpoint, {number(row.get('bytes')) / 1e6:,.0f} MB in {number(row.get('seconds')):.1f} s"
         events.append((row["time"], row["step"], text))
     for row in history.skipped:
         events.append((row["time"], row["step"], f"step skipped: loss {number(row.get('loss')):.4g}, not applied"))
@@ -74,8 +75,8 @@ def _events(history: RunHistory) -> str:
 
 
 def _facts(history: RunHistory) -> str:
-    environment, versions = history.environment, history.environment.get("versions", {})
-    plan = history.attempts[-1].get("plan", {}) if history.attempts else {}
+    environment, versions = history.environment, section(history.environment, "versions")
+    plan = section(history.attempts[-1], "plan") if history.attempts else {}
     rows: list[list[Any]] = [["folder", str(history.run_dir)], ["commit", environment.get("commit")]]
     rows += [[name, environment.get(name)] for name in ("hostname", "devices", "world_size", "python")]
     rows += [[name, value] for name, value in (*versions.items(), *plan.items())]
@@ -101,4 +102,7 @@ def _clock(row: Any) -> str:
 
 
 def _utc(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (OverflowError, ValueError, OSError):
+        return f"{seconds:g} s"
