@@ -12,6 +12,7 @@ import pytest
 from downstream_cases import review_rows, review_task, write_lines
 from forked_verbs import run_verb
 
+from bert_ds.output_folders import MARKER, open_run_folder
 from bert_ds.reporting.run_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,6 +110,16 @@ def test_a_run_folder_that_is_in_use_is_refused(finished: tuple[Path, Path], tin
     refused = finetune(task, tiny_export, run_dir, "--seeds", 1)
     assert refused.returncode == 2
     assert "holds" in refused.stderr and "--resume auto continues it" in refused.stderr
+
+
+def test_an_export_of_somebody_else_is_refused_before_the_training(tiny_export: Path, tmp_path: Path) -> None:
+    open_run_folder(tmp_path / "run/seed_2")
+    (tmp_path / "run/seed_2/hf").mkdir()
+    (tmp_path / "run/seed_2/hf/mine").touch()
+    refused = finetune(review_task(tmp_path), tiny_export, tmp_path / "run", "--seeds", 1, 2)
+    assert refused.returncode == 2
+    assert "seed_2/hf holds 'mine', which is not ours" in refused.stderr
+    assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == [MARKER, "hf", "mine", "seed_2"]
 
 
 def test_a_run_that_no_longer_improves_ends_early_with_its_best_step(tiny_export: Path, tmp_path: Path) -> None:
