@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from bert_ds.ranks import CheckpointError
-from bert_ds.training.checkpoint_folder import find_checkpoint, point_to, rotate, verify_checkpoint, write_manifest
+from bert_ds.training.checkpoint_folder import (
+    abandon_newer,
+    candidates,
+    find_checkpoint,
+    point_to,
+    rotate,
+    verify_checkpoint,
+    write_manifest,
+)
 
 
 def fake_checkpoint(run_dir: Path, step: int) -> Path:
@@ -159,3 +167,15 @@ def test_rotation_leaves_checkpoints_of_later_steps_alone(tmp_path: Path) -> Non
         fake_checkpoint(tmp_path, step)
     rotate(tmp_path, tmp_path / "checkpoints/global_step20", keep_last=1, keep_every_steps=None)
     assert steps_in(tmp_path) == [20, 90]
+
+
+def test_steps_are_compared_as_numbers_and_not_as_text(tmp_path: Path) -> None:
+    for step in (998, 999, 1000):
+        newest = fake_checkpoint(tmp_path, step)
+    assert [path.name[11:] for path in candidates(tmp_path)] == ["1000", "999", "998"]
+    assert find_checkpoint(tmp_path) == newest
+    rotate(tmp_path, newest, keep_last=2, keep_every_steps=None)
+    assert steps_in(tmp_path) == [999, 1000]
+    (abandoned,) = abandon_newer(newest.with_name("global_step999"))
+    assert abandoned.name.startswith("global_step1000.abandoned-")
+    assert (tmp_path / "checkpoints/latest").read_text() == "global_step999\n"

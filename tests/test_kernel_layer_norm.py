@@ -83,10 +83,11 @@ def test_without_an_x_bias_the_mask_still_applies() -> None:
     check_by_the_2x_rule(kernel, reference, inputs(6, 40))
 
 
-@pytest.mark.campaign
-def test_more_row_blocks_than_programs_are_all_summed() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_row_blocks_than_programs_are_all_summed(dtype: torch.dtype) -> None:
+    """More rows than programs, hence than rows of partial sums that one step of their sum takes."""
     kernel, reference = (fused(op, 0.1) for op in (dropout_add_layer_norm, dropout_add_layer_norm_reference))
-    check_by_the_2x_rule(kernel, reference, inputs(4 * 512 + 5, 16))
+    check_by_the_2x_rule(kernel, reference, inputs(4 * 512 * 2 + 5, 8, dtype))
 
 
 def test_backward_drops_exactly_what_the_reference_drops() -> None:

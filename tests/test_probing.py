@@ -161,3 +161,10 @@ def test_what_cannot_be_probed_for_is_refused(tiny_export: Path, tmp_path: Path)
     assert "is regression; what can be probed for is classification or token_classification" in done.stderr
     done = run_probe("--model", tiny_export, "--task", review_task(tmp_path / "a"), "--max_vectors", 0)
     assert done.returncode == 2 and "--max_vectors is 0, wanted at least 1" in done.stderr
+
+
+def test_a_probe_is_fitted_on_the_training_rows_and_measured_on_the_others() -> None:
+    train, held_out = planted(2000, seed=1), planted(1000, seed=2)
+    turned = train._replace(targets_n=1 - train.targets_n)
+    assert probe_layers(turned, held_out, ["no", "yes"], seed=0)[1].accuracy < 0.02
+    assert majority_accuracy(turned._replace(targets_n=np.array([1, 1, 0])), held_out) == held_out.targets_n.mean()

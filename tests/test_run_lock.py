@@ -7,18 +7,21 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from bert_ds.configuration.run_config import ConfigError
 from bert_ds.reporting.run_pulse import LOCK
+from bert_ds.training import run_lock
 from bert_ds.training.run_lock import DEAD_AFTER_S, lock_run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 OWNER = """
 import sys, time
 from pathlib import Path
+from bert_ds.training import run_lock
 from bert_ds.training.run_lock import lock_run_folder
 lock_run_folder(Path(sys.argv[1]), patience_s=0)
 print("held", flush=True)
@@ -104,3 +107,17 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path: Path) -> None:
 def test_a_lock_without_an_owner_is_free(tmp_path: Path, content: str) -> None:
     (tmp_path / LOCK).write_text(content)
     lock_run_folder(tmp_path, patience_s=0)
+
+
+def test_the_owner_renews_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "RENEWED_EVERY_S", 0.05)
+    lock_run_folder(tmp_path, patience_s=0)
+    os.utime(tmp_path / LOCK, (0, 0))
+    deadline = time.monotonic() + 20
+    while (tmp_path / LOCK).stat().st_mtime < 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (tmp_path / LOCK).stat().st_mtime > 1
+
+
+def test_a_lock_is_renewed_often_enough_to_count() -> None:
+    assert 3 * run_lock.RENEWED_EVERY_S < DEAD_AFTER_S

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,3 +190,24 @@ def test_an_empty_split_is_refused(tmp_path: Path) -> None:
 
 def _count_examples(folder: Path) -> int:
     return build(open_shards(folder, "train"), SequenceConfig()).num_examples
+
+
+@pytest.mark.parametrize(
+    ("changes", "seed"),
+    [
+        ({"max_seq_length": 48}, 0),
+        ({"short_seq_prob": 0.9}, 0),
+        ({"sentence_pair": "none"}, 0),
+        ({"sentence_pair": "none", "cross_documents": True}, 0),
+        ({}, 1),
+    ],
+)
+def test_the_cache_of_other_settings_is_not_taken(changes: dict[str, Any], seed: int, tmp_path: Path) -> None:
+    config: dict[str, Any] = {"max_seq_length": 64, "short_seq_prob": 0.5, "sentence_pair": "nsp"}
+    split = open_train(tmp_path, random_documents(20))
+    if changes.get("cross_documents"):
+        config["sentence_pair"] = "none"
+    before = build(split, SequenceConfig(**config), 0).example_units.tolist()
+    other = SequenceConfig(**{**config, **changes})
+    alone = build_examples(split, other, seed=seed, cache_dirs=(tmp_path / "alone",)).example_units.tolist()
+    assert build(split, other, seed).example_units.tolist() == alone != before

@@ -55,10 +55,14 @@ class Problem(NamedTuple):
 
 
 def describe(value: Any) -> str:
-    """Return a short form of a JSON value; the content of objects and lists is not shown, as it may be private."""
+    """Return a short form of a JSON value; what objects and lists hold is not shown, as it may be private.
+
+    A pair of numbers is: betas for example.
+    """
     if isinstance(value, dict):
         return "an object"
-    if isinstance(value, list):
+    is_pair = isinstance(value, list) and len(value) == 2 and all(type(part) in (int, float) for part in value)
+    if isinstance(value, list) and not is_pair:
         return "a list" if value else "an empty list"
     text = json.dumps(value, ensure_ascii=False)
     return printable(text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "...")
