@@ -1,5 +1,6 @@
 # make pretrain   build .venv, pre-train the embedded default under DeepSpeed ZeRO-2, export it, fill some masks
 # make test       everything that needs no GPU
+# make test-fast  the part of it that starts no process and takes under two minutes: for every edit
 # make check      ruff, format, mypy, import-linter, pip-audit
 # make test-slurm a real Slurm of two nodes on this machine, through the faults a job meets; names the missing packages
 # make bench-gpu  the kernel benchmarks and the whole training step, 9 minutes on one NVIDIA GPU; rows into
@@ -20,7 +21,7 @@ BIN := .venv/bin
 RUN_DIR := runs/default
 DEEPSPEED_CONFIG := ds_configs/zero2.json
 
-.PHONY: pretrain test test-slurm check format env env-dev clean bench-gpu
+.PHONY: pretrain test test-fast test-slurm check format env env-dev clean bench-gpu
 .PHONY: campaign-kills campaign-folders campaign-storms campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer campaign-lamb campaign-kernels campaign-configs campaign-slurm
 .PHONY: campaign-start bench-cpu test-gpu sanitize-gpu
@@ -40,6 +41,9 @@ pretrain: env
 
 test: env-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15 -m "not campaign and not gpu and not slurm"
+
+test-fast: env-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not campaign and not gpu and not slurm and not slow"
 
 test-slurm: env-dev
 	@$(BIN)/python tests/slurm_cluster.py

@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from extension_folder import use_own_extensions
+
+use_own_extensions()
+
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return what has been recorded so far."""
