@@ -98,7 +98,7 @@ def test_a_run_is_what_transformers_and_torch_make_of_the_same_batches(workshop:
         assert (row["step"], row["lr"]) == (number, pytest.approx(4e-3 * height))
         found = [row[name] for name in ("loss_mlm", "loss_pair", "loss", "grad_norm")]
         assert found == pytest.approx([float(x.detach()) for x in (words, pairs, words + pairs, norm)], rel=2e-4)
-        assert row["mlm_accuracy"] == float(sums[2]) / batch.loss_counts[0]
+        assert row["mlm_accuracy"] == float(sums[2].detach()) / batch.loss_counts[0]
         for group in optimizer.param_groups:
             group["lr"] = 4e-3 * height
         optimizer.step()
