@@ -9,7 +9,7 @@
 # make test-gpu   the kernels on an NVIDIA GPU, among that a thousand runs of equal bits; make sanitize-gpu: the same at
 #                 small sizes under compute-sanitizer
 # make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, shards and peer (each wants
-#                 TEXT=folder of text), lamb, kernels, configs, deepspeed (the newest release instead of the
+#                 TEXT=folder of text), lamb, kernels, configs, fuzz, deepspeed (the newest release instead of the
 #                 pinned one), kills, storms, folders, start, checkpoint, damage (wants root, for a small disk in memory),
 #                 slurm, downstream (wants DATA=folder of the data sets), hf-trainer (DATA and MODEL=pre-trained folder)
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
@@ -23,7 +23,7 @@ DEEPSPEED_CONFIG := ds_configs/zero2.json
 
 .PHONY: pretrain test test-fast test-slurm check format env env-dev clean bench-gpu
 .PHONY: campaign-kills campaign-folders campaign-storms campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
-.PHONY: campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer campaign-lamb campaign-kernels campaign-configs campaign-slurm
+.PHONY: campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer campaign-lamb campaign-kernels campaign-configs campaign-fuzz campaign-slurm
 .PHONY: campaign-start bench-cpu test-gpu sanitize-gpu
 
 env:
@@ -78,6 +78,10 @@ campaign-kernels: env-dev
 
 campaign-configs: env-dev
 	$(BIN)/python tests/campaign_configs.py
+
+campaign-fuzz: env-dev
+	$(BIN)/python tests/campaign_fuzz.py
+	$(BIN)/python tests/campaign_odd_inputs.py
 
 campaign-downstream: env-dev
 	@[[ -n "$(DATA)" ]] || { echo "DATA=folder is missing: wikipedia_en, wikipedia_zh and the folders the shipped tasks name"; exit 2; }

@@ -102,11 +102,13 @@ def _named_columns(
         if names is None:
             names = [name.strip() for name in row] if has_header else [str(index) for index in range(len(row))]
             if len(set(names)) != len(names):
-                raise DataError(f"{path}:{number}: two columns have the same name in {', '.join(names)}")
+                raise DataError(f"{path}:{number}: two columns have the same name in {', '.join(names)[:300]}")
             if has_header:
                 continue
         if len(row) != len(names):
-            raise DataError(f"{path}:{number}: found {len(row)} columns, wanted {len(names)} ({', '.join(names)})")
+            raise DataError(
+                f"{path}:{number}: found {len(row)} columns, wanted {len(names)} ({', '.join(names)[:300]})"
+            )
         yield number, dict(zip(names, row, strict=True))
 
 

@@ -115,7 +115,7 @@ def _member(value: Any, name: str, kind: type, where: str) -> Any:
     if not isinstance(value, dict):
         raise DataError(f"{where} is a {type(value).__name__}, wanted an object with {name}")
     if name not in value:
-        raise DataError(f"{where} has no {name}; it has {', '.join(map(repr, value)) or 'nothing'}")
+        raise DataError(f"{where} has no {name}; it has {', '.join(map(repr, value))[:300] or 'nothing'}")
     if type(value[name]) is not kind:
         raise DataError(f"{where}: {name} is {str(value[name])[:40]!r}, wanted {kind.__name__}")
     return value[name]
