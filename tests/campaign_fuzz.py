@@ -4,7 +4,7 @@
 
 Input N is a right file, damaged by a generator seeded with N alone: bytes flipped, cut, repeated or replaced by hostile
 ones, JSON values exchanged for odd ones, another encoding, no regular file. Rows go to tests/results/fuzz.jsonl,
-one for each thousand, with the numbers of the inputs that failed; a thousand that this commit has recorded is not repeated.
+one for each thousand, with the numbers of the inputs that failed; what this commit has recorded is not repeated.
 """
 
 from __future__ import annotations

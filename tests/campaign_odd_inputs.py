@@ -69,10 +69,9 @@ def million_rows(path: Path) -> None:
         for step in range(1, MILLION + 1):
             loss = draw.random()
             facts = f'"step": {step}, "attempt": 1, "time": {step}.0, "loss_mlm": {loss}'
-            rest = '"loss_nsp": 0.5, "mlm_accuracy": 0.5, "lr": 0.001, "grad_norm": 1.5, "mfu": 0.4'
-            file.write(
-                f'{{"kind": "train", {facts}, "loss": {loss}, {rest}, "tokens_per_s": 12345.0, "data_wait_share": 0.01, "trust": {trust}}}\n'
-            )
+            rest = '"loss_nsp": 0.5, "mlm_accuracy": 0.5, "lr": 0.001, "grad_norm": 1.5, "mfu": 0.4, '
+            rest += f'"tokens_per_s": 12345.0, "data_wait_share": 0.01, "loss": {loss}, "trust": {trust}'
+            file.write(f'{{"kind": "train", {facts}, {rest}}}\n')
             if step % 500 == 0:
                 file.write(f'{{"kind": "evaluation", {facts}, "loss_mlm_masked": {loss}}}\n')
     (path / "run_config.json").write_bytes((ROOT / "ds_configs/recipes/embedded_default.json").read_bytes())

@@ -163,13 +163,13 @@ def model_config_from_hf(config: Mapping[str, Any], *, pad_vocab_size_to_multipl
         "tie_word_embeddings": True,
     }
     problems = [
-        f"{key} is {config[key]!r}, wanted {value!r}"
+        f"{key} is {repr(config[key])[:60]}, wanted {value!r}"
         for key, value in wanted.items()
         if config.get(key, value) != value
     ]
     # CVE-2026-4372: private settings of transformers made it download code.
     private = [key for key in config if key.startswith("_") and key not in ("_name_or_path", "_commit_hash")]
-    problems += [f"{key} is a private setting, wanted none" for key in private]
+    problems += [f"{key[:60]} is a private setting, wanted none" for key in private[:10]]
     if "model_type" not in config:
         problems.append('model_type is missing, wanted "bert"')
     if problems:
@@ -178,7 +178,9 @@ def model_config_from_hf(config: Mapping[str, Any], *, pad_vocab_size_to_multipl
     try:
         return ModelConfig(**values, pad_vocab_size_to_multiple_of=pad_vocab_size_to_multiple_of)
     except ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors())
+        found = "; ".join(
+            f"{'.'.join(map(str, e['loc']))} is {repr(e['input'])[:60]}: {e['msg'][:300]}" for e in error.errors()
+        )
         raise ConfigError(f"config.json: {found}") from None
 
 

@@ -101,16 +101,20 @@ def summary_lines(history: RunHistory) -> list[str]:
 
 def _kind_lines(history: RunHistory, last: Row) -> list[str]:
     line = f"validation text at [MASK]: loss {number(last[AT_MASK]):.3f} nats, "
-    line += f"accuracy {number(last.get('mlm_masked_accuracy')):.3f}, {last.get('mlm_masked_targets', 0):,} targets"
+    line += f"accuracy {number(last.get('mlm_masked_accuracy')):.3f}, {_targets(last, 'masked')} targets"
     if math.isfinite(history.unigram):
         below = below_unigram(history)
         line += f"; piece frequencies alone {history.unigram:.3f} nats, {below:.3f} above the model"
     others = [
         f"at {text}: loss {number(last.get(f'loss_mlm_{kind}')):.3f}, "
-        f"accuracy {number(last.get(f'mlm_{kind}_accuracy')):.3f}, {last.get(f'mlm_{kind}_targets', 0):,} targets"
+        f"accuracy {number(last.get(f'mlm_{kind}_accuracy')):.3f}, {_targets(last, kind)} targets"
         for kind, text in (("random", "random pieces"), ("kept", "kept pieces"))
     ]
     return [line, "; ".join(others)]
+
+
+def _targets(last: Row, kind: str) -> str:
+    return f"{number(last.get(f'mlm_{kind}_targets', 0)):,.0f}"
 
 
 def below_unigram(history: RunHistory) -> float:
