@@ -66,6 +66,7 @@ campaign-slurm: env-dev
 
 # Seconds from a rank's death at the start to the end of the others, in every way of starting.
 campaign-start: env-dev
+	@$(BIN)/python tests/slurm_cluster.py
 	$(BIN)/python tests/campaign_start.py
 
 campaign-deepspeed: env-dev

@@ -5,23 +5,28 @@ Seconds are from the death to the end of the last other rank and launcher. A row
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import test_pretrain
 from campaign_rows import add_row, read_rows
-from start_faults import MOMENTS, WAYS, die_at_start
+from slurm_cluster import SlurmCluster
+from start_faults import MOMENTS, WAYS, die_at_start, srun
 
+SRUN = "srun, 2 nodes"
 RESULTS = Path(__file__).parent / "results/start.jsonl"
 
 
 def main() -> None:
     done = {(row["way"], row["moment"], row["rank"]) for row in read_rows(RESULTS)}
-    wanted = [(way, moment, rank) for rank in (1, 0) for moment in MOMENTS for way in WAYS]
-    with tempfile.TemporaryDirectory() as folder:
+    wanted = [(way, moment, rank) for rank in (1, 0) for moment in MOMENTS for way in (*WAYS, SRUN)]
+    with tempfile.TemporaryDirectory() as folder, slurm(Path(folder) / "slurm") as cluster:
+        ways = {**WAYS, SRUN: srun(cluster)}
         workshop = test_pretrain.make_workshop(Path(folder) / "workshop")
         for number, (way, moment, rank) in enumerate(wanted):
             if (way, moment, rank) in done:
@@ -29,7 +34,7 @@ def main() -> None:
             place = Path(folder) / str(number)
             place.mkdir()
             verb = [str(word) for word in test_pretrain.pretrain_command(workshop, place / "run")]
-            found = die_at_start(place, WAYS[way], verb, moment=moment, rank=rank)
+            found = die_at_start(place, ways[way], verb, moment=moment, rank=rank)
             facts = {"way": way, "moment": moment, "rank": rank, "seconds": round(found.seconds, 1)}
             facts |= {"exit_codes": found.exit_codes, "says": found.says, "load": round(os.getloadavg()[0], 1)}
             add_row(RESULTS, {**facts, "machine": platform.machine()})
@@ -38,10 +43,21 @@ def main() -> None:
         sys.exit(f"{len(bad)} starts did not end within 30 s with the rank's name")
 
 
+@contextlib.contextmanager
+def slurm(folder: Path) -> Iterator[SlurmCluster]:
+    """A Slurm of two nodes, for one of the ways."""
+    cluster = SlurmCluster(folder)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
 def table() -> str:
     """Slowest end by way and moment."""
     lines = [f"| way of starting | {' | '.join(MOMENTS)} |", "|---" * (1 + len(MOMENTS)) + "|"]
-    for way in WAYS:
+    for way in (*WAYS, SRUN):
         cells = []
         for moment in MOMENTS:
             found = [row for row in read_rows(RESULTS) if (row["way"], row["moment"]) == (way, moment)]

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fork_server import free_port
-from slurm_cluster import descendants
+from slurm_cluster import SlurmCluster, descendants
 
 ROOT = Path(__file__).resolve().parents[1]
 
+Way = Callable[[Sequence[str], int], list[tuple[list[str], dict[str, str]]]]
 MOMENTS = ("at the first import", "during the imports", "before the rendezvous", "in the rendezvous")
 SITECUSTOMIZE = """
 import os, signal, sys, threading, time
@@ -116,7 +117,17 @@ def torchrun_nodes(verb: Sequence[str], world_size: int) -> list[tuple[list[str]
     return [([*words, f"--node-rank={node}", "--", *verb], {}) for node in range(world_size)]
 
 
-Way = Callable[[Sequence[str], int], list[tuple[list[str], dict[str, str]]]]
+def srun(cluster: SlurmCluster) -> Way:
+    """A bare srun on two nodes, which by itself ends nobody."""
+
+    def way(verb: Sequence[str], world_size: int) -> list[tuple[list[str], dict[str, str]]]:
+        words = ["srun", "--kill-on-bad-exit=0", f"--nodes={world_size}", f"--ntasks={world_size}", sys.executable]
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        return [([*words, *verb], {"SLURM_CONF": cluster.environment["SLURM_CONF"], **place})]
+
+    return way
+
+
 WAYS: dict[str, Way] = {
     "by hand": by_hand,
     "deepspeed": deepspeed_launcher,
