@@ -122,9 +122,9 @@ class Hub:
             _send(peer, {"refused": f"rank {rank} has already come from {self._ranks[rank].where}"})
             return
         peer.rank, peer.where, self._ranks[rank] = rank, str(said["where"]), peer
-        if len(self._ranks) == self._world_size:
-            self.all_came.set()
         _send(peer, {"welcome": self._launch, "missing": self._missing()})
+        if len(self._ranks) == self._world_size:
+            self.all_came.set()  # after the last welcome: from here on rank 0 may die at any moment
         if self._end is not None:
             _send(peer, self._end)
             self._note_all_told()
