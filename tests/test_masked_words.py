@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -31,6 +31,7 @@ from bert_ds.corpus.text_input import FileInput
 from bert_ds.downstream.masked_lm import open_masked_lm, open_with_transformers
 from bert_ds.downstream.masked_words import masked_word_figures, score_masked_words
 from bert_ds.encoder.pretrained import load_masked_lm
+from bert_ds.launch_checks import checked_scoring, score_arguments
 from bert_ds.ranks import CheckpointError, DataError
 from bert_ds.training.engine import make_engine
 from bert_ds.training.evaluation import evaluate
@@ -231,21 +232,12 @@ def test_a_task_of_text_has_text_files_and_no_other_task_has(settings: list[str]
 
 
 def test_the_verb_wants_a_text_and_writes_the_figures(workshop: Workshop, tmp_path: Path) -> None:
-    def run(*words: object) -> subprocess.CompletedProcess[str]:
-        command = [
-            sys.executable,
-            ROOT / "bert_ds/score.py",
-            "--task",
-            "masked_words",
-            "--model",
-            workshop.model,
-            *words,
-        ]
-        environment: dict[str, Any] = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-
-    assert (without := run()).returncode == 2 and "--data: is missing, wanted the text" in without.stderr
-    done = run("--data", workshop.held_out, "--output", tmp_path / "out")
+    words = ["--task", "masked_words", "--model", str(workshop.model), "--output", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match="--data: is missing, wanted the text"):
+        checked_scoring(score_arguments(words))
+    command = [sys.executable, str(ROOT / "bert_ds/score.py"), *words, "--data", str(workshop.held_out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["metric"] == "loss_mlm_masked"
