@@ -12,14 +12,19 @@ cross-entropy of a model that knows only how frequent each piece is: a run above
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from bert_ds.command_line import make_parser, run_main
+from bert_ds.configuration.config_files import ConfigError
 from bert_ds.output_folders import claim_run_folder
 from bert_ds.ranks import DivergedError
 from bert_ds.reporting.run_figures import draw_figures
 from bert_ds.reporting.run_history import RunHistory, below_unigram, read_history, summary_lines
-from bert_ds.reporting.run_page import render_page
+from bert_ds.reporting.run_log import write_text
+from bert_ds.reporting.run_page import is_page, render_page
+
+PAGE = "report.html"
 
 
 def main() -> None:
@@ -30,15 +35,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.html:
         claim_run_folder(args.run_dir)
+        if os.path.lexists(page := args.run_dir / PAGE) and not is_page(page):
+            raise ConfigError(f"{page} is not a page of report.py: give it another name; nothing was touched")
     history = read_history(args.run_dir)
     for line in summary_lines(history):
         print(line)
     if args.html:
         print(write_report(history))
-    if args.require_below_unigram is not None and (below := below_unigram(history)) < args.require_below_unigram:
+    wanted = args.require_below_unigram
+    if wanted is not None and not (below := below_unigram(history)) >= wanted:  # NaN is no loss below anything
         raise DivergedError(
-            f"the validation loss at [MASK] is {below:.3f} nats below the unigram cross-entropy, wanted at least "
-            f"{args.require_below_unigram}"
+            f"the validation loss at [MASK] is {below:.3f} nats below the unigram cross-entropy, wanted at "
+            f"least {wanted}"
         )
 
 
@@ -49,8 +57,8 @@ def write_report(history: RunHistory) -> Path:
     folder.mkdir(exist_ok=True)
     for picture in pictures:
         (folder / f"{picture.name}.png").write_bytes(picture.png)
-    page = history.run_dir / "report.html"
-    page.write_text(render_page(history, pictures), encoding="utf-8")
+    page = history.run_dir / PAGE
+    write_text(page, render_page(history, pictures))
     return page
 
 

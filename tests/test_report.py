@@ -132,6 +132,15 @@ def test_the_summary_compares_the_validation_loss_at_mask_with_the_piece_frequen
     assert below_unigram(history) == 0.75
 
 
+@pytest.mark.parametrize(("loss", "code"), [(None, 5), (6.6, 5), (6.5, 0), (8.0, 5)])
+def test_only_a_finite_loss_that_far_below_passes_the_bar(tmp_path: Path, loss: float | None, code: int) -> None:
+    rows = [START, logged("train", 1), logged("evaluation", 1, **{**EVALUATED, "loss_mlm_masked": loss})]
+    arguments = ["--run_dir", written(tmp_path, *rows), "--require_below_unigram", "0.5"]
+    done = run_verb(ROOT / "bert_ds/report.py", *arguments)
+    assert done.returncode == code, done.stderr
+    assert ("1.000 below the model" in done.stdout) == (loss == 8.0)
+
+
 def test_a_run_of_an_earlier_version_opens_and_its_flattering_mean_passes_no_bar(tmp_path: Path) -> None:
     rows = [START, logged("train", 1, loss_mlm=6.0), logged("evaluation", 1, loss_mlm=4.0, mlm_accuracy=0.25)]
     history = read_history(written(tmp_path, *rows))
@@ -181,6 +190,12 @@ def test_the_command_writes_the_page_and_the_pictures(tmp_path: Path) -> None:
     assert "holds 'metrics.jsonl', which is not ours" in refused.stderr
     assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
     shutil.copy(shipped_file("recipes/embedded_default.json"), folder / "run_config.json")
+    (folder / "report.html").write_text("<!DOCTYPE html>mine")
+    refused = run_verb(ROOT / "bert_ds/report.py", *arguments)
+    assert (refused.returncode, (folder / "report.html").read_text()) == (2, "<!DOCTYPE html>mine")
+    assert "report.html is not a page of report.py" in refused.stderr and not (folder / "figures").exists()
+    (folder / "report.html").unlink()
+    run_verb(ROOT / "bert_ds/report.py", *arguments)
     done = run_verb(ROOT / "bert_ds/report.py", *arguments)
     assert done.returncode == 5, done.stderr
     assert "0.750 nats below the unigram cross-entropy, wanted at least 1.0" in done.stderr

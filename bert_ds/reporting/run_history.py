@@ -104,7 +104,8 @@ def _kind_lines(history: RunHistory, last: Row) -> list[str]:
     line += f"accuracy {number(last.get('mlm_masked_accuracy')):.3f}, {_targets(last, 'masked')} targets"
     if math.isfinite(history.unigram):
         below = below_unigram(history)
-        line += f"; piece frequencies alone {history.unigram:.3f} nats, {below:.3f} above the model"
+        side = "below" if below < 0 else "above"
+        line += f"; piece frequencies alone {history.unigram:.3f} nats, {abs(below):.3f} {side} the model"
     others = [
         f"at {text}: loss {number(last.get(f'loss_mlm_{kind}')):.3f}, "
         f"accuracy {number(last.get(f'mlm_{kind}_accuracy')):.3f}, {_targets(last, kind)} targets"

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from bert_ds.reporting.run_figures import Picture
@@ -20,6 +21,11 @@ table { border-collapse: collapse } td, th { padding: .15rem .8rem .15rem 0; tex
 td.n { text-align: right; font-variant-numeric: tabular-nums } .quiet { color: #777 } .bad { color: #c0392b }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto }
 """
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is such a page, of this version or an earlier one."""
+    return path.is_file() and not path.is_symlink() and _STYLE.encode() in path.read_bytes()
 
 
 def render_page(history: RunHistory, pictures: Sequence[Picture]) -> str:
