@@ -45,7 +45,7 @@ from bert_ds.downstream.task_rows import TaskRows, read_task
 from bert_ds.downstream.taught_model import load_teacher
 from bert_ds.downstream.trivial import trivial_figures
 from bert_ds.encoder.pretrained import Pretrained, check_tokenizer, load_pretrained
-from bert_ds.launch_checks import checked_task, finetune_arguments
+from bert_ds.launch_checks import checked_task, finetune_arguments, task_folders
 from bert_ds.output_folders import open_run_folder
 from bert_ds.ranks import EXIT_DONE, EXIT_RUN_AGAIN, Ranks, read_ranks
 from bert_ds.reporting.run_log import RunLog, write_environment
@@ -83,8 +83,7 @@ def main() -> int:
     args = finetune_arguments()
     task, ds = checked_task(args)
     require_metrics()
-    run_dir: Path = (args.run_dir or Path("runs") / task.name).absolute()
-    folders = {seed: run_dir / f"seed_{seed}" for seed in args.seeds or ()}
+    run_dir, folders = task_folders(args, task)
     ranks = read_ranks()
     stop = StopRequest()
     stop.install(speaks=ranks.is_main)

@@ -19,6 +19,7 @@ from bert_ds.configuration.run_config import ConfigError, ModelConfig, RunConfig
 from bert_ds.configuration.run_plan import require_files
 from bert_ds.configuration.task_config import TaskConfig, load_task, trained_task
 from bert_ds.configuration.task_kinds import KIND_FACTS
+from bert_ds.output_folders import WANTED_RESULTS, WANTED_RUN, foreign_in_results, foreign_in_run, refuse_foreign
 
 Words = Sequence[str] | None
 """A command line without its first word; None is that of this process."""
@@ -129,12 +130,42 @@ def checked_scoring(args: argparse.Namespace) -> TaskConfig:
     return task
 
 
+def task_folders(args: argparse.Namespace, task: TaskConfig) -> tuple[Path, dict[int, Path]]:
+    """Return the run folder of a fine-tuning, and the folder in it of each of several seeds."""
+    run_dir: Path = (args.run_dir or Path("runs") / task.name).absolute()
+    return run_dir, {seed: run_dir / f"seed_{seed}" for seed in args.seeds or ()}
+
+
+def _check_pretrain(words: Words) -> None:
+    args = pretrain_arguments(words)
+    checked_run(args)
+    _refuse_foreign_runs([args.run_dir])
+
+
+def _check_finetune(words: Words) -> None:
+    args = finetune_arguments(words)
+    run_dir, seeds = task_folders(args, checked_task(args)[0])
+    _refuse_foreign_runs([*seeds.values(), run_dir])
+
+
+def _check_score(words: Words) -> None:
+    args = score_arguments(words)
+    checked_scoring(args)
+    if args.output is not None:
+        refuse_foreign(args.output, foreign_in_results, wanted=WANTED_RESULTS)
+
+
 CHECKS: dict[str, Callable[[Words], object]] = {
-    "pretrain": lambda words: checked_run(pretrain_arguments(words)),
-    "finetune": lambda words: checked_task(finetune_arguments(words)),
-    "score": lambda words: checked_scoring(score_arguments(words)),
+    "pretrain": _check_pretrain,
+    "finetune": _check_finetune,
+    "score": _check_score,
 }
-"""Verb -> what refuses its command line."""
+"""Verb -> what refuses its command line, and the folder that it would write into."""
+
+
+def _refuse_foreign_runs(run_dirs: Iterable[Path]) -> None:
+    for run_dir in run_dirs:
+        refuse_foreign(run_dir, foreign_in_run, wanted=WANTED_RUN)
 
 
 def _read_task(args: argparse.Namespace) -> tuple[TaskConfig | None, list[str]]:

@@ -6,8 +6,8 @@ A verb writes only into a folder that is new, empty, or ours. What makes a folde
 * An **export** is replaced as a whole, so every entry has to be ours: a manifest lists each file with its sha256.
 * Anything else says itself which entry it did not write, see `claim`.
 
-Folders of earlier versions have neither. Such a run is known by its valid recipe or task, such results and exports by
-holding nothing but what these verbs write.
+Folders of earlier versions have neither. Such a run is known by its valid recipe or task beside what only a launch
+leaves, such results and exports by holding nothing but what these verbs write.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ from bert_ds.configuration.task_config import load_task
 MARKER = "bert_ds_folder.json"
 """In a run or a folder of results."""
 
+WANTED_RUN = "wanted a new or an empty run folder, or that of an earlier run"
+WANTED_RESULTS = "wanted a new or an empty folder, or one of earlier results"
+"""Ends of the sentences that refuse them."""
+
 Kind = Literal["run", "results"]
 _MAX_BYTES = 1 << 20
 _PUT_FIRST: Mapping[str, Callable[[Any], bool]] = {
@@ -38,6 +42,8 @@ _PUT_FIRST: Mapping[str, Callable[[Any], bool]] = {
 """What submit.py and a job script leave before a run starts: name, and what its JSON is. An empty file is one too."""
 _LOG_PUT_FIRST = r"slurm-[\w.-]*\d\.out"
 _LOGS_PUT_FIRST = r"rank_\d+\.out|exits(/(started|srun\.err|\.?rank_\d+(\.json)?))?"
+_LAUNCHED = ("environment.json", "metrics.jsonl", "run.lock", "checkpoints/global_step*")
+"""What a launch leaves beside its recipe: a folder with a recipe alone is where somebody keeps recipes."""
 _RESULTS = (
     r"results\.json|probes\.(json|png)|(predictions|figures)"
     r"|predictions/(train|validation|test)"
@@ -59,13 +65,18 @@ def claim(folder: Path, foreign: Callable[[Path], str | None], *, wanted: str) -
         ConfigError: one sentence with the folder and the entry.
     """
     try:
-        if os.path.lexists(folder) and not folder.is_dir():
-            raise ConfigError(f"{folder} is a file, or a link to nothing: {wanted}")
-        if folder.is_dir() and os.listdir(folder) and (entry := foreign(folder)) is not None:
-            raise ConfigError(foreign_text(folder, entry, wanted=wanted))
+        refuse_foreign(folder, foreign, wanted=wanted)
         _try_to_write(folder)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror or error}: {wanted}") from None
+
+
+def refuse_foreign(folder: Path, foreign: Callable[[Path], str | None], *, wanted: str) -> None:
+    """Raise ConfigError as `claim` does, without trying to write: another machine may be the one that will."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file, or a link to nothing: {wanted}")
+    if folder.is_dir() and os.listdir(folder) and (entry := foreign(folder)) is not None:
+        raise ConfigError(foreign_text(folder, entry, wanted=wanted))
 
 
 def foreign_text(folder: Path, entry: str, *, wanted: str) -> str:
@@ -75,7 +86,7 @@ def foreign_text(folder: Path, entry: str, *, wanted: str) -> str:
 
 def claim_run_folder(run_dir: Path) -> None:
     """Raise ConfigError unless a run may be in this folder; nothing is changed."""
-    claim(run_dir, foreign_in_run, wanted="wanted a new or an empty run folder, or that of an earlier run")
+    claim(run_dir, foreign_in_run, wanted=WANTED_RUN)
 
 
 def open_run_folder(run_dir: Path) -> None:
@@ -86,7 +97,7 @@ def open_run_folder(run_dir: Path) -> None:
 
 def open_results_folder(folder: Path) -> None:
     """Claim a folder for what score.py or probe.py finds, make it and mark it as ours; ConfigError as in `claim`."""
-    claim(folder, foreign_in_results, wanted="wanted a new or an empty folder, or one of earlier results")
+    claim(folder, foreign_in_results, wanted=WANTED_RESULTS)
     _make(folder, "results")
 
 
@@ -146,6 +157,8 @@ def _is_seed(path: Path) -> bool:
 
 
 def _is_earlier_run(run_dir: Path) -> bool:
+    if not any(any(run_dir.glob(pattern)) for pattern in _LAUNCHED):
+        return False
     for name, load in (("run_config.json", load_run_config), ("task_config.json", load_task)):
         if (run_dir / name).is_file():
             try:

@@ -34,6 +34,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     corpus = {"type": "shards", "tokenizer": "no_tokenizer", "sources": [{"path": "no_shards"}]}
     write_json(tmp_path, "shards.json", changed(RECIPE, "corpus", corpus))
     review_task(tmp_path)
+    for place in ("mine", "seeds/seed_1"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "thesis.tex").touch()
     model = tmp_path / "model"
     model.mkdir()
     write_json(model, "config.json", {})
@@ -71,6 +74,10 @@ MISTAKES = [
     (("pretrain", *PRETRAIN[3:], "--set", "training.total_stesp=3"), 'did you mean "total_steps"?'),
     ((*PRETRAIN, "--init_from", "none"), "none does not exist here"),
     ((*PRETRAIN, "--set", "sequences.max_seq_length=512"), "is more than model.max_position_embeddings 128"),
+    ((*PRETRAIN, "--run_dir", "mine"), "mine holds 'thesis.tex', which is not ours"),
+    ((*FINETUNE, "--run_dir", "mine"), "mine holds 'thesis.tex', which is not ours"),
+    ((*FINETUNE, "--run_dir", "seeds", "--seeds", "1"), "seeds/seed_1 holds 'thesis.tex', which is not ours"),
+    ((*SCORE, "--output", "mine"), "mine holds 'thesis.tex', which is not ours"),
     (("finetune", "--task", "sst3", *FINETUNE[3:]), 'did you mean "sst2"?'),
     (("finetune", "--task", "none.json", *FINETUNE[3:]), "none.json: No such file or directory"),
     ((*FINETUNE[:3], "--model", "none", *FINETUNE[5:]), "--model none has no config.json"),

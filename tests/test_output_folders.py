@@ -39,8 +39,9 @@ def content(folder: Path) -> dict[str, str]:
 
 OUR_RUNS: dict[str, dict[str, str]] = {
     "empty": {},
-    "an earlier pre-training": {"run_config.json": RECIPE, "notes.txt": "mine"},
-    "an earlier fine-tuning": {"task_config.json": TASK, "hf/config.json": "{}"},
+    "an earlier pre-training": {"run_config.json": RECIPE, "environment.json": "{}", "notes.txt": "mine"},
+    "an earlier fine-tuning": {"task_config.json": TASK, "metrics.jsonl": "", "hf/config.json": "{}"},
+    "a copied pre-training": {"run_config.json": RECIPE, "checkpoints/global_step4/manifest.json": "{}"},
     "submitted": {"submit.json": '{"job": "17"}', "slurm-17.out": "waits"},
     "started by a job script": {
         "slurm_job": "17\n",
@@ -50,7 +51,7 @@ OUR_RUNS: dict[str, dict[str, str]] = {
     },
     "refused at the lock": {"run.lock": '{"host": "a", "pid": 3}', "restarts.json": '{"action": "stop"}'},
     "locked on a full disk": {"run.lock": ""},
-    "seeds": {"seed_1/task_config.json": TASK, "seed_2/": "", "results.json": '{"seeds": [1]}'},
+    "seeds": {"seed_1/task_config.json": TASK, "seed_1/run.lock": "", "seed_2/": "", "results.json": '{"seeds": [1]}'},
 }
 
 
@@ -78,6 +79,8 @@ FOREIGN_RUNS: dict[str, tuple[dict[str, str], str]] = {
     "predictions": ({"predictions/p.tsv": "mine"}, "predictions"),
     "logs": ({"logs/run.log": "mine"}, "logs"),
     "logs below": ({"logs/exits/mine": "mine"}, "logs"),
+    "where recipes are kept": ({"run_config.json": RECIPE, "ds_config.json": "{}", "tokenizer/": ""}, "ds_config.json"),
+    "where tasks are kept": ({"task_config.json": TASK, "checkpoints/mine/": ""}, "checkpoints"),
     "a recipe that is none": ({"run_config.json": "{}"}, "run_config.json"),
     "a recipe of something else": ({"run_config.json": '{"model": "gpt"}'}, "run_config.json"),
     "a task that is none": ({"task_config.json": "[1]"}, "task_config.json"),
