@@ -8,8 +8,8 @@
 # make bench-cpu  the torch references of the operators on this CPU
 # make test-gpu   the kernels on an NVIDIA GPU, among that a thousand runs of equal bits; make sanitize-gpu: the same at
 #                 small sizes under compute-sanitizer
-# make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, shards and peer (each wants
-#                 TEXT=folder of text), lamb, kernels, configs, fuzz, deepspeed (the newest release instead of the
+# make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, muon-curves, shards and peer (each wants
+#                 TEXT=folder of text), lamb, muon, kernels, configs, fuzz, deepspeed (the newest release instead of the
 #                 pinned one), kills, storms, folders, start, checkpoint, damage (wants root, for a small disk in memory),
 #                 slurm, downstream (wants DATA=folder of the data sets), hf-trainer (DATA and MODEL=pre-trained folder)
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
@@ -23,7 +23,7 @@ DEEPSPEED_CONFIG := ds_configs/zero2.json
 
 .PHONY: pretrain test test-fast test-slurm check format env env-dev clean bench-gpu
 .PHONY: campaign-kills campaign-folders campaign-storms campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
-.PHONY: campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer campaign-lamb campaign-kernels campaign-configs campaign-fuzz campaign-slurm
+.PHONY: campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-peer campaign-lamb campaign-muon campaign-kernels campaign-configs campaign-fuzz campaign-slurm
 .PHONY: campaign-start bench-cpu test-gpu sanitize-gpu
 
 env:
@@ -56,7 +56,7 @@ check: env-dev
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/audit.py
 
-campaign-zero-curves campaign-lamb-curves campaign-shards campaign-peer: env-dev
+campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-peer: env-dev
 	@[[ -n "$(TEXT)" ]] || { echo "TEXT=folder is missing: the text that the measurement is made on"; exit 2; }
 	$(BIN)/python tests/$(subst -,_,$@).py --text $(TEXT) --work runs/$@
 
@@ -98,6 +98,13 @@ campaign-lamb: env-dev
 	$(BIN)/python tests/campaign_lamb.py errors
 	$(BIN)/python tests/campaign_lamb.py times
 	$(BIN)/python tests/campaign_lamb.py table
+
+campaign-muon: env-dev
+	$(BIN)/python -m pytest -m campaign tests/test_muon_zero.py
+	$(BIN)/python tests/campaign_muon.py errors
+	$(BIN)/python tests/campaign_muon.py times
+	$(BIN)/python tests/campaign_muon.py messages
+	$(BIN)/python tests/campaign_muon.py table
 
 campaign-kills: env-dev
 	$(BIN)/python tests/campaign_kills.py kills

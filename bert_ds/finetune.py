@@ -55,6 +55,7 @@ from bert_ds.training.engine import make_engine
 from bert_ds.training.hang_watchdog import Heartbeat, watched_for_hangs
 from bert_ds.training.launch_precision import Decision, decide_precision
 from bert_ds.training.optimizers import make_optimizer
+from bert_ds.training.param_groups import TensorFacts
 from bert_ds.training.preflight import preflight
 from bert_ds.training.process_group import device_name, joined_ranks
 from bert_ds.training.restart import StopRequest, follow_launcher, is_done, mark_done
@@ -230,8 +231,7 @@ def build_engine(plan: TrainedTask, ds_config: dict[str, Any], *, start: Start, 
     optimizer = make_optimizer(
         plan.optimizer,
         model.named_parameters(),
-        no_decay_patterns=model.no_decay_patterns,
-        equal_parts=model.equal_parts,
+        facts=TensorFacts(model.no_decay_patterns, model.equal_parts, model.matrix_patterns),
         kernels=plan.training.kernels,
         lr_scale_of=lr_scale_of,
     )

@@ -52,6 +52,7 @@ from bert_ds.training.hang_watchdog import Heartbeat, watched_for_hangs
 from bert_ds.training.launch_precision import decide_precision
 from bert_ds.training.node_facts import needs_of
 from bert_ds.training.optimizers import make_optimizer
+from bert_ds.training.param_groups import TensorFacts
 from bert_ds.training.preflight import preflight
 from bert_ds.training.probe import fits_in_memory, largest_that_fits, probe_longest
 from bert_ds.training.process_group import device_name, joined_ranks
@@ -167,8 +168,7 @@ def build_engine(plan: RunPlan, ds_config: dict[str, Any], run_dir: Path) -> Dee
     optimizer = make_optimizer(
         run.optimizer,
         model.named_parameters(),
-        no_decay_patterns=model.no_decay_patterns,
-        equal_parts=model.equal_parts,
+        facts=TensorFacts(model.no_decay_patterns, model.equal_parts, model.matrix_patterns),
         kernels=run.training.kernels,
     )
     return make_engine(model, optimizer, ds_config)

@@ -34,6 +34,7 @@ from bert_ds.training.checkpoint_folder import find_checkpoint
 from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.engine import make_engine
 from bert_ds.training.optimizers import make_optimizer
+from bert_ds.training.param_groups import TensorFacts
 from bert_ds.training.train_state import TrainState
 
 RESULTS = Path(__file__).parent / "results/checkpoint.jsonl"
@@ -43,7 +44,7 @@ def base_engine() -> Any:
     """An engine over BERT-base whose optimizer has taken a step, so that all of its state exists."""
     model = BertForPreTraining(ModelConfig(), kernels="torch", has_pair_head=True, init_seed=1)
     optimizer = make_optimizer(
-        AdamWConfig(lr=1e-4), model.named_parameters(), no_decay_patterns=model.no_decay_patterns
+        AdamWConfig(lr=1e-4), model.named_parameters(), facts=TensorFacts(model.no_decay_patterns)
     )
     engine = make_engine(model, optimizer, ds_config(2, precision="bf16"))
     for parameter in engine.optimizer.single_partition_of_fp32_groups:

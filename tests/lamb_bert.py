@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ class TinyBert(nn.Module):
                 layer.fuse_qkv()
         if with_unused:
             self.unused = nn.Parameter(torch.randn(13))
+            self.unused_matrix = nn.Parameter(torch.randn(6, 5))
             self.frozen = nn.Parameter(torch.randn(self.hidden), requires_grad=False)
         self.register_tied()
 
@@ -121,9 +122,15 @@ class Trajectory(NamedTuple):
 
 
 def train_unsharded(
-    formula: Formula, num_steps: int, *, settings: Settings, clip: float, dtype: torch.dtype = torch.float32
+    formula: Formula | Callable[[str], Formula],
+    num_steps: int,
+    *,
+    settings: Settings,
+    clip: float,
+    dtype: torch.dtype = torch.float32,
+    by_name: bool = False,
 ) -> Trajectory:
-    """Train the small BERT on one process with whole tensors, one formula per tensor."""
+    """Train the small BERT on one process with whole tensors, by one formula or, `by_name`, by that of each name."""
     model = make_model().to(dtype)
     states = {name: State(p) for name, p in model.named_parameters()}
     losses, norms = [], []
@@ -140,7 +147,8 @@ def train_unsharded(
         with torch.no_grad():
             for name, p in model.named_parameters():
                 own = settings._replace(decay=decay_of(name))
-                p.copy_(formula(p, p.grad * scale, states[name], own))
+                formula_here = formula(name) if by_name else formula
+                p.copy_(formula_here(p, p.grad * scale, states[name], own))
     return Trajectory({name: p.detach().clone() for name, p in model.named_parameters()}, losses, norms)
 
 

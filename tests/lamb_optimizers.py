@@ -82,8 +82,9 @@ class Shadowed(ShardedOptimizer):
         return state
 
     def _whole(self, locals_: list[Tensor], group: GroupStep) -> dict[str, Tensor]:
+        owned = [entry.name for entry in self._owned]
         if group.layout.process_group is None:
-            names = [n for n, (t, _) in zip(group.layout.names, group.layout.shards, strict=True) if t.grad is not None]
+            names = [n for n, (t, _) in zip(owned, group.layout.shards, strict=True) if t.grad is not None]
             return {n: t.clone() for n, t in zip(names, locals_, strict=True)}
         (local,) = locals_
         world_size = dist.get_world_size(group.layout.process_group)
@@ -91,7 +92,7 @@ class Shadowed(ShardedOptimizer):
         dist.all_gather(parts, local.contiguous(), group=group.layout.process_group)
         if group.layout.kind == "flat":
             flat = torch.cat(parts)
-            chosen = {name: self.params[name] for name in group.layout.names}
+            chosen = {name: self.params[name] for name in owned}
             return {n: flat[p.storage_offset() :][: p.numel()].clone() for n, p in chosen.items()}
         by_param = {p: name for name, p in self.params.items()}
         shards = next(iter(by_param))._z3_optimizer

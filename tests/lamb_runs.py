@@ -16,13 +16,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lamb_bert import NUM_MICRO_BATCHES, make_model, micro_batch
-from lamb_optimizers import CLIP, Shadowed, make_optimizer, whole_model_value
+from lamb_optimizers import CLIP, Shadowed, whole_model_value
 from lamb_reference import (
     relative_error,
 )
+from muon_optimizers import make_any_optimizer
 from torch import Tensor, nn
 
 from bert_ds.training.lamb import Lamb
+from bert_ds.training.optimizers import share_replicated_work
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -85,6 +87,12 @@ class Report:
     """After a single step under ZeRO: a tenth of the clipped gradient of every tensor; numpy."""
     reduced: list[tuple[int, torch.dtype]] = field(default_factory=list)
     """Size and dtype of every all-reduce of the last `step` call."""
+    num_different: int = 0
+    """Elements of the masters that have not the bits of an optimizer on whole tensors with the same gradients."""
+    messages: list[int] = field(default_factory=list)
+    """Elements sent to other ranks by each message of the last `step` call."""
+    num_orthogonalised: int = 0
+    """Matrices orthogonalised on this rank in the last `step` call."""
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -128,7 +136,7 @@ def quiet_deepspeed() -> None:
 def run_case(case: Case, world_size: int) -> Report:
     """Train, and report."""
     engine, optimizer, model = build(case, world_size)
-    if isinstance(optimizer, Shadowed):
+    if hasattr(optimizer, "watch"):
         optimizer.watch(list(model.named_parameters()), DTYPES[case.precision])
     if case.poison_padding:
         poison_padding(engine, optimizer, case.stage)
@@ -153,8 +161,9 @@ def build(case: Case, world_size: int) -> tuple[Any, torch.optim.Optimizer, nn.M
             model = make_model(with_unused=case.with_unused, fused_qkv=case.fused_qkv)
     else:
         model = make_model(with_unused=case.with_unused, fused_qkv=case.fused_qkv)
-    optimizer = make_optimizer(case.optimizer, model, fused_qkv=case.fused_qkv, scaled_rates=case.scaled_rates)
+    optimizer = make_any_optimizer(case.optimizer, model, fused_qkv=case.fused_qkv, scaled_rates=case.scaled_rates)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    share_replicated_work(optimizer, zero_stage=case.stage)
     return engine, optimizer, model
 
 
@@ -202,6 +211,8 @@ def make_report(case: Case, optimizer: Any, model: nn.Module) -> Report:
         moments = {name: safe_get_full_optimizer_state(p, "exp_avg") for name, p in model.named_parameters()}
         report.first_moments = {name: moment.float().numpy().copy() for name, moment in moments.items()}
     report.reduced = getattr(optimizer, "reduced", [])
+    for name in ("num_different", "messages", "num_orthogonalised"):
+        setattr(report, name, getattr(optimizer, name, getattr(report, name)))
     if isinstance(optimizer, Shadowed):
         dtype = DTYPES[case.precision]
         report.shadow_error = optimizer.worst

@@ -25,18 +25,22 @@ from tiny_training import (
     tiny_services,
 )
 
-from bert_ds.configuration.optimizer_config import AdamWConfig, LambConfig, LionConfig, StableAdamWConfig
+from bert_ds.configuration.optimizer_config import AdamWConfig, LambConfig, LionConfig, MuonConfig, StableAdamWConfig
 from bert_ds.ranks import CheckpointError
 from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.checkpoint_folder import file_sha256, parse_manifest, write_manifest
 from bert_ds.training.checkpoints import CheckpointPolicy, resume, save_checkpoint
 from bert_ds.training.engine import make_engine
 from bert_ds.training.optimizers import make_optimizer
+from bert_ds.training.param_groups import TensorFacts
 from bert_ds.training.train_loop import train
 from bert_ds.training.train_state import TrainState
 from bert_ds.training.universal_checkpoint import convert, weights_only_forced
 
-CONFIGS = {"lamb": LambConfig, "adamw": AdamWConfig, "stableadamw": StableAdamWConfig, "lion": LionConfig}
+CONFIGS = {
+    **{"lamb": LambConfig, "adamw": AdamWConfig, "stableadamw": StableAdamWConfig},
+    **{"lion": LionConfig, "muon": MuonConfig},
+}
 
 
 class Kind(NamedTuple):
@@ -58,6 +62,8 @@ KINDS = [
     Kind(0, "adamw", "bf16"),
     Kind(1, "lamb", "bf16"),
     Kind(3, "stableadamw", "bf16"),
+    Kind(0, "muon"),
+    Kind(2, "muon", "bf16"),
     Kind(3, "adamw", zero=(("sub_group_size", 20),)),
 ]
 
@@ -67,7 +73,8 @@ def run(folder: Path, kind: Kind, *, rank: int = 0, world_size: int = 1, steps: 
     model, accumulation = TinyModel(), kind.parts // world_size
     config = ds_config(kind.stage, precision=kind.precision, accumulation=accumulation, world_size=world_size)
     config["zero_optimization"].update(kind.zero)
-    optimizer = make_optimizer(CONFIGS[kind.optimizer](lr=1e-2, weight_decay=0.1), model.named_parameters())
+    settings = CONFIGS[kind.optimizer](lr=1e-2, weight_decay=0.1)
+    optimizer = make_optimizer(settings, model.named_parameters(), facts=TensorFacts(matrices=("dense.weight",)))
     engine = make_engine(model, optimizer, config)
     services = tiny_services(folder, rank, world_size)
     log = services.log

@@ -40,6 +40,7 @@ from bert_ds.training.checkpoints import CheckpointPolicy, save_checkpoint
 from bert_ds.training.engine import make_engine
 from bert_ds.training.fp32_weights import load_fp32_state_dict
 from bert_ds.training.optimizers import make_optimizer
+from bert_ds.training.param_groups import TensorFacts
 from bert_ds.training.train_state import TrainState
 
 
@@ -191,7 +192,7 @@ def _saved_run(
     model = BertForPreTraining(CONFIG, kernels="torch", has_pair_head=sentence_pair != "none")
     spread_weights(model, CONFIG)
     optimizer = make_optimizer(
-        run.optimizer, model.named_parameters(), no_decay_patterns=BertForPreTraining.no_decay_patterns
+        run.optimizer, model.named_parameters(), facts=TensorFacts(BertForPreTraining.no_decay_patterns)
     )
     engine = make_engine(model, optimizer, ds_config(stage, precision=precision))
     engine.backward(engine(**packed_inputs(CONFIG, [5, 9]))[0].sum())

@@ -24,7 +24,7 @@ from bert_ds.configuration.run_config import ConfigError
 from bert_ds.training.engine import make_engine, step_guard
 from bert_ds.training.lamb import Lamb, lamb_preset
 from bert_ds.training.optimizers import StepGuard, make_optimizer, set_learning_rate
-from bert_ds.training.param_groups import decay_groups
+from bert_ds.training.param_groups import TensorFacts, decay_groups
 from bert_ds.training.train_step import forward_backward, take_step
 
 CONFIGS = [AdamWConfig, LambConfig, LansConfig, StableAdamWConfig, LionConfig]
@@ -208,7 +208,7 @@ def test_the_kernels_setting_chooses_the_side_of_lamb_that_computes(monkeypatch:
     for kernels in ("torch", "triton"):
         weight = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 300).view(20, 15).clone())
         named = [("dense.weight", weight), ("dense.bias", torch.nn.Parameter(torch.ones(20)))]
-        optimizer = make_optimizer(LambConfig(lr=0.1), named, no_decay_patterns=("*bias",), kernels=kernels)
+        optimizer = make_optimizer(LambConfig(lr=0.1), named, facts=TensorFacts(("*bias",)), kernels=kernels)
         for _, parameter in named:
             parameter.grad = torch.cos(torch.arange(parameter.numel())).view(parameter.shape)
         optimizer.step()

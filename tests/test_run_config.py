@@ -47,7 +47,8 @@ def test_every_problem_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
     assert message(path).splitlines() == [
         f'{path}: model.hiden_size: unknown setting; did you mean "hidden_size"?',
         f'{path}: optimizer.type: found "lmb", wanted one of "adamw", "lamb", "lans", "stableadamw", "lion", '
-        '"deepspeed_fused_adam", "deepspeed_cpu_adam", "deepspeed_fused_lamb", "apex_fused_lamb"; did you mean "lamb"?',
+        '"muon", "deepspeed_fused_adam", "deepspeed_cpu_adam", "deepspeed_fused_lamb", "apex_fused_lamb"; did you mean '
+        '"lamb"?',
         f"{path}: schedule: give exactly one of warmup_steps and warmup_fraction",
         f"{path}: training.total_steps: found 1.5, wanted a whole number",
     ]

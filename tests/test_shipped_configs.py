@@ -27,8 +27,8 @@ DEEPSPEED = sorted((ROOT / "ds_configs").glob("zero*.json"))
 def test_the_promised_files_are_shipped() -> None:
     assert [path.stem for path in DEEPSPEED] == ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
     assert [path.stem for path in RECIPES] == [
-        *("bert_base_phase1", "bert_base_phase2", "bert_base_zh", "bert_large_phase1", "bert_large_phase2"),
-        *("bert_original", "bert_original_phase2", "distilbert_base", "embedded_default"),
+        *("bert_base_muon", "bert_base_phase1", "bert_base_phase2", "bert_base_zh", "bert_large_phase1"),
+        *("bert_large_phase2", "bert_original", "bert_original_phase2", "distilbert_base", "embedded_default"),
     ]
 
 

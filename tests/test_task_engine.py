@@ -26,6 +26,7 @@ from bert_ds.training.checkpoints import CheckpointPolicy, save_checkpoint
 from bert_ds.training.engine import make_engine
 from bert_ds.training.fp32_weights import load_fp32_state_dict
 from bert_ds.training.optimizers import make_optimizer
+from bert_ds.training.param_groups import TensorFacts
 from bert_ds.training.train_state import TrainState
 from bert_ds.training.train_step import agree_on_totals, forward_backward, take_step
 
@@ -54,8 +55,7 @@ def _train(
     optimizer = make_optimizer(
         plan.optimizer,
         model.named_parameters(),
-        no_decay_patterns=model.no_decay_patterns,
-        equal_parts=model.equal_parts,
+        facts=TensorFacts(model.no_decay_patterns, model.equal_parts, model.matrix_patterns),
         lr_scale_of=rates,
     )
     engine = make_engine(model, optimizer, ds_config(stage, precision=precision, accumulation=2, world_size=world_size))

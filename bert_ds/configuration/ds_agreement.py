@@ -23,13 +23,17 @@ OPTIMIZER_TYPES = {
     "lans": "lans",
     "stableadamw": "stableadamw",
     "lion": "lion",
+    "muon": "muon",
     "fusedadam": "deepspeed_fused_adam",
     "deepspeedcpuadam": "deepspeed_cpu_adam",
     "fusedlamb": "deepspeed_fused_lamb",
 }
 """What a type in a DeepSpeed file means here; the recipe's own names are understood too. "Adam" decays as AdamW."""
 
-_PARAMETER_NAMES = {"lamb": {"min_coeff": "min_trust", "max_coeff": "max_trust"}}
+_PARAMETER_NAMES = {
+    "lamb": {"min_coeff": "min_trust", "max_coeff": "max_trust"},
+    "muon": {"muon_lr": "lr", "adam_lr": "adamw_lr"},
+}
 _FIXED_PARAMETERS: dict[str, dict[str, Any]] = {
     "adamw": {"adam_w_mode": True, "torch_adam": True, "bias_correction": True, "amsgrad": False},
     "deepspeed_fused_adam": {"adam_w_mode": True, "amsgrad": False},

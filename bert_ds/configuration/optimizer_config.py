@@ -1,7 +1,7 @@
 """Optimizer and schedule sections of a recipe.
 
-Ours (adamw, lamb, lans, stableadamw, lion) run at any ZeRO stage. The others are foreign kernels selected by name, for
-comparison; `run_plan` says at which stages they compute what they claim.
+Ours (adamw, lamb, lans, stableadamw, lion, muon) run at any ZeRO stage. The others are foreign kernels selected by
+name, for comparison; `run_plan` says at which stages they compute what they claim.
 
 None of them clips: the global gradient norm is known to DeepSpeed alone, so `training.gradient_clipping` is the one
 place for it.
@@ -15,6 +15,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from bert_ds.configuration.config_section import Beta, NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
+
+_MAX_SINGULAR_VALUE = 2.0
+"""Where a polynomial of Muon may take a singular value that should end near 1."""
 
 
 class MomentConfig(Section):
@@ -115,6 +118,49 @@ class LionConfig(Section):
     """Decay of every weight except biases and LayerNorm; three to ten times AdamW's."""
 
 
+class MuonConfig(MomentConfig):
+    """Muon (Jordan et al. 2024; scale and decay of Liu et al. 2025, arXiv 2502.16982) for the matrices of the layers.
+
+    b = momentum b + (1 - momentum) g; u = orthogonalise(momentum b + (1 - momentum) g);
+    w -= lr (0.2 sqrt(max(rows, columns)) u + weight_decay w), per matrix; query, key and value are one each. All else
+    (embeddings, heads, biases, norms) gets AdamW. Rates and decays that suit AdamW suit both.
+    """
+
+    type: Literal["muon"] = "muon"
+    lr: PositiveFloat
+    """Peak learning rate of the matrices."""
+    adamw_lr: PositiveFloat | None = None
+    """Peak learning rate of everything else; null is lr."""
+    momentum: Beta = 0.95
+    """Decay rate of the matrices' momentum."""
+    nesterov: bool = True
+    """Orthogonalise momentum x b + (1 - momentum) g instead of b."""
+    ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
+    """(a, b, c) of the polynomial a s + b s^3 + c s^5 that is applied to every singular value."""
+    ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
+    """How often the polynomial is applied."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """AdamW: decay rates of the two moments."""
+    eps: PositiveFloat = 1e-6
+    """AdamW: added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decay of every weight except biases and LayerNorm."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MuonConfig:
+        a, b, c = self.ns_coefficients
+        for start in (k / 100 for k in range(1, 101)):
+            value = start
+            for step in range(1, self.ns_steps + 1):
+                value = a * value + b * value**3 + c * value**5
+                if not 0 < value <= _MAX_SINGULAR_VALUE:
+                    raise ValueError(
+                        f"ns_coefficients {[a, b, c]} diverge: a singular value of {start:g} becomes {value:.4g} after "
+                        f"{step} steps, wanted above 0 and at most {_MAX_SINGULAR_VALUE:g}"
+                    )
+        return self
+
+
 class DeepSpeedFusedAdamConfig(MomentConfig):
     """DeepSpeed's CUDA kernel `FusedAdam` in AdamW mode."""
 
@@ -163,6 +209,7 @@ OptimizerConfig = Annotated[
     | LansConfig
     | StableAdamWConfig
     | LionConfig
+    | MuonConfig
     | DeepSpeedFusedAdamConfig
     | DeepSpeedCpuAdamConfig
     | DeepSpeedFusedLambConfig

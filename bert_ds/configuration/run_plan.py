@@ -30,6 +30,7 @@ from bert_ds.configuration.run_size import (
     flops_per_token,
     kept_checkpoints,
     memory_estimate,
+    optimizer_flops,
     teacher_flops_per_token,
 )
 from bert_ds.ranks import LAUNCHER_PATIENCE_S
@@ -197,6 +198,9 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ("FLOPs per token", f"{flops:.3e} at length {length}; {FLOPS_SOURCE}"),
         ("FLOPs of the run", f"at most {flops * plan.examples_seen * length:.3e}"),
     ]
+    if in_optimizer := optimizer_flops(run):
+        share = in_optimizer / (flops * plan.max_tokens_per_step)
+        rows.append(("FLOPs of the optimizer", f"{in_optimizer:.3e} a step over all ranks, {share:.1%} of the model's"))
     if plan.teacher is not None:
         rows.insert(6, ("teacher", f"{plan.num_teacher_parameters:,} parameters, whole on every rank"))
     rows += [_memory_row(plan, stage) for stage in (0, 1, 2, 3)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from bert_ds.configuration.optimizer_config import MuonConfig
 from bert_ds.configuration.precision import Precision, planned
 from bert_ds.configuration.run_config import ModelConfig, RunConfig
 
@@ -81,6 +82,22 @@ def _model_flops(model: ModelConfig, run: RunConfig, mean_length: float) -> floa
     pooler = 6 * (hidden * hidden + 2 * hidden) if run.sequences.sentence_pair != "none" else 0
     encoder = 6 * layers * layer_weights + 12 * layers * hidden * mean_length
     return encoder + (per_prediction * predictions + pooler) / mean_length
+
+
+def orthogonalising_flops(rows: int, columns: int, steps: int) -> int:
+    """Return the FLOPs of orthogonalising a matrix: three products a step, 2 per multiplication and addition."""
+    small, large = sorted((rows, columns))
+    return steps * (4 * small * small * large + 2 * small**3)
+
+
+def optimizer_flops(run: RunConfig) -> int:
+    """Return the FLOPs of a step's matrix products in the optimizer, over all ranks together; 0 where it has none."""
+    if not isinstance(run.optimizer, MuonConfig):
+        return 0
+    hidden, inner = run.model.hidden_size, run.model.intermediate_size
+    of_layer = [(hidden, hidden)] * 4 + [(inner, hidden), (hidden, inner)]
+    steps = run.optimizer.ns_steps
+    return run.model.num_hidden_layers * sum(orthogonalising_flops(*shape, steps) for shape in of_layer)
 
 
 def activation_bytes(run: RunConfig, micro_batch_size: int, *, recompute: bool) -> int:

@@ -60,6 +60,7 @@ class TaskModel(nn.Module):
 
     no_decay_patterns = ("*bias", "*layer_norm_weight")
     equal_parts = {"*qkv_weight": ("query", "key", "value"), "*qkv_bias": ("query", "key", "value")}
+    matrix_patterns = BertEncoder.matrix_patterns
     reports_perplexity = False
 
     def __init__(

@@ -101,6 +101,7 @@ class BertForPreTraining(nn.Module):
     loss_weights: tuple[float, ...] = (1.0, 1.0)
     no_decay_patterns = ("*bias", "*layer_norm_weight")
     equal_parts = {"*qkv_weight": ("query", "key", "value"), "*qkv_bias": ("query", "key", "value")}
+    matrix_patterns = BertEncoder.matrix_patterns
     word_head: type[MaskedWordHead] = MaskedWordHead
 
     def __init__(

@@ -38,6 +38,14 @@ class BertEncoder(nn.Module):
         activation_checkpointing: keep only each layer's input and recompute the rest in the backward pass.
     """
 
+    matrix_patterns = (
+        "*.attention.qkv_weight",
+        "*.attention.output_weight",
+        "*.feed_forward.intermediate_weight",
+        "*.feed_forward.output_weight",
+    )
+    """The weights of the layers, which an optimizer may treat as matrices; query, key and value are one each."""
+
     def __init__(
         self, config: ModelConfig, ops: FusedOps, *, has_pooler: bool = True, activation_checkpointing: bool = False
     ) -> None:

@@ -94,7 +94,7 @@ class StableAdamW(AdamW):
             lr_R = float(group.settings["lr"]) / (squares_R / counts_R).sqrt().clamp(min=1.0)
             lr_R = group.scale_by_rate(lr_R)
             for shard in group.shards:
-                _descend(shard, group, lr_R=lr_R.float())
+                descend(shard, group, lr_R.float())
 
     def _moments_and_squares(self, shard: ShardStep, group: GroupStep, sums_R2: Tensor) -> None:
         """Update the moments; add the squares of g / max(sqrt(v / c2), eps), and their number, to each row."""
@@ -137,14 +137,11 @@ class Lion(ShardedOptimizer):
                     piece.param.sub_(update, alpha=group.lr_of(segment.row))
 
 
-def _descend(shard: ShardStep, group: GroupStep, *, lr_R: Tensor | None) -> None:
-    """w -= lr (m / c1 / (sqrt(v / c2) + eps) + decay w), with a rate per row (fp32 [R]) or the group's."""
+def descend(shard: ShardStep, group: GroupStep, lr_R: Tensor | Sequence[float]) -> None:
+    """w -= lr[row] (m / c1 / (sqrt(v / c2) + eps) + decay w), by operations that do not see where a tensor is cut."""
     scalars = adam_scalars(group.settings, shard.step, _FLAGS)
     for segment, piece in shard.flat.pieces():
         update = piece.exp_avg.div(scalars.correction1).div_(adam_denominator(piece, scalars))
         if segment.decay:
             update.add_(piece.param, alpha=segment.decay)
-        if lr_R is None:
-            piece.param.sub_(update, alpha=float(group.settings["lr"]))
-        else:
-            piece.param.sub_(update.mul_(lr_R[segment.row]))
+        piece.param.sub_(update.mul_(lr_R[segment.row]))

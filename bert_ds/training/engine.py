@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from bert_ds.configuration.run_config import ConfigError
 from bert_ds.training.checkpoint_engine import VerifiedCheckpointEngine
 from bert_ds.training.deepspeed_names import named_release, require_names
-from bert_ds.training.optimizers import StepGuard, refuse_unsupported_settings
+from bert_ds.training.optimizers import StepGuard, refuse_unsupported_settings, share_replicated_work
 
 with named_release():
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
@@ -44,6 +44,7 @@ def make_engine(model: nn.Module, optimizer: Optimizer, ds_config: dict[str, Any
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     require_names(engine)
     refuse_unsupported_settings(engine)
+    share_replicated_work(optimizer, zero_stage=int(engine.zero_optimization_stage()))
     engine.checkpoint_engine = VerifiedCheckpointEngine(parameter_names=names)
     # DeepSpeed copies zero_to_fp32.py beside every checkpoint: a script that unpickles, and a write that may fail on
     # rank 0 alone, inside a collective.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
+import torch.distributed as dist
+from torch import nn
 from torch.optim import Optimizer
 
 from bert_ds.configuration.optimizer_config import (
@@ -13,6 +16,7 @@ from bert_ds.configuration.optimizer_config import (
     LambConfig,
     LansConfig,
     LionConfig,
+    MuonConfig,
     OptimizerConfig,
     StableAdamWConfig,
 )
@@ -20,8 +24,8 @@ from bert_ds.configuration.run_config import ConfigError
 from bert_ds.training.elementwise_optimizers import AdamW, Lion, StableAdamW
 from bert_ds.training.foreign_optimizers import make_foreign_optimizer
 from bert_ds.training.lamb import Lamb, Lans
-from bert_ds.training.lamb_rows import EqualParts
-from bert_ds.training.param_groups import NO_DECAY_PATTERNS, NamedParameters, decay_groups, decay_per_tensor
+from bert_ds.training.muon import Muon
+from bert_ds.training.param_groups import NO_FACTS, NamedParameters, TensorFacts, decay_groups, decay_per_tensor
 from bert_ds.training.sharded_optimizer import ShardedOptimizer
 from bert_ds.training.zero_limits import unsupported_settings
 
@@ -31,6 +35,7 @@ _OWN: dict[type, Any] = {
     LansConfig: Lans,
     StableAdamWConfig: StableAdamW,
     LionConfig: Lion,
+    MuonConfig: Muon,
 }
 _LAMB_FLAGS = (
     "bias_correction",
@@ -44,12 +49,14 @@ _LAMB_FLAGS = (
 )
 
 
+_MUON_SETTINGS = ("adamw_lr", "momentum", "nesterov", "ns_coefficients", "ns_steps")
+
+
 def make_optimizer(
     config: OptimizerConfig,
     named_parameters: NamedParameters,
     *,
-    no_decay_patterns: Sequence[str] = NO_DECAY_PATTERNS,
-    equal_parts: EqualParts | None = None,
+    facts: TensorFacts = NO_FACTS,
     kernels: str = "auto",
     lr_scale_of: Callable[[str], float] | None = None,
 ) -> Optimizer:
@@ -60,14 +67,12 @@ def make_optimizer(
     Args:
         config: the optimizer section.
         named_parameters: `model.named_parameters()`; frozen parameters are left out.
-        no_decay_patterns: names of the parameters that are not decayed.
-        equal_parts: name pattern -> names of the equal parts of a tensor that holds several weights side by side; each
-            part gets its own trust ratio. Foreign kernels treat such a tensor as one.
+        facts: which parameters are not decayed, which hold several weights, which are matrices.
         kernels: "auto", "triton" or "torch", for LAMB; the other optimizers have no Triton kernel.
         lr_scale_of: factor of the learning rate of a parameter, by name; foreign kernels have one rate.
 
     Raises:
-        ConfigError: a foreign kernel is not installed, cannot be built here, or was given factors.
+        ConfigError: a foreign kernel is not installed, cannot be built here, or was given factors; Muon has no matrix.
     """
     parameters = list(named_parameters)
     if type(config) not in _OWN:
@@ -75,21 +80,40 @@ def make_optimizer(
             raise ConfigError(
                 f'optimizer.type "{config.type}" has one learning rate for all layers: wanted one of ours'
             )
-        return make_foreign_optimizer(config, decay_groups(parameters, config.weight_decay, patterns=no_decay_patterns))
+        return make_foreign_optimizer(config, decay_groups(parameters, config.weight_decay, patterns=facts.no_decay))
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas}
     if not isinstance(config, LionConfig):
         settings["eps"] = config.eps
     if isinstance(config, LambConfig | LansConfig):
         flags = {name: getattr(config, name) for name in _LAMB_FLAGS if hasattr(config, name)}
         settings["flags"] = replace(_OWN[type(config)].default_flags, **flags)
-    decay_of = decay_per_tensor(parameters, config.weight_decay, patterns=no_decay_patterns)
+    decay_of = decay_per_tensor(parameters, config.weight_decay, patterns=facts.no_decay)
+    if isinstance(config, MuonConfig):
+        settings |= {name: getattr(config, name) for name in _MUON_SETTINGS}
+        settings["matrices"] = _trainable_matrices(parameters, facts)
     optimizer = _OWN[type(config)](parameters, weight_decay_of=decay_of, **settings)
     if lr_scale_of is not None:
         optimizer.declare_rates(lr_scale_of)
     if isinstance(optimizer, Lamb):
         optimizer.kernels = kernels
-    optimizer.declare_parts(equal_parts or {})
+    optimizer.declare_parts(facts.equal_parts or {})
     return optimizer
+
+
+def _trainable_matrices(parameters: Sequence[tuple[str, nn.Parameter]], facts: TensorFacts) -> Sequence[str]:
+    names = [name for name, parameter in parameters if parameter.requires_grad]
+    if not any(fnmatchcase(name, pattern) for name in names for pattern in facts.matrices):
+        raise ConfigError(
+            f'optimizer.type "muon" wants a matrix of the layers to train: none of the {len(names)} trainable '
+            'parameters is one (are the layers frozen?); wanted "adamw"'
+        )
+    return facts.matrices
+
+
+def share_replicated_work(optimizer: Optimizer, *, zero_stage: int) -> None:
+    """Let Muon deal its matrices to the ranks where each of them holds everything, at stage 0; after `initialize`."""
+    if isinstance(optimizer, Muon) and zero_stage == 0:
+        optimizer.replicas = dist.group.WORLD
 
 
 def refuse_unsupported_settings(engine: Any) -> None:

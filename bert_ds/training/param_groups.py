@@ -6,9 +6,9 @@ for the decay of each tensor; AdamW takes the usual two groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,6 +16,21 @@ NO_DECAY_PATTERNS = ("*.bias", "*LayerNorm.weight")
 """Biases and LayerNorm, as in the BERT paper's code. `fnmatch` patterns over the full parameter name."""
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
+
+
+class TensorFacts(NamedTuple):
+    """What a model says of its parameters to an optimizer, by `fnmatch` patterns over their names."""
+
+    no_decay: Sequence[str] = NO_DECAY_PATTERNS
+    """Parameters that are not decayed."""
+    equal_parts: Mapping[str, Sequence[str]] | None = None
+    """Tensors that hold several weights side by side -> names of these equal parts; each has a trust ratio of its own
+    and is a matrix of its own. Foreign kernels treat such a tensor as one."""
+    matrices: Sequence[str] = ()
+    """Weights that Muon may treat as a matrix: those of the layers, no embedding and no head."""
+
+
+NO_FACTS = TensorFacts()
 
 
 def without_decay(names: Sequence[str], patterns: Sequence[str] = NO_DECAY_PATTERNS) -> frozenset[str]:
