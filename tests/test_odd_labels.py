@@ -21,7 +21,7 @@ from bert_ds.downstream.task_rows import TaskRows, read_task
 from bert_ds.ranks import DataError
 
 ODD = (
-    "$a$_{",
+    "$a_{$",
     "a\tb",
     "a\nb",
     "c\\td",
@@ -61,7 +61,7 @@ def test_odd_labels_are_drawn_and_their_confusion_reads_back_equal(tmp_path: Pat
     assert all(number.isdecimal() for row in rows for number in row[1:])
     report = (tmp_path / "test_classes.txt").read_text(encoding="utf-8").splitlines()
     assert len(report) == len(ODD) + 6
-    draw_probes(tmp_path / "probes.png", {"$model$_{": [0.5, 0.6]})
+    draw_probes(tmp_path / "probes.png", {"$model_{$": [0.5, 0.6]})
     assert (tmp_path / "probes.png").stat().st_size > 1000
 
 

@@ -88,8 +88,12 @@ def test_a_file_that_is_no_log_is_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_rows_of_wrong_types_are_drawn_as_gaps(tmp_path: Path) -> None:
-    odd = {"trust": [1], "loss_$a$_{": 1.0, "tokens_per_s": "fast", "grad_norm": 10**400, "lr": {"a": 1}, "mfu": True}
-    rows = [{**row("start", 0), "data": 3, "plan": []}, row("train", 1, **odd), row("train", 2, trust={"k": 3})]
+    odd = {"trust": [1], "loss_x": 1.0, "tokens_per_s": "fast", "grad_norm": 10**400, "lr": {"a": 1}, "mfu": True}
+    rows = [
+        {**row("start", 0), "data": 3, "plan": []},
+        row("train", 1, **odd),
+        row("train", 2, trust={"k": 3, "$k_{$": {"trust_ratio": {"min": 2}}}),
+    ]
     rows += [
         row("checkpoint", 2, bytes="many"),
         row("evaluation", 2, loss_mlm="x"),
