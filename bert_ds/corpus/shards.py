@@ -174,7 +174,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     try:
         content = read_json(path, error=DataError)
         if isinstance(content, dict) and content.get("format") != 1:
-            raise DataError(f"{path} has format {content.get('format')!r}, wanted 1: build the shards again")
+            raise DataError(f"{path} has format {repr(content.get('format'))[:60]}, wanted 1: build the shards again")
         manifest = Manifest.model_validate(content)
         SpecialIds(**manifest.special_ids)
     except ValidationError as error:
