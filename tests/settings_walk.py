@@ -80,7 +80,8 @@ def observed(run_dir: Path) -> dict[str, Any]:
         for path in (run_dir / folder).rglob("*.*")
     )
     results = run_dir / "results.json"
-    found = json.loads(results.read_text()) if results.exists() else None
+    found = json.loads(results.read_text()) if results.exists() else {}
+    found.pop("task", None)
     return {"rows": kept, "saved": [p.name for p in saved], "weights": weights, "files": files, "results": found}
 
 

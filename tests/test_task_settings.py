@@ -1,0 +1,166 @@
+"""Each setting that a task may hold reaches what it is for: another value makes another run or other scores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from downstream_cases import review_rows, write_lines
+from forked_verbs import run_verb
+from settings_walk import Change, changed, observed, setting_paths
+
+from bert_ds.configuration.task_config import TaskConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE = {"path": "train.tsv", "format": "tsv"}
+TASK: dict[str, Any] = {
+    "name": "tiny",
+    "kind": "classification",
+    "data": {"train": [FILE], "validation": [{"path": "held.tsv", "format": "tsv"}], "fields": {"text": 0, "label": 1}},
+    "max_seq_length": 24,
+    "optimizer": {"type": "adamw", "lr": 5e-3},
+    "training": {"epochs": 1, "train_batch_size": 8, "log_every_steps": 1, "kernels": "torch"},
+}
+HELD = {"data.validation_fraction": 0.25, "data.validation": []}
+LINES = {
+    **HELD,
+    "data.train.0.path": "lines.txt",
+    "data.train.0.format": "lines",
+    "data.train.0.pattern": r"(?P<t>.*) (?P<l>\w+)",
+    "data.fields": {"text": "t", "label": "l"},
+}
+MARKED = {
+    **HELD,
+    "data.train": [{**FILE, "values": {"l": "good"}}, {**FILE, "path": "other.tsv", "values": {"l": "bad"}}],
+    "data.fields": {"text": 0, "label": "l"},
+    "data.drop_overlap": False,
+}
+REASONS = {
+    "$schema": "for editors",
+    "format": "has one value",
+    "name": "a label: it stands in the results and names the run folder",
+    "training.kernels": "the same figures by other means: test_kernels_in_encoder",
+    "evaluation.batch_size": "the same predictions, in other batches: test_task_engine",
+    "checkpoints.asynchronous": "the same checkpoints, written later: test_checkpoint_saver",
+    "schedule.power": "of a recipe's schedule: test_recipe_settings",
+    "schedule.decay_fraction": "of a recipe's schedule: test_recipe_settings",
+    **{
+        f"optimizer:{kind}.": "of a recipe's optimizer: test_recipe_settings, and for foreign kernels what it says"
+        for kind in ("lamb", "lans", "stableadamw", "lion", "apex_fused_lamb")
+    },
+    "optimizer:deepspeed_": "of a recipe's optimizer: see test_recipe_settings",
+    "distillation.": "needs a fine-tuned teacher: test_taught_model",
+    "question_answering.": "of one kind: test_qa_kind, test_answer_windows, test_qa_scores",
+    "sentence_embedding.": "of one kind: test_embedding_kind",
+    "prompt.": "of one kind: test_masked_scores, test_score",
+    "data.train.record": "of one format: test_records",
+    "data.train.strips_last_character": "of one format: test_records",
+    "data.tag_scheme": "of one kind: test_tag_schemes, test_task_kinds",
+    "data.validation.": "is read as a training file is, but for its path",
+    "data.test.": "is read as a training file is, but for its path",
+}
+"""Settings, or beginnings of settings, whose change no run here shows, and why."""
+CHANGES = {
+    "kind": Change("multi_label", also={"data.fields": {"text": 0, "labels": 1}}),
+    "metric": Change("macro_f1"),
+    "seed": Change(2),
+    "max_seq_length": Change(5),
+    "dropout": Change(0.5),
+    "class_weights": Change("balanced"),
+    "freeze.embeddings": Change(True),
+    "freeze.layers": Change(1),
+    "freeze.encoder": Change(True),
+    "layerwise_lr_decay": Change(0.5),
+    "optimizer:adamw.type": Change("lion"),
+    "optimizer:adamw.lr": Change(4e-3),
+    "optimizer:adamw.betas": Change([0.5, 0.6]),
+    "optimizer:adamw.eps": Change(1e-2),
+    "optimizer:adamw.weight_decay": Change(0.5),
+    "schedule.type": Change("constant", {"schedule": {"type": "linear", "warmup_steps": 1}}),
+    "schedule.warmup_steps": Change(3, {"schedule": {"warmup_steps": 1}}),
+    "schedule.warmup_fraction": Change(0.9),
+    "schedule.min_lr_fraction": Change(0.5, {"schedule": {"type": "linear", "warmup_steps": 1}}),
+    "training.epochs": Change(2),
+    "training.total_steps": Change(3, {"training.epochs": None}),
+    "training.train_batch_size": Change(4),
+    "training.precision": Change("bf16", {"training.precision": "fp32"}),
+    "training.gradient_clipping": Change(0.01),
+    "training.log_every_steps": Change(3),
+    "evaluation.every_epochs": Change(0.5),
+    "evaluation.patience": Change(1, {"optimizer.lr": 1e-9, "training.epochs": 5}),
+    "checkpoints.every_steps": Change(2),
+    "checkpoints.keep_last": Change(1, {"checkpoints.every_steps": 1}),
+    "checkpoints.keep_every_steps": Change(2, {"checkpoints": {"every_steps": 1, "keep_last": 1}}),
+    "data.train.0.path": Change("other.tsv"),
+    "data.train.0.format": Change("csv", {**HELD, "data.train.0.path": "either"}),
+    "data.train.0.encoding": Change("latin-1", {"data.train.0.path": "accents.tsv"}),
+    "data.train.0.has_header": Change(False),
+    "data.train.0.pattern": Change(r"\w+ (?P<t>.*) (?P<l>\w+)", LINES),
+    "data.train.0.values": Change({"l": "fine"}, MARKED),
+    "data.test.0.path": Change("other.tsv", {"data.test": [FILE]}),
+    "data.validation.0.path": Change("other.tsv"),
+    "data.validation_fraction": Change(0.5, HELD),
+    "data.drop_overlap": Change(False, {"data.validation.0.path": "other.tsv"}),
+    "data.fields": Change({"text": 0, "text_pair": 1, "label": 1}),
+    "data.label_separator": Change("oo", {**HELD, "kind": "multi_label", "data.fields": {"text": 0, "labels": 1}}),
+    "data.labels": Change(["good", "bad"]),
+    "data.rename_labels": Change({"good": "fine", "bad": "worse"}),
+    "data.max_train_rows": Change(10),
+    "data.max_validation_rows": Change(3),
+}
+
+
+class Desk:
+    """A folder with everything a task may name, and the runs made in it."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model = folder, model
+        rows = review_rows(30)
+        write_lines(folder / "train.tsv", ["text\tlabel", *rows[:21:2], *rows[1:12:2]])
+        write_lines(folder / "held.tsv", ["text\tlabel", *rows[22:]])
+        write_lines(folder / "other.tsv", ["text\tlabel", *rows[3:17]])
+        write_lines(folder / "either", ["text\tlabel,label", *(f"{row},{row[-3:]}" for row in rows[:12])])
+        write_lines(folder / "lines.txt", [row.replace("\t", " ") for row in rows[:12]])
+        write_lines(folder / "accents.tsv", ["text\tlabel", *(f"é {row}" for row in rows[:12])])
+
+    def run(self, changes: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        """Run a changed task; what it left, and the last line of its error where it was refused."""
+        task = json.dumps(changed(TASK, changes), sort_keys=True)
+        run_dir = self.folder / f"runs/{hashlib.sha256(task.encode()).hexdigest()[:12]}"
+        if not run_dir.exists():
+            path = self.folder / f"{run_dir.name}.json"
+            path.write_text(task, encoding="utf-8")
+            files = ("--task", path, "--model", self.model, "--deepspeed_config", ROOT / "ds_configs/zero0.json")
+            done = run_verb(ROOT / "bert_ds/finetune.py", *files, "--run_dir", run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "error").write_text(done.stderr if done.returncode else "", encoding="utf-8")
+        return observed(run_dir), (run_dir / "error").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory, tiny_export: Path) -> Desk:
+    return Desk(tmp_path_factory.mktemp("tasks"), tiny_export)
+
+
+@pytest.mark.parametrize("path", CHANGES)
+def test_another_value_of_a_task_s_setting_makes_another_run(path: str, desk: Desk) -> None:
+    change = CHANGES[path]
+    before, refused = desk.run(change.base)
+    assert not refused
+    after, refused = desk.run({**change.base, path: change.value, **change.also})
+    assert not refused
+    assert before != after
+
+
+def test_the_same_task_makes_the_same_run(desk: Desk) -> None:
+    assert desk.run({}) == desk.run({"name": "again"})
+
+
+def test_every_setting_of_a_task_is_changed_above_or_has_a_reason() -> None:
+    paths, changes = set(setting_paths(TaskConfig)), {path.replace(".0.", ".") for path in CHANGES}
+    assert changes <= paths
+    left = {path for path in paths - changes if not any(path.startswith(name) for name in REASONS)}
+    assert not left
