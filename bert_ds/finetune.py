@@ -92,17 +92,16 @@ def main() -> int:
     look = partial(preflight, run_dir, ranks, when=args.preflight)
     with joined_ranks(ranks, start_limit_s=args.start_limit, first=look):
         run_dirs = list(folders.values()) or [run_dir]
-        # A seed that is done is left as it is, whatever was changed in its export since.
-        done = on_main_rank(lambda: [str(f) for f in folders.values() if args.resume != "never" and is_done(f)])
-        refuse_foreign_folders([folder for folder in run_dirs if str(folder) not in done], export="hf")
+        refuse_foreign_folders(run_dirs, export="hf")
         refuse_foreign_folders([run_dir])
         start = open_task(task, ds, args=args, ranks=ranks, stop=stop, run_dirs=run_dirs)
         task = with_precision(task, start.decision.precision)
         if not folders:
             return finetune(task, run_dir, start=start)
         on_main_rank(lambda: open_run_folder(run_dir))
+        done = on_main_rank(lambda: [seed for seed, folder in folders.items() if is_done(folder)])
         for seed, folder in folders.items():
-            if str(folder) in done:
+            if args.resume != "never" and seed in done:
                 continue
             code = finetune(task.model_copy(update={"seed": seed}), folder, start=start)
             if code != EXIT_DONE:

@@ -153,7 +153,6 @@ def test_score_gives_the_figures_of_the_run_that_made_the_folder(finished: tuple
 def test_seeds_that_are_done_are_not_run_again(finished: tuple[Path, Path], tiny_export: Path) -> None:
     task, run_dir = finished
     before = (run_dir / "seed_1/metrics.jsonl").read_bytes(), (run_dir / "results.json").read_bytes()
-    (run_dir / "seed_1/hf/README.md").write_text("written by hand")
     again = finetune(task, tiny_export, run_dir, "--seeds", 1, 2, "--resume", "auto", "--trivial")
     assert again.returncode == 0, again.stderr
     assert ((run_dir / "seed_1/metrics.jsonl").read_bytes(), (run_dir / "results.json").read_bytes()) == before

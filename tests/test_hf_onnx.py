@@ -28,6 +28,9 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export(folder, write_tokenizer(tmp_path_factory.mktemp("tokenizer")), spread_state_dict())
     torch.manual_seed(0)
     transformers.BertForSequenceClassification.from_pretrained(folder, num_labels=3).save_pretrained(folder)
+    foreign = {"auto_map": {"AutoModel": "evil--x.Y"}, "_attn_implementation_internal": "evil/kernels"}
+    for name in ("config.json", "tokenizer_config.json"):
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **foreign}))
     script = Path(__file__).parents[1] / "bert_ds" / "export_hf.py"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(sys, "argv", [str(script), "--model", str(folder), "--onnx"])
@@ -59,6 +62,13 @@ def test_the_folder_says_what_was_measured_and_its_axes_have_names(classifier: P
     assert [(one.name, one.shape) for one in inputs] == [
         (name, ["batch", "sequence"]) for name in ("input_ids", "attention_mask", "token_type_ids")
     ]
+
+
+def test_no_key_of_a_foreign_folder_that_names_code_is_in_it(classifier: Path) -> None:
+    for name in ("config.json", "tokenizer_config.json"):
+        found = json.loads((classifier / "onnx" / name).read_text())
+        assert "evil" not in json.dumps(found)
+        assert set(found) >= ({"model_type"} if name == "config.json" else {"do_lower_case", "model_max_length"})
 
 
 def test_every_file_can_be_read_by_whom_the_umask_lets_read(classifier: Path) -> None:

@@ -25,6 +25,8 @@ _TOKENIZER_KEYS = (
     *("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"),
 )
 """What of tokenizer_config.json goes into an export; a key such as auto_map would make others run code."""
+_CODE_KEYS = ("auto_map", "custom_pipelines")
+"""What of a foreign config.json names code or files of a hub."""
 _WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -117,10 +119,19 @@ def write_hf_folder(
         copy_member(tokenizer / name, folder / name)
     # Without these two, transformers makes no [CLS] and [SEP], or lets 600 tokens run into an index error.
     facts = {"tokenizer_class": "BertTokenizer", "model_max_length": max_length or config["max_position_embeddings"]}
-    found = read_json(tokenizer / "tokenizer_config.json")
-    kept = {name: found[name] for name in _TOKENIZER_KEYS if name in found}
+    kept = harmless_tokenizer_facts(read_json(tokenizer / "tokenizer_config.json"))
     write_json(folder / "tokenizer_config.json", {**kept, **facts})
     (folder / "README.md").write_text(model_card, encoding="utf-8")
+
+
+def harmless_tokenizer_facts(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a tokenizer_config.json goes into an export: nothing by which others would run code."""
+    return {name: found[name] for name in _TOKENIZER_KEYS if name in found}
+
+
+def harmless_config(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json without the keys that name code: auto_map, custom_pipelines and all that begin with "_"."""
+    return {name: value for name, value in found.items() if name not in _CODE_KEYS and not name.startswith("_")}
 
 
 def pad_token_id(tokenizer: Path) -> int:

@@ -16,14 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from bert_ds.configuration.run_config import ConfigError
-from bert_ds.encoder.hf_folder import copy_member, load_hf_folder, read_json, write_json
+from bert_ds.encoder.hf_folder import (
+    copy_member,
+    harmless_config,
+    harmless_tokenizer_facts,
+    load_hf_folder,
+    read_json,
+    write_json,
+)
 from bert_ds.ranks import CheckpointError
 from bert_ds.replaced_folders import write_export_manifest
 
 MAX_RELATIVE_DIFFERENCE = 1e-4
 ONNX_FILE = "model.onnx"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "special_tokens_map.json")
 _ARCHITECTURES = (
     "BertModel",
     "BertForMaskedLM",
@@ -66,8 +73,12 @@ def write_onnx(folder: Path, output: Path) -> OnnxCheck:
     for name in _TOKENIZER_FILES:
         if (folder / name).exists():
             copy_member(folder / name, output / name)
+    if (folder / "tokenizer_config.json").exists():
+        found = read_json(folder / "tokenizer_config.json")
+        own = {name: found[name] for name in ("tokenizer_class", "model_max_length") if name in found}
+        write_json(output / "tokenizer_config.json", {**harmless_tokenizer_facts(found), **own})
     facts = {"file": ONNX_FILE, "max_difference": check.max_difference}
-    write_json(output / "config.json", {**read_json(folder / "config.json"), "onnx": facts})
+    write_json(output / "config.json", {**harmless_config(read_json(folder / "config.json")), "onnx": facts})
     write_export_manifest(output)
     return check
 
