@@ -75,7 +75,7 @@ def write_onnx(folder: Path, output: Path) -> OnnxCheck:
             copy_member(folder / name, output / name)
     if (folder / "tokenizer_config.json").exists():
         found = read_json(folder / "tokenizer_config.json")
-        own = {name: found[name] for name in ("tokenizer_class", "model_max_length") if name in found}
+        own = {name: found[name] for name in found if name in ("tokenizer_class", "model_max_length")}
         write_json(output / "tokenizer_config.json", {**harmless_tokenizer_facts(found), **own})
     facts = {"file": ONNX_FILE, "max_difference": check.max_difference}
     write_json(output / "config.json", {**harmless_config(read_json(folder / "config.json")), "onnx": facts})
