@@ -59,7 +59,14 @@ from bert_ds.training.param_groups import TensorFacts
 from bert_ds.training.preflight import preflight
 from bert_ds.training.process_group import device_name, joined_ranks
 from bert_ds.training.restart import StopRequest, follow_launcher, is_done, mark_done
-from bert_ds.training.run_folder import enter_run_folder, on_main_rank, prove_same_files, refuse_foreign_folders
+from bert_ds.training.run_folder import (
+    describe_run,
+    enter_run_folder,
+    on_main_rank,
+    prove_same_files,
+    refuse_foreign_folders,
+    write_tokenizer,
+)
 from bert_ds.training.throughput import Throughput
 from bert_ds.training.train_loop import Services, train
 from bert_ds.training.train_state import TrainPlan, TrainState
@@ -133,12 +140,11 @@ def finetune(task: TaskConfig, run_dir: Path, *, start: Start) -> int:
     plan = trained_task(task, start.pretrained.config, num_sequences=len(rows.train.features))
     plan = task_plan(plan, start.ds, ranks)
     ds_config = resolve_ds_config(plan, start.ds, ranks.world_size, run_dir=str(run_dir))
-    descriptions = {"task_config.json": dump_task(task), "ds_config.json": json.dumps(ds_config, indent=2) + "\n"}
-    enter_run_folder(run_dir, descriptions, resume=start.args.resume)
+    enter_run_folder(run_dir, described(task, ds_config), resume=start.args.resume)
     log = RunLog(run_dir, ranks, total_steps=plan.training.total_steps)
     start.decision.say(log.info)
     write_environment(run_dir, ranks, devices=[device_name()])
-    on_main_rank(lambda: start.tokenizer.save(run_dir / "tokenizer"))
+    on_main_rank(lambda: write_tokenizer(run_dir, start.tokenizer.save))
     state, best = run_training(plan, ds_config, run_dir, start=start, log=log)
     if state.step < plan.training.total_steps and not best.is_exhausted:
         return EXIT_RUN_AGAIN
@@ -147,6 +153,11 @@ def finetune(task: TaskConfig, run_dir: Path, *, start: Start) -> int:
     on_main_rank(lambda: mark_done(run_dir, {"step": state.step, "best_step": best.step}))
     log.close()
     return EXIT_DONE
+
+
+def described(task: TaskConfig, ds_config: dict[str, Any]) -> dict[str, str]:
+    """Return the files that describe a run: name to text."""
+    return {"task_config.json": dump_task(task), "ds_config.json": json.dumps(ds_config, indent=2) + "\n"}
 
 
 def run_training(
@@ -160,6 +171,8 @@ def run_training(
     state = None
     if start.args.resume != "never":
         state = resume(engine, run_dir, name=None, facts=facts, log=log)
+    if state is not None:
+        describe_run(run_dir, described(task, ds_config))
     state = state or TrainState()
     best = BestStep(engine, task, rows.validation, rows.labels, run_dir=run_dir, from_step=state.step)
     policy = CheckpointPolicy(

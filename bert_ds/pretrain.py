@@ -59,7 +59,7 @@ from bert_ds.training.process_group import device_name, joined_ranks
 from bert_ds.training.rank_times import RankTimes
 from bert_ds.training.replay import replay_step
 from bert_ds.training.restart import StopRequest, follow_launcher, mark_done
-from bert_ds.training.run_folder import enter_run_folder, on_main_rank, prove_same_files
+from bert_ds.training.run_folder import describe_run, enter_run_folder, on_main_rank, prove_same_files, write_tokenizer
 from bert_ds.training.throughput import Throughput, peak_flops
 from bert_ds.training.train_loop import Services, train
 from bert_ds.training.train_state import TrainPlan, TrainState
@@ -113,6 +113,8 @@ def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: Sto
     state = None
     if args.resume != "never":
         state = resume(engine, run_dir, name=None, facts=policy.facts, log=log)
+    if state is not None:
+        describe_run(run_dir, descriptions)
     state = state or TrainState()
     log.start(state.step, announce(plan, data, log=log))
 
@@ -154,7 +156,7 @@ def open_corpus(run: RunConfig, run_dir: Path, *, log: RunLog) -> PretrainingDat
         folders = CorpusFolders(Path(run.corpus.tokenizer), Path(run.corpus.sources[0].path))
         sources = [Source(Path(source.path), source.path, source.weight) for source in run.corpus.sources]
     prove_same_files([source.folder / MANIFEST for source in sources])
-    on_main_rank(lambda: load_tokenizer(folders.tokenizer).save(run_dir / "tokenizer"))
+    on_main_rank(lambda: write_tokenizer(run_dir, load_tokenizer(folders.tokenizer).save))
     settings = DataSettings(run.sequences, run.masking, run.seed, run.training.train_batch_size)
     return PretrainingData(sources, folders.tokenizer, settings=settings, cache_dir=run_dir / "examples")
 

@@ -126,9 +126,22 @@ def test_a_step_can_be_replayed_alone_and_shows_its_examples_and_gradients(works
     assert (len(part["example_ids"]), part["not_finite"], len(part["largest_gradients"])) == (8, [], 10)
     assert set(part["loss_shares"]) == {"mlm", "pair"}
     assert (finished_run / "metrics.jsonl").read_text() == before
-    too_early = run(*pretrain_command(workshop, finished_run, "--replay_step", 3))
+    described = {
+        path: path.read_bytes() for path in (finished_run / "run_config.json", finished_run / "ds_config.json")
+    }
+    assert json.loads(described[finished_run / "run_config.json"])["training"]["precision"] == "bf16"
+    too_early = run(*pretrain_command(workshop, finished_run, "--replay_step", 3, "--set", "optimizer.lr=1"))
     assert too_early.returncode == 4
     assert "holds no whole checkpoint from before step 3" in too_early.stderr
+    assert all(path.read_bytes() == text for path, text in described.items())
+
+
+def test_a_launch_that_does_not_fit_leaves_what_describes_the_run(workshop: Path, finished_run: Path) -> None:
+    names = ("run_config.json", "ds_config.json", "tokenizer/vocab.txt")
+    before = [(finished_run / name).read_bytes() for name in names]
+    refused = run(*pretrain_command(workshop, finished_run, "--resume", "auto", "--set", "training.precision=fp32"))
+    assert refused.returncode == 4 and "was saved with precision bfloat16" in refused.stderr
+    assert [(finished_run / name).read_bytes() for name in names] == before
 
 
 def test_the_launcher_trains_two_ranks_and_leaves_a_whole_run_folder(workshop: Path) -> None:
@@ -168,6 +181,8 @@ def test_a_run_of_two_ranks_continues_on_one_with_the_losses_it_would_have_had(w
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert (resized / "DONE").exists()
     assert "saved by 2 ranks, continuing on 1" in resumed.stdout
+    assert '"train_micro_batch_size_per_gpu": 4' in (together / "ds_config.json").read_text()
+    assert '"train_micro_batch_size_per_gpu": 8' in (resized / "ds_config.json").read_text()
     for (step, loss), (same_step, same_loss) in zip(losses(together), losses(resized), strict=True):
         assert step == same_step
         assert same_loss == pytest.approx(loss, rel=2e-5)

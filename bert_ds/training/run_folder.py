@@ -51,7 +51,9 @@ def on_main_rank(action: Callable[[], Value]) -> Value:
 
 
 def enter_run_folder(run_dir: Path, descriptions: Mapping[str, str], *, resume: Resume) -> None:
-    """Make the run folder and write what describes the run into it; a collective.
+    """Make the run folder and write what describes a new run into it; a collective.
+
+    Where there are checkpoints, what describes them stays until `describe_run`, when they are known to fit.
 
     Args:
         run_dir: the run folder.
@@ -65,6 +67,18 @@ def enter_run_folder(run_dir: Path, descriptions: Mapping[str, str], *, resume: 
     """
     on_main_rank(lambda: _enter(run_dir, descriptions, resume=resume))
     prove_same_files([run_dir / name for name in descriptions])
+
+
+def describe_run(run_dir: Path, descriptions: Mapping[str, str]) -> None:
+    """Write what describes a run that goes on from a checkpoint; a collective. ConfigError where that fails."""
+    on_main_rank(lambda: _describe(run_dir, descriptions))
+
+
+def write_tokenizer(run_dir: Path, save: Callable[[Path], None]) -> None:
+    """Save the tokenizer of a run with `save`, on one rank; what checkpoints were trained with stays as it is."""
+    folder = run_dir / "tokenizer"
+    if not (candidates(run_dir) and folder.is_dir()):
+        save(folder)
 
 
 def refuse_foreign_folders(run_dirs: Sequence[Path], *, export: str | None = None) -> None:
@@ -116,6 +130,11 @@ def _enter(run_dir: Path, descriptions: Mapping[str, str], *, resume: Resume) ->
         raise CheckpointError(f"--resume must: {run_dir} holds no checkpoint")
     if not found and is_done(run_dir):
         raise CheckpointError(f"{run_dir} is marked DONE but holds no checkpoint: choose another --run_dir")
+    if not found:
+        _describe(run_dir, descriptions)
+
+
+def _describe(run_dir: Path, descriptions: Mapping[str, str]) -> None:
     try:
         for name, content in descriptions.items():
             write_text(run_dir / name, content)
