@@ -48,7 +48,8 @@ from bert_ds.encoder.pretrained import Pretrained, check_tokenizer, load_pretrai
 from bert_ds.launch_checks import checked_task, finetune_arguments, task_folders
 from bert_ds.output_folders import open_run_folder
 from bert_ds.ranks import EXIT_DONE, EXIT_RUN_AGAIN, Ranks, read_ranks
-from bert_ds.reporting.run_log import RunLog, write_environment
+from bert_ds.reporting.environment import write_environment
+from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.checkpoints import resume
 from bert_ds.training.engine import make_engine
@@ -168,9 +169,7 @@ def run_training(
     engine = build_engine(plan, ds_config, start=start, log=log)
     settings = f"{task.seed} {task.training.train_batch_size} {start.tokenizer.fingerprint}"
     facts = {"data": features_fingerprint(rows.train.features, settings=settings)}
-    state = None
-    if start.args.resume != "never":
-        state = resume(engine, run_dir, name=None, facts=facts, log=log)
+    state = None if start.args.resume == "never" else resume(engine, run_dir, name=None, facts=facts, log=log)
     if state is not None:
         describe_run(run_dir, described(task, ds_config))
     state = state or TrainState()

@@ -41,7 +41,8 @@ from bert_ds.encoder.initial_weights import load_initial_weights
 from bert_ds.encoder.pretrained import check_tokenizer
 from bert_ds.launch_checks import checked_run, pretrain_arguments
 from bert_ds.ranks import EXIT_DONE, EXIT_RUN_AGAIN, CheckpointError, Ranks, read_ranks
-from bert_ds.reporting.run_log import RunLog, write_environment
+from bert_ds.reporting.environment import write_environment
+from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.checkpoint_folder import find_checkpoint
 from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.checkpoints import resume, roll_back
@@ -110,9 +111,7 @@ def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: Sto
         replay_step(engine, args.replay_step, batch=batch_at, seed=run.seed, facts=policy.facts, log=log)
         return EXIT_DONE
     saver = CheckpointSaver(engine, run_dir, policy=policy, log=log)
-    state = None
-    if args.resume != "never":
-        state = resume(engine, run_dir, name=None, facts=policy.facts, log=log)
+    state = None if args.resume == "never" else resume(engine, run_dir, name=None, facts=policy.facts, log=log)
     if state is not None:
         describe_run(run_dir, descriptions)
     state = state or TrainState()

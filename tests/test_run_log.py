@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from bert_ds.ranks import Ranks
-from bert_ds.reporting.run_log import RunLog, read_metrics, repair_metrics, step_line, write_environment, write_json
+from bert_ds.reporting.environment import write_environment
+from bert_ds.reporting.run_log import RunLog, read_metrics, repair_metrics, step_line, write_json
 
 MAIN = Ranks(0, 0, 2)
 

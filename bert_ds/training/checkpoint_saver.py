@@ -28,7 +28,8 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
 from bert_ds.ranks import CheckpointError
-from bert_ds.reporting.run_log import RunLog, library_versions
+from bert_ds.reporting.environment import library_versions
+from bert_ds.reporting.run_log import RunLog
 from bert_ds.training import checkpoint_folder
 from bert_ds.training.agreement import broadcast_json, gather_json, max_over_ranks
 from bert_ds.training.checkpoint_engine import VerifiedCheckpointEngine

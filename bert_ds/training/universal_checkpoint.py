@@ -24,7 +24,7 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
 from bert_ds.ranks import CheckpointError
-from bert_ds.reporting.run_log import library_versions
+from bert_ds.reporting.environment import library_versions
 from bert_ds.training.agreement import gather_json
 from bert_ds.training.checkpoint_engine import allowed_classes
 from bert_ds.training.checkpoint_folder import MANIFEST, TEMPORARY_PREFIX, file_sha256, parse_manifest, write_manifest
