@@ -270,3 +270,24 @@ def test_a_run_is_exported_with_its_onnx_file(
     assert (tmp_path / "hf" / "onnx" / "model.onnx").is_file()
     assert _run_verb(monkeypatch, "--model", str(tmp_path / "hf")) == 2
     assert "--model is a finished folder: wanted --onnx beside it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("factor", "is_refused"), [(1 + 3e-5, False), (1 + 3e-4, True)])
+def test_scores_may_differ_by_a_ten_thousandth_of_the_largest(
+    factor: float, is_refused: bool, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = transformers.BertForPreTraining.forward
+
+    def slightly_off(self: object, *args: object, **options: object) -> object:
+        found = compute(self, *args, **options)
+        found.prediction_logits = found.prediction_logits * factor
+        return found
+
+    state_dict = spread_state_dict(has_pair_head=True)
+    export(tmp_path, tokenizer, state_dict, "nsp")
+    monkeypatch.setattr(transformers.BertForPreTraining, "forward", slightly_off)
+    if not is_refused:
+        verify_export(tmp_path, CONFIG, state_dict=state_dict)
+        return
+    with pytest.raises(CheckpointError, match=r"wanted at most 0\.0001 of the largest score"):
+        verify_export(tmp_path, CONFIG, state_dict=state_dict)

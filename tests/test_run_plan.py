@@ -275,3 +275,24 @@ def test_the_plan_of_a_login_node_needs_no_torch(tmp_path: Path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(found.stdout.replace("'", '"')) == []
+
+
+def test_bytes_are_shown_in_thousands() -> None:
+    texts = [size_text(number) for number in (0, 999, 1000, 99_900, 1_500_000, 2 * 10**9, 3.2e12)]
+    assert texts == ["0 B", "999 B", "1.0 kB", "99.9 kB", "1.5 MB", "2.0 GB", "3.2 TB"]
+
+
+def test_the_table_of_a_run_worked_out_by_hand(tmp_path: Path) -> None:
+    recipe = changed(changed(RECIPE, "training.precision", "fp32"), "training.kernels", "triton")
+    plan = plan_of(tmp_path, recipe, {"train_micro_batch_size_per_gpu": 4}, world_size=2)
+    rows, number = dict(plan_table(plan)), plan.num_parameters
+    assert rows["global batch"] == "48 = 4 micro-batch x 6 accumulation x 2 ranks"
+    assert rows["examples"] == "4,800, at most 614,400 tokens"
+    assert rows["FLOPs of the run"] == f"at most {plan.flops_per_token(128) * 614_400:.3e}"
+    # 512 tokens; per layer 8 x 128 + 2 x 512 values of 4 bytes; logits of 15 % of the tokens.
+    layers, logits = 2 * 512 * (8 * 128 + 2 * 512) * 4, plan.memory().activations
+    assert 0 <= logits - layers <= 512 * 4096 * 4
+    assert plan.checkpoint_bytes == number * (4 + 8)
+    shown = rows["memory at stage 0"]
+    assert f"weights {size_text(4 * number)}, gradients {size_text(4 * number)}" in shown
+    assert f"optimizer {size_text(8 * number)}" in shown and shown.endswith("<- this run")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from downstream_cases import CONFIG, review_task, write_tiny_export
@@ -14,9 +15,10 @@ from tiny_training import ds_config
 from bert_ds.configuration.task_config import load_task, trained_task
 from bert_ds.corpus.wordpiece import load_tokenizer
 from bert_ds.downstream.best_step import Measured, best_of, extended, is_exhausted, read_history, write_history
+from bert_ds.downstream.features import Feature
 from bert_ds.downstream.kinds import KINDS
 from bert_ds.downstream.outcome import measure_side
-from bert_ds.downstream.task_batches import step_batches
+from bert_ds.downstream.task_batches import features_fingerprint, step_batches
 from bert_ds.downstream.task_engine import build_model, layer_lr_scale
 from bert_ds.downstream.task_rows import read_task
 from bert_ds.encoder.pretrained import check_tokenizer, load_pretrained
@@ -140,3 +142,17 @@ def test_two_tokenizers_of_one_size_are_not_mixed_up(tmp_path: Path) -> None:
     folder = write_tiny_export(tmp_path / "hf", fingerprint="one")
     with pytest.raises(DataError, match="with the tokenizer one, the folder holds two: two tokenizers are mixed up"):
         check_tokenizer(folder, vocab_size=CONFIG.vocab_size, fingerprint="two")
+
+
+def test_whatever_changes_the_batches_of_a_task_changes_its_fingerprint() -> None:
+    ids, types = np.array([1, 2, 3]), np.array([0, 0, 1])
+    feature = Feature(0, ids, types, {"label": np.array([1])})
+    others = [
+        feature._replace(input_ids=ids[::-1].copy()),
+        feature._replace(token_type_ids=types[::-1].copy()),
+        feature._replace(targets={"label": np.array([0])}),
+    ]
+    prints = [features_fingerprint([one], settings="1 8 a") for one in (feature, *others)]
+    prints += [features_fingerprint([feature], settings="2 8 a"), features_fingerprint([feature] * 2, settings="1 8 a")]
+    assert len(set(prints)) == 6
+    assert prints[0] == features_fingerprint([feature._replace(example=7)], settings="1 8 a")

@@ -164,3 +164,14 @@ def test_every_setting_of_a_task_is_changed_above_or_has_a_reason() -> None:
     assert changes <= paths
     left = {path for path in paths - changes if not any(path.startswith(name) for name in REASONS)}
     assert not left
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"training.train_batch_size": 4}, {"max_seq_length": 5}])
+def test_a_run_does_not_go_on_with_other_batches(change: dict[str, Any], desk: Desk) -> None:
+    path, whole = desk.folder / "other_batches.json", desk.folder / "whole"
+    files = ("--model", desk.model, "--deepspeed_config", ROOT / "ds_configs/zero0.json", "--run_dir", whole)
+    for changes, code in (({}, 0), (change, 4)):
+        path.write_text(json.dumps(changed(TASK, changes)), encoding="utf-8")
+        done = run_verb(ROOT / "bert_ds/finetune.py", "--task", path, *files, "--resume", "auto")
+        assert done.returncode == code, done.stderr
+    assert "was saved with data" in done.stderr
