@@ -9,11 +9,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from downstream_cases import review_rows, review_task, write_lines
 from forked_verbs import run_verb
+from safetensors.torch import load_file
 
 from bert_ds.output_folders import MARKER, open_run_folder
 from bert_ds.reporting.run_log import read_metrics
+from bert_ds.training.fp32_weights import load_fp32_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,6 +74,20 @@ def test_seeds_share_a_precision_that_is_decided_once(finished: tuple[Path, Path
     for seed in (1, 2):
         written = json.loads((finished[1] / f"seed_{seed}/task_config.json").read_text())
         assert written["training"]["precision"] == lines[0][1]
+
+
+def test_what_is_measured_and_exported_is_the_best_step_on_the_validation_rows_and_not_the_last(
+    finished: tuple[Path, Path],
+) -> None:
+    for folder in (finished[1] / "seed_1", finished[1] / "seed_2"):
+        measured = {row["step"]: row["value"] for row in json.loads((folder / "evaluations.json").read_text())}
+        best = min(step for step, value in measured.items() if value == max(measured.values()))
+        results = json.loads((folder / "results.json").read_text())
+        assert results["step"] == best < max(measured) == 72
+        assert results["validation"]["accuracy"] == measured[best]
+        saved = load_fp32_state_dict(folder / f"checkpoints/global_step{best}")["bert.embeddings.word_weight"]
+        exported = load_file(folder / "hf/model.safetensors")["bert.embeddings.word_embeddings.weight"]
+        assert torch.equal(exported, saved[: len(exported)])
 
 
 def test_predictions_are_in_glues_format_and_give_the_accuracy(finished: tuple[Path, Path]) -> None:

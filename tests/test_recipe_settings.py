@@ -78,6 +78,7 @@ def trust(kind: str) -> dict[str, Change]:
 
 
 LAMB = {"bias_correction": False, "grad_averaging": False, "adam_w_mode": False, "use_nvlamb": True}
+MUON = {"adamw_lr": 1e-3, "momentum": 0.5, "nesterov": False, "ns_coefficients": [2.0, -1.5, 0.5], "ns_steps": 2}
 PLAIN = {"sequences.sentence_pair": "none"}
 WORDS = {"masking.whole_word_mask": True}
 LISTED = {**WORDS, "masking.word_segmenter": "word_list", "masking.word_list": "words.txt"}
@@ -142,6 +143,8 @@ CHANGES = {
     **trust("lans"),
     **moments("stableadamw"),
     **moments("lion"),
+    **moments("muon"),
+    **{f"optimizer:muon.{name}": Change(value, form("muon")) for name, value in MUON.items()},
     "schedule.type": Change("constant"),
     "schedule.warmup_steps": Change(1),
     "schedule.warmup_fraction": Change(0.75, {"schedule": {"type": "linear", "warmup_fraction": 0.5}}),

@@ -49,7 +49,7 @@ REASONS = {
     "schedule.decay_fraction": "of a recipe's schedule: test_recipe_settings",
     **{
         f"optimizer:{kind}.": "of a recipe's optimizer: test_recipe_settings, and for foreign kernels what it says"
-        for kind in ("lamb", "lans", "stableadamw", "lion", "apex_fused_lamb")
+        for kind in ("lamb", "lans", "stableadamw", "lion", "muon", "apex_fused_lamb")
     },
     "optimizer:deepspeed_": "of a recipe's optimizer: see test_recipe_settings",
     "distillation.": "needs a fine-tuned teacher: test_taught_model",
@@ -104,6 +104,7 @@ CHANGES = {
     "data.validation.0.path": Change("other.tsv"),
     "data.validation_fraction": Change(0.5, HELD),
     "data.drop_overlap": Change(False, {"data.validation.0.path": "other.tsv"}),
+    "data.official": Change(["validation"], {"data.validation.0.path": "other.tsv"}),
     "data.fields": Change({"text": 0, "text_pair": 1, "label": 1}),
     "data.label_separator": Change("oo", {**HELD, "kind": "multi_label", "data.fields": {"text": 0, "labels": 1}}),
     "data.labels": Change(["good", "bad"]),
@@ -121,6 +122,9 @@ class Desk:
         rows = review_rows(30)
         write_lines(folder / "train.tsv", ["text\tlabel", *rows[:21:2], *rows[1:12:2]])
         write_lines(folder / "held.tsv", ["text\tlabel", *rows[22:]])
+        turned = {"good": "bad", "bad": "good"}
+        pairs = [row.split("\t") for row in rows[22:]]
+        write_lines(folder / "turned.tsv", ["text\tlabel", *(f"{row}\t{turned[label]}" for row, label in pairs)])
         write_lines(folder / "other.tsv", ["text\tlabel", *rows[3:17]])
         write_lines(folder / "either", ["text\tlabel,label", *(f"{row},{row[-3:]}" for row in rows[:12])])
         write_lines(folder / "lines.txt", [row.replace("\t", " ") for row in rows[:12]])
@@ -157,6 +161,16 @@ def test_another_value_of_a_task_s_setting_makes_another_run(path: str, desk: De
 
 def test_the_same_task_makes_the_same_run(desk: Desk) -> None:
     assert desk.run({}) == desk.run({"name": "again"})
+
+
+def test_the_best_step_is_chosen_on_the_validation_side(desk: Desk) -> None:
+    desk.run({"data.test": [{**FILE, "path": "turned.tsv"}], "data.drop_overlap": False})
+    (config,) = (path for path in desk.folder.glob("runs/*/task_config.json") if "turned" in path.read_text())
+    run_dir = config.parent
+    results = json.loads((run_dir / "results.json").read_text())
+    measured = [row["value"] for row in json.loads((run_dir / "evaluations.json").read_text())]
+    assert max(measured) == results["validation"]["accuracy"] == pytest.approx(1 - results["test"]["accuracy"])
+    assert results["validation"]["accuracy"] != results["test"]["accuracy"]
 
 
 def test_every_setting_of_a_task_is_changed_above_or_has_a_reason() -> None:
