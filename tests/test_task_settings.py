@@ -121,9 +121,9 @@ class Desk:
         self.folder, self.model = folder, model
         rows = review_rows(30)
         write_lines(folder / "train.tsv", ["text\tlabel", *rows[:21:2], *rows[1:12:2]])
-        write_lines(folder / "held.tsv", ["text\tlabel", *rows[22:]])
+        write_lines(folder / "held.tsv", ["text\tlabel", *rows[23:]])
         turned = {"good": "bad", "bad": "good"}
-        pairs = [row.split("\t") for row in rows[22:]]
+        pairs = [row.split("\t") for row in rows[23:]]
         write_lines(folder / "turned.tsv", ["text\tlabel", *(f"{row}\t{turned[label]}" for row, label in pairs)])
         write_lines(folder / "other.tsv", ["text\tlabel", *rows[3:17]])
         write_lines(folder / "either", ["text\tlabel,label", *(f"{row},{row[-3:]}" for row in rows[:12])])
