@@ -37,7 +37,7 @@ from bert_ds.configuration.config_section import (
 )
 from bert_ds.configuration.optimizer_config import AdamWConfig, OptimizerConfig, ScheduleConfig
 from bert_ds.configuration.run_config import CheckpointConfig, ModelConfig, TrainingConfig
-from bert_ds.configuration.task_data_config import DataFile, TaskDataConfig
+from bert_ds.configuration.task_data_config import TaskDataConfig, file_problems
 from bert_ds.configuration.task_kinds import ENTITY_METRICS, KIND_FACTS, WORD_METRICS, KindName
 from bert_ds.configuration.task_sections import (
     EmbeddingConfig,
@@ -220,7 +220,7 @@ def task_problems(task: TaskConfig) -> list[Problem]:
     if data.tag_scheme != "none" and "tags" not in facts.roles:
         problems.append(Problem("data.tag_scheme", f"a {task.kind} task has no tags"))
     problems += _section_problems(task)
-    return problems + _format_problems(task) + _file_problems(data)
+    return problems + _format_problems(task) + file_problems(data)
 
 
 def _format_problems(task: TaskConfig) -> list[Problem]:
@@ -256,26 +256,6 @@ def _section_problems(task: TaskConfig) -> list[Problem]:
         problems.append(Problem("prompt", "is missing, wanted template and label_words"))
     if not task.data.train and KIND_FACTS[task.kind].needs_train:
         problems.append(Problem("data.train", "is empty, wanted at least one file"))
-    return problems
-
-
-def _file_problems(data: TaskDataConfig) -> list[Problem]:
-    """Return settings of data files that belong to another format."""
-    owners = {
-        "has_header": ("tsv", "csv"),
-        "pattern": ("lines",),
-        "record": ("xml",),
-        "strips_last_character": ("conll",),
-    }
-    problems = []
-    for side in ("train", "validation", "test"):
-        for index, file in enumerate(getattr(data, side)):
-            for name, formats in owners.items():
-                if getattr(file, name) != DataFile.model_fields[name].default and file.format not in formats:
-                    text = f'is for {one_of(formats)}, the format is "{file.format}"'
-                    problems.append(Problem(f"data.{side}.{index}.{name}", text))
-            if file.format == "xml" and file.record is None:
-                problems.append(Problem(f"data.{side}.{index}.record", "is missing, wanted the element that is a row"))
     return problems
 
 

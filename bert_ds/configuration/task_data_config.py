@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from bert_ds.configuration.config_problems import Problem, one_of
 from bert_ds.configuration.config_section import PositiveInt, Section
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -68,3 +69,23 @@ class TaskDataConfig(Section):
     """Train on this many rows, chosen by a hash of their text; null trains on all."""
     max_validation_rows: PositiveInt | None = None
     """Evaluate on this many rows, chosen like the training rows."""
+
+
+def file_problems(data: TaskDataConfig) -> list[Problem]:
+    """Return settings of data files that belong to another format."""
+    owners = {
+        "has_header": ("tsv", "csv"),
+        "pattern": ("lines",),
+        "record": ("xml",),
+        "strips_last_character": ("conll",),
+    }
+    problems = []
+    for side in ("train", "validation", "test"):
+        for index, file in enumerate(getattr(data, side)):
+            for name, formats in owners.items():
+                if getattr(file, name) != DataFile.model_fields[name].default and file.format not in formats:
+                    text = f'is for {one_of(formats)}, the format is "{file.format}"'
+                    problems.append(Problem(f"data.{side}.{index}.{name}", text))
+            if file.format == "xml" and file.record is None:
+                problems.append(Problem(f"data.{side}.{index}.record", "is missing, wanted the element that is a row"))
+    return problems

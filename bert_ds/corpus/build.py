@@ -6,23 +6,26 @@ often the build was killed and started again. Memory use depends on none of them
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from bert_ds.configuration.run_config import ConfigError
+from bert_ds.corpus.build_folder import (
+    claim_build_folder,
+    enter,
+    nothing_left_of_nothing,
+    only_builder,
+    refuse_other_plan,
+)
 from bert_ds.corpus.encode_documents import Batch, Encoder, encode_in_order
 from bert_ds.corpus.segments import (
     EncodedBatch,
     SegmentRecord,
     SegmentWriter,
     finished_segments,
-    has_finished_segments,
     remove_our_files,
     sync_folder,
     write_durably,
@@ -39,8 +42,6 @@ from bert_ds.corpus.shards import (
 )
 from bert_ds.corpus.text_input import Position, TextInput
 from bert_ds.corpus.wordpiece import WordPieceTokenizer, load_tokenizer
-from bert_ds.input_gate import read_bytes
-from bert_ds.output_folders import claim, first_entry
 from bert_ds.ranks import DataError
 
 BUILD_RULES = 1
@@ -52,8 +53,6 @@ MIN_DOCUMENTS = 2
 MIN_TRAIN_TOKENS = 128
 MAX_UNKNOWN_FRACTION = 0.5
 
-_BUILDING = "building.json"
-_PLAN_BEGINS = b'{\n "format": 1,\n "dtype": "uint'
 _BATCH_CHARACTERS = 1 << 19
 _BATCH_DOCUMENTS = 1 << 12
 
@@ -96,16 +95,16 @@ def build_shards(
     _check_settings(settings, workers)
     folder = Path(output)
     if not (folder / MANIFEST).is_file():  # a finished build may lie where nobody can write any more
-        claim(folder, _foreign_entry, wanted="wanted a new or an empty folder, or that of an earlier shard build")
+        claim_build_folder(folder)
     tokenizer = load_tokenizer(tokenizer_folder)
     plan = _empty_manifest(text_input, tokenizer, settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _only_builder(folder):
+        with only_builder(folder):
             if (folder / MANIFEST).is_file():
                 return _reuse(folder, plan)
-            _enter(folder, plan)
-            with _nothing_left_of_nothing(folder):
+            enter(folder, plan)
+            with nothing_left_of_nothing(folder):
                 records = finished_segments(folder, plan)
                 batches = _batches(text_input, records[-1].position if records else Position(0, 0))
                 results = encode_in_order(batches, Encoder(tokenizer, settings.validation_fraction), workers=workers)
@@ -137,88 +136,12 @@ def _empty_manifest(text_input: TextInput, tokenizer: WordPieceTokenizer, settin
     )
 
 
-@contextmanager
-def _only_builder(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"another process is building {folder}") from None
-        except OSError as error:
-            # Some cluster file systems have no locks; the lock only guards against starting a build twice.
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _reuse(folder: Path, plan: Manifest) -> Manifest:
-    _refuse_other_plan(folder, plan, read_manifest(folder).model_dump())
+    refuse_other_plan(folder, plan, read_manifest(folder).model_dump())
     manifest = verify_shards(folder, "sizes")
     kept = {f"{shard.name}.{kind}" for s in manifest.splits.values() for shard in s.shards for kind in shard.files}
     remove_our_files(folder, except_for=kept | {MANIFEST})
     return manifest
-
-
-def _foreign_entry(folder: Path) -> str | None:
-    """Return the first name in a folder that no build has entered, None where one has."""
-    if _unfinished_plan(folder) is not None:
-        return None
-    if os.path.lexists(folder / _BUILDING):
-        return _BUILDING
-    name = first_entry(folder)
-    return None if name == f"{_BUILDING}.partial" and _is_cut_plan(folder / name) else name
-
-
-def _is_cut_plan(path: Path) -> bool:
-    """Whether a file is the beginning of what `write_durably` writes of a plan."""
-    found = read_bytes(path) if path.is_file() and not path.is_symlink() else None
-    return found is not None and found[: len(_PLAN_BEGINS)] == _PLAN_BEGINS[: len(found)]
-
-
-def _unfinished_plan(folder: Path) -> dict[str, Any] | None:
-    """Return what building.json says is built in a folder, None where it is not of a build."""
-    try:
-        return Manifest.model_validate_json(read_bytes(folder / _BUILDING)).model_dump()
-    except ValueError:
-        return None
-
-
-def _enter(folder: Path, plan: Manifest) -> None:
-    """Say what is built here; a build of something else that has finished nothing yet is forgotten."""
-    found = _unfinished_plan(folder)
-    if found is not None and has_finished_segments(folder):
-        _refuse_other_plan(folder, plan, found)
-    elif found != plan.model_dump():
-        remove_our_files(folder, except_for={_BUILDING})
-        write_durably(folder / _BUILDING, plan.model_dump())
-
-
-@contextmanager
-def _nothing_left_of_nothing(folder: Path) -> Iterator[None]:
-    """Empty the folder when the block fails before a segment is finished: another try may have other settings."""
-    try:
-        yield
-    except Exception:
-        if not has_finished_segments(folder):
-            remove_our_files(folder, except_for=set())
-        raise
-
-
-def _refuse_other_plan(folder: Path, plan: Manifest, found: dict[str, Any]) -> None:
-    for name, wanted in plan.model_dump().items():
-        if name != "splits" and found.get(name) != wanted:
-            raise ConfigError(
-                f"output {folder} was built with other settings: {name} is {_short(found.get(name))} there and "
-                f"{_short(wanted)} here; choose another folder or delete that one"
-            )
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _batches(text_input: TextInput, start: Position) -> Iterator[Batch]:

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
+from bert_ds.downstream.metrics import class_figures
+
 Reading = Literal["BIO", "BIOES", "conlleval"]
 """By the strict rules of a scheme, or by conlleval's."""
 _PREFIXES: dict[Reading, str] = {"BIO": "BI", "BIOES": "BIES", "conlleval": "BIES"}
@@ -105,6 +107,25 @@ def entity_scores(
         "f1": _f1(num_right, num_predicted.total(), num_gold.total()),
     } | {
         f"f1_{kind}": _f1(right[kind], num_predicted[kind], num_gold[kind]) for kind in sorted(num_gold | num_predicted)
+    }
+
+
+def tag_figures(
+    gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]], labels: Sequence[str]
+) -> dict[str, float]:
+    """Return entity scores, strict and as conlleval counts, where tags mark entities, else those of classes of words.
+
+    "f1", as task files have it, is "strict_f1". Types of entities are scored strictly alone.
+    """
+    flat = class_figures([tag for tags in gold for tag in tags], [tag for tags in found for tag in tags], labels)
+    if not all(label == "O" or label[:2] in ("B-", "I-") for label in labels):
+        return {name: value for name, value in flat.items() if name != "matthews"}
+    strict, conlleval = (entity_scores(gold, found, reading=reading) for reading in ("BIO", "conlleval"))
+    return {
+        "f1": strict["f1"],
+        **{f"strict_{name}": value for name, value in strict.items()},
+        **{f"conlleval_{name}": conlleval[name] for name in ("precision", "recall", "f1")},
+        "accuracy": flat["accuracy"],
     }
 
 

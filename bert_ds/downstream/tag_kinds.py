@@ -16,7 +16,7 @@ from torch import nn
 from bert_ds.configuration.run_config import IGNORE_INDEX
 from bert_ds.configuration.task_config import TaskConfig
 from bert_ds.corpus.wordpiece import WordPieceTokenizer
-from bert_ds.downstream.entity_scores import entity_scores
+from bert_ds.downstream.entity_scores import tag_figures
 from bert_ds.downstream.examples import (
     Example,
     Labels,
@@ -30,7 +30,6 @@ from bert_ds.downstream.examples import (
 from bert_ds.downstream.features import Feature, FeatureContext, encode_text, wrap
 from bert_ds.downstream.heads import IntentSlotHead, TokenHead
 from bert_ds.downstream.kind import HeadContext, HfForm, Kind, Prediction, Say, count_labelled
-from bert_ds.downstream.metrics import class_figures
 from bert_ds.downstream.records import Record
 from bert_ds.downstream.tables import cell, predictions_text, table_text
 from bert_ds.downstream.tag_schemes import to_bio
@@ -194,31 +193,12 @@ def _slot_predict(
 
 def _measure(examples: Sequence[Example], predictions: Sequence[Prediction], labels: Labels) -> dict[str, float]:
     gold, found = [example.target for example in examples], [prediction.value for prediction in predictions]
-    return _tag_figures(gold, found, labels["tag"])
-
-
-def _tag_figures(
-    gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]], labels: Sequence[str]
-) -> dict[str, float]:
-    """Return entity scores, strict and as conlleval counts, where tags mark entities, else those of classes of words.
-
-    "f1", as task files have it, is "strict_f1". Types of entities are scored strictly alone.
-    """
-    flat = class_figures([tag for tags in gold for tag in tags], [tag for tags in found for tag in tags], labels)
-    if not all(label == "O" or label[:2] in ("B-", "I-") for label in labels):
-        return {name: value for name, value in flat.items() if name != "matthews"}
-    strict, conlleval = (entity_scores(gold, found, reading=reading) for reading in ("BIO", "conlleval"))
-    return {
-        "f1": strict["f1"],
-        **{f"strict_{name}": value for name, value in strict.items()},
-        **{f"conlleval_{name}": conlleval[name] for name in ("precision", "recall", "f1")},
-        "accuracy": flat["accuracy"],
-    }
+    return tag_figures(gold, found, labels["tag"])
 
 
 def _slot_measure(examples: Sequence[Example], predictions: Sequence[Prediction], labels: Labels) -> dict[str, float]:
     gold, found = [example.target for example in examples], [prediction.value for prediction in predictions]
-    tags = _tag_figures([tags for _, tags in gold], [tags for _, tags in found], labels["tag"])
+    tags = tag_figures([tags for _, tags in gold], [tags for _, tags in found], labels["tag"])
     pairs = list(zip(gold, found, strict=True))
     return {
         "exact": sum(wanted == given for wanted, given in pairs) / len(pairs),
