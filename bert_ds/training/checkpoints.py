@@ -120,7 +120,9 @@ def load_checkpoint(
         if not resized:
             engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} does not fit this model or optimizer: {error}") from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
+        raise CheckpointError(f"{path} does not fit this model or optimizer: {' '.join(lines[:2])}{more}") from error
     for group, setting in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(setting)
     state.attempt += 1
