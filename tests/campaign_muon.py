@@ -88,6 +88,7 @@ def deepspeed_muon(w: Tensor, g: Tensor, state: State, s: Settings) -> Tensor:
 
 def run_deepspeed_muon(rank: int, world_size: int) -> dict[int, dict[str, Any]]:
     """Worker: train with `optimizer.type` Muon in the DeepSpeed file; stage -> weights as numpy."""
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # the same products, without minutes of compiling
     import deepspeed
 
     quiet_deepspeed()
