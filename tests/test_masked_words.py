@@ -36,6 +36,7 @@ from bert_ds.ranks import CheckpointError, DataError
 from bert_ds.training.engine import make_engine
 from bert_ds.training.evaluation import evaluate
 from bert_ds.training.optimizers import make_optimizer
+from bert_ds.training.param_groups import TensorFacts
 
 ROOT = Path(__file__).resolve().parents[1]
 HELD_OUT_SHARE = 0.4
@@ -83,8 +84,8 @@ def test_pre_training_and_score_agree_on_the_same_text(workshop: Workshop) -> No
     )
     join_alone()
     model = load_masked_lm(workshop.model, kernels="torch")
-    patterns = model.no_decay_patterns
-    optimizer = make_optimizer(AdamWConfig(lr=1e-3), model.named_parameters(), no_decay_patterns=patterns)
+    facts = TensorFacts(model.no_decay_patterns)
+    optimizer = make_optimizer(AdamWConfig(lr=1e-3), model.named_parameters(), facts=facts)
     engine = make_engine(model, optimizer, ds_config(2))
     wanted = evaluate(engine, data.evaluation_batches(10**6, batch_size=16, rank=0, world_size=1))
     wanted["unigram_cross_entropy"] = data.unigram_cross_entropy(10**6, batch_size=16, world_size=1)

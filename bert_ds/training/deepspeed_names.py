@@ -49,7 +49,7 @@ ZERO3 = ("fp16_groups", "fp32_partitioned_groups_flat", "swap_optimizer")
 PARAMETER_FLAT = ("_dp_group", "_hp_mapping")
 """Of every trainable parameter at stages 1 and 2."""
 
-PARAMETER_ZERO3 = ("ds_id", "ds_numel", "ds_tensor", "ds_process_group", "_z3_optimizer")
+PARAMETER_ZERO3 = ("ds_id", "ds_numel", "ds_shape", "ds_tensor", "ds_process_group", "_z3_optimizer")
 """Of every trainable parameter at stage 3."""
 
 PART_ZERO3 = ("ds_numel",)
