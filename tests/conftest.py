@@ -17,9 +17,17 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-SLOW = ("test_kernel", "test_benchmarks", "test_bad_steps", "test_checkpoint", "test_build", "test_wheel", "test_lamb")
+SLOW = (
+    "test_kernel",
+    "test_benchmarks",
+    "test_bad_steps",
+    "test_checkpoint",
+    "test_build",
+    "test_lamb",
+    "test_hf_onnx",
+)
 """Beginnings of files that interpret kernels or train for long in this process."""
-STARTERS = ("run_verb", "run_ranks", "subprocess", "make_workshop")
+STARTERS = ("run_verb", "run_ranks", "subprocess", "make_workshop", "must")
 """Names by which a test module starts processes."""
 
 
