@@ -124,8 +124,9 @@ def summary(facts: Sequence[NodeFacts]) -> str:
     flops, clocks = [one.gemm_flops for one in facts], [one.clock_s for one in facts]
     slowest_link = min((link for one in facts for link in one.links), default=None)
     link = "" if slowest_link is None else f", links from {slowest_link / 1e6:,.0f} MB/s"
+    num_nodes = len({one.node for one in facts})
     return (
-        f"{len({one.node for one in facts})} nodes fit: GEMM {_flops(min(flops))} to {_flops(max(flops))}, "
+        f"{num_nodes} node{'s fit' if num_nodes > 1 else ' fits'}: GEMM {_flops(min(flops))} to {_flops(max(flops))}, "
         f"all-reduce {min(one.all_reduce_bytes_per_s for one in facts) / 1e6:,.0f} MB/s{link}, clocks within "
         f"{max(clocks) - min(clocks):.1f} s, from {size_text(min(one.memory for one in facts))} of memory and "
         f"{size_text(min(one.disk for one in facts))} of disk free"
