@@ -19,7 +19,7 @@ from bert_ds.training.lamb_layout import LayoutError
 
 NAMES = [
     (1, "parameter", "_dp_group"),
-    *((3, "parameter", name) for name in PARAMETER_ZERO3 if name != "ds_id"),
+    *((3, "parameter", name) for name in PARAMETER_ZERO3 if name not in ("ds_id", "ds_shape")),
     *((3, "part", name) for name in PART_ZERO3),
     *((3, "optimizer", name) for name in ZERO3 if name != "swap_optimizer"),
 ]

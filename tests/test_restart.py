@@ -107,7 +107,7 @@ def test_a_signal_asks_for_a_stop_and_is_named(number: signal.Signals) -> None:
 def test_no_later_signal_interrupts_the_save_and_a_second_ctrl_c_says_how_to_end_without(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    stop = StopRequest()
+    stop, before = StopRequest(), signal.getsignal(signal.SIGQUIT)
     stop.install()
     for number in (*STOP_SIGNALS, *STOP_SIGNALS):
         os.kill(os.getpid(), number)
@@ -118,7 +118,7 @@ def test_no_later_signal_interrupts_the_save_and_a_second_ctrl_c_says_how_to_end
         f"SIGINT again: the save is under way; {how}",
         f"SIGINT again: the save is under way; {how}",
     ]
-    assert signal.getsignal(signal.SIGQUIT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGQUIT) == before
 
 
 def test_only_one_rank_speaks(capfd: pytest.CaptureFixture[str]) -> None:
