@@ -1,6 +1,6 @@
 # make pretrain   build .venv, pre-train the embedded default under DeepSpeed ZeRO-2, export it, fill some masks
 # make test       everything that needs no GPU
-# make test-fast  the part of it that starts no process and takes under two minutes: for every edit
+# make test-fast  the part of it that starts no process: for every edit
 # make check      ruff, format, mypy, import-linter, pip-audit
 # make test-slurm a real Slurm of two nodes on this machine, through the faults a job meets; names the missing packages
 # make bench-gpu  the kernel benchmarks and the whole training step, 9 minutes on one NVIDIA GPU; rows into

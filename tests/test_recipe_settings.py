@@ -50,7 +50,7 @@ REASONS = {
     "training.num_workers": "the same batches by other processes: test_loader",
     "checkpoints.asynchronous": "the same checkpoints, written later: test_checkpoint_saver",
     **{
-        f"optimizer:{kind}.": "a kernel that is compiled or wants a GPU: test_foreign_optimizers"
+        f"optimizer:{kind}.": "a kernel that is compiled or wants a GPU; no test follows its settings"
         for kind in ("deepspeed_fused_adam", "deepspeed_cpu_adam", "deepspeed_fused_lamb", "apex_fused_lamb")
     },
 }
