@@ -143,7 +143,6 @@ end_steps() {
     scancel --signal=KILL "$step" || true
   done
 }
-
 nodes_answer() {
   [[ $stop != USR1 ]] || { echo yes; return; } # it is queued again anyway, and slurmctld may be down
   timeout 60 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --overlap \
