@@ -37,7 +37,7 @@ setup(
     package_dir={"bert_kernels": "kernels/bert_kernels", **data_packages},
     package_data={
         **{name: ["*.json", "*.sh", "*.example", "*.md"] for name in data_packages},
-        "bert_ds.configuration": ["*.json"],
+        "bert_ds.configuration.deepspeed_file": ["*.json"],
     },
     # The tested ranges; constraints-cpu.txt and constraints-cuda.txt pin one tested set.
     install_requires=[

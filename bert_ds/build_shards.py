@@ -10,10 +10,10 @@ import os
 import sys
 import time
 
-from bert_ds.command_line import make_parser, run_main, show_progress
-from bert_ds.corpus.build import DEFAULT_SETTINGS, BuildSettings, build_shards
-from bert_ds.corpus.input_files import KNOWN_NAMES, find_input_files
-from bert_ds.corpus.text_input import FileInput
+from bert_ds.corpus.shards.build import DEFAULT_SETTINGS, BuildSettings, build_shards
+from bert_ds.corpus.text.input_files import KNOWN_NAMES, find_input_files
+from bert_ds.corpus.text.text_input import FileInput
+from bert_ds.launch.command_line import make_parser, run_main, show_progress
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -13,10 +13,10 @@ from pathlib import Path
 if __name__ == "__main__":  # a script run by path finds its package beside itself
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bert_ds.command_line import make_parser, run_main
-from bert_ds.configuration.ds_config import load_pair
-from bert_ds.configuration.run_config import ConfigError
+from bert_ds.configuration.deepspeed_file.ds_config import load_pair
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.run_plan import make_plan, plan_table
+from bert_ds.launch.command_line import make_parser, run_main
 
 
 def main() -> int:

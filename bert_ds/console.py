@@ -10,9 +10,9 @@ import os
 import sys
 from pathlib import Path
 
-from bert_ds.command_line import USER_ERRORS, report_error
-from bert_ds.launch_checks import CHECKS
-from bert_ds.launcher import run_launcher
+from bert_ds.launch.command_line import USER_ERRORS, report_error
+from bert_ds.launch.launch_checks import CHECKS
+from bert_ds.launch.launcher import run_launcher
 
 TRAINING_VERBS = ("pretrain", "finetune", "score")
 """Verbs that run on every rank, through the DeepSpeed launcher."""

@@ -15,18 +15,18 @@ from pathlib import Path
 # Nothing here may reach for the network; transformers reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from bert_ds.command_line import make_parser, run_main
-from bert_ds.configuration.run_config import ConfigError, RunConfig, load_run_config
-from bert_ds.corpus.wordpiece import load_tokenizer
+from bert_ds.basics.ranks import CheckpointError
+from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig, load_run_config
+from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, share_unseen_segments, to_hf
 from bert_ds.encoder.hf_onnx import ONNX_FILE, write_onnx
 from bert_ds.encoder.hf_verify import verify_export
-from bert_ds.ranks import CheckpointError
-from bert_ds.replaced_folders import ONNX_FOLDER, replaced_export
+from bert_ds.folders.replaced_folders import ONNX_FOLDER, replaced_export
+from bert_ds.launch.command_line import make_parser, run_main
 from bert_ds.reporting.run_log import AT_MASK, read_metrics
-from bert_ds.training.checkpoint_folder import find_checkpoint, read_manifest
-from bert_ds.training.fp32_weights import load_fp32_state_dict
+from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint, read_manifest
+from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 
 
 def main() -> None:

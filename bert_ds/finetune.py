@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 # First of all: a rank may end in the imports below, and the others would wait for it.
-from bert_ds.start_watch import watch_start
+from bert_ds.launch.start_watch import watch_start
 
 if __name__ == "__main__":
     watch_start()
@@ -30,47 +30,47 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from deepspeed import DeepSpeedEngine
 
-from bert_ds.command_line import run_main
-from bert_ds.configuration.ds_config import DsConfig, resolve_ds_config
-from bert_ds.configuration.precision import with_precision
-from bert_ds.configuration.task_config import TaskConfig, TrainedTask, dump_task, trained_task
-from bert_ds.corpus.wordpiece import WordPieceTokenizer, load_tokenizer
-from bert_ds.downstream.kinds import KINDS
-from bert_ds.downstream.metrics import require_metrics
-from bert_ds.downstream.outcome import Outcome, conclude, write_summary
-from bert_ds.downstream.task_batch import TaskBatch
-from bert_ds.downstream.task_batches import features_fingerprint, step_batches
-from bert_ds.downstream.task_engine import BestStep, build_model, task_plan
-from bert_ds.downstream.task_rows import TaskRows, read_task
-from bert_ds.downstream.taught_model import load_teacher
-from bert_ds.downstream.trivial import trivial_figures
+from bert_ds.basics.ranks import EXIT_DONE, EXIT_RUN_AGAIN, Ranks, read_ranks
+from bert_ds.configuration.deepspeed_file.ds_config import DsConfig, resolve_ds_config
+from bert_ds.configuration.recipe.precision import with_precision
+from bert_ds.configuration.task.task_config import TaskConfig, TrainedTask, dump_task, trained_task
+from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer, load_tokenizer
+from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.rows.task_batch import TaskBatch
+from bert_ds.downstream.rows.task_batches import features_fingerprint, step_batches
+from bert_ds.downstream.scores.metrics import require_metrics
+from bert_ds.downstream.tuning.outcome import Outcome, conclude, write_summary
+from bert_ds.downstream.tuning.task_engine import BestStep, build_model, task_plan
+from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
+from bert_ds.downstream.tuning.taught_model import load_teacher
+from bert_ds.downstream.untrained.untrained.trivial import trivial_figures
 from bert_ds.encoder.pretrained import Pretrained, check_tokenizer, load_pretrained
-from bert_ds.launch_checks import checked_task, finetune_arguments, task_folders
-from bert_ds.output_folders import open_run_folder
-from bert_ds.ranks import EXIT_DONE, EXIT_RUN_AGAIN, Ranks, read_ranks
+from bert_ds.folders.output_folders import open_run_folder
+from bert_ds.launch.command_line import run_main
+from bert_ds.launch.launch_checks import checked_task, finetune_arguments, task_folders
 from bert_ds.reporting.environment import write_environment
 from bert_ds.reporting.run_log import RunLog
-from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
-from bert_ds.training.checkpoints import resume
+from bert_ds.training.agreement import on_main_rank
+from bert_ds.training.checkpoints.checkpoint_loader import resume
+from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
+from bert_ds.training.checkpoints.train_state import TrainPlan, TrainState
 from bert_ds.training.engine import make_engine
-from bert_ds.training.hang_watchdog import Heartbeat, watched_for_hangs
-from bert_ds.training.launch_precision import Decision, decide_precision
-from bert_ds.training.optimizers import make_optimizer
-from bert_ds.training.param_groups import TensorFacts
-from bert_ds.training.preflight import preflight
-from bert_ds.training.process_group import device_name, joined_ranks
-from bert_ds.training.restart import StopRequest, follow_launcher, is_done, mark_done
-from bert_ds.training.run_folder import (
+from bert_ds.training.launch.hang_watchdog import Heartbeat, watched_for_hangs
+from bert_ds.training.launch.launch_precision import Decision, decide_precision
+from bert_ds.training.launch.preflight import preflight
+from bert_ds.training.launch.process_group import device_name, joined_ranks
+from bert_ds.training.launch.restart import StopRequest, follow_launcher, is_done, mark_done
+from bert_ds.training.launch.run_folder import (
     describe_run,
     enter_run_folder,
-    on_main_rank,
     prove_same_files,
     refuse_foreign_folders,
     write_tokenizer,
 )
-from bert_ds.training.throughput import Throughput
-from bert_ds.training.train_loop import Services, train
-from bert_ds.training.train_state import TrainPlan, TrainState
+from bert_ds.training.loop.throughput import Throughput
+from bert_ds.training.loop.train_loop import Services, train
+from bert_ds.training.optimizers.factory import make_optimizer
+from bert_ds.training.optimizers.param_groups import TensorFacts
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 # First of all: a rank may end in the imports below, and the others would wait for it.
-from bert_ds.start_watch import watch_start
+from bert_ds.launch.start_watch import watch_start
 
 if __name__ == "__main__":
     watch_start()
@@ -25,45 +25,51 @@ if __name__ == "__main__":
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from bert_ds.command_line import run_main
-from bert_ds.configuration.ds_config import resolve_ds_config
-from bert_ds.configuration.precision import decided, with_precision
-from bert_ds.configuration.run_config import RunConfig, dump_run_config
+from bert_ds.basics.ranks import EXIT_DONE, EXIT_RUN_AGAIN, CheckpointError, Ranks, read_ranks
+from bert_ds.configuration.deepspeed_file.ds_config import resolve_ds_config
+from bert_ds.configuration.recipe.precision import decided, with_precision
+from bert_ds.configuration.recipe.run_config import RunConfig, dump_run_config
 from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table
-from bert_ds.corpus.collate import PackedBatch, with_teacher_counts
-from bert_ds.corpus.embedded import CorpusFolders, build_embedded, embedded_folders
-from bert_ds.corpus.loader import DataSettings, PretrainingData, Source
-from bert_ds.corpus.shards import MANIFEST
-from bert_ds.corpus.wordpiece import load_tokenizer
+from bert_ds.corpus.batches.collate import PackedBatch, with_teacher_counts
+from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
+from bert_ds.corpus.shards.embedded import CorpusFolders, build_embedded, embedded_folders
+from bert_ds.corpus.shards.shard_folder import MANIFEST
+from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.encoder.distillation import make_student
-from bert_ds.encoder.heads import BertForPreTraining
 from bert_ds.encoder.initial_weights import load_initial_weights
 from bert_ds.encoder.pretrained import check_tokenizer
-from bert_ds.launch_checks import checked_run, pretrain_arguments
-from bert_ds.ranks import EXIT_DONE, EXIT_RUN_AGAIN, CheckpointError, Ranks, read_ranks
+from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.launch.command_line import run_main
+from bert_ds.launch.launch_checks import checked_run, pretrain_arguments
 from bert_ds.reporting.environment import write_environment
 from bert_ds.reporting.run_log import RunLog
-from bert_ds.training.checkpoint_folder import find_checkpoint
-from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
-from bert_ds.training.checkpoints import resume, roll_back
+from bert_ds.training.agreement import on_main_rank
+from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint
+from bert_ds.training.checkpoints.checkpoint_loader import resume, roll_back
+from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
+from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
+from bert_ds.training.checkpoints.train_state import TrainPlan, TrainState
 from bert_ds.training.engine import make_engine
-from bert_ds.training.evaluation import Evaluation, evaluate
-from bert_ds.training.fp32_weights import load_fp32_state_dict
-from bert_ds.training.hang_watchdog import Heartbeat, watched_for_hangs
-from bert_ds.training.launch_precision import decide_precision
-from bert_ds.training.node_facts import needs_of
-from bert_ds.training.optimizers import make_optimizer
-from bert_ds.training.param_groups import TensorFacts
-from bert_ds.training.preflight import preflight
-from bert_ds.training.probe import fits_in_memory, largest_that_fits, probe_longest
-from bert_ds.training.process_group import device_name, joined_ranks
-from bert_ds.training.rank_times import RankTimes
-from bert_ds.training.replay import replay_step
-from bert_ds.training.restart import StopRequest, follow_launcher, mark_done
-from bert_ds.training.run_folder import describe_run, enter_run_folder, on_main_rank, prove_same_files, write_tokenizer
-from bert_ds.training.throughput import Throughput, peak_flops
-from bert_ds.training.train_loop import Services, train
-from bert_ds.training.train_state import TrainPlan, TrainState
+from bert_ds.training.launch.hang_watchdog import Heartbeat, watched_for_hangs
+from bert_ds.training.launch.launch_precision import decide_precision
+from bert_ds.training.launch.node_facts import needs_of
+from bert_ds.training.launch.preflight import preflight
+from bert_ds.training.launch.process_group import device_name, joined_ranks
+from bert_ds.training.launch.restart import StopRequest, follow_launcher, mark_done
+from bert_ds.training.launch.run_folder import (
+    describe_run,
+    enter_run_folder,
+    prove_same_files,
+    write_tokenizer,
+)
+from bert_ds.training.loop.evaluation import Evaluation, evaluate
+from bert_ds.training.loop.rank_times import RankTimes
+from bert_ds.training.loop.replay import replay_step
+from bert_ds.training.loop.throughput import Throughput, peak_flops
+from bert_ds.training.loop.train_loop import Services, train
+from bert_ds.training.loop.trial_step import fits_in_memory, largest_that_fits, probe_longest
+from bert_ds.training.optimizers.factory import make_optimizer
+from bert_ds.training.optimizers.param_groups import TensorFacts
 
 
 def main() -> int:

@@ -13,16 +13,22 @@ from pathlib import Path
 
 import torch
 
-from bert_ds.command_line import make_parser, run_main
-from bert_ds.configuration.task_config import ConfigError, TaskConfig, load_task
-from bert_ds.corpus.wordpiece import load_tokenizer
-from bert_ds.downstream.figures import draw_probes
-from bert_ds.downstream.metrics import require_metrics
-from bert_ds.downstream.probing import PROBED_KINDS, Probe, layer_vectors, majority_accuracy, probe_layers
-from bert_ds.downstream.task_rows import TaskRows, read_task
+from bert_ds.configuration.task.task_config import ConfigError, TaskConfig, load_task
+from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.downstream.scores.figures import draw_probes
+from bert_ds.downstream.scores.metrics import require_metrics
+from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
+from bert_ds.downstream.untrained.untrained.probing import (
+    PROBED_KINDS,
+    Probe,
+    layer_vectors,
+    majority_accuracy,
+    probe_layers,
+)
 from bert_ds.encoder.modeling_bert import BertEncoder
 from bert_ds.encoder.pretrained import check_tokenizer, load_pretrained, make_encoder
-from bert_ds.output_folders import open_results_folder
+from bert_ds.folders.output_folders import open_results_folder
+from bert_ds.launch.command_line import make_parser, run_main
 from bert_ds.reporting.run_log import write_json
 
 MODELS = ("this model", "random weights")

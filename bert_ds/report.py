@@ -15,10 +15,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from bert_ds.command_line import make_parser, run_main
-from bert_ds.configuration.config_files import ConfigError
-from bert_ds.output_folders import claim_run_folder
-from bert_ds.ranks import DivergedError
+from bert_ds.basics.ranks import DivergedError
+from bert_ds.configuration.reading.config_files import ConfigError
+from bert_ds.folders.output_folders import claim_run_folder
+from bert_ds.launch.command_line import make_parser, run_main
 from bert_ds.reporting.run_figures import draw_figures
 from bert_ds.reporting.run_history import RunHistory, below_unigram, read_history, summary_lines
 from bert_ds.reporting.run_log import write_text

@@ -23,11 +23,11 @@ from typing import Any, Literal
 if __name__ == "__main__":  # a script run by path finds its package beside itself
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bert_ds.command_line import make_parser, run_main
-from bert_ds.configuration.config_problems import printable
-from bert_ds.configuration.run_config import ConfigError
+from bert_ds.basics.slurm_queue import read_queue
+from bert_ds.configuration.reading.config_problems import printable
+from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.launch.command_line import make_parser, run_main
 from bert_ds.reporting.run_overview import STATES, RunOverview, find_runs, read_overview
-from bert_ds.slurm_queue import read_queue
 
 COLUMNS = ("run", "state", "step", "loss", "masked", "tokens/s", "ETA", "starts", "job", "updated", "note")
 RIGHT = ("step", "loss", "masked", "tokens/s", "ETA", "starts", "job", "updated")

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # First of all: a rank may end in the imports below, and the others would wait for it.
-from bert_ds.start_watch import watch_start
+from bert_ds.launch.start_watch import watch_start
 
 if __name__ == "__main__":
     watch_start()
@@ -29,24 +29,24 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
-from bert_ds.command_line import run_main
-from bert_ds.configuration.task_config import ConfigError, TaskConfig
-from bert_ds.configuration.task_kinds import KIND_FACTS
-from bert_ds.corpus.wordpiece import load_tokenizer
-from bert_ds.downstream.kinds import KINDS
-from bert_ds.downstream.masked_words import score_masked_words
-from bert_ds.downstream.metrics import require_metrics
-from bert_ds.downstream.outcome import measure_side, part_figures, row_counts, write_side
-from bert_ds.downstream.task_folder import read_task_folder, tokenizer_folder
-from bert_ds.downstream.task_rows import read_task
-from bert_ds.downstream.untrained import UNTRAINED
+from bert_ds.basics.ranks import DataError, Ranks, read_ranks
+from bert_ds.configuration.task.task_config import ConfigError, TaskConfig
+from bert_ds.configuration.task.task_kinds import KIND_FACTS
+from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.scores.metrics import require_metrics
+from bert_ds.downstream.tuning.outcome import measure_side, part_figures, row_counts, write_side
+from bert_ds.downstream.tuning.task_folder import read_task_folder, tokenizer_folder
+from bert_ds.downstream.tuning.task_rows import read_task
+from bert_ds.downstream.untrained.untrained.masked_words import score_masked_words
+from bert_ds.downstream.untrained.untrained.untrained import UNTRAINED
 from bert_ds.encoder.pretrained import check_tokenizer, load_masked_lm
-from bert_ds.launch_checks import checked_scoring, score_arguments
-from bert_ds.output_folders import open_results_folder
-from bert_ds.ranks import DataError, Ranks, read_ranks
+from bert_ds.folders.output_folders import open_results_folder
+from bert_ds.launch.command_line import run_main
+from bert_ds.launch.launch_checks import checked_scoring, score_arguments
 from bert_ds.reporting.run_log import write_json
-from bert_ds.training.process_group import joined_ranks
-from bert_ds.training.run_folder import on_main_rank
+from bert_ds.training.agreement import on_main_rank
+from bert_ds.training.launch.process_group import joined_ranks
 
 
 def main() -> None:

@@ -12,10 +12,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from transformers import pipeline
 from transformers.utils import logging
 
-from bert_ds.command_line import make_parser, run_main
-from bert_ds.configuration.run_config import ConfigError
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.encoder.hf_folder import read_json
 from bert_ds.encoder.hf_mapping import model_config_from_hf
+from bert_ds.launch.command_line import make_parser, run_main
 
 TEXTS = (
     "Return a new [MASK] with the same elements.",

@@ -22,15 +22,14 @@ from typing import Any
 if __name__ == "__main__":  # a script run by path finds its package beside itself
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bert_ds.command_line import make_parser, run_main
-from bert_ds.configuration.ds_config import load_pair
+from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.job_config import JobConfig, parse_job_config
-from bert_ds.configuration.precision import planned
-from bert_ds.configuration.run_config import ConfigError
+from bert_ds.configuration.recipe.precision import planned
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table
-from bert_ds.output_folders import claim_run_folder, open_run_folder
-from bert_ds.reporting.run_log import write_json
-from bert_ds.slurm_job import (
+from bert_ds.folders.output_folders import claim_run_folder, open_run_folder
+from bert_ds.launch.command_line import make_parser, run_main
+from bert_ds.launch.slurm_job import (
     Speed,
     gpu_memory_bytes,
     job_problems,
@@ -41,8 +40,9 @@ from bert_ds.slurm_job import (
     speed_at_mfu,
     speed_of_run,
 )
-from bert_ds.training.checkpoint_folder import candidates, step_of
-from bert_ds.training.throughput import peak_flops
+from bert_ds.reporting.run_log import write_json
+from bert_ds.training.checkpoints.checkpoint_folder import candidates, step_of
+from bert_ds.training.loop.throughput import peak_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB_OPTIONS = (

@@ -9,10 +9,10 @@ import argparse
 import sys
 import time
 
-from bert_ds.command_line import make_parser, run_main, show_progress
-from bert_ds.corpus.documents import DocumentTexts
-from bert_ds.corpus.input_files import KNOWN_NAMES, find_input_files
-from bert_ds.corpus.wordpiece_training import train_wordpiece
+from bert_ds.corpus.text.documents import DocumentTexts
+from bert_ds.corpus.text.input_files import KNOWN_NAMES, find_input_files
+from bert_ds.corpus.tokenizer.wordpiece_training import train_wordpiece
+from bert_ds.launch.command_line import make_parser, run_main, show_progress
 
 
 def parse_arguments() -> argparse.Namespace:

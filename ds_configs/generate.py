@@ -2,10 +2,10 @@
 
     python ds_configs/generate.py
 
-`bert_ds/configuration/ds_keys.json` comes from the installed DeepSpeed. Blocks that are pydantic models are read from
-their fields. For the others DeepSpeed's own parser is run on a dictionary that records what is looked up and with
-which default, so a setting that a new release reads appears by itself; one without a default needs a line in KINDS
-below, and its absence is an error here. `ds_configs/schema.json` comes from the models of the recipe,
+`bert_ds/configuration/deepspeed_file/ds_keys.json` comes from the installed DeepSpeed. Blocks that are pydantic models
+are read from their fields. For the others DeepSpeed's own parser is run on a dictionary that records what is looked up
+and with which default, so a setting that a new release reads appears by itself; one without a default needs a line in
+KINDS below, and its absence is an error here. `ds_configs/schema.json` comes from the models of the recipe,
 `task_schema.json` from those of a task.
 """
 
@@ -32,8 +32,8 @@ from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from bert_ds.configuration.run_config import RunConfig
-from bert_ds.configuration.task_config import TaskConfig
+from bert_ds.configuration.recipe.run_config import RunConfig
+from bert_ds.configuration.task.task_config import TaskConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -131,7 +131,7 @@ BOUNDS: dict[str, dict[str, float]] = {
 
 def main() -> None:
     """Write all files."""
-    (ROOT / "bert_ds/configuration/ds_keys.json").write_text(ds_keys_text(), encoding="utf-8")
+    (ROOT / "bert_ds/configuration/deepspeed_file/ds_keys.json").write_text(ds_keys_text(), encoding="utf-8")
     (ROOT / "ds_configs/schema.json").write_text(schema_text(RunConfig), encoding="utf-8")
     (ROOT / "ds_configs/task_schema.json").write_text(schema_text(TaskConfig), encoding="utf-8")
 

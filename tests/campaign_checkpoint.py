@@ -25,17 +25,17 @@ import torch
 from campaign_rows import add_row
 from tiny_training import ds_config, join_alone
 
-from bert_ds.configuration.optimizer_config import AdamWConfig
-from bert_ds.configuration.run_config import ModelConfig
-from bert_ds.encoder.heads import BertForPreTraining
-from bert_ds.ranks import Ranks
+from bert_ds.basics.ranks import Ranks
+from bert_ds.configuration.recipe.optimizer_config import AdamWConfig
+from bert_ds.configuration.recipe.run_config import ModelConfig
+from bert_ds.encoder.pretraining_model import BertForPreTraining
 from bert_ds.reporting.run_log import RunLog
-from bert_ds.training.checkpoint_folder import find_checkpoint
-from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
+from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint
+from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
+from bert_ds.training.checkpoints.train_state import TrainState
 from bert_ds.training.engine import make_engine
-from bert_ds.training.optimizers import make_optimizer
-from bert_ds.training.param_groups import TensorFacts
-from bert_ds.training.train_state import TrainState
+from bert_ds.training.optimizers.factory import make_optimizer
+from bert_ds.training.optimizers.param_groups import TensorFacts
 
 RESULTS = Path(__file__).parent / "results/checkpoint.jsonl"
 

@@ -20,8 +20,8 @@ from campaign_kills import RESULTS, Case, finish
 from campaign_rows import add_row
 from killed_saves import kill_at_operation
 
-from bert_ds.training.checkpoint_folder import file_sha256, verify_checkpoint
-from bert_ds.training.universal_checkpoint import convert
+from bert_ds.training.checkpoints.checkpoint_folder import file_sha256, verify_checkpoint
+from bert_ds.training.checkpoints.universal_checkpoint import convert
 
 
 def in_child(path: Path, *, kill_at: int | None = None) -> int:

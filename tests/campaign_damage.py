@@ -20,8 +20,8 @@ from campaign_rows import add_row, read_rows
 from ranks_harness import run_ranks
 from tiny_training import ds_config, run_tiny
 
-from bert_ds.ranks import CheckpointError, Ranks
-from bert_ds.training.checkpoint_folder import MANIFEST, find_checkpoint
+from bert_ds.basics.ranks import CheckpointError, Ranks
+from bert_ds.training.checkpoints.checkpoint_folder import MANIFEST, find_checkpoint
 
 RESULTS = Path(__file__).parent / "results/damage.jsonl"
 MODEL = "mp_rank_00_model_states.pt"

@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests/results/deepspeed.jsonl"
 TESTS = (
-    *("test_lamb_zero.py", "test_lamb_layout.py", "test_deepspeed_names.py", "test_zero_limits.py"),
+    *("test_lamb_zero.py", "test_parameter_layout.py", "test_deepspeed_names.py", "test_zero_limits.py"),
     *("test_train_loop.py", "test_checkpoints.py", "test_elastic.py", "test_ds_keys.py"),
 )
 

@@ -30,9 +30,9 @@ from typing import Any
 from campaign_rows import add_row, read_rows
 from tiny_training import FACTS, ds_config, join_alone, tiny_engine, tiny_services
 
-from bert_ds.training.checkpoint_folder import find_checkpoint
-from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
-from bert_ds.training.train_state import TrainState
+from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint
+from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
+from bert_ds.training.checkpoints.train_state import TrainState
 
 RESULTS = Path(__file__).parent / "results/disk.jsonl"
 

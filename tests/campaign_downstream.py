@@ -5,7 +5,8 @@
 FOLDER of data holds wikipedia_en, wikipedia_zh and the folders that the shipped tasks name. First a small BERT per
 language is pre-trained on its Wikipedia by `campaign_downstream_en.json` and `..._zh.json`, and exported. Then every
 task is fine-tuned from it and from the same network with random weights: same rows, epochs, learning rate and seeds,
-at most 10,000 training rows. The trivial methods (`bert_ds/downstream/trivial.py`) see the same rows on the same split.
+at most 10,000 training rows. The trivial methods (`downstream/untrained/trivial.py`) see the same rows on the same
+split.
 
 With --longer the English model is trained on by `campaign_downstream_en_longer.json`, with wikipedia_en_more beside its
 first text, and the English tasks are fine-tuned from that too.
@@ -32,11 +33,11 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from bert_ds.downstream.untrained.untrained.trivial import trivial_figures
 
-from bert_ds.configuration.task_config import load_task
-from bert_ds.corpus.wordpiece import load_tokenizer
-from bert_ds.downstream.task_rows import read_task
-from bert_ds.downstream.trivial import trivial_figures
+from bert_ds.configuration.task.task_config import load_task
+from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.downstream.tuning.task_rows import read_task
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests/results/downstream.jsonl"

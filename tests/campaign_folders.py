@@ -52,7 +52,7 @@ class Workshop:
     def __init__(self, folder: Path, *, trained: bool = True) -> None:
         from downstream_cases import review_task, write_tiny_export
 
-        from bert_ds.corpus.wordpiece_training import train_wordpiece
+        from bert_ds.corpus.tokenizer.wordpiece_training import train_wordpiece
 
         self.folder = folder
         (folder / "sbatch").write_text("#!/bin/sh\necho 17\n", encoding="utf-8")

@@ -29,25 +29,25 @@ from typing import Any, NamedTuple
 from campaign_rows import add_row, read_rows
 from downstream_cases import review_task, write_tiny_export
 
-from bert_ds.configuration.config_files import shipped_file
-from bert_ds.configuration.ds_config import load_ds_config
-from bert_ds.configuration.run_config import ConfigError, load_run_config
-from bert_ds.configuration.task_config import load_task
-from bert_ds.configuration.task_data_config import DataFile
-from bert_ds.corpus.documents import read_documents
-from bert_ds.corpus.sentences import split_sentences
-from bert_ds.corpus.shards import read_manifest
-from bert_ds.corpus.wordpiece import load_tokenizer
-from bert_ds.downstream.best_step import read_history as read_evaluations
-from bert_ds.downstream.records import read_records
+from bert_ds.basics.exit_record import read_exits
+from bert_ds.basics.input_gate import time_limit
+from bert_ds.basics.ranks import CheckpointError, DataError
+from bert_ds.configuration.deepspeed_file.ds_config import load_ds_config
+from bert_ds.configuration.reading.config_files import shipped_file
+from bert_ds.configuration.recipe.run_config import ConfigError, load_run_config
+from bert_ds.configuration.task.task_config import load_task
+from bert_ds.configuration.task.task_data_config import DataFile
+from bert_ds.corpus.shards.shard_folder import read_manifest
+from bert_ds.corpus.text.documents import read_documents
+from bert_ds.corpus.text.sentences import split_sentences
+from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.downstream.rows.records import read_records
+from bert_ds.downstream.tuning.best_step import read_history as read_evaluations
 from bert_ds.encoder.hf_folder import load_hf_folder
-from bert_ds.exit_record import read_exits
-from bert_ds.input_gate import time_limit
-from bert_ds.ranks import CheckpointError, DataError
 from bert_ds.reporting.run_history import read_history, summary_lines
 from bert_ds.reporting.run_overview import read_overview
 from bert_ds.reporting.run_page import render_page
-from bert_ds.training.checkpoint_folder import parse_manifest
+from bert_ds.training.checkpoints.checkpoint_folder import parse_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests/results/fuzz.jsonl"

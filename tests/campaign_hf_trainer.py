@@ -103,11 +103,11 @@ def train_with_trainer(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     import transformers
 
-    from bert_ds.configuration.run_config import ModelConfig
-    from bert_ds.configuration.task_config import load_task, trained_task
-    from bert_ds.corpus.wordpiece import load_tokenizer
-    from bert_ds.downstream.metrics import class_figures
-    from bert_ds.downstream.task_rows import read_task
+    from bert_ds.configuration.recipe.run_config import ModelConfig
+    from bert_ds.configuration.task.task_config import load_task, trained_task
+    from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+    from bert_ds.downstream.scores.metrics import class_figures
+    from bert_ds.downstream.tuning.task_rows import read_task
 
     (name,), (seed,) = args.tasks, args.seeds
     task = load_task(name, args.set, data=args.data)

@@ -51,17 +51,17 @@ from tiny_training import (
     tiny_services,
 )
 
-from bert_ds.configuration.optimizer_config import AdamWConfig, LambConfig
+from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, LambConfig
 from bert_ds.reporting.run_log import read_metrics
-from bert_ds.training.checkpoint_folder import find_checkpoint, step_of
-from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
-from bert_ds.training.checkpoints import resume
+from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint, step_of
+from bert_ds.training.checkpoints.checkpoint_loader import resume
+from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
+from bert_ds.training.checkpoints.train_state import TrainState
 from bert_ds.training.engine import make_engine
-from bert_ds.training.evaluation import Evaluation, evaluate
-from bert_ds.training.optimizers import make_optimizer
-from bert_ds.training.process_group import leave_out_shared_memory_operator
-from bert_ds.training.train_loop import train
-from bert_ds.training.train_state import TrainState
+from bert_ds.training.launch.process_group import leave_out_shared_memory_operator
+from bert_ds.training.loop.evaluation import Evaluation, evaluate
+from bert_ds.training.loop.train_loop import train
+from bert_ds.training.optimizers.factory import make_optimizer
 
 RESULTS = Path(__file__).parent / "results/kills.jsonl"
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT)

@@ -37,7 +37,7 @@ from lamb_reference import PlainLamb, paper, worst_error  # noqa: E402
 from lamb_runs import Case, quiet_deepspeed, run_cases  # noqa: E402
 from ranks_harness import run_ranks  # noqa: E402
 
-from bert_ds.training.lamb import Lamb  # noqa: E402
+from bert_ds.training.optimizers.lamb import Lamb  # noqa: E402
 from bert_kernels.flat_shard import Segment, SegmentTable  # noqa: E402
 
 RESULTS = ROOT / "tests/results/lamb.jsonl"

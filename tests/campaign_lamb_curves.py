@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bert_ds.configuration.run_config import load_run_config
+from bert_ds.configuration.recipe.run_config import load_run_config
 from bert_ds.reporting.run_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]

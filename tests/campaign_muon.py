@@ -38,10 +38,10 @@ from muon_optimizers import MOMENTUM, MUON_SETTINGS, muon, muon_formula_of, newt
 from ranks_harness import run_ranks  # noqa: E402
 
 from bert_ds.configuration.run_size import orthogonalising_flops  # noqa: E402
-from bert_ds.training.elementwise_optimizers import AdamW  # noqa: E402
-from bert_ds.training.lamb import Lamb  # noqa: E402
-from bert_ds.training.muon import Muon  # noqa: E402
-from bert_ds.training.muon_exchange import deal  # noqa: E402
+from bert_ds.training.optimizers.elementwise_optimizers import AdamW  # noqa: E402
+from bert_ds.training.optimizers.lamb import Lamb  # noqa: E402
+from bert_ds.training.optimizers.muon import Muon  # noqa: E402
+from bert_ds.training.optimizers.muon_exchange import deal  # noqa: E402
 
 RESULTS = ROOT / "tests/results/muon.jsonl"
 STAGES, WORLD_SIZES = (0, 1, 2, 3), (1, 2, 3, 4)

@@ -29,8 +29,8 @@ MILLION = 1_000_000
 TIMEOUT_S = 3_600
 
 RECORDS = """
-from bert_ds.configuration.task_data_config import DataFile
-from bert_ds.downstream.records import read_records
+from bert_ds.configuration.task.task_data_config import DataFile
+from bert_ds.downstream.rows.records import read_records
 print(len(read_records(DataFile(path=sys.argv[1], {}))), "rows")
 """
 MODEL = """
@@ -38,11 +38,11 @@ from bert_ds.encoder.hf_folder import load_hf_folder
 print(len(load_hf_folder(Path(sys.argv[1])).tensors), "tensors")
 """
 TOKENIZER = """
-from bert_ds.corpus.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 print(load_tokenizer(sys.argv[1]).vocab_size, "pieces")
 """
 CONFIG = """
-from bert_ds.configuration.run_config import load_run_config
+from bert_ds.configuration.recipe.run_config import load_run_config
 load_run_config(sys.argv[1])
 """
 

@@ -29,11 +29,11 @@ import numpy as np
 import torch
 import transformers
 
-from bert_ds.configuration.run_config import IGNORE_INDEX, RunConfig, load_run_config
-from bert_ds.corpus.collate import PackedBatch
-from bert_ds.corpus.loader import DataSettings, PretrainingData, Source
-from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, RunConfig, load_run_config
+from bert_ds.corpus.batches.collate import PackedBatch
+from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
 from bert_ds.encoder.hf_mapping import from_hf, hf_config
+from bert_ds.encoder.pretraining_model import BertForPreTraining
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests/results/peer.jsonl"

@@ -25,10 +25,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bert_ds.configuration.run_config import MaskingConfig, SequenceConfig
-from bert_ds.corpus.documents import read_documents
-from bert_ds.corpus.loader import DataSettings, PretrainingData, Source
-from bert_ds.corpus.wordpiece import load_tokenizer
+from bert_ds.configuration.recipe.run_config import MaskingConfig, SequenceConfig
+from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
+from bert_ds.corpus.text.documents import read_documents
+from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests/results/shards.json"

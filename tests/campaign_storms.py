@@ -40,10 +40,10 @@ from stormed_launch import Blow, Launch, arguments, marked, steps_taken
 from test_pretrain import make_workshop
 
 from bert_ds import pretrain
-from bert_ds.processes import STOP_SIGNALS
+from bert_ds.basics.processes import STOP_SIGNALS
 from bert_ds.reporting.run_log import read_metrics
-from bert_ds.training.checkpoint_engine import load_safely
-from bert_ds.training.checkpoint_folder import find_checkpoint, step_of
+from bert_ds.training.checkpoints.checkpoint_engine import load_safely
+from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint, step_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results/storms.jsonl"

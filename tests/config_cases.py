@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bert_ds.configuration.precision import Trained, planned, with_precision
+from bert_ds.configuration.recipe.precision import Trained, planned, with_precision
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from config_damage import Damage
 
-from bert_ds.configuration.config_problems import printable
-from bert_ds.configuration.run_config import ConfigError
+from bert_ds.configuration.reading.config_problems import printable
+from bert_ds.configuration.recipe.run_config import ConfigError
 
 
 class Answer(NamedTuple):

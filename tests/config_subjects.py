@@ -13,15 +13,15 @@ from unittest.mock import patch
 from config_oracle import Subject
 
 from bert_ds import check_run
-from bert_ds.configuration.config_files import raise_problems, read_config_file, shipped_file
-from bert_ds.configuration.ds_agreement import OPTIMIZER_TYPES
-from bert_ds.configuration.ds_config import load_pair, resolve_ds_config
-from bert_ds.configuration.ds_keys import AUTO, default_of, known_settings, leaves
-from bert_ds.configuration.ds_support import SWITCHED_OFF
+from bert_ds.configuration.deepspeed_file.ds_agreement import OPTIMIZER_TYPES
+from bert_ds.configuration.deepspeed_file.ds_config import load_pair, resolve_ds_config
+from bert_ds.configuration.deepspeed_file.ds_keys import AUTO, default_of, known_settings, leaves
+from bert_ds.configuration.deepspeed_file.ds_support import SWITCHED_OFF
 from bert_ds.configuration.job_config import parse_job_config
-from bert_ds.configuration.run_config import ConfigError, dump_run_config, load_run_config
-from bert_ds.configuration.task_config import dump_task, load_task
-from bert_ds.slurm_job import sbatch_command
+from bert_ds.configuration.reading.config_files import raise_problems, read_config_file, shipped_file
+from bert_ds.configuration.recipe.run_config import ConfigError, dump_run_config, load_run_config
+from bert_ds.configuration.task.task_config import dump_task, load_task
+from bert_ds.launch.slurm_job import sbatch_command
 
 WORLD_SIZE = 2
 RECIPE = shipped_file("recipes/bert_base_phase1.json")

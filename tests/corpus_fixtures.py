@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bert_ds.corpus.shards import COUNT_DTYPE, MANIFEST, ShardSplit, file_sha256, open_shards
-from bert_ds.corpus.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
+from bert_ds.corpus.shards.shard_folder import COUNT_DTYPE, MANIFEST, ShardSplit, file_sha256, open_shards
+from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
 
 Documents = list[list[list[int]]]
 """Documents of sentences of token ids."""

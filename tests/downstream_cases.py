@@ -9,11 +9,11 @@ from typing import Any
 
 from encoder_cases import small_config, spread_weights
 
-from bert_ds.configuration.task_config import TaskConfig, load_task
-from bert_ds.corpus.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
-from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.configuration.task.task_config import TaskConfig, load_task
+from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
 from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
+from bert_ds.encoder.pretraining_model import BertForPreTraining
 
 GOOD = ("lovely", "great", "charming", "superb", "moving")
 BAD = ("dull", "awful", "tedious", "clumsy", "boring")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bert_ds.configuration.run_config import IGNORE_INDEX, ModelConfig
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, ModelConfig
 
 
 def small_config(**changes: Any) -> ModelConfig:

@@ -7,10 +7,10 @@ from pathlib import Path
 from encoder_cases import small_config, spread_weights
 from torch import Tensor
 
-from bert_ds.corpus.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
-from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
 from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
+from bert_ds.encoder.pretraining_model import BertForPreTraining
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PIECES = [*SPECIAL_PIECES, *LETTERS, *(f"##{letter}" for letter in LETTERS), ".", ",", "中", "文", "the", "##ing"]

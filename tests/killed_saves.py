@@ -21,9 +21,9 @@ import torch
 from deepspeed.ops.op_builder import ShareMemCommBuilder
 from tiny_training import ds_config, join_alone, run_tiny
 
-from bert_ds.ranks import Ranks
+from bert_ds.basics.ranks import Ranks
 from bert_ds.reporting.run_log import read_metrics
-from bert_ds.training.checkpoint_folder import find_checkpoint, step_of
+from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint, step_of
 
 TOTAL_STEPS = 100_000
 

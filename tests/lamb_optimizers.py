@@ -30,9 +30,9 @@ from lamb_reference import (
 )
 from torch import Tensor, nn
 
-from bert_ds.training.elementwise_optimizers import AdamW, Lion, StableAdamW
-from bert_ds.training.lamb import Lamb, LambFlags, Lans, lamb_preset
-from bert_ds.training.sharded_optimizer import GroupStep, ShardedOptimizer
+from bert_ds.training.optimizers.elementwise_optimizers import AdamW, Lion, StableAdamW
+from bert_ds.training.optimizers.lamb import Lamb, LambFlags, Lans, lamb_preset
+from bert_ds.training.optimizers.sharded_optimizer import GroupStep, ShardedOptimizer
 from bert_kernels.flat_shard import Segment, SegmentTable
 
 SETTINGS = Settings(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-6)

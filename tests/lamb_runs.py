@@ -23,8 +23,8 @@ from lamb_reference import (
 from muon_optimizers import make_any_optimizer
 from torch import Tensor, nn
 
-from bert_ds.training.lamb import Lamb
-from bert_ds.training.optimizers import share_replicated_work
+from bert_ds.training.optimizers.factory import share_replicated_work
+from bert_ds.training.optimizers.lamb import Lamb
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

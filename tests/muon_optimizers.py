@@ -14,8 +14,8 @@ from lamb_optimizers import PARTS, Shadowed, make_optimizer, rate_of, whole_mode
 from lamb_reference import Formula, Settings, State, adamw, norm
 from torch import Tensor, nn
 
-from bert_ds.training.muon import JORDAN, Muon
-from bert_ds.training.sharded_optimizer import GroupStep
+from bert_ds.training.optimizers.muon import JORDAN, Muon
+from bert_ds.training.optimizers.sharded_optimizer import GroupStep
 
 MUON_SETTINGS = Settings(lr=2e-3, beta1=0.9, beta2=0.99, eps=1e-6)
 MOMENTUM = 0.95

@@ -22,8 +22,8 @@ def enter(rank: int, world_size: int, module: str, worker: str, args: tuple) -> 
     """Be a rank: join the others and call the worker."""
     import torch
 
-    from bert_ds.ranks import Ranks
-    from bert_ds.training.process_group import joined_ranks
+    from bert_ds.basics.ranks import Ranks
+    from bert_ds.training.launch.process_group import joined_ranks
 
     torch.set_num_threads(1)
     with joined_ranks(Ranks(rank, rank, world_size)):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from fork_server import free_port
 
-from bert_ds.processes import STOP_SIGNALS, command_of, is_rank, parent_of, process_identity
+from bert_ds.basics.processes import STOP_SIGNALS, command_of, is_rank, parent_of, process_identity
 from bert_ds.reporting.run_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bert_ds.corpus.wordpiece import SPECIAL_PIECES, SpecialIds, TextRules, WordPieceTokenizer
-from bert_ds.downstream.answer_windows import (
+from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, SpecialIds, TextRules, WordPieceTokenizer
+from bert_ds.downstream.rows.answer_windows import (
     Candidate,
     answer_characters,
     answer_pieces,

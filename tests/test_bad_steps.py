@@ -24,15 +24,15 @@ from tiny_training import (
     tiny_services,
 )
 
-from bert_ds.configuration.optimizer_config import AdamWConfig
-from bert_ds.ranks import DivergedError
-from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
-from bert_ds.training.checkpoints import resume, roll_back
+from bert_ds.basics.ranks import DivergedError
+from bert_ds.configuration.recipe.optimizer_config import AdamWConfig
+from bert_ds.training.checkpoints.checkpoint_loader import resume, roll_back
+from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
+from bert_ds.training.checkpoints.train_state import TrainState
 from bert_ds.training.engine import make_engine
-from bert_ds.training.loss_guard import LossGuard
-from bert_ds.training.optimizers import make_optimizer
-from bert_ds.training.train_loop import MAX_REPORTS, train
-from bert_ds.training.train_state import TrainState
+from bert_ds.training.loop.loss_guard import LossGuard
+from bert_ds.training.loop.train_loop import MAX_REPORTS, train
+from bert_ds.training.optimizers.factory import make_optimizer
 
 BAD_STEP = 11
 FAULTS = {"nan": float("nan"), "inf": float("inf"), "spike": 100.0}

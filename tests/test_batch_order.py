@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bert_ds.corpus.batch_order import Mixture, balance, deal, global_batch, permute
+from bert_ds.corpus.batches.batch_order import Mixture, balance, deal, global_batch, permute
 
 one_source = Mixture((1000,), (1.0,))
 quick = settings(max_examples=100, deadline=None)

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from bert_ds.configuration.run_config import ConfigError
-from bert_ds.corpus.build import BuildSettings, build_shards
-from bert_ds.corpus.documents import Document
-from bert_ds.corpus.input_files import find_input_files
-from bert_ds.corpus.shards import Manifest, open_shards, verify_shards
-from bert_ds.corpus.text_input import DocumentInput, FileInput
-from bert_ds.corpus.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
-from bert_ds.ranks import DataError
+from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.corpus.shards.build import BuildSettings, build_shards
+from bert_ds.corpus.shards.shard_folder import Manifest, open_shards, verify_shards
+from bert_ds.corpus.text.documents import Document
+from bert_ds.corpus.text.input_files import find_input_files
+from bert_ds.corpus.text.text_input import DocumentInput, FileInput
+from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
 
 ROOT = Path(__file__).parents[1]
 LETTERS = "abcdefghij"
@@ -34,7 +34,7 @@ def text(number: int) -> str:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bert_ds.corpus.build._BATCH_DOCUMENTS", 10)
+    monkeypatch.setattr("bert_ds.corpus.shards.build._BATCH_DOCUMENTS", 10)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def uninterrupted(files: list[Path], tokenizer: Path, tmp_path_factory: pytest.T
     """Digest of the folder that every build of `files` must give."""
     output = tmp_path_factory.mktemp("whole") / "s"
     with pytest.MonkeyPatch.context() as monkey:
-        monkey.setattr("bert_ds.corpus.build._BATCH_DOCUMENTS", 10)
+        monkey.setattr("bert_ds.corpus.shards.build._BATCH_DOCUMENTS", 10)
         manifest = build(files, tokenizer, output)
     assert len(manifest.splits["train"].shards) >= 5
     return digest(output)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bert_ds.ranks import CheckpointError
-from bert_ds.training.checkpoint_folder import (
+from bert_ds.basics.ranks import CheckpointError
+from bert_ds.training.checkpoints.checkpoint_folder import (
     abandon_newer,
     candidates,
     find_checkpoint,

@@ -17,13 +17,13 @@ import torch
 from ranks_harness import run_ranks
 from tiny_training import FACTS, ds_config, join_alone, run_tiny, step_batches, tiny_engine, tiny_plan, tiny_services
 
-from bert_ds.ranks import CheckpointError, Ranks
+from bert_ds.basics.ranks import CheckpointError, Ranks
 from bert_ds.reporting.run_log import read_metrics
-from bert_ds.training.checkpoint_folder import find_checkpoint, verify_checkpoint
-from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
-from bert_ds.training.fp32_weights import load_fp32_state_dict
-from bert_ds.training.train_loop import train
-from bert_ds.training.train_state import TrainState
+from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint, verify_checkpoint
+from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
+from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
+from bert_ds.training.checkpoints.train_state import TrainState
+from bert_ds.training.loop.train_loop import train
 
 ALONE = Ranks(0, 0, 1)
 HELD = threading.Event()

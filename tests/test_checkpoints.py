@@ -26,14 +26,14 @@ from tiny_training import (
     tiny_services,
 )
 
-from bert_ds.ranks import CheckpointError, Ranks
+from bert_ds.basics.ranks import CheckpointError, Ranks
 from bert_ds.reporting.run_log import read_metrics
-from bert_ds.training.checkpoint_engine import VerifiedCheckpointEngine, load_safely
-from bert_ds.training.checkpoint_folder import find_checkpoint, verify_checkpoint
-from bert_ds.training.checkpoint_saver import CheckpointPolicy, checkpoint_bytes
-from bert_ds.training.checkpoints import resume, save_checkpoint
-from bert_ds.training.fp32_weights import load_fp32_state_dict
-from bert_ds.training.train_state import TrainState
+from bert_ds.training.checkpoints.checkpoint_engine import VerifiedCheckpointEngine, load_safely
+from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint, verify_checkpoint
+from bert_ds.training.checkpoints.checkpoint_loader import resume, save_checkpoint
+from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, checkpoint_bytes
+from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
+from bert_ds.training.checkpoints.train_state import TrainState
 
 ALONE = Ranks(0, 0, 1)
 

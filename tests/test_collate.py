@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from bert_ds.configuration.run_config import IGNORE_INDEX
-from bert_ds.corpus.collate import PackedBatch, collate
-from bert_ds.corpus.mlm_masking import MaskedExample
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
+from bert_ds.corpus.batches.collate import PackedBatch, collate
+from bert_ds.corpus.batches.mlm_masking import MaskedExample
 
 
 def example(ids: list[int], types: list[int], label: int, masked: dict[int, int], key: int) -> MaskedExample:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bert_ds.command_line import add_launch_options, make_parser, run_main, show_progress
-from bert_ds.configuration.run_config import ConfigError
-from bert_ds.ranks import CheckpointError, DataError, DivergedError, LauncherError
+from bert_ds.basics.ranks import CheckpointError, DataError, DivergedError, LauncherError
+from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.launch.command_line import add_launch_options, make_parser, run_main, show_progress
 
 
 def test_options_are_understood_with_underscores_and_with_hyphens() -> None:
@@ -116,21 +116,21 @@ def test_a_main_that_returns_ends_with_its_code_or_zero(returned: int | None, co
 def test_progress_off_a_terminal_writes_no_control_characters(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bert_ds.command_line._PLAIN_LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("bert_ds.launch.command_line._PLAIN_LINE_EVERY_S", 0.0)
     with show_progress("shards", total=200) as report:
         report(50, "3 documents")
     assert capsys.readouterr().err == "shards: 25 % 3 documents\n"
 
 
 def test_importing_it_imports_neither_torch_nor_rich() -> None:
-    code = "import sys, bert_ds.command_line; assert not {'torch', 'rich', 'numpy'} & set(sys.modules)"
+    code = "import sys, bert_ds.launch.command_line; assert not {'torch', 'rich', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
 def test_leaving_at_once_keeps_the_exit_code_the_output_and_the_exit_handlers() -> None:
     code = (
         "import atexit, threading, time\n"
-        "from bert_ds.command_line import run_main\n"
+        "from bert_ds.launch.command_line import run_main\n"
         "atexit.register(lambda: print('handler ran'))\n"
         "threading.Thread(target=time.sleep, args=(30,)).start()\n"
         "run_main(lambda: print('done') or 75, leave_at_once=True)\n"
@@ -141,7 +141,7 @@ def test_leaving_at_once_keeps_the_exit_code_the_output_and_the_exit_handlers() 
 
 
 def test_a_defect_keeps_its_traceback_when_leaving_at_once() -> None:
-    code = "from bert_ds.command_line import run_main\nrun_main(lambda: 1 // 0, leave_at_once=True)\n"
+    code = "from bert_ds.launch.command_line import run_main\nrun_main(lambda: 1 // 0, leave_at_once=True)\n"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
     assert ended.returncode == 1
     assert "ZeroDivisionError" in ended.stderr

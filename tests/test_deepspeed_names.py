@@ -18,7 +18,7 @@ from lamb_runs import Case, ds_config, quiet_deepspeed
 from ranks_harness import run_ranks
 from torch import nn
 
-from bert_ds.configuration.run_config import ConfigError
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.training import deepspeed_names as names
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from encoder_cases import encoder_inputs, packed_inputs, small_config, spread_weights
 from test_pretrain import ROOT, make_workshop, pretrain_command, run
 
-from bert_ds.configuration.ds_config import load_pair
-from bert_ds.configuration.run_config import ConfigError, DistillationConfig, ModelConfig
+from bert_ds.configuration.deepspeed_file.ds_config import load_pair
+from bert_ds.configuration.recipe.run_config import ConfigError, DistillationConfig, ModelConfig
 from bert_ds.configuration.run_plan import make_plan
 from bert_ds.encoder.distillation import DistilledBert
-from bert_ds.encoder.heads import BertForPreTraining
 from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
 from bert_ds.encoder.initial_weights import start_from_layers
+from bert_ds.encoder.pretraining_model import BertForPreTraining
 from bert_ds.reporting.run_log import read_metrics
-from bert_ds.training.fp32_weights import load_fp32_state_dict
+from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 
 SETTINGS = DistillationConfig(teacher="t", temperature=1.7, mlm_weight=0.5, soft_weight=3.0, hidden_weight=0.7)
 

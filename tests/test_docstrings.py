@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bert_ds.corpus.docstrings import DocstringCounts, default_roots, docstring_documents
-from bert_ds.corpus.prose import prose_of
+from bert_ds.corpus.text.docstrings import DocstringCounts, default_roots, docstring_documents
+from bert_ds.corpus.text.prose import prose_of
 
 ROOT = Path(__file__).parents[1]
 FIRST = "This module holds the first of several long explanations. " * 4
@@ -110,7 +110,7 @@ def test_this_machine_yields_english_prose() -> None:
 
 def test_nothing_that_is_read_is_imported() -> None:
     code = (
-        "import sys; from bert_ds.corpus.docstrings import docstring_documents;"
+        "import sys; from bert_ds.corpus.text.docstrings import docstring_documents;"
         "list(docstring_documents(100_000)); assert not {'torch', 'transformers', 'turtle'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

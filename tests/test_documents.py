@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bert_ds.corpus.documents import DocumentTexts, read_documents
-from bert_ds.corpus.input_files import find_input_files
-from bert_ds.ranks import DataError
+from bert_ds.basics.ranks import DataError
+from bert_ds.corpus.text.documents import DocumentTexts, read_documents
+from bert_ds.corpus.text.input_files import find_input_files
 
 
 def texts(*paths: Path, text_field: str = "text") -> list[str]:
@@ -158,7 +158,7 @@ def test_a_missing_path_and_a_file_given_twice_are_refused(tmp_path: Path) -> No
 
 
 def test_a_document_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bert_ds.corpus.documents.MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr("bert_ds.corpus.text.documents.MAX_DOCUMENT_BYTES", 1000)
     path = write(tmp_path / "a.txt", "x\n\n" + "some words\n" * 200)
     with pytest.raises(DataError, match="line 3: a document of more than 1000 bytes"):
         texts(path)
@@ -184,5 +184,5 @@ def test_document_texts_start_over(tmp_path: Path) -> None:
 
 
 def test_parquet_and_zstd_are_imported_only_when_needed() -> None:
-    code = "import sys, bert_ds.corpus.documents; assert not {'pyarrow', 'zstandard', 'torch'} & set(sys.modules)"
+    code = "import sys, bert_ds.corpus.text.documents; assert not {'pyarrow', 'zstandard', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from config_cases import DEEPSPEED, RECIPE, changed, launched, write_json
 
-from bert_ds.configuration.ds_config import DsConfig, load_ds_config, load_pair, resolve_ds_config
-from bert_ds.configuration.ds_keys import leaves
-from bert_ds.configuration.run_config import ConfigError, RunConfig
+from bert_ds.configuration.deepspeed_file.ds_config import DsConfig, load_ds_config, load_pair, resolve_ds_config
+from bert_ds.configuration.deepspeed_file.ds_keys import leaves
+from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,10 +12,10 @@ from config_cases import DEEPSPEED, changed, launched, write_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bert_ds.configuration.ds_config import load_ds_config, load_pair, resolve_ds_config
-from bert_ds.configuration.ds_keys import setting_names
-from bert_ds.configuration.run_config import ConfigError, RunConfig
-from bert_ds.configuration.task_config import TaskConfig
+from bert_ds.configuration.deepspeed_file.ds_config import load_ds_config, load_pair, resolve_ds_config
+from bert_ds.configuration.deepspeed_file.ds_keys import setting_names
+from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig
+from bert_ds.configuration.task.task_config import TaskConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -123,9 +123,9 @@ def generator() -> Any:
 
 
 def test_the_committed_table_of_settings_is_that_of_the_installed_deepspeed() -> None:
-    assert (ROOT / "bert_ds/configuration/ds_keys.json").read_text(encoding="utf-8") == generator().ds_keys_text(), (
-        "run: python ds_configs/generate.py"
-    )
+    assert (ROOT / "bert_ds/configuration/deepspeed_file/ds_keys.json").read_text(
+        encoding="utf-8"
+    ) == generator().ds_keys_text(), "run: python ds_configs/generate.py"
 
 
 @pytest.mark.parametrize(("name", "model"), [("schema", RunConfig), ("task_schema", TaskConfig)])

@@ -14,9 +14,9 @@ from config_cases import RECIPE, changed, launched, write_json
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import BaseModel
 
-from bert_ds.configuration.ds_config import load_pair, resolve_ds_config
-from bert_ds.configuration.ds_keys import default_of, leaves, setting_names
-from bert_ds.configuration.run_config import ConfigError
+from bert_ds.configuration.deepspeed_file.ds_config import load_pair, resolve_ds_config
+from bert_ds.configuration.deepspeed_file.ds_keys import default_of, leaves, setting_names
+from bert_ds.configuration.recipe.run_config import ConfigError
 
 VALUES = (True, False, 3, 4, 0.5, 2.0, "x", "fp32", "bf16", "cpu", "/tmp/x", "FAIL", "create", ["x"], {"x": "y"}, None)
 RUN = changed(RECIPE, "optimizer", {"type": "adamw", "lr": 0.002})

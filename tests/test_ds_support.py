@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from config_cases import DEEPSPEED, RECIPE, changed, write_json
 
-from bert_ds.configuration.ds_config import DsConfig, load_ds_config, load_pair, resolve_ds_config
-from bert_ds.configuration.ds_keys import leaves
-from bert_ds.configuration.run_config import ConfigError, RunConfig
+from bert_ds.configuration.deepspeed_file.ds_config import DsConfig, load_ds_config, load_pair, resolve_ds_config
+from bert_ds.configuration.deepspeed_file.ds_keys import leaves
+from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -111,7 +111,7 @@ def test_nvme_needs_stage_3_and_a_folder(tmp_path: Path) -> None:
 def test_what_deepspeed_knows_and_this_project_honours_reaches_deepspeed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, value: object
 ) -> None:
-    monkeypatch.setattr("bert_ds.configuration.ds_support.find_spec", lambda name: object())
+    monkeypatch.setattr("bert_ds.configuration.deepspeed_file.ds_support.find_spec", lambda name: object())
     settings = changed(DEEPSPEED, path, value)
     found = dict(leaves(resolved(tmp_path, RECIPE, settings)))
     for name, given in leaves(settings):

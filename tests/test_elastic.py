@@ -25,17 +25,23 @@ from tiny_training import (
     tiny_services,
 )
 
-from bert_ds.configuration.optimizer_config import AdamWConfig, LambConfig, LionConfig, MuonConfig, StableAdamWConfig
-from bert_ds.ranks import CheckpointError
+from bert_ds.basics.ranks import CheckpointError
+from bert_ds.configuration.recipe.optimizer_config import (
+    AdamWConfig,
+    LambConfig,
+    LionConfig,
+    MuonConfig,
+    StableAdamWConfig,
+)
 from bert_ds.reporting.run_log import read_metrics
-from bert_ds.training.checkpoint_folder import file_sha256, parse_manifest, write_manifest
-from bert_ds.training.checkpoints import CheckpointPolicy, resume, save_checkpoint
+from bert_ds.training.checkpoints.checkpoint_folder import file_sha256, parse_manifest, write_manifest
+from bert_ds.training.checkpoints.checkpoint_loader import CheckpointPolicy, resume, save_checkpoint
+from bert_ds.training.checkpoints.train_state import TrainState
+from bert_ds.training.checkpoints.universal_checkpoint import convert, weights_only_forced
 from bert_ds.training.engine import make_engine
-from bert_ds.training.optimizers import make_optimizer
-from bert_ds.training.param_groups import TensorFacts
-from bert_ds.training.train_loop import train
-from bert_ds.training.train_state import TrainState
-from bert_ds.training.universal_checkpoint import convert, weights_only_forced
+from bert_ds.training.loop.train_loop import train
+from bert_ds.training.optimizers.factory import make_optimizer
+from bert_ds.training.optimizers.param_groups import TensorFacts
 
 CONFIGS = {
     **{"lamb": LambConfig, "adamw": AdamWConfig, "stableadamw": StableAdamWConfig},

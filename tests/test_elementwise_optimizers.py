@@ -8,8 +8,8 @@ import torch
 from lamb_reference import Settings, State, relative_error
 from torch import nn
 
-from bert_ds.training.elementwise_optimizers import AdamW, Lion, StableAdamW
-from bert_ds.training.sharded_optimizer import ShardedOptimizer
+from bert_ds.training.optimizers.elementwise_optimizers import AdamW, Lion, StableAdamW
+from bert_ds.training.optimizers.sharded_optimizer import ShardedOptimizer
 
 SETTINGS = Settings(lr=0.05, beta1=0.9, beta2=0.98, eps=1e-6)
 

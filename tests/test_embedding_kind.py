@@ -18,17 +18,17 @@ from downstream_cases import CONFIG, PIECES, write_lines, write_task, write_tiny
 from sentence_transformers import SentenceTransformer
 from tiny_training import join_alone
 
-from bert_ds.configuration.run_config import IGNORE_INDEX
-from bert_ds.configuration.task_config import load_task
-from bert_ds.corpus.wordpiece import TextRules, WordPieceTokenizer
-from bert_ds.downstream.embedding_head import EmbeddingHead
-from bert_ds.downstream.kinds import KINDS
-from bert_ds.downstream.outcome import measure_side
-from bert_ds.downstream.task_folder import TaskFacts, make_task_model, read_task_folder, write_task_folder
-from bert_ds.downstream.task_model import HeadInput
-from bert_ds.downstream.task_rows import TaskRows, read_task
+from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
+from bert_ds.configuration.task.task_config import load_task
+from bert_ds.corpus.tokenizer.wordpiece import TextRules, WordPieceTokenizer
+from bert_ds.downstream.kinds.embedding_head import EmbeddingHead
+from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.kinds.task_model import HeadInput
+from bert_ds.downstream.tuning.outcome import measure_side
+from bert_ds.downstream.tuning.task_folder import TaskFacts, make_task_model, read_task_folder, write_task_folder
+from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
 from bert_ds.encoder.hf_onnx import write_onnx
-from bert_ds.ranks import DataError
 
 TOKENIZER = WordPieceTokenizer(PIECES, TextRules())
 KIND = KINDS["sentence_embedding"]

@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from bert_ds.corpus.encode_documents import Batch, Encoder, encode_in_order, split_of
-from bert_ds.corpus.text_input import Position
-from bert_ds.corpus.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
-from bert_ds.ranks import DataError
+from bert_ds.basics.ranks import DataError
+from bert_ds.corpus.shards.encode_documents import Batch, Encoder, encode_in_order, split_of
+from bert_ds.corpus.text.text_input import Position
+from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
 
 TOKENIZER = WordPieceTokenizer([*SPECIAL_PIECES, "a", "b", "."], TextRules())
 TEXTS = [" ".join(["a" if number >> bit & 1 else "b" for bit in range(12)]) + " ." for number in range(2000)]

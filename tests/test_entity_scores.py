@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from seqeval import metrics
 from seqeval.scheme import IOB2, IOBES
 
-from bert_ds.downstream.entity_scores import Entity, entities, entity_scores
+from bert_ds.downstream.scores.entity_scores import Entity, entities, entity_scores
 
 BIO_TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 BIOES_TAGS = [*BIO_TAGS, "E-PER", "S-PER", "E-LOC", "S-LOC"]

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from corpus_fixtures import counting_documents, tiny_tokenizer, write_shards
 
-from bert_ds.configuration.run_config import IGNORE_INDEX, MaskingConfig, SequenceConfig
-from bert_ds.corpus.collate import PackedBatch, collate, grouped_by_kind
-from bert_ds.corpus.evaluation_masks import KEYED_PIECES, EvaluationMasker, split_key, text_key
-from bert_ds.corpus.examples import Example
-from bert_ds.corpus.loader import DataSettings, PretrainingData, Source
-from bert_ds.corpus.mlm_masking import MaskedExample
-from bert_ds.corpus.shards import open_shards
-from bert_ds.ranks import DataError
+from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, MaskingConfig, SequenceConfig
+from bert_ds.corpus.batches.collate import PackedBatch, collate, grouped_by_kind
+from bert_ds.corpus.batches.evaluation_masks import KEYED_PIECES, EvaluationMasker, split_key, text_key
+from bert_ds.corpus.batches.examples import Example
+from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
+from bert_ds.corpus.batches.mlm_masking import MaskedExample
+from bert_ds.corpus.shards.shard_folder import open_shards
 
 UNK, CLS, SEP, MASK = 1, 2, 3, 4
 HELD_OUT = counting_documents([[3, 20, 7], [40], [1, 1, 9], [30, 12], [25, 25, 25], [8, 8, 8, 8]] * 4)

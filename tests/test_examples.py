@@ -8,10 +8,10 @@ from corpus_fixtures import FIRST_TEXT_ID, Documents, counting_documents, open_t
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bert_ds.configuration.run_config import IGNORE_INDEX, SequenceConfig
-from bert_ds.corpus.examples import Example, make_example, plan_examples
-from bert_ds.corpus.sentence_pairs import truncated_sizes
-from bert_ds.corpus.sequences import ExampleTable, build_examples
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, SequenceConfig
+from bert_ds.corpus.batches.examples import Example, make_example, plan_examples
+from bert_ds.corpus.batches.sentence_pairs import truncated_sizes
+from bert_ds.corpus.batches.sequences import ExampleTable, build_examples
 
 CLS, SEP = 2, 3
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

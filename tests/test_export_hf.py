@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from tiny_training import ds_config, join_alone, tiny_services
 from torch import Tensor
 
-from bert_ds.configuration.run_config import (
+from bert_ds.basics.ranks import CheckpointError, DataError
+from bert_ds.configuration.recipe.run_config import (
     AdamWConfig,
     ConfigError,
     EmbeddedCorpus,
@@ -31,17 +32,16 @@ from bert_ds.configuration.run_config import (
     TrainingConfig,
     dump_run_config,
 )
-from bert_ds.encoder.heads import BertForPreTraining
 from bert_ds.encoder.hf_folder import load_hf_folder, pad_token_id
 from bert_ds.encoder.hf_mapping import to_hf
 from bert_ds.encoder.hf_verify import verify_export
-from bert_ds.ranks import CheckpointError, DataError
-from bert_ds.training.checkpoints import CheckpointPolicy, save_checkpoint
+from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.training.checkpoints.checkpoint_loader import CheckpointPolicy, save_checkpoint
+from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
+from bert_ds.training.checkpoints.train_state import TrainState
 from bert_ds.training.engine import make_engine
-from bert_ds.training.fp32_weights import load_fp32_state_dict
-from bert_ds.training.optimizers import make_optimizer
-from bert_ds.training.param_groups import TensorFacts
-from bert_ds.training.train_state import TrainState
+from bert_ds.training.optimizers.factory import make_optimizer
+from bert_ds.training.optimizers.param_groups import TensorFacts
 
 
 @pytest.fixture(scope="module")

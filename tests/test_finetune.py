@@ -14,9 +14,9 @@ from downstream_cases import review_rows, review_task, write_lines
 from forked_verbs import run_verb
 from safetensors.torch import load_file
 
-from bert_ds.output_folders import MARKER, open_run_folder
+from bert_ds.folders.output_folders import MARKER, open_run_folder
 from bert_ds.reporting.run_log import read_metrics
-from bert_ds.training.fp32_weights import load_fp32_state_dict
+from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny_training import ds_config, join_alone, run_tiny
 
-from bert_ds.ranks import CheckpointError, Ranks
-from bert_ds.training.checkpoint_engine import load_safely
-from bert_ds.training.checkpoint_folder import file_sha256, read_manifest, write_manifest
-from bert_ds.training.fp32_weights import load_fp32_state_dict
+from bert_ds.basics.ranks import CheckpointError, Ranks
+from bert_ds.training.checkpoints.checkpoint_engine import load_safely
+from bert_ds.training.checkpoints.checkpoint_folder import file_sha256, read_manifest, write_manifest
+from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 
 SHARDS = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 MODEL = "mp_rank_00_model_states.pt"

@@ -14,12 +14,12 @@ from tiny_training import TinyBatch, TinyModel, ds_config, full_weights, join_al
 from torch import Tensor
 from torch.func import functional_call
 
-from bert_ds.configuration.optimizer_config import AdamWConfig, ScheduleConfig
+from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, ScheduleConfig
 from bert_ds.reporting.run_log import read_metrics
+from bert_ds.training.checkpoints.train_state import TrainPlan, TrainState
 from bert_ds.training.engine import make_engine
-from bert_ds.training.optimizers import make_optimizer
-from bert_ds.training.train_loop import train
-from bert_ds.training.train_state import TrainPlan, TrainState
+from bert_ds.training.loop.train_loop import train
+from bert_ds.training.optimizers.factory import make_optimizer
 
 SETTINGS = Settings(not_decayed=("dense.bias", "LayerNorm.weight", "LayerNorm.bias", "pair.bias"))
 NUM_PARTS = 4

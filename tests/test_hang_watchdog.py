@@ -17,12 +17,12 @@ from fork_server import free_port
 from test_restart import wait_until
 from tiny_training import ds_config, join_alone, micro_batch, step_batches, tiny_engine, tiny_plan, tiny_services
 
-from bert_ds.exit_record import read_exits
-from bert_ds.ranks import Ranks
-from bert_ds.training.hang_watchdog import Heartbeat, explain_hang, signal_main_thread, watched_for_hangs
-from bert_ds.training.process_group import joined_ranks
-from bert_ds.training.train_loop import train
-from bert_ds.training.train_state import TrainState
+from bert_ds.basics.exit_record import read_exits
+from bert_ds.basics.ranks import Ranks
+from bert_ds.training.checkpoints.train_state import TrainState
+from bert_ds.training.launch.hang_watchdog import Heartbeat, explain_hang, signal_main_thread, watched_for_hangs
+from bert_ds.training.launch.process_group import joined_ranks
+from bert_ds.training.loop.train_loop import train
 
 LIMIT_S = 3.0
 ENDED = -(signal.SIGRTMIN + 1)

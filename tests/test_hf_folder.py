@@ -14,10 +14,10 @@ import transformers
 from export_cases import CONFIG, export, spread_state_dict, write_tokenizer
 from safetensors.torch import load_file
 
-from bert_ds.configuration.run_config import ConfigError
+from bert_ds.basics.ranks import CheckpointError
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.encoder.hf_folder import load_hf_folder
 from bert_ds.encoder.hf_mapping import from_hf
-from bert_ds.ranks import CheckpointError
 
 
 @pytest.fixture(scope="module")

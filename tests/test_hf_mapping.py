@@ -8,10 +8,10 @@ from encoder_cases import small_config, spread_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bert_ds.configuration.run_config import ConfigError, ModelConfig
-from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.basics.ranks import CheckpointError
+from bert_ds.configuration.recipe.run_config import ConfigError, ModelConfig
 from bert_ds.encoder.hf_mapping import from_hf, hf_config, model_config_from_hf, to_hf
-from bert_ds.ranks import CheckpointError
+from bert_ds.encoder.pretraining_model import BertForPreTraining
 
 CONFIG = small_config()
 

@@ -15,10 +15,10 @@ import torch
 import transformers
 from export_cases import export, spread_state_dict, write_tokenizer
 
-from bert_ds.configuration.run_config import ConfigError
+from bert_ds.basics.ranks import CheckpointError
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.encoder.hf_onnx import load_to_trace, verify_onnx, write_onnx
-from bert_ds.ranks import CheckpointError
-from bert_ds.replaced_folders import replaced_export
+from bert_ds.folders.replaced_folders import replaced_export
 
 
 @pytest.fixture(scope="module")

@@ -20,16 +20,16 @@ import torch
 import zstandard
 from export_cases import export, spread_state_dict, write_tokenizer
 
-from bert_ds.configuration.run_config import ConfigError
-from bert_ds.corpus.sequences import _read_cache
-from bert_ds.corpus.shards import read_manifest as read_shard_manifest
-from bert_ds.corpus.wordpiece import load_tokenizer
+from bert_ds.basics.ranks import CheckpointError, DataError
+from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.corpus.batches.sequences import _read_cache
+from bert_ds.corpus.shards.shard_folder import read_manifest as read_shard_manifest
+from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.encoder.hf_folder import load_hf_folder
-from bert_ds.ranks import CheckpointError, DataError
-from bert_ds.training import checkpoint_folder
-from bert_ds.training.checkpoint_engine import VerifiedCheckpointEngine
-from bert_ds.training.fp32_weights import load_fp32_state_dict
-from bert_ds.training.universal_checkpoint import weights_only_forced
+from bert_ds.training.checkpoints.checkpoint_engine import VerifiedCheckpointEngine
+from bert_ds.training.checkpoints.checkpoint_loader import checkpoint_folder
+from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
+from bert_ds.training.checkpoints.universal_checkpoint import weights_only_forced
 
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED = (ConfigError, DataError, CheckpointError)
@@ -334,8 +334,8 @@ def test_a_text_bomb_takes_bounded_memory(
     make(tmp_path / name)
     code = (
         "import re, sys\n"
-        "from bert_ds.corpus.documents import read_documents\n"
-        "from bert_ds.ranks import DataError\n"
+        "from bert_ds.corpus.text.documents import read_documents\n"
+        "from bert_ds.basics.ranks import DataError\n"
         "try:\n"
         "    print(sum(len(document.text) for document in read_documents([sys.argv[1]])), 'characters')\n"
         "except DataError as error:\n"

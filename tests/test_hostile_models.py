@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from bert_ds.configuration.run_config import ConfigError
-from bert_ds.corpus.wordpiece import load_tokenizer
+from bert_ds.basics.ranks import CheckpointError, DataError
+from bert_ds.basics.tensor_files import load_tensor_file
+from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.encoder.hf_folder import copy_member, load_hf_folder, write_hf_folder
-from bert_ds.ranks import CheckpointError, DataError
-from bert_ds.tensor_files import load_tensor_file
 
 
 @pytest.fixture

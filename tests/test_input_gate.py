@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bert_ds.input_gate import (
+from bert_ds.basics.input_gate import (
     open_regular,
     parse_json,
     read_bytes,
@@ -20,7 +20,7 @@ from bert_ds.input_gate import (
     split_lines,
     time_limit,
 )
-from bert_ds.ranks import DataError
+from bert_ds.basics.ranks import DataError
 
 
 @pytest.mark.parametrize(

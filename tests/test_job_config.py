@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bert_ds.configuration.job_config import parse_job_config, seconds_of
-from bert_ds.configuration.run_config import ConfigError
+from bert_ds.configuration.recipe.run_config import ConfigError
 
 JOB: dict[str, Any] = {
     "job_name": "base",

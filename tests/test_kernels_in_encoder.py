@@ -10,7 +10,7 @@ import torch
 from encoder_cases import packed_inputs, small_config
 from torch import Tensor
 
-from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.encoder.pretraining_model import BertForPreTraining
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = torch.tensor([1234567], device=DEVICE)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bert_ds.corpus.keyed_random import Draw, below, fraction, keyed_bits
+from bert_ds.corpus.batches.keyed_random import Draw, below, fraction, keyed_bits
 
 
 def test_the_bits_of_a_key_are_frozen() -> None:

@@ -11,8 +11,8 @@ from lamb_reference import Settings, State, relative_error
 from lamb_tensors import gradients, parameters
 from torch import nn
 
-from bert_ds.training.lamb import Lamb, LambFlags, Lans, lamb_preset
-from bert_ds.training.lamb_layout import LayoutError
+from bert_ds.training.optimizers.lamb import Lamb, LambFlags, Lans, lamb_preset
+from bert_ds.training.optimizers.parameter_layout import LayoutError
 
 SETTINGS = Settings(lr=0.05, beta1=0.9, beta2=0.98, eps=1e-6)
 

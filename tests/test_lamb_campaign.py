@@ -20,10 +20,10 @@ from lamb_runs import Case, quiet_deepspeed, run_cases
 from ranks_harness import run_ranks
 from test_lamb_zero import FP16, GRAD_ACCUM_FP32, SHADOWS
 
-from bert_ds.configuration.run_config import ModelConfig
-from bert_ds.encoder.heads import BertForPreTraining
-from bert_ds.training.lamb import Lamb, lamb_preset
-from bert_ds.training.zero_limits import universal_checkpoint_blockers
+from bert_ds.configuration.recipe.run_config import ModelConfig
+from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.training.optimizers.lamb import Lamb, lamb_preset
+from bert_ds.training.optimizers.zero_limits import universal_checkpoint_blockers
 
 pytestmark = pytest.mark.campaign
 

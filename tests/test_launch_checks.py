@@ -13,9 +13,9 @@ from config_cases import RECIPE, changed, write_json
 from downstream_cases import review_task
 
 from bert_ds import console
-from bert_ds.configuration.ds_config import load_ds_config
-from bert_ds.configuration.run_config import ConfigError
-from bert_ds.ranks import Ranks
+from bert_ds.basics.ranks import Ranks
+from bert_ds.configuration.deepspeed_file.ds_config import load_ds_config
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.reporting.run_log import RunLog
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,9 +166,9 @@ def test_stage_2_that_does_not_scatter_may_scale(tmp_path: Path) -> None:
 
 def test_a_monitor_without_its_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_json(tmp_path, "ds.json", {"tensorboard": {"enabled": True}})
-    monkeypatch.setattr("bert_ds.configuration.ds_support.find_spec", lambda name: object())
+    monkeypatch.setattr("bert_ds.configuration.deepspeed_file.ds_support.find_spec", lambda name: object())
     load_ds_config(path)
-    monkeypatch.setattr("bert_ds.configuration.ds_support.find_spec", lambda name: None)
+    monkeypatch.setattr("bert_ds.configuration.deepspeed_file.ds_support.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"tensorboard.enabled: found true, but tensorboard is not installed here"):
         load_ds_config(path)
     load_ds_config(write_json(tmp_path, "off.json", {"tensorboard": {"enabled": False}}))

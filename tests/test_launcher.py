@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from test_restart import has_ended, wait_until
 
-from bert_ds.launcher import _exit_code
-from bert_ds.processes import STOP_SIGNALS
+from bert_ds.basics.processes import STOP_SIGNALS
+from bert_ds.launch.launcher import _exit_code
 
 ROOT = Path(__file__).resolve().parents[1]
 
 BERT_DS = """
 import sys
-from bert_ds.launcher import run_launcher
+from bert_ds.launch.launcher import run_launcher
 sys.exit(run_launcher([sys.executable, "-c", *sys.argv[1:], "deepspeed.launcher.runner"]))
 """
 
@@ -42,8 +42,8 @@ sys.exit(rank.wait())
 
 RANK = """
 import os, signal, time
-from bert_ds.exit_record import record_exit
-from bert_ds.training.restart import StopRequest
+from bert_ds.basics.exit_record import record_exit
+from bert_ds.training.launch.restart import StopRequest
 stop = StopRequest()
 stop.install()
 heard, handler = [], signal.getsignal(signal.SIGTERM)

@@ -35,6 +35,17 @@ def test_nothing_in_bert_ds_has_a_generic_name() -> None:
     assert names_in(ROOT / "bert_ds") & GENERIC == set()
 
 
+def test_no_room_holds_more_modules_than_a_newcomer_reads() -> None:
+    rooms = [folder for folder in (ROOT / "bert_ds").rglob("*") if folder.is_dir() and folder.name != "__pycache__"]
+    crowded = {
+        folder.relative_to(ROOT).as_posix(): len(modules)
+        for folder in rooms
+        if len(modules := [path for path in folder.glob("*.py") if path.stem != "__init__"]) > 15
+    }
+    assert len(rooms) > 20
+    assert crowded == {}
+
+
 def test_the_kernels_folder_is_not_a_package() -> None:
     assert not (ROOT / "kernels/__init__.py").exists()
 

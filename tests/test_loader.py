@@ -14,14 +14,14 @@ import pytest
 import torch
 from corpus_fixtures import counting_documents, random_documents, tiny_tokenizer, write_shards
 
-from bert_ds.configuration.run_config import MaskingConfig, SequenceConfig
-from bert_ds.corpus.build import BuildSettings, build_shards
-from bert_ds.corpus.collate import PackedBatch
-from bert_ds.corpus.input_files import find_input_files
-from bert_ds.corpus.loader import DataSettings, PretrainingData, Source
-from bert_ds.corpus.text_input import FileInput
-from bert_ds.processes import STOP_SIGNALS
-from bert_ds.ranks import DataError
+from bert_ds.basics.processes import STOP_SIGNALS
+from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.recipe.run_config import MaskingConfig, SequenceConfig
+from bert_ds.corpus.batches.collate import PackedBatch
+from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
+from bert_ds.corpus.shards.build import BuildSettings, build_shards
+from bert_ds.corpus.text.input_files import find_input_files
+from bert_ds.corpus.text.text_input import FileInput
 
 Sequence = tuple[tuple[int, ...], ...]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from bert_ds.configuration.run_config import ScheduleConfig
-from bert_ds.training.lr_schedule import learning_rate
+from bert_ds.configuration.recipe.run_config import ScheduleConfig
+from bert_ds.training.optimizers.lr_schedule import learning_rate
 
 TABLE: list[tuple[dict[str, Any], list[float]]] = [
     ({"type": "constant", "warmup_steps": 0}, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),

@@ -14,29 +14,29 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from bert_ds.downstream.untrained.untrained.masked_lm import open_masked_lm, open_with_transformers
+from bert_ds.downstream.untrained.untrained.masked_words import masked_word_figures, score_masked_words
 from downstream_cases import BAD, GOOD, OTHER, write_tiny_export
 from tiny_training import ds_config, join_alone
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from bert_ds.configuration.optimizer_config import AdamWConfig
-from bert_ds.configuration.run_config import ConfigError, MaskingConfig, SequenceConfig
-from bert_ds.configuration.task_config import load_task
-from bert_ds.corpus.build import BuildSettings, build_shards
-from bert_ds.corpus.encode_documents import split_of
-from bert_ds.corpus.evaluation_masks import EvaluationMasker, text_key
-from bert_ds.corpus.examples import Example
-from bert_ds.corpus.input_files import find_input_files
-from bert_ds.corpus.loader import DataSettings, PretrainingData, Source
-from bert_ds.corpus.text_input import FileInput
-from bert_ds.downstream.masked_lm import open_masked_lm, open_with_transformers
-from bert_ds.downstream.masked_words import masked_word_figures, score_masked_words
+from bert_ds.basics.ranks import CheckpointError, DataError
+from bert_ds.configuration.recipe.optimizer_config import AdamWConfig
+from bert_ds.configuration.recipe.run_config import ConfigError, MaskingConfig, SequenceConfig
+from bert_ds.configuration.task.task_config import load_task
+from bert_ds.corpus.batches.evaluation_masks import EvaluationMasker, text_key
+from bert_ds.corpus.batches.examples import Example
+from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
+from bert_ds.corpus.shards.build import BuildSettings, build_shards
+from bert_ds.corpus.shards.encode_documents import split_of
+from bert_ds.corpus.text.input_files import find_input_files
+from bert_ds.corpus.text.text_input import FileInput
 from bert_ds.encoder.pretrained import load_masked_lm
-from bert_ds.launch_checks import checked_scoring, score_arguments
-from bert_ds.ranks import CheckpointError, DataError
+from bert_ds.launch.launch_checks import checked_scoring, score_arguments
 from bert_ds.training.engine import make_engine
-from bert_ds.training.evaluation import evaluate
-from bert_ds.training.optimizers import make_optimizer
-from bert_ds.training.param_groups import TensorFacts
+from bert_ds.training.loop.evaluation import evaluate
+from bert_ds.training.optimizers.factory import make_optimizer
+from bert_ds.training.optimizers.param_groups import TensorFacts
 
 ROOT = Path(__file__).resolve().parents[1]
 HELD_OUT_SHARE = 0.4

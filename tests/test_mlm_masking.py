@@ -9,12 +9,12 @@ from corpus_fixtures import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bert_ds.configuration.run_config import IGNORE_INDEX, ConfigError, MaskingConfig
-from bert_ds.corpus.examples import Example
-from bert_ds.corpus.mlm_masking import MaskedExample, Masker, choose_words
-from bert_ds.corpus.word_segments import WordJoiner, longest_match
-from bert_ds.corpus.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
-from bert_ds.ranks import DataError
+from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, ConfigError, MaskingConfig
+from bert_ds.corpus.batches.examples import Example
+from bert_ds.corpus.batches.mlm_masking import MaskedExample, Masker, choose_words
+from bert_ds.corpus.tokenizer.word_segments import WordJoiner, longest_match
+from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
 
 CLS, SEP, MASK = 2, 3, 4
 words = tiny_tokenizer()

@@ -14,19 +14,19 @@ from muon_optimizers import muon
 from tiny_training import TinyModel, ds_config, join_alone
 from torch import nn
 
-from bert_ds.configuration.ds_config import load_pair
-from bert_ds.configuration.optimizer_config import MuonConfig
-from bert_ds.configuration.run_config import ConfigError, ModelConfig, load_run_config
+from bert_ds.configuration.deepspeed_file.ds_config import load_pair
+from bert_ds.configuration.recipe.optimizer_config import MuonConfig
+from bert_ds.configuration.recipe.run_config import ConfigError, ModelConfig, load_run_config
 from bert_ds.configuration.run_plan import make_plan, plan_table
 from bert_ds.configuration.run_size import optimizer_flops
-from bert_ds.downstream.task_model import TaskModel
-from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.downstream.kinds.task_model import TaskModel
+from bert_ds.encoder.pretraining_model import BertForPreTraining
 from bert_ds.training.engine import make_engine
-from bert_ds.training.muon import JORDAN, Muon
-from bert_ds.training.muon_exchange import deal
-from bert_ds.training.newton_schulz import orthogonalise, orthogonalising_dtype
-from bert_ds.training.optimizers import make_optimizer
-from bert_ds.training.param_groups import TensorFacts
+from bert_ds.training.optimizers.factory import make_optimizer
+from bert_ds.training.optimizers.muon import JORDAN, Muon
+from bert_ds.training.optimizers.muon_exchange import deal
+from bert_ds.training.optimizers.newton_schulz import orthogonalise, orthogonalising_dtype
+from bert_ds.training.optimizers.param_groups import TensorFacts
 
 FACTS = TensorFacts(("*bias",), {"qkv": ("query", "key", "value")}, ("qkv", "tall"))
 

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from downstream_cases import task_of, write_lines
 
-from bert_ds.configuration.run_config import ConfigError
-from bert_ds.corpus.wordpiece import load_tokenizer
-from bert_ds.downstream.examples import Example, score_of, sorted_labels
-from bert_ds.downstream.figures import draw_probes, write_class_figures
-from bert_ds.downstream.kind import Prediction
-from bert_ds.downstream.kinds import KINDS
-from bert_ds.downstream.records import Record
-from bert_ds.downstream.task_rows import TaskRows, read_task
-from bert_ds.ranks import DataError
+from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.downstream.kinds.kind import Prediction
+from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.rows.examples import Example, score_of, sorted_labels
+from bert_ds.downstream.rows.records import Record
+from bert_ds.downstream.scores.figures import draw_probes, write_class_figures
+from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
 
 ODD = (
     "$a_{$",

@@ -10,11 +10,11 @@ import pytest
 from downstream_cases import PIECES, task_of, write_lines
 from test_task_config import problems
 
-from bert_ds.configuration.task_config import TaskConfig
-from bert_ds.corpus.wordpiece import TextRules, WordPieceTokenizer
-from bert_ds.downstream.kind import Prediction
-from bert_ds.downstream.outcome import Measurement, part_figures, row_counts, write_summary
-from bert_ds.downstream.task_rows import TaskRows, read_task
+from bert_ds.configuration.task.task_config import TaskConfig
+from bert_ds.corpus.tokenizer.wordpiece import TextRules, WordPieceTokenizer
+from bert_ds.downstream.kinds.kind import Prediction
+from bert_ds.downstream.tuning.outcome import Measurement, part_figures, row_counts, write_summary
+from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
 
 TRAIN = ["the film is great\tgood", "we saw paris\tgood", "saw it\tbad", "a dull book\tbad", "london\tbad"]
 VALIDATION = ["The film is great\tgood", "paris\tbad", "we saw it in london\tgood", "a moving play\tgood"]

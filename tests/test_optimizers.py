@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_training import TinyModel, ds_config, full_weights, join_alone, micro_batch
 
-from bert_ds.configuration.optimizer_config import (
+from bert_ds.configuration.recipe.optimizer_config import (
     AdamWConfig,
     ApexFusedLambConfig,
     DeepSpeedCpuAdamConfig,
@@ -20,12 +20,12 @@ from bert_ds.configuration.optimizer_config import (
     LionConfig,
     StableAdamWConfig,
 )
-from bert_ds.configuration.run_config import ConfigError
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.training.engine import make_engine, step_guard
-from bert_ds.training.lamb import Lamb, lamb_preset
-from bert_ds.training.optimizers import StepGuard, make_optimizer, set_learning_rate
-from bert_ds.training.param_groups import TensorFacts, decay_groups
-from bert_ds.training.train_step import forward_backward, take_step
+from bert_ds.training.loop.train_step import forward_backward, take_step
+from bert_ds.training.optimizers.factory import StepGuard, make_optimizer, set_learning_rate
+from bert_ds.training.optimizers.lamb import Lamb, lamb_preset
+from bert_ds.training.optimizers.param_groups import TensorFacts, decay_groups
 
 CONFIGS = [AdamWConfig, LambConfig, LansConfig, StableAdamWConfig, LionConfig]
 

@@ -10,9 +10,16 @@ from pathlib import Path
 import pytest
 from campaign_folders import VERBS, Workshop, measure
 
-from bert_ds.configuration.config_files import shipped_file
-from bert_ds.configuration.run_config import ConfigError, dump_run_config, load_run_config
-from bert_ds.output_folders import MARKER, claim, claim_run_folder, first_entry, open_results_folder, open_run_folder
+from bert_ds.configuration.reading.config_files import shipped_file
+from bert_ds.configuration.recipe.run_config import ConfigError, dump_run_config, load_run_config
+from bert_ds.folders.output_folders import (
+    MARKER,
+    claim,
+    claim_run_folder,
+    first_entry,
+    open_results_folder,
+    open_run_folder,
+)
 
 RECIPE = dump_run_config(load_run_config(shipped_file("recipes/embedded_default.json")))
 TASK = shipped_file("tasks/sst2.json").read_text(encoding="utf-8")

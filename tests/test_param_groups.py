@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bert_ds.training.param_groups import decay_groups, decay_per_tensor, without_decay
+from bert_ds.training.optimizers.param_groups import decay_groups, decay_per_tensor, without_decay
 
 NAMES = ["a.weight", "a.bias", "a.LayerNorm.weight", "a.LayerNorm.bias", "cls.bias"]
 

@@ -11,14 +11,14 @@ import pytest
 from config_cases import DEEPSPEED, RECIPE, changed, write_json
 from ranks_harness import run_ranks
 
-from bert_ds.configuration.ds_config import load_pair, resolve_ds_config
-from bert_ds.configuration.precision import Precision, decided, planned
-from bert_ds.configuration.run_config import ConfigError, ModelConfig, RunConfig, load_run_config
+from bert_ds.configuration.deepspeed_file.ds_config import load_pair, resolve_ds_config
+from bert_ds.configuration.recipe.precision import Precision, decided, planned
+from bert_ds.configuration.recipe.run_config import ConfigError, ModelConfig, RunConfig, load_run_config
 from bert_ds.configuration.run_plan import make_plan, plan_table
-from bert_ds.configuration.task_config import load_task
-from bert_ds.training import launch_precision
-from bert_ds.training.checkpoint_folder import write_manifest
-from bert_ds.training.launch_precision import GemmRates, decide_precision, earlier_precision, faster_precision
+from bert_ds.configuration.task.task_config import load_task
+from bert_ds.training.checkpoints.checkpoint_folder import write_manifest
+from bert_ds.training.launch import launch_precision
+from bert_ds.training.launch.launch_precision import GemmRates, decide_precision, earlier_precision, faster_precision
 
 ROOT = Path(__file__).resolve().parents[1]
 AUTO = changed(RECIPE, "training.precision", "auto")

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from ranks_harness import run_ranks
 
-from bert_ds.configuration.run_config import ConfigError
-from bert_ds.ranks import Ranks
-from bert_ds.training.node_facts import Needs, NodeFacts, node_problems
+from bert_ds.basics.ranks import Ranks
+from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.training.launch.node_facts import Needs, NodeFacts, node_problems
 
 FIT = NodeFacts(
     node="n0",
@@ -101,7 +101,7 @@ def _look(rank: int, world_size: int, folder: str, fault: str) -> tuple[str, str
     place = Path(folder) / ("elsewhere" if rank == 1 and fault == "another folder" else "runs")
     place.mkdir(exist_ok=True)
 
-    from bert_ds.training.preflight import preflight
+    from bert_ds.training.launch.preflight import preflight
 
     said = io.StringIO()
     with contextlib.redirect_stdout(said):

@@ -14,13 +14,13 @@ import transformers
 from test_recipe_settings import RECIPE, ROOT, ROUGH, Workshop, must
 from torch.nn.functional import cross_entropy
 
-from bert_ds.configuration.run_config import RunConfig, load_run_config
-from bert_ds.corpus.collate import PackedBatch
-from bert_ds.corpus.loader import DataSettings, PretrainingData, Source
-from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.configuration.recipe.run_config import RunConfig, load_run_config
+from bert_ds.corpus.batches.collate import PackedBatch
+from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
+from bert_ds.encoder.pretraining_model import BertForPreTraining
 from bert_ds.reporting.run_log import read_metrics, read_rows
-from bert_ds.training.checkpoint_folder import parse_manifest, write_manifest
-from bert_ds.training.fp32_weights import load_fp32_state_dict
+from bert_ds.training.checkpoints.checkpoint_folder import parse_manifest, write_manifest
+from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 
 DRY = {"model.hidden_dropout_prob": 0.0, "model.attention_probs_dropout_prob": 0.0}
 MIXED = {

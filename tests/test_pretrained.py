@@ -17,11 +17,11 @@ from downstream_cases import CONFIG
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bert_ds.configuration.run_config import ConfigError
-from bert_ds.downstream.kinds import KINDS
-from bert_ds.downstream.task_folder import make_task_model
+from bert_ds.basics.ranks import CheckpointError
+from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.tuning.task_folder import make_task_model
 from bert_ds.encoder.pretrained import load_masked_lm, load_pretrained, start_from
-from bert_ds.ranks import CheckpointError
 
 Tensors = dict[str, Tensor]
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bert_ds.downstream.qa_scores import answer_scores, best_threshold, cmrc_units, squad_normalised
+from bert_ds.downstream.scores.qa_scores import answer_scores, best_threshold, cmrc_units, squad_normalised
 
 
 def one(rules: str, gold: list[str], predicted: str) -> tuple[float, float]:

@@ -12,9 +12,9 @@ from ranks_harness import run_ranks
 from tiny_training import TinyModel, ds_config, step_batches, tiny_engine, tiny_plan, tiny_services
 
 from bert_ds.reporting.run_log import read_metrics, step_line
-from bert_ds.training.rank_times import RankTimes, slow_rank, spread
-from bert_ds.training.train_loop import train
-from bert_ds.training.train_state import TrainState
+from bert_ds.training.checkpoints.train_state import TrainState
+from bert_ds.training.loop.rank_times import RankTimes, slow_rank, spread
+from bert_ds.training.loop.train_loop import train
 
 
 class SlowModel(TinyModel):

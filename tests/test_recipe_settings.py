@@ -12,7 +12,7 @@ import pytest
 from forked_verbs import run_verb
 from settings_walk import Change, changed, observed, setting_paths
 
-from bert_ds.configuration.run_config import RunConfig
+from bert_ds.configuration.recipe.run_config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from bert_ds.configuration.task_data_config import DataFile
-from bert_ds.downstream import records
-from bert_ds.downstream.records import pick, read_records
-from bert_ds.ranks import DataError
+from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.task.task_data_config import DataFile
+from bert_ds.downstream.rows import records
+from bert_ds.downstream.rows.records import pick, read_records
 
 
 def read(folder: Path, content: bytes | str, form: str, **settings: Any) -> list[dict[str, Any]]:

@@ -11,9 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from bert_ds import replaced_folders
-from bert_ds.configuration.run_config import ConfigError
-from bert_ds.replaced_folders import EXPORT_MANIFEST, claim_export, new_folder, replaced_export, write_export_manifest
+from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.folders import replaced_folders
+from bert_ds.folders.replaced_folders import (
+    EXPORT_MANIFEST,
+    claim_export,
+    new_folder,
+    replaced_export,
+    write_export_manifest,
+)
 
 OURS = json.dumps({"sentence_pair_objective": "sop"})
 

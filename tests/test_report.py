@@ -13,17 +13,17 @@ import pytest
 from forked_verbs import run_verb
 from tiny_training import TinyModel, ds_config, join_alone, step_batches, tiny_plan, tiny_services
 
-from bert_ds.configuration.config_files import shipped_file
-from bert_ds.configuration.optimizer_config import AdamWConfig, LambConfig
-from bert_ds.configuration.run_config import ConfigError
-from bert_ds.ranks import DataError
+from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.reading.config_files import shipped_file
+from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, LambConfig
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.reporting.run_figures import draw_figures
 from bert_ds.reporting.run_history import below_unigram, read_history, summary_lines
 from bert_ds.reporting.run_page import render_page
+from bert_ds.training.checkpoints.train_state import TrainState
 from bert_ds.training.engine import make_engine
-from bert_ds.training.optimizers import make_optimizer
-from bert_ds.training.train_loop import train
-from bert_ds.training.train_state import TrainState
+from bert_ds.training.loop.train_loop import train
+from bert_ds.training.optimizers.factory import make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 START = {"kind": "start", "step": 0, "attempt": 1, "time": 0.0, "data": {"unigram_cross_entropy": 7.0}}

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from bert_ds.processes import STOP_SIGNALS
-from bert_ds.ranks import CheckpointError
-from bert_ds.training.restart import StopRequest, is_done, mark_done
+from bert_ds.basics.processes import STOP_SIGNALS
+from bert_ds.basics.ranks import CheckpointError
+from bert_ds.training.launch.restart import StopRequest, is_done, mark_done
 
 ROOT = Path(__file__).resolve().parents[1]
 
 CHILD = """
 import sys, time
-from bert_ds.training.restart import StopRequest, follow_launcher
+from bert_ds.training.launch.restart import StopRequest, follow_launcher
 stop = StopRequest()
 stop.install()
 follow_launcher(stop, grace_s={grace}, poll_s=0.05)
@@ -187,7 +187,7 @@ def test_a_worker_stops_whose_launcher_has_lost_its_runner(tmp_path: Path) -> No
 def test_what_a_killed_worker_has_forked_dies_with_it() -> None:
     code = (
         "import os, time\n"
-        "from bert_ds.training.restart import StopRequest, follow_launcher\n"
+        "from bert_ds.training.launch.restart import StopRequest, follow_launcher\n"
         "follow_launcher(StopRequest())\n"
         "pid = os.fork()\n"
         "if pid:\n"
@@ -240,8 +240,8 @@ def test_a_disk_that_is_full_at_the_last_mark_is_told_with_what_stands_and_what_
 
 WITHOUT_A_TERMINAL = """
 import sys, time
-from bert_ds.command_line import run_main
-from bert_ds.training.restart import StopRequest
+from bert_ds.launch.command_line import run_main
+from bert_ds.training.launch.restart import StopRequest
 def main():
     stop = StopRequest()
     stop.install()

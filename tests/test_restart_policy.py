@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from bert_ds.exit_record import ExitRecord, read_exits, record_exit
-from bert_ds.training.restart_policy import LaunchEnd, Progress, Verdict, judge
+from bert_ds.basics.exit_record import ExitRecord, read_exits, record_exit
+from bert_ds.training.launch.restart_policy import LaunchEnd, Progress, Verdict, judge
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVED = ExitRecord(75, "")

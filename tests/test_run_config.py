@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from config_cases import DELETED, RECIPE, changed, write_json
 
-from bert_ds.configuration.config_files import MAX_BYTES
-from bert_ds.configuration.config_secrets import is_secret_name
-from bert_ds.configuration.run_config import ConfigError, RunConfig, dump_run_config, load_run_config
+from bert_ds.configuration.reading.config_files import MAX_BYTES
+from bert_ds.configuration.reading.config_secrets import is_secret_name
+from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig, dump_run_config, load_run_config
 
 SHARDS = {"type": "shards", "sources": [{"path": "../data/a"}, {"path": "/data/b"}], "tokenizer": "tok"}
 

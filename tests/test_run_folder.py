@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from ranks_harness import run_ranks
 
-from bert_ds.configuration.run_config import ConfigError
-from bert_ds.output_folders import MARKER
-from bert_ds.ranks import DataError
-from bert_ds.training.run_folder import enter_run_folder, on_main_rank, prove_same_files, refuse_foreign_folders
+from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.folders.output_folders import MARKER
+from bert_ds.training.agreement import on_main_rank
+from bert_ds.training.launch.run_folder import enter_run_folder, prove_same_files, refuse_foreign_folders
 
 
 def scenarios(rank: int, world_size: int, folder: str) -> dict[str, str]:

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from bert_ds.configuration.run_config import ConfigError
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.reporting.run_pulse import LOCK
-from bert_ds.training import run_lock
-from bert_ds.training.run_lock import DEAD_AFTER_S, lock_run_folder
+from bert_ds.training.launch import run_lock
+from bert_ds.training.launch.run_lock import DEAD_AFTER_S, lock_run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 OWNER = """
 import sys, time
 from pathlib import Path
 from bert_ds.training import run_lock
-from bert_ds.training.run_lock import lock_run_folder
+from bert_ds.training.launch.run_lock import lock_run_folder
 lock_run_folder(Path(sys.argv[1]), patience_s=0)
 print("held", flush=True)
 time.sleep(600)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bert_ds.ranks import Ranks
+from bert_ds.basics.ranks import Ranks
 from bert_ds.reporting.environment import write_environment
 from bert_ds.reporting.run_log import RunLog, read_metrics, repair_metrics, step_line, write_json
 

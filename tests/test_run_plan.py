@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from config_cases import RECIPE, changed, write_json
 
-from bert_ds.configuration.ds_config import load_pair
-from bert_ds.configuration.run_config import ConfigError, ModelConfig
+from bert_ds.configuration.deepspeed_file.ds_config import load_pair
+from bert_ds.configuration.recipe.run_config import ConfigError, ModelConfig
 from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table, size_text
 from bert_ds.configuration.run_size import count_parameters
 
@@ -51,7 +51,7 @@ def test_parameters_are_those_of_hugging_face(model: ModelConfig, has_pair_head:
 
 @pytest.mark.parametrize("has_pair_head", [True, False])
 def test_parameters_are_those_of_the_model_that_is_built(has_pair_head: bool) -> None:
-    from bert_ds.encoder.heads import BertForPreTraining
+    from bert_ds.encoder.pretraining_model import BertForPreTraining
 
     config = ModelConfig(
         vocab_size=61,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bert_ds.ranks import DataError
+from bert_ds.basics.ranks import DataError
 from bert_ds.reporting import run_rows
 from bert_ds.reporting.run_figures import _line, draw_figures
 from bert_ds.reporting.run_history import read_history

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
+from bert_ds.basics.slurm_queue import QueuedJob, parse_queue
 from bert_ds.reporting.run_overview import TAIL_BYTES, RunOverview, find_runs, read_overview
 from bert_ds.reporting.run_pulse import LOCK, RENEWED_EVERY_S
-from bert_ds.slurm_queue import QueuedJob, parse_queue
 
 ROOT = Path(__file__).resolve().parents[1]
 NOW = 1_000_000.0

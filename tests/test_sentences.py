@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bert_ds.corpus.sentences import split_sentences
+from bert_ds.corpus.text.sentences import split_sentences
 
 # A bar marks where one sentence ends and the next begins; the white space around it is not part of the text's words.
 EXAMPLES = [

@@ -10,11 +10,11 @@ from corpus_fixtures import counting_documents, open_train, random_documents, wr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bert_ds.configuration.run_config import SequenceConfig
-from bert_ds.corpus import sequences
-from bert_ds.corpus.sequences import ExampleTable, build_examples, target_lengths
-from bert_ds.corpus.shards import ShardSplit, open_shards
-from bert_ds.ranks import DataError
+from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.recipe.run_config import SequenceConfig
+from bert_ds.corpus.batches import sequences
+from bert_ds.corpus.batches.sequences import ExampleTable, build_examples, target_lengths
+from bert_ds.corpus.shards.shard_folder import ShardSplit, open_shards
 
 document_lengths = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=12), min_size=2, max_size=8)
 configs = st.builds(

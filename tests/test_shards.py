@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bert_ds.corpus.build import BuildSettings, build_shards
-from bert_ds.corpus.documents import Document
-from bert_ds.corpus.shards import open_shards, verify_shards
-from bert_ds.corpus.text_input import DocumentInput
-from bert_ds.corpus.wordpiece import SPECIAL_PIECES, SpecialIds, TextRules, WordPieceTokenizer
-from bert_ds.ranks import DataError
+from bert_ds.basics.ranks import DataError
+from bert_ds.corpus.shards.build import BuildSettings, build_shards
+from bert_ds.corpus.shards.shard_folder import open_shards, verify_shards
+from bert_ds.corpus.text.documents import Document
+from bert_ds.corpus.text.text_input import DocumentInput
+from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, SpecialIds, TextRules, WordPieceTokenizer
 
 LETTERS = "abcdefghij"
 TOKENIZER = WordPieceTokenizer([*SPECIAL_PIECES, ".", *LETTERS], TextRules())
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("shards") / "s"
     text_input = DocumentInput(lambda: (Document("", text) for text in TEXTS), description={"test": 1})
     monkey = pytest.MonkeyPatch()
-    monkey.setattr("bert_ds.corpus.build._BATCH_DOCUMENTS", 10)
+    monkey.setattr("bert_ds.corpus.shards.build._BATCH_DOCUMENTS", 10)
     build_shards(text_input, tokenizer, output, settings=BuildSettings(0.2, 400))
     monkey.undo()
     return output

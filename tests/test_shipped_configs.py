@@ -13,10 +13,10 @@ from config_cases import launched, write_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bert_ds.configuration.config_files import shipped_file
-from bert_ds.configuration.ds_config import load_pair, resolve_ds_config
-from bert_ds.configuration.ds_keys import leaves
-from bert_ds.configuration.run_config import ConfigError, dump_run_config, load_run_config
+from bert_ds.configuration.deepspeed_file.ds_config import load_pair, resolve_ds_config
+from bert_ds.configuration.deepspeed_file.ds_keys import leaves
+from bert_ds.configuration.reading.config_files import shipped_file
+from bert_ds.configuration.recipe.run_config import ConfigError, dump_run_config, load_run_config
 from bert_ds.configuration.run_plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bert_ds.downstream.splits import drop_overlap, first_by_hash, hold_out
+from bert_ds.downstream.rows.splits import drop_overlap, first_by_hash, hold_out
 
 SENTENCES = [
     "a gripping and moving film",

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from bert_ds.downstream.squad_files import Answer, align_answers, read_squad
-from bert_ds.ranks import DataError
+from bert_ds.basics.ranks import DataError
+from bert_ds.downstream.rows.squad_files import Answer, align_answers, read_squad
 
 CONTEXT = "Ann met Bob. Bob met Ann."
 

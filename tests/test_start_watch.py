@@ -20,13 +20,13 @@ from typing import NamedTuple
 import pytest
 from fork_server import free_port
 
-from bert_ds.start_hub import keep_alive
+from bert_ds.launch.start_hub import keep_alive
 
 ROOT = Path(__file__).resolve().parents[1]
 PREAMBLE = """
 import os, signal, sys, time
 from bert_ds import start_watch as watch
-from bert_ds.start_watch import joined, meet, say_ended, watch_start
+from bert_ds.launch.start_watch import joined, meet, say_ended, watch_start
 FOLDER = os.environ["BERT_DS_EXITS"]
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 def wait_for(*names):
@@ -40,9 +40,9 @@ open(f"{FOLDER}/came_" + os.environ["RANK"], "w").close()
 MEET = "meet(60)\njoined()\ntime.sleep(60)"
 WAIT = "meet(60); time.sleep(60)"
 VERB = """
-from bert_ds.command_line import make_parser, run_main
+from bert_ds.launch.command_line import make_parser, run_main
 def main():
-    from bert_ds.ranks import DataError
+    from bert_ds.basics.ranks import DataError
     {}
 run_main(main, leave_at_once=True)
 """

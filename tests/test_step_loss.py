@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bert_ds.training.dropout_seeds import dropout_seed, dropout_seed_value, splitmix64
-from bert_ds.training.step_loss import poison_if_not_finite, step_loss
+from bert_ds.training.loop.dropout_seeds import dropout_seed, dropout_seed_value, splitmix64
+from bert_ds.training.loop.step_loss import poison_if_not_finite, step_loss
 
 
 def test_the_shares_of_unequal_micro_batches_add_up_to_the_mean_over_all_targets() -> None:

@@ -13,11 +13,11 @@ import pytest
 from config_cases import DEEPSPEED, RECIPE, write_json
 from test_job_config import INJECTIONS, JOB
 
-from bert_ds.configuration.ds_config import load_pair
+from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.job_config import parse_job_config
-from bert_ds.configuration.run_config import ConfigError
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.run_plan import make_plan
-from bert_ds.slurm_job import (
+from bert_ds.launch.slurm_job import (
     Speed,
     hours_text,
     job_problems,

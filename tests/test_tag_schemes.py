@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bert_ds.downstream.tag_schemes import to_bio
-from bert_ds.ranks import DataError
+from bert_ds.basics.ranks import DataError
+from bert_ds.downstream.rows.tag_schemes import to_bio
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 from config_cases import launched
 from downstream_cases import review_task, task_of
 
-from bert_ds.configuration.ds_config import load_ds_config, resolve_ds_config
-from bert_ds.configuration.run_config import ConfigError, ModelConfig
-from bert_ds.configuration.task_config import dump_task, load_task, trained_task
+from bert_ds.configuration.deepspeed_file.ds_config import load_ds_config, resolve_ds_config
+from bert_ds.configuration.recipe.run_config import ConfigError, ModelConfig
+from bert_ds.configuration.task.task_config import dump_task, load_task, trained_task
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(path.stem for path in (ROOT / "ds_configs/tasks").glob("*.json"))

@@ -12,25 +12,25 @@ from downstream_cases import CONFIG, review_task, write_tiny_export
 from ranks_harness import run_ranks
 from tiny_training import ds_config
 
-from bert_ds.configuration.task_config import load_task, trained_task
-from bert_ds.corpus.wordpiece import load_tokenizer
-from bert_ds.downstream.best_step import Measured, best_of, extended, is_exhausted, read_history, write_history
-from bert_ds.downstream.features import Feature
-from bert_ds.downstream.kinds import KINDS
-from bert_ds.downstream.outcome import measure_side
-from bert_ds.downstream.task_batches import features_fingerprint, step_batches
-from bert_ds.downstream.task_engine import build_model, layer_lr_scale
-from bert_ds.downstream.task_rows import read_task
+from bert_ds.basics.ranks import DataError, Ranks
+from bert_ds.configuration.task.task_config import load_task, trained_task
+from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.rows.features import Feature
+from bert_ds.downstream.rows.task_batches import features_fingerprint, step_batches
+from bert_ds.downstream.tuning.best_step import Measured, best_of, extended, is_exhausted, read_history, write_history
+from bert_ds.downstream.tuning.outcome import measure_side
+from bert_ds.downstream.tuning.task_engine import build_model, layer_lr_scale
+from bert_ds.downstream.tuning.task_rows import read_task
 from bert_ds.encoder.pretrained import check_tokenizer, load_pretrained
-from bert_ds.ranks import DataError, Ranks
 from bert_ds.reporting.run_log import RunLog
-from bert_ds.training.checkpoints import CheckpointPolicy, save_checkpoint
+from bert_ds.training.checkpoints.checkpoint_loader import CheckpointPolicy, save_checkpoint
+from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
+from bert_ds.training.checkpoints.train_state import TrainState
 from bert_ds.training.engine import make_engine
-from bert_ds.training.fp32_weights import load_fp32_state_dict
-from bert_ds.training.optimizers import make_optimizer
-from bert_ds.training.param_groups import TensorFacts
-from bert_ds.training.train_state import TrainState
-from bert_ds.training.train_step import agree_on_totals, forward_backward, take_step
+from bert_ds.training.loop.train_step import agree_on_totals, forward_backward, take_step
+from bert_ds.training.optimizers.factory import make_optimizer
+from bert_ds.training.optimizers.param_groups import TensorFacts
 
 FROZEN = {"layers": 1, "embeddings": True}
 CASES = [(stage, "fp32", FROZEN) for stage in range(4)]

@@ -18,18 +18,18 @@ from downstream_cases import CONFIG, review_rows, task_of, write_lines
 from encoder_cases import spread_weights
 from tiny_training import join_alone
 
-from bert_ds.configuration.run_config import IGNORE_INDEX
-from bert_ds.configuration.task_config import TaskConfig
-from bert_ds.configuration.task_kinds import KIND_FACTS, WORD_METRICS
-from bert_ds.corpus.wordpiece import WordPieceTokenizer, load_tokenizer
-from bert_ds.downstream.kind import Prediction
-from bert_ds.downstream.kinds import KINDS
-from bert_ds.downstream.outcome import Measurement, measure_side
-from bert_ds.downstream.task_batch import pack
-from bert_ds.downstream.task_folder import TaskFacts, make_task_model, read_task_folder, write_task_folder
-from bert_ds.downstream.task_model import TaskModel
-from bert_ds.downstream.task_rows import TaskRows, read_task
-from bert_ds.ranks import DataError
+from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
+from bert_ds.configuration.task.task_config import TaskConfig
+from bert_ds.configuration.task.task_kinds import KIND_FACTS, WORD_METRICS
+from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer, load_tokenizer
+from bert_ds.downstream.kinds.kind import Prediction
+from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.kinds.task_model import TaskModel
+from bert_ds.downstream.rows.task_batch import pack
+from bert_ds.downstream.tuning.outcome import Measurement, measure_side
+from bert_ds.downstream.tuning.task_folder import TaskFacts, make_task_model, read_task_folder, write_task_folder
+from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
 
 TSV = {"train": [{"path": "train", "format": "tsv"}], "validation": [{"path": "train", "format": "tsv"}]}
 CONLL = {"train": [{"path": "train", "format": "conll"}], "validation": [{"path": "train", "format": "conll"}]}
@@ -290,7 +290,7 @@ def test_a_label_that_training_has_never_seen_is_named(tmp_path: Path, tokenizer
 
 
 def test_weights_of_classes_are_balanced_with_a_mean_of_one(tmp_path: Path, tokenizer: WordPieceTokenizer) -> None:
-    from bert_ds.downstream.task_rows import balanced_weights
+    from bert_ds.downstream.tuning.task_rows import balanced_weights
 
     lines = ["text\tlabel", "a b\tx", "a c\tx", "a d\tx", "a e\ty"]
     write_lines(tmp_path / "train", lines)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bert_ds.configuration.run_config import ConfigError
-from bert_ds.downstream.metrics import (
+from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.downstream.scores.metrics import (
     class_figures,
     confusion_counts,
     correlations,

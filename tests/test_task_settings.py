@@ -12,7 +12,7 @@ from downstream_cases import review_rows, write_lines
 from forked_verbs import run_verb
 from settings_walk import Change, changed, observed, setting_paths
 
-from bert_ds.configuration.task_config import TaskConfig
+from bert_ds.configuration.task.task_config import TaskConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = {"path": "train.tsv", "format": "tsv"}

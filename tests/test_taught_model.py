@@ -12,17 +12,17 @@ import torch
 from downstream_cases import CONFIG, review_task, task_of, write_lines, write_task
 from forked_verbs import run_verb
 
-from bert_ds.configuration.run_config import ConfigError
-from bert_ds.configuration.task_config import TaskConfig, load_task
-from bert_ds.configuration.task_sections import TaskDistillationConfig
-from bert_ds.corpus.wordpiece import load_tokenizer
-from bert_ds.downstream.kinds import KINDS
-from bert_ds.downstream.task_batch import TaskBatch, pack
-from bert_ds.downstream.task_engine import with_dropout
-from bert_ds.downstream.task_folder import make_task_model
-from bert_ds.downstream.task_model import TaskModel
-from bert_ds.downstream.task_rows import read_task
-from bert_ds.downstream.taught_model import TaughtTaskModel
+from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.configuration.task.task_config import TaskConfig, load_task
+from bert_ds.configuration.task.task_sections import TaskDistillationConfig
+from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.kinds.task_model import TaskModel
+from bert_ds.downstream.rows.task_batch import TaskBatch, pack
+from bert_ds.downstream.tuning.task_engine import with_dropout
+from bert_ds.downstream.tuning.task_folder import make_task_model
+from bert_ds.downstream.tuning.task_rows import read_task
+from bert_ds.downstream.tuning.taught_model import TaughtTaskModel
 from bert_ds.reporting.run_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]

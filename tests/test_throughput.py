@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bert_ds.training.throughput import Throughput, peak_flops
+from bert_ds.training.loop.throughput import Throughput, peak_flops
 
 
 class Clock:

@@ -24,11 +24,11 @@ from tiny_training import (
     tiny_services,
 )
 
-from bert_ds.ranks import CheckpointError, DataError, DivergedError
+from bert_ds.basics.ranks import CheckpointError, DataError, DivergedError
 from bert_ds.reporting.run_log import read_metrics
-from bert_ds.training.evaluation import Evaluation, evaluate
-from bert_ds.training.train_loop import train
-from bert_ds.training.train_state import TrainState
+from bert_ds.training.checkpoints.train_state import TrainState
+from bert_ds.training.loop.evaluation import Evaluation, evaluate
+from bert_ds.training.loop.train_loop import train
 
 KINDS = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
 

@@ -9,12 +9,12 @@ import pytest
 from ranks_harness import run_ranks
 from tiny_training import TinyModel, ds_config, join_alone, step_batches, tiny_plan, tiny_services
 
-from bert_ds.configuration.optimizer_config import AdamWConfig, LambConfig, LansConfig
+from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, LambConfig, LansConfig
 from bert_ds.reporting.run_log import read_metrics
+from bert_ds.training.checkpoints.train_state import TrainState
 from bert_ds.training.engine import make_engine
-from bert_ds.training.optimizers import make_optimizer
-from bert_ds.training.train_loop import train
-from bert_ds.training.train_state import TrainState
+from bert_ds.training.loop.train_loop import train
+from bert_ds.training.optimizers.factory import make_optimizer
 
 CASES = {"lamb": LambConfig, "lans": LansConfig}
 KINDS = {"dense.weight", "dense.bias", "LayerNorm.weight", "LayerNorm.bias", "pair.weight", "pair.bias"}
@@ -81,7 +81,7 @@ def test_a_row_has_the_statistics_of_its_own_step(tmp_path: Path) -> None:
 def test_nothing_is_read_from_the_device_at_a_step_that_is_not_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bert_ds.training.lamb import Lamb
+    from bert_ds.training.optimizers.lamb import Lamb
 
     join_alone()
     calls, genuine = [], Lamb.trust_statistics

@@ -8,8 +8,8 @@ import torch
 from lamb_tensors import gradients, parameters
 from torch import nn
 
-from bert_ds.training.lamb import Lamb, lamb_preset
-from bert_ds.training.trust_statistics import layer_kind, summarise
+from bert_ds.training.optimizers.lamb import Lamb, lamb_preset
+from bert_ds.training.optimizers.trust_statistics import layer_kind, summarise
 
 
 def test_trust_statistics_name_every_tensor() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from corpus_fixtures import open_train
 
-from bert_ds.corpus.unigram import piece_counts, unigram_cross_entropy
+from bert_ds.corpus.batches.unigram import piece_counts, unigram_cross_entropy
 
 
 def test_the_floor_is_the_mean_surprise_at_mask_under_smoothed_training_counts(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bert_ds.configuration.run_config import ConfigError
-from bert_ds.corpus.wordpiece import SPECIAL_PIECES, SpecialIds, TextRules, WordPieceTokenizer, load_tokenizer
-from bert_ds.corpus.wordpiece_training import train_wordpiece
-from bert_ds.ranks import DataError
+from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, SpecialIds, TextRules, WordPieceTokenizer, load_tokenizer
+from bert_ds.corpus.tokenizer.wordpiece_training import train_wordpiece
 
 ROOT = Path(__file__).parents[1]
 FACTS = ["[UNK]", "[CLS]", "[SEP]", "want", "##want", "##ed", "wa", "un", "runn", "##ing", ",", "[PAD]", "[MASK]"]
@@ -155,7 +155,7 @@ def test_characters_that_always_stand_alone_get_no_continuation_piece(tmp_path: 
 def test_training_gives_the_same_bytes_with_one_and_with_two_threads(tmp_path: Path) -> None:
     code = (
         "import sys, argparse, inspect, subprocess, typing, tarfile;"
-        "from bert_ds.corpus.wordpiece_training import train_wordpiece;"
+        "from bert_ds.corpus.tokenizer.wordpiece_training import train_wordpiece;"
         "texts = [inspect.getsource(module) for module in (argparse, inspect, subprocess, typing, tarfile)];"
         "train_wordpiece(texts, vocab_size=2000, lowercase=True, output=sys.argv[1])"
     )

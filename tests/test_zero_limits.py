@@ -10,8 +10,8 @@ from lamb_bert import make_model
 from lamb_runs import Case, build, quiet_deepspeed, train
 from ranks_harness import run_ranks
 
-from bert_ds.training.lamb import Lamb
-from bert_ds.training.zero_limits import universal_checkpoint_blockers, unsupported_settings
+from bert_ds.training.optimizers.lamb import Lamb
+from bert_ds.training.optimizers.zero_limits import universal_checkpoint_blockers, unsupported_settings
 
 BF16_MASTERS = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
 FP16_AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "float16"}, "gradient_clipping": 0.0}

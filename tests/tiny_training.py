@@ -13,18 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bert_ds.configuration.run_config import ScheduleConfig
-from bert_ds.ranks import Ranks
+from bert_ds.basics.ranks import Ranks
+from bert_ds.configuration.recipe.run_config import ScheduleConfig
 from bert_ds.reporting.run_log import RunLog
-from bert_ds.training.checkpoint_saver import CheckpointPolicy, CheckpointSaver
-from bert_ds.training.checkpoints import resume
+from bert_ds.training.checkpoints.checkpoint_loader import resume
+from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
+from bert_ds.training.checkpoints.train_state import TrainPlan, TrainState
 from bert_ds.training.engine import make_engine
-from bert_ds.training.param_groups import decay_groups
-from bert_ds.training.process_group import leave_out_shared_memory_operator
-from bert_ds.training.restart import StopRequest
-from bert_ds.training.throughput import Throughput
-from bert_ds.training.train_loop import Services, train
-from bert_ds.training.train_state import TrainPlan, TrainState
+from bert_ds.training.launch.process_group import leave_out_shared_memory_operator
+from bert_ds.training.launch.restart import StopRequest
+from bert_ds.training.loop.throughput import Throughput
+from bert_ds.training.loop.train_loop import Services, train
+from bert_ds.training.optimizers.param_groups import decay_groups
 
 WIDTH = 7
 

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
-from bert_ds.configuration.config_files import MAX_DEPTH, ConfigError
-from bert_ds.configuration.config_problems import Problem, describe, section_problems
-from bert_ds.configuration.config_section import Section
+from bert_ds.configuration.reading.config_files import MAX_DEPTH, ConfigError
+from bert_ds.configuration.reading.config_problems import Problem, describe, section_problems
+from bert_ds.configuration.reading.config_section import Section
 
 MAX_RANKS = 2**20
 

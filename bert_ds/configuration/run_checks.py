@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bert_ds.configuration.config_problems import Problem, describe
-from bert_ds.configuration.run_config import (
+from bert_ds.basics.input_gate import read_json, read_text, split_lines
+from bert_ds.configuration.reading.config_problems import Problem, describe
+from bert_ds.configuration.recipe.run_config import (
     EmbeddedCorpus,
     ModelConfig,
     RunConfig,
@@ -21,7 +22,6 @@ from bert_ds.configuration.run_config import (
     ShardCorpus,
     TrainedRun,
 )
-from bert_ds.input_gate import read_json, read_text, split_lines
 
 MODEL_SIZES = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"),

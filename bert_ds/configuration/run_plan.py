@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from bert_ds.configuration.config_files import ConfigError
-from bert_ds.configuration.config_problems import Problem
-from bert_ds.configuration.ds_batch import MicroBatch, split_batch
-from bert_ds.configuration.ds_config import DsConfig, pair_problems
-from bert_ds.configuration.precision import planned, precision_text
+from bert_ds.basics.ranks import LAUNCHER_PATIENCE_S
+from bert_ds.configuration.deepspeed_file.ds_batch import MicroBatch, split_batch
+from bert_ds.configuration.deepspeed_file.ds_config import DsConfig, pair_problems
+from bert_ds.configuration.reading.config_files import ConfigError
+from bert_ds.configuration.reading.config_problems import Problem
+from bert_ds.configuration.recipe.precision import planned, precision_text
+from bert_ds.configuration.recipe.run_config import ModelConfig, RunConfig
 from bert_ds.configuration.run_checks import (
     corpus_tokens,
     named_files,
@@ -20,7 +22,6 @@ from bert_ds.configuration.run_checks import (
     spread_problems,
     teacher_model,
 )
-from bert_ds.configuration.run_config import ModelConfig, RunConfig
 from bert_ds.configuration.run_size import (
     FLOPS_SOURCE,
     MemoryEstimate,
@@ -33,7 +34,6 @@ from bert_ds.configuration.run_size import (
     optimizer_flops,
     teacher_flops_per_token,
 )
-from bert_ds.ranks import LAUNCHER_PATIENCE_S
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bert_ds.configuration.optimizer_config import MuonConfig
-from bert_ds.configuration.precision import Precision, planned
-from bert_ds.configuration.run_config import ModelConfig, RunConfig
+from bert_ds.configuration.recipe.optimizer_config import MuonConfig
+from bert_ds.configuration.recipe.precision import Precision, planned
+from bert_ds.configuration.recipe.run_config import ModelConfig, RunConfig
 
 FLOPS_SOURCE = (
     "6 per matrix weight and token for forward and backward (Kaplan et al. 2020, arXiv 2001.08361), 12 L D S for "

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bert_ds.configuration.distillation_config import DistillationConfig
-from bert_ds.configuration.run_config import ModelConfig
-from bert_ds.encoder.heads import BertForPreTraining, MaskedWordHead, stacked_sums
+from bert_ds.configuration.recipe.distillation_config import DistillationConfig
+from bert_ds.configuration.recipe.run_config import ModelConfig
 from bert_ds.encoder.initial_weights import start_from_layers
 from bert_ds.encoder.pretrained import load_masked_lm
+from bert_ds.encoder.pretraining_model import BertForPreTraining, MaskedWordHead, stacked_sums
 
 _ROWS_AT_ONCE = 512
 """Masked tokens whose (rows, V) scores exist at a time, in forward and in backward."""

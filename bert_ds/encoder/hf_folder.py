@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bert_ds import input_gate
-from bert_ds.configuration.run_config import ConfigError, ModelConfig
+from bert_ds.basics import input_gate
+from bert_ds.basics.input_gate import open_regular, read_text, refuse_link_out
+from bert_ds.basics.ranks import CheckpointError, DataError
+from bert_ds.basics.tensor_files import load_tensor_file
+from bert_ds.configuration.recipe.run_config import ConfigError, ModelConfig
 from bert_ds.encoder.hf_mapping import model_config_from_hf
-from bert_ds.input_gate import open_regular, read_text, refuse_link_out
-from bert_ds.ranks import CheckpointError, DataError
-from bert_ds.tensor_files import load_tensor_file
 
 _TOKENIZER_KEYS = (
     *("do_lower_case", "strip_accents", "tokenize_chinese_chars"),

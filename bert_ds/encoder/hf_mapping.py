@@ -13,8 +13,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from bert_ds.configuration.run_config import ConfigError, ModelConfig
-from bert_ds.ranks import CheckpointError
+from bert_ds.basics.ranks import CheckpointError
+from bert_ds.configuration.recipe.run_config import ConfigError, ModelConfig
 
 _DECODER = "cls.predictions.decoder.weight"
 _WORDS = "bert.embeddings.word_embeddings.weight"

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bert_ds.configuration.run_config import ConfigError
+from bert_ds.basics.ranks import CheckpointError
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.encoder.hf_folder import (
     copy_member,
     harmless_config,
@@ -24,8 +25,7 @@ from bert_ds.encoder.hf_folder import (
     read_json,
     write_json,
 )
-from bert_ds.ranks import CheckpointError
-from bert_ds.replaced_folders import write_export_manifest
+from bert_ds.folders.replaced_folders import write_export_manifest
 
 MAX_RELATIVE_DIFFERENCE = 1e-4
 ONNX_FILE = "model.onnx"

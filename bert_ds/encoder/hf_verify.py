@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bert_ds.configuration.run_config import ModelConfig
-from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.basics.ranks import CheckpointError
+from bert_ds.configuration.recipe.run_config import ModelConfig
 from bert_ds.encoder.hf_folder import read_json, refuse_broken_tensors
 from bert_ds.encoder.hf_mapping import from_hf, model_config_from_hf
-from bert_ds.ranks import CheckpointError
+from bert_ds.encoder.pretraining_model import BertForPreTraining
 
 MAX_RELATIVE_DIFFERENCE = 1e-4
 _PROBE_TEXTS = (

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.basics.ranks import CheckpointError
 from bert_ds.encoder.hf_folder import load_hf_folder
 from bert_ds.encoder.hf_mapping import from_hf
-from bert_ds.ranks import CheckpointError
+from bert_ds.encoder.pretraining_model import BertForPreTraining
 
 
 def load_initial_weights(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bert_ds.configuration.run_config import ModelConfig
+from bert_ds.configuration.recipe.run_config import ModelConfig
 from bert_ds.encoder.fused_ops import FusedOps
 
 EMBEDDING_SITE = 0

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from bert_ds.configuration.run_config import ModelConfig
+from bert_ds.basics.ranks import CheckpointError, DataError
+from bert_ds.configuration.recipe.run_config import ModelConfig
 from bert_ds.encoder.fused_ops import fused_ops
-from bert_ds.encoder.heads import BertForPreTraining
 from bert_ds.encoder.hf_folder import load_hf_folder, read_json
 from bert_ds.encoder.hf_mapping import encoder_from_hf, from_hf, modern_names
 from bert_ds.encoder.modeling_bert import BertEncoder, initialise_weights
-from bert_ds.ranks import CheckpointError, DataError
+from bert_ds.encoder.pretraining_model import BertForPreTraining
 
 
 class Pretrained(NamedTuple):

@@ -9,8 +9,8 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from bert_ds.configuration.config_secrets import is_secret_name, is_secret_value
-from bert_ds.ranks import Ranks
+from bert_ds.basics.ranks import Ranks
+from bert_ds.configuration.reading.config_secrets import is_secret_name, is_secret_value
 from bert_ds.reporting.run_log import write_json
 
 _PACKAGES = ("bert-ds", "torch", "deepspeed", "triton", "transformers", "tokenizers", "numpy", "pydantic")

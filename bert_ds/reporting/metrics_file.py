@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bert_ds.input_gate import open_regular
-from bert_ds.ranks import DataError
+from bert_ds.basics.input_gate import open_regular
+from bert_ds.basics.ranks import DataError
 
 MAX_LINE_BYTES = 1 << 20
 

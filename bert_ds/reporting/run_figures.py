@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bert_ds.configuration.run_config import ConfigError
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.reporting.run_history import OVER_ALL, Band, RunHistory, section
 from bert_ds.reporting.run_log import AT_MASK
 from bert_ds.reporting.run_rows import number

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from bert_ds import input_gate
-from bert_ds.configuration.config_problems import describe
-from bert_ds.ranks import DataError
+from bert_ds.basics import input_gate
+from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.reading.config_problems import describe
 from bert_ds.reporting.run_log import AT_MASK
 from bert_ds.reporting.run_rows import Row, RunRows, number, read_run_rows
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bert_ds.ranks import LAUNCHER_PATIENCE_S, Ranks
+from bert_ds.basics.ranks import LAUNCHER_PATIENCE_S, Ranks
 from bert_ds.reporting.metrics_file import numbered_rows
 
 AT_MASK = "loss_mlm_masked"

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from bert_ds.configuration.config_problems import found_wanted, printable
-from bert_ds.exit_record import read_exits
-from bert_ds.input_gate import open_regular, parse_json, read_json, read_text
-from bert_ds.ranks import EXIT_DIVERGED, EXIT_DONE, EXIT_RUN_AGAIN
+from bert_ds.basics.exit_record import read_exits
+from bert_ds.basics.input_gate import open_regular, parse_json, read_json, read_text
+from bert_ds.basics.ranks import EXIT_DIVERGED, EXIT_DONE, EXIT_RUN_AGAIN
+from bert_ds.basics.slurm_queue import QueuedJob
+from bert_ds.configuration.reading.config_problems import found_wanted, printable
 from bert_ds.reporting.run_pulse import is_alive
-from bert_ds.slurm_queue import QueuedJob
 
 TAIL_BYTES = 64_000
 """Of metrics.jsonl and of a log; a row has some hundred bytes."""

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bert_ds.ranks import DataError
+from bert_ds.basics.ranks import DataError
 from bert_ds.reporting.metrics_file import numbered_rows
 
 Row = Mapping[str, Any]

@@ -7,14 +7,21 @@ queued kernels. Every function here is a collective: all ranks call it, in the s
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from bert_ds.basics.ranks import CheckpointError, DataError
+from bert_ds.configuration.reading.config_files import ConfigError
+
+Value = TypeVar("Value")
+
+_ERRORS = {error.__name__: error for error in (ConfigError, DataError, CheckpointError)}
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longer than rank 0 may need to build a corpus or to write a checkpoint while the others wait."""
@@ -77,3 +84,27 @@ def _encode(value: Any) -> Tensor:
 
 def _decode(text: Tensor) -> Any:
     return json.loads(bytes(text.tolist()))
+
+
+def on_main_rank(action: Callable[[], Value]) -> Value:
+    """Run an action on rank 0 while the others wait; a collective.
+
+    Returns:
+        What the action returned, on every rank; it must be a JSON value.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what the action raised, on every rank; DataError for an OSError.
+    """
+    answer: dict[str, Any] = {}
+    if dist.get_rank() == 0:
+        try:
+            answer = {"value": action()}
+        except tuple(_ERRORS.values()) as error:
+            answer = {"error": type(error).__name__, "message": str(error)}
+        except OSError as error:  # the others would wait for ever
+            what = f"{error.filename} cannot be read or written: " if error.filename else ""
+            answer = {"error": DataError.__name__, "message": f"{what}{error.strerror or error}"}
+    answer = broadcast_json(answer)
+    if "error" in answer:
+        raise _ERRORS[answer["error"]](answer["message"])
+    return answer["value"]

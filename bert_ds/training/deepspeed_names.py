@@ -1,9 +1,9 @@
 """The names inside DeepSpeed that this project relies on, and what a user sees when a release has changed one.
 
 DeepSpeed promises none of them. So they are imported under `named_release`, or looked up by `require_names` when an
-engine is built, or read by `lamb_layout` at the first step: each way ends in an error that has the name and DeepSpeed's
-version, before a weight is changed. What lies where in a shard is proven against the data besides. Nothing here imports
-DeepSpeed.
+engine is built, or read by `parameter_layout` at the first step: each way ends in an error that has the name and
+DeepSpeed's version, before a weight is changed. What lies where in a shard is proven against the data besides. Nothing
+here imports DeepSpeed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from bert_ds.configuration.run_config import ConfigError
+from bert_ds.configuration.recipe.run_config import ConfigError
 
 TESTED = "0.19.8"
 

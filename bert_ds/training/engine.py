@@ -12,10 +12,10 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bert_ds.configuration.run_config import ConfigError
-from bert_ds.training.checkpoint_engine import VerifiedCheckpointEngine
+from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.training.checkpoints.checkpoint_engine import VerifiedCheckpointEngine
 from bert_ds.training.deepspeed_names import named_release, require_names
-from bert_ds.training.optimizers import StepGuard, refuse_unsupported_settings, share_replicated_work
+from bert_ds.training.optimizers.factory import StepGuard, refuse_unsupported_settings, share_replicated_work
 
 with named_release():
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param

@@ -10,8 +10,8 @@ import torch
 from bench_harness import HALF_FULL_512, WIKIPEDIA_128, WIKIPEDIA_512, lengths_of
 from torch import Tensor, nn
 
-from bert_ds.configuration.run_config import IGNORE_INDEX, ModelConfig
-from bert_ds.encoder.heads import BertForPreTraining
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, ModelConfig
+from bert_ds.encoder.pretraining_model import BertForPreTraining
 
 MODELS = {
     "large": ModelConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),

@@ -38,8 +38,8 @@ from bench_ops import OPS
 from bench_step_cases import BATCHES, MODELS, TINY, Batch, flops_per_token, make_batch, make_model
 from torch import nn
 
-from bert_ds.configuration.run_config import ModelConfig
-from bert_ds.training.throughput import peak_flops
+from bert_ds.configuration.recipe.run_config import ModelConfig
+from bert_ds.training.loop.throughput import peak_flops
 
 # In order of importance, and the most seconds that each may take, most of them torch.compile.
 PROVIDERS = {"ours": 40.0, "transformers compiled": 150.0, "transformers eager": 40.0, "ours compiled": 150.0}

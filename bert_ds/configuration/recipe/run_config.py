@@ -1,0 +1,287 @@
+"""The recipe: one frozen, validated object that describes a pre-training run.
+
+A recipe is a JSON file. It owns everything that decides *what* is trained (model, text, objectives, optimizer,
+schedule, global batch, precision, steps, seed, evaluation, checkpoints). How the run is spread over ranks belongs to
+the DeepSpeed file (`ds_config.py`); every check that needs both files lives in `run_plan.py`.
+
+Only the standard library and pydantic are imported, so that a login node validates a recipe without torch.
+Validators check and never change a value; derived numbers are properties.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Protocol
+
+from pydantic import Field, ValidationError, model_validator
+
+from bert_ds.configuration.reading.config_files import (
+    ConfigError,
+    ConfigFile,
+    apply_overrides,
+    raise_problems,
+    read_config_file,
+    resolve_paths,
+    shipped_file,
+)
+from bert_ds.configuration.reading.config_problems import section_problems
+from bert_ds.configuration.reading.config_section import (
+    DropoutProbability,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Size,
+)
+from bert_ds.configuration.recipe.corpus_config import (
+    IGNORE_INDEX,
+    EmbeddedCorpus,
+    MaskingConfig,
+    SequenceConfig,
+    ShardCorpus,
+    ShardSource,
+)
+from bert_ds.configuration.recipe.distillation_config import DistillationConfig
+from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, LambConfig, OptimizerConfig, ScheduleConfig
+from bert_ds.configuration.recipe.precision import PrecisionSetting
+
+__all__ = [
+    "IGNORE_INDEX",
+    "AdamWConfig",
+    "CheckpointConfig",
+    "ConfigError",
+    "DistillationConfig",
+    "EmbeddedCorpus",
+    "EvaluationConfig",
+    "LambConfig",
+    "MaskingConfig",
+    "ModelConfig",
+    "RecoveryConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "SequenceConfig",
+    "ShardCorpus",
+    "ShardSource",
+    "TrainedRun",
+    "TrainingConfig",
+    "dump_run_config",
+    "load_run_config",
+    "parse_run_config",
+    "shipped_file",
+]
+
+RECIPE_PATHS = (
+    *("init_from", "corpus.tokenizer", "corpus.sources.*.path", "masking.word_list", "distillation.teacher"),
+    "$schema",
+)
+"""Settings that name a file or folder; `*` stands for every item of a list."""
+
+
+class ModelConfig(Section):
+    """The BERT encoder, in Hugging Face's spelling; the defaults are BERT-base uncased."""
+
+    vocab_size: Annotated[int, Field(ge=8, le=2**24)] = 30522
+    """Number of word pieces of the tokenizer, without padding rows."""
+    pad_vocab_size_to_multiple_of: Size = 64
+    """Rows of the word embedding are padded to this multiple for tensor cores; the export cuts them off."""
+    hidden_size: Size = 768
+    """Width of the residual stream."""
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)] = 12
+    """Number of transformer layers."""
+    num_attention_heads: Size = 12
+    """Number of attention heads; divides hidden_size."""
+    intermediate_size: Size = 3072
+    """Width of the feed-forward layer."""
+    hidden_act: Literal["gelu", "gelu_new"] = "gelu"
+    """"gelu" is the published erf form, "gelu_new" the tanh approximation."""
+    hidden_dropout_prob: DropoutProbability = 0.1
+    """Dropout after the embeddings and after both dense blocks of a layer."""
+    attention_probs_dropout_prob: DropoutProbability = 0.1
+    """Dropout of the attention probabilities."""
+    max_position_embeddings: Size = 512
+    """Longest sequence in tokens."""
+    type_vocab_size: Size = 2
+    """Number of segment ids."""
+    layer_norm_eps: PositiveFloat = 1e-12
+    """Epsilon inside the square root of every LayerNorm."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of the normal initialisation of every weight matrix."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        return self
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the word embedding: vocab_size rounded up to pad_vocab_size_to_multiple_of."""
+        multiple = self.pad_vocab_size_to_multiple_of
+        return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+class TrainingConfig(Section):
+    """Steps, global batch and precision."""
+
+    total_steps: PositiveInt
+    """Optimizer steps of the whole run."""
+    train_batch_size: Annotated[int, Field(ge=1, le=2**24)]
+    """Examples per optimizer step over all ranks: micro-batch x accumulation x ranks."""
+    precision: PrecisionSetting = "auto"
+    """Dtype of weights and activations; optimizer state is always fp32. auto: bf16 on CUDA and where it is faster."""
+    gradient_clipping: NonNegativeFloat = 1.0
+    """Global gradient norm is clipped to this; 0 switches clipping off."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """auto: the Triton kernels on CUDA, torch elsewhere."""
+    log_every_steps: PositiveInt = 10
+    """Steps between two lines of the log and rows of metrics.jsonl."""
+    num_workers: Annotated[int, Field(ge=0, le=1000)] = 1
+    """Loader processes per rank; 0 loads in the training process."""
+
+
+class EvaluationConfig(Section):
+    """Loss and accuracy on held-out documents, with masks that never change."""
+
+    every_steps: PositiveInt | None = None
+    """Steps between evaluations; null evaluates at the end only."""
+    num_examples: PositiveInt = 512
+    """Validation examples per evaluation (fewer if the split holds fewer)."""
+    batch_size: PositiveInt = 32
+    """Examples per forward pass and rank."""
+
+
+class CheckpointConfig(Section):
+    """When training state is saved and how much of it is kept."""
+
+    every_steps: PositiveInt | None = None
+    """Steps between checkpoints; null saves at the end only."""
+    keep_last: Annotated[int, Field(ge=1)] = 2
+    """Newest checkpoints that are kept."""
+    keep_every_steps: PositiveInt | None = None
+    """Checkpoints at multiples of this are kept for good."""
+    asynchronous: bool = False
+    """Copy the state into host memory and write it behind the training; the copy takes as much room as a checkpoint."""
+
+
+class RecoveryConfig(Section):
+    """What is done about losses and gradients that spike or are not finite."""
+
+    spike_sigmas: PositiveFloat | None = 6.0
+    """After warm-up, a step whose loss is so many standard deviations above the mean is skipped; null: none is."""
+    spike_window: Annotated[int, Field(ge=8, le=10_000)] = 128
+    """Applied steps that mean and deviation are taken over."""
+    max_bad_steps: PositiveInt = 10
+    """Consecutive skipped steps after which the run goes back to its newest checkpoint and passes over the batches."""
+    max_rollbacks: NonNegativeInt = 2
+    """How many times the run goes back before it ends with exit code 5."""
+
+
+class TrainedRun(Protocol):
+    """What a DeepSpeed file has to agree with, whatever is trained: a recipe, or a task with its number of steps."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """Shape of the network."""
+        ...
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """The optimizer and its peak learning rate."""
+        ...
+
+    @property
+    def schedule(self) -> ScheduleConfig:
+        """The learning rate over the steps."""
+        ...
+
+    @property
+    def training(self) -> TrainingConfig:
+        """Steps, global batch and precision."""
+        ...
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens of the longest sequence."""
+        ...
+
+
+class RunConfig(Section):
+    """A whole recipe, as loaded from one JSON file."""
+
+    schema_: Annotated[str | None, Field(alias="$schema")] = None
+    """Path of schema.json, for editors."""
+    format: Annotated[int, Field(ge=1, le=1)] = 1
+    """Version of this file format."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """Name of the run; part of file names."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of initialisation, data order, masks and dropout."""
+    init_from: Annotated[str, Field(min_length=1)] | None = None
+    """Folder of an exported or Hugging Face BERT, or of a run, whose weights start this run."""
+    model: ModelConfig
+    corpus: Annotated[EmbeddedCorpus | ShardCorpus, Field(discriminator="type")]
+    sequences: SequenceConfig = SequenceConfig()
+    masking: MaskingConfig = MaskingConfig()
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
+    distillation: DistillationConfig | None = None
+    """A larger model that teaches this one; null trains without."""
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.sequences.max_seq_length
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override and validate a recipe.
+
+    Relative paths in the file are taken from the file's folder, those in overrides from the current folder; in the
+    result all are absolute.
+
+    Args:
+        path: a JSON file.
+        overrides: "section.name=value" each; value is JSON, or else a plain string.
+
+    Raises:
+        ConfigError: with one line per problem of the file, all at once.
+    """
+    file = read_config_file(path)
+    apply_overrides(file, overrides)
+    return parse_run_config(file)
+
+
+def parse_run_config(file: ConfigFile) -> RunConfig:
+    """Validate a recipe that has been read.
+
+    Raises:
+        ConfigError: with one line per problem of the file, all at once.
+    """
+    data = resolve_paths(file, RECIPE_PATHS)
+    run, problems = None, []
+    try:
+        run = RunConfig.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        problems = section_problems(error, RunConfig)
+    raise_problems(file, problems)
+    assert run is not None, "no problem was raised and nothing was validated"
+    return run
+
+
+def dump_run_config(run: RunConfig) -> str:
+    """Return the recipe as JSON with every default written out; load_run_config gives the same object back."""
+    return json.dumps(run.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,56 @@
+"""The plan of a batch that draws from several sources: exact lengths first, tokens only where they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from bert_ds.corpus.batches.collate import PackedBatch, collate, grouped_by_kind
+from bert_ds.corpus.batches.evaluation_masks import EvaluationMasker
+from bert_ds.corpus.batches.examples import Plan, make_example, plan_examples, token_places
+from bert_ds.corpus.batches.mlm_masking import Masker
+from bert_ds.corpus.batches.sequences import ExampleTable
+
+
+class BatchPlan:
+    """What the examples of a batch consist of, grouped by source.
+
+    Attributes:
+        plans: one plan per source that occurs, by source number.
+        lengths: int64 [n], tokens of every example with its special tokens.
+    """
+
+    def __init__(self, tables: Sequence[ExampleTable], triples: np.ndarray, *, seed: int) -> None:
+        """Plan examples.
+
+        Args:
+            tables: the examples of every source.
+            triples: int64 [n, 3], n >= 1: (source, epoch, example).
+            seed: of the run.
+        """
+        self.plans: dict[int, Plan] = {}
+        for source in np.unique(triples[:, 0]).tolist():
+            rows = triples[triples[:, 0] == source]
+            self.plans[source] = plan_examples(tables[source], rows[:, 2], epochs=rows[:, 1], source=source, seed=seed)
+        self._places = [(plan, row) for plan in self.plans.values() for row in range(len(plan.lengths))]
+        self.lengths = np.concatenate([plan.lengths for plan in self.plans.values()])
+
+    def pack(self, rows: np.ndarray, masker: Masker) -> PackedBatch:
+        """Read, mask and pack the examples at some rows of the batch, at least one."""
+        examples = [make_example(*self._places[row]) for row in rows.tolist()]
+        return collate(masker.mask(examples))
+
+    def pack_held_out(self, rows: np.ndarray, masker: EvaluationMasker, *, keys: np.ndarray) -> PackedBatch:
+        """As `pack`, with the masks of an evaluation and the targets grouped by what they show.
+
+        Args:
+            rows: int64, at least one row of the batch.
+            masker: of the vocabulary.
+            keys: uint64 [sources], the key of each source's held-out text.
+        """
+        places = [self._places[row] for row in rows.tolist()]
+        examples = [make_example(*place) for place in places]
+        owners = np.array([example.key[0] for example in examples])
+        masked = masker.mask(examples, [token_places(*place) for place in places], keys=keys[owners])
+        return grouped_by_kind(collate(masked), mask_id=masker.mask_id)

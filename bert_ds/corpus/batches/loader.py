@@ -1,0 +1,295 @@
+"""Shard folders in, micro-batches out: the one object through which training sees the corpus.
+
+Everything is a pure function of (seed, step): worker processes only compute ahead, and a run that resumes at step s
+reads what the uninterrupted run read at step s. Every rank plans the whole global batch, which costs microseconds per
+example, and reads tokens only for its own part.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import multiprocessing
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from bert_ds.basics.input_gate import read_bytes
+from bert_ds.basics.processes import held_back_stop_signals
+from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, MaskingConfig, SequenceConfig
+from bert_ds.corpus.batches.batch_order import Mixture, balance, deal, global_batch
+from bert_ds.corpus.batches.batch_plan import BatchPlan
+from bert_ds.corpus.batches.collate import PackedBatch, collate
+from bert_ds.corpus.batches.evaluation_masks import EvaluationMasker, split_key
+from bert_ds.corpus.batches.mlm_masking import MaskedExample, Masker
+from bert_ds.corpus.batches.sequences import ExampleTable, build_examples, content_hash
+from bert_ds.corpus.batches.unigram import piece_counts, unigram_cross_entropy
+from bert_ds.corpus.shards.shard_folder import ShardSplit, open_shards
+from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+
+_ORDER_FORMAT = 1
+_EVALUATION_SEED = 0x5EED
+_PREFETCHED_STEPS = 3
+_SAMPLED_STEPS = 4
+_END_OF_STEPS = 1 << 60
+
+
+class Source(NamedTuple):
+    """A shard folder of the mixture."""
+
+    folder: Path
+    name: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What of a recipe decides which batches a run sees."""
+
+    sequences: SequenceConfig
+    masking: MaskingConfig
+    seed: int
+    train_batch_size: int
+
+
+class SourceCount(NamedTuple):
+    """What was seen of a source."""
+
+    examples: int
+    tokens: int
+
+
+class PretrainingData:
+    """The examples of a run, their order and their masks."""
+
+    def __init__(
+        self, sources: Sequence[Source], tokenizer: Path, *, settings: DataSettings, cache_dir: Path | None = None
+    ) -> None:
+        """Open the shards and find their examples, which takes seconds for the first time and is cached.
+
+        Args:
+            sources: at least one; names differ.
+            tokenizer: folder of the tokenizer that all shards were built with.
+            settings: of the recipe.
+            cache_dir: where tables of examples go when a shard folder is read-only.
+
+        Raises:
+            DataError: shards are damaged, unfinished or of another tokenizer, or hold too little text.
+            ValueError: the masking settings cannot be carried out.
+        """
+        self.names = [source.name for source in sources]
+        if len(set(self.names)) != len(self.names) or not sources:
+            raise ValueError(f"sources are named {self.names}: wanted at least one, and every name once")
+        self._sources = list(sources)
+        self._settings = settings
+        self._cache_dir = cache_dir
+        self._tokenizer = load_tokenizer(tokenizer)
+        wanted = self._tokenizer.fingerprint
+        splits = [open_shards(source.folder, "train", fingerprint=wanted) for source in sources]
+        self._tables = [self._table(split, settings.seed) for split in splits]
+        sizes = tuple(table.num_examples for table in self._tables)
+        self.mixture = Mixture(sizes, tuple(source.weight for source in sources))
+        self._masker = Masker(self._tokenizer, settings.masking, seed=settings.seed)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sha256 of everything that must be equal for a resumed run to go on with the same batches."""
+        settings = self._settings
+        masking = settings.masking.model_dump(mode="json")
+        if settings.masking.word_list is not None:
+            masking["word_list"] = hashlib.sha256(read_bytes(settings.masking.word_list, error=DataError)).hexdigest()
+        if settings.masking.word_segmenter == "jieba":
+            masking["word_segmenter"] = f"jieba {version('jieba')}"
+        content = {
+            "format": _ORDER_FORMAT,
+            "sources": [[content_hash(table.split) for table in self._tables], self.mixture.weights],
+            "sequences": settings.sequences.model_dump(mode="json"),
+            "masking": masking,
+            "seed": settings.seed,
+            "train_batch_size": settings.train_batch_size,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def facts(self, *, num_parts: int = 1) -> dict[str, object]:
+        """Describe the data for the log, lengths and balance from the first steps.
+
+        Args:
+            num_parts: ranks x micro-steps that a global batch is dealt to.
+        """
+        steps = [self._plan(step).lengths for step in range(_SAMPLED_STEPS)]
+        mean_length = float(np.concatenate(steps).mean())
+        fullest = max(balance(lengths, deal(lengths, num_parts=num_parts)) for lengths in steps)
+        return {
+            "examples_per_epoch": self.mixture.epoch_size,
+            "examples_per_epoch_by_source": dict(zip(self.names, self.mixture.draws_per_epoch, strict=True)),
+            "tokens_per_epoch": round(mean_length * self.mixture.epoch_size),
+            "mean_length": mean_length,
+            "padding_avoided_fraction": 1.0 - mean_length / self._settings.sequences.max_seq_length,
+            "tokens_max_over_mean": fullest,
+        }
+
+    def step_batches(
+        self, start_step: int, *, rank: int, world_size: int, micro_batch_size: int, num_workers: int
+    ) -> Iterator[list[PackedBatch]]:
+        """Yield the micro-batches of this rank, one list per optimizer step, without end.
+
+        Args:
+            start_step: first step, from 0.
+            rank: of this process, 0 to world_size - 1.
+            world_size: number of ranks.
+            micro_batch_size: examples per micro-batch; times ranks it divides train_batch_size.
+            num_workers: processes that compute ahead; 0 computes in this one.
+
+        Returns:
+            An iterator of lists of train_batch_size / (micro_batch_size x world_size) batches.
+        """
+        per_micro_step = micro_batch_size * world_size
+        if self._settings.train_batch_size % per_micro_step:
+            raise ValueError(
+                f"train_batch_size {self._settings.train_batch_size} is not a multiple of micro_batch_size "
+                f"{micro_batch_size} x {world_size} ranks"
+            )
+        accumulation = self._settings.train_batch_size // per_micro_step
+        loader = DataLoader(
+            _Steps(self, rank=rank, world_size=world_size, accumulation=accumulation),
+            batch_size=None,
+            sampler=range(start_step, _END_OF_STEPS),
+            num_workers=num_workers,
+            collate_fn=_unchanged,
+            prefetch_factor=_PREFETCHED_STEPS if num_workers else None,
+            multiprocessing_context="fork" if num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+            # The default would draw from torch's global generator, which is the run's own.
+            generator=torch.Generator(),
+        )
+        # Whoever ends a launch signals all its processes, and DeepSpeed's launcher those that its ranks have started
+        # once more. A rank that is about to save needs its loader processes for a step yet: they never hear of it.
+        with held_back_stop_signals():
+            batches = iter(loader)
+        if num_workers:
+            atexit.register(_end_loader_processes)
+        return batches
+
+    def evaluation_batches(
+        self, num_examples: int, *, batch_size: int, rank: int, world_size: int
+    ) -> Iterator[PackedBatch]:
+        """Yield this rank's share of held-out examples, with fixed pairs and the masks of `evaluation_masks`.
+
+        Every rank gets the same number of batches and none is empty; their sizes differ by one at most. The examples
+        are the same for any seed and any number of ranks, but with a batch_size of 1 those beyond a multiple of
+        world_size are left out.
+
+        Raises:
+            DataError: there are fewer validation examples than ranks.
+        """
+        tables = self._validation_tables
+        count = min(num_examples, sum(table.num_examples for table in tables))
+        num_batches = min(-(-count // (batch_size * world_size)), count // world_size)
+        if not num_batches:
+            raise DataError(f"{count} validation examples are too few for {world_size} ranks: wanted one for each")
+        mixture = Mixture(tuple(table.num_examples for table in tables), (1.0,) * len(tables))
+        count = min(count, num_batches * world_size * batch_size)
+        plan = BatchPlan(
+            tables,
+            global_batch(0, seed=_EVALUATION_SEED, mixture=mixture, train_batch_size=count),
+            seed=_EVALUATION_SEED,
+        )
+        parts = deal(plan.lengths, num_parts=num_batches * world_size)
+        special = self._tokenizer.special_ids
+        masker = EvaluationMasker(vocab_size=self._tokenizer.vocab_size, special_ids=special, mask_id=special.mask)
+        keys = np.array([split_key(table.split) for table in tables], dtype=np.uint64)
+        own = range(rank * num_batches, (rank + 1) * num_batches)
+        return (plan.pack_held_out(np.flatnonzero(parts == part), masker, keys=keys) for part in own)
+
+    def unigram_cross_entropy(self, num_examples: int, *, batch_size: int, world_size: int) -> float:
+        """Cross-entropy in nats of all ranks' evaluated targets at [MASK] under the training text's frequencies."""
+        batches = (
+            batch
+            for rank in range(world_size)
+            for batch in self.evaluation_batches(num_examples, batch_size=batch_size, rank=rank, world_size=world_size)
+        )
+        return unigram_cross_entropy(piece_counts([table.split for table in self._tables]), batches)
+
+    def longest_batch(self, micro_batch_size: int) -> PackedBatch:
+        """The largest micro-batch that can come: full sequences with as many targets as allowed."""
+        length = self._settings.sequences.max_seq_length
+        num_masked = min(int(self._masker.max_predictions(np.array([length]))[0]), length - 2)
+        special = self._tokenizer.special_ids
+        input_ids = np.full(length, special.mask, dtype=np.int32)
+        input_ids[[0, -1]] = special.cls, special.sep
+        positions = np.arange(1, 1 + num_masked)
+        has_pair = self._settings.sequences.sentence_pair != "none"
+        example = MaskedExample(
+            input_ids=input_ids,
+            token_type_ids=np.zeros(length, dtype=np.int8),
+            pair_label=0 if has_pair else IGNORE_INDEX,
+            positions=positions,
+            labels=np.full(num_masked, special.unk, dtype=np.int32),
+            key=(0, 0, 0),
+        )
+        return collate([example] * micro_batch_size)
+
+    def source_counts(self, first_step: int, last_step: int) -> dict[str, SourceCount]:
+        """Examples and tokens of each source in steps first_step to last_step - 1, over all ranks."""
+        totals = np.zeros((len(self.names), 2), dtype=np.int64)
+        for step in range(first_step, last_step):
+            for source, plan in self._plan(step).plans.items():
+                totals[source] += len(plan.lengths), plan.lengths.sum()
+        return {name: SourceCount(*row) for name, row in zip(self.names, totals.tolist(), strict=True)}
+
+    def rank_batches(self, step: int, *, rank: int, world_size: int, accumulation: int) -> list[PackedBatch]:
+        """The micro-batches of one rank in one step."""
+        plan = self._plan(step)
+        parts = deal(plan.lengths, num_parts=world_size * accumulation)
+        own = range(rank * accumulation, (rank + 1) * accumulation)
+        return [plan.pack(np.flatnonzero(parts == part), self._masker) for part in own]
+
+    def _plan(self, step: int) -> BatchPlan:
+        seed, size = self._settings.seed, self._settings.train_batch_size
+        triples = global_batch(step, seed=seed, mixture=self.mixture, train_batch_size=size)
+        return BatchPlan(self._tables, triples, seed=seed)
+
+    @cached_property
+    def _validation_tables(self) -> list[ExampleTable]:
+        splits = [open_shards(source.folder, "validation") for source in self._sources]
+        return [self._table(split, _EVALUATION_SEED) for split in splits if split.num_tokens]
+
+    def _table(self, split: ShardSplit, seed: int) -> ExampleTable:
+        cache_dirs = (split.folder,) if self._cache_dir is None else (split.folder, self._cache_dir)
+        return build_examples(split, self._settings.sequences, seed=seed, cache_dirs=cache_dirs)
+
+
+class _Steps(Dataset[list[PackedBatch]]):
+    """The batches of one rank, by step."""
+
+    def __init__(self, data: PretrainingData, *, rank: int, world_size: int, accumulation: int) -> None:
+        self._data = data
+        self._rank = rank
+        self._world_size = world_size
+        self._accumulation = accumulation
+
+    def __getitem__(self, step: int) -> list[PackedBatch]:
+        return self._data.rank_batches(
+            step, rank=self._rank, world_size=self._world_size, accumulation=self._accumulation
+        )
+
+
+def _end_loader_processes() -> None:
+    """End loader processes that an error has left behind: multiprocessing would send SIGTERM and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error where a loader process is killed
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+def _unchanged(batches: list[PackedBatch]) -> list[PackedBatch]:
+    return batches

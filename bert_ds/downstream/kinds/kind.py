@@ -1,0 +1,99 @@
+"""What a kind of task consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import nn
+
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, ModelConfig
+from bert_ds.configuration.task.task_config import TaskConfig
+from bert_ds.downstream.rows.examples import Example, Labels
+from bert_ds.downstream.rows.features import Feature, FeatureContext
+from bert_ds.downstream.rows.records import Record
+from bert_ds.encoder.fused_ops import FusedOps
+
+Say = Callable[[str], None]
+"""Takes one line that is worth telling: how much was cut, split, dropped or mended."""
+
+
+class Prediction(NamedTuple):
+    """What a model says of an example."""
+
+    value: Any
+    """In the form of `Example.target`."""
+    scores: Any = None
+    """What it was chosen by; a JSON value."""
+
+
+class HeadContext(NamedTuple):
+    """What making a head needs."""
+
+    config: ModelConfig
+    """Shape of the encoder, with the dropout of the task."""
+    labels: Labels
+    ops: FusedOps
+    class_weights: tuple[float, ...] | None = None
+    """Weight of each label in the loss."""
+
+
+class HfForm(NamedTuple):
+    """A class of transformers that a fine-tuned model can be loaded as."""
+
+    architecture: str
+    """As in "BertForSequenceClassification"."""
+    has_pooler: bool
+    head_names: Mapping[str, str]
+    """Our name of a tensor of the head -> theirs."""
+    labels_name: str | None = "label"
+    """Which of the task's labels its ids stand for; None where there are none."""
+    facts: Mapping[str, Any] = {}
+    """Further settings of config.json."""
+    scores: str = "scores"
+    """Our name of the scores that are its logits."""
+    folder: str = "."
+    """Below the folder of the model: "." unless one model is several of theirs."""
+    pipeline: str = ""
+    """Its task in `transformers.pipeline`; "" where there is none."""
+    extra_files: Callable[[ModelConfig, int], Mapping[str, str]] = lambda config, max_seq_length: {}
+    """What other libraries want in the folder, from the encoder and the task's longest sequence: file name -> text."""
+
+
+class Kind(NamedTuple):
+    """The functions of a kind; examples, features and predictions are lists in the order of the rows."""
+
+    make_example: Callable[[Record, int, TaskConfig, bool], Example]
+    """From a row, its number, the task, and whether it may be without a label."""
+    row_text: Callable[[Example], str]
+    """What may not be on both sides of a split."""
+    make_labels: Callable[[Sequence[Example], TaskConfig], Labels]
+    """From the training examples."""
+    make_features: Callable[[Sequence[Example], FeatureContext], list[Feature]]
+    make_head: Callable[[HeadContext], nn.Module]
+    count_targets: Callable[[Sequence[Feature]], tuple[float, ...]]
+    """Targets of each loss term."""
+    summarise: Callable[[Feature, dict[str, np.ndarray]], Any]
+    """Scores of a feature -> what is gathered over the ranks, a JSON value."""
+    predict: Callable[[Sequence[Example], Sequence[Feature], Sequence[Any], Labels], list[Prediction]]
+    """One prediction per example."""
+    measure: Callable[[Sequence[Example], Sequence[Prediction], Labels], dict[str, float]]
+    """Of examples that have a target."""
+    prediction_files: Callable[[Sequence[Example], Sequence[Prediction]], dict[str, str]]
+    """File name -> text, in the form in which such predictions are handed in."""
+    hf_forms: tuple[HfForm, ...]
+    class_pairs: Callable[[Sequence[Example], Sequence[Prediction]], list[tuple[str, str]]] | None = None
+    """True and predicted label of everything that is labelled, for the confusion matrix."""
+    mend: Callable[[Sequence[Example], TaskConfig, Say], list[Example]] | None = None
+    """Puts right what files get wrong, and says how often."""
+
+
+def count_labelled(features: Sequence[Feature], name: str) -> float:
+    """Return how many targets of a name are there: whole numbers that are not IGNORE_INDEX, or every number."""
+    total = 0
+    for feature in features:
+        target = feature.targets.get(name)
+        if target is not None:
+            total += target.size if target.dtype.kind == "f" else int((target != IGNORE_INDEX).sum())
+    return float(total)

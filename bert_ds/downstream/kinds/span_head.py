@@ -1,0 +1,62 @@
+"""Head of extractive question answering: where an answer begins and where it ends.
+
+N sequences, T tokens. The softmax runs over the tokens of each sequence; [CLS], the first, stands for no answer here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, ModelConfig
+from bert_ds.downstream.kinds.task_model import HeadInput, HeadOutput
+
+
+class SpanHead(nn.Module):
+    """Two scores per token, of the begin and of the end, without dropout, as BertForQuestionAnswering has them."""
+
+    needs_pooler = False
+    loss_names = ("span",)
+    loss_weights = (1.0,)
+    metric_names = ("span_correct",)
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(2))
+
+    def forward(self, stream: HeadInput, targets: Mapping[str, Tensor]) -> HeadOutput:
+        """Compare with targets["span"], int64 [N, 2]: tokens of the sequence; IGNORE_INDEX counts for nothing.
+
+        The loss is the mean of the two cross-entropies. A span is correct when no token beats its begin nor its end.
+        """
+        scores_T2 = F.linear(stream.hidden_TD, self.weight, self.bias).float()
+        scores = {"token_scores": scores_T2}
+        if "span" not in targets:
+            zero = scores_T2.sum()[None] * 0.0
+            return HeadOutput(zero, zero, scores)
+        span_N2 = targets["span"]
+        counts_N = (span_N2[:, 0] != IGNORE_INDEX).float()
+        top_N2, log_sum_N2 = _softmax_parts(scores_T2, stream.cu_seqlens)
+        tokens_N2 = stream.cu_seqlens[:-1, None] + span_N2.clamp(min=0)
+        chosen_N2 = scores_T2.gather(0, tokens_N2.long())
+        loss = ((log_sum_N2 - chosen_N2).mean(dim=1) * counts_N).sum()
+        num_correct = ((chosen_N2 >= top_N2).all(dim=1) * counts_N).sum()
+        return HeadOutput(loss[None], num_correct[None], scores)
+
+
+def _softmax_parts(scores_T2: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest score and log-sum-exp of each sequence."""
+    num_sequences = len(cu_seqlens) - 1
+    lengths_N = cu_seqlens.diff()
+    sequence_T = torch.repeat_interleave(
+        torch.arange(num_sequences, device=scores_T2.device), lengths_N, output_size=len(scores_T2)
+    )
+    top_N2 = scores_T2.new_full((num_sequences, 2), -torch.inf)
+    top_N2 = top_N2.scatter_reduce(0, sequence_T[:, None].expand(-1, 2), scores_T2.detach(), "amax")
+    shifted_T2 = (scores_T2 - top_N2[sequence_T]).exp()
+    sums_N2 = scores_T2.new_zeros(num_sequences, 2).index_add(0, sequence_T, shifted_T2)
+    return top_N2, top_N2 + sums_N2.log()

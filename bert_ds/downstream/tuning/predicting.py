@@ -1,0 +1,108 @@
+"""Scores of a model on the features of a task, spread over the ranks and gathered again.
+
+It runs on a DeepSpeed engine and on a plain model alike. Every rank makes the same number of forward passes, because
+the forward of a ZeRO-3 model is a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bert_ds.downstream.rows.features import Feature
+from bert_ds.downstream.rows.task_batch import TaskBatch, pack
+from bert_ds.downstream.rows.task_batches import CountTargets
+from bert_ds.training.agreement import gather_json, max_over_ranks, sum_over_ranks
+from bert_ds.training.loop.evaluation import named_means
+
+Summarise = Callable[[Feature, dict[str, np.ndarray]], Any]
+
+
+class Predicted(NamedTuple):
+    """What a model says of all features; the same on all ranks."""
+
+    summaries: list[Any]
+    """One JSON value per feature, in their order."""
+    means: dict[str, float]
+    """Losses and accuracies by name; empty where no feature has targets."""
+
+
+@torch.no_grad()
+def predict_features(
+    model: Any, features: Sequence[Feature], *, batch_size: int, summarise: Summarise, count_targets: CountTargets
+) -> Predicted:
+    """Run a model over features, rank r taking every world_size-th; a collective.
+
+    Args:
+        model: a DeepSpeed engine over a `TaskModel`, or a `TaskModel` that lies where it is to run.
+        features: the same on all ranks, at least one; losses are measured where all of them have targets.
+        batch_size: features per forward pass and rank.
+        summarise: of the kind: the scores of a feature, as arrays, to a JSON value.
+        count_targets: of the kind.
+    """
+    if not all(feature.targets for feature in features):
+        features = [feature._replace(targets={}) for feature in features]
+    own = list(range(dist.get_rank(), len(features), dist.get_world_size()))
+    own.sort(key=lambda index: -len(features[index].input_ids))
+    groups = [own[first : first + batch_size] for first in range(0, len(own), batch_size)]
+    num_forwards = int(max_over_ranks(float(len(groups))))
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    summaries: dict[int, Any] = {}
+    totals, counts = torch.zeros(0, dtype=torch.float64), [0.0] * len(_module(model).loss_names)
+    for number in range(num_forwards):
+        group = groups[number] if number < len(groups) else [0]
+        batch = _pack(features, group, count_targets)
+        *sums, scores = model(**batch.to(device).model_inputs(), dropout_seed=None, with_scores=True)
+        if number < len(groups):
+            found = torch.cat(sums).double().cpu()
+            totals = found if not len(totals) else totals + found
+            for term, count in enumerate(batch.loss_counts):  # a teacher's term has no targets here
+                counts[term] += count
+            for place, arrays in zip(batch.places, _scores_of_features(batch, scores), strict=True):
+                summaries[group[place]] = summarise(features[group[place]], arrays)
+    model.train(was_training)
+    return _gathered(model, summaries, totals=totals, counts=counts)
+
+
+def _pack(features: Sequence[Feature], group: Sequence[int], count_targets: CountTargets) -> TaskBatch:
+    chosen = [features[index] for index in group]
+    return pack(chosen, loss_counts=count_targets(chosen))
+
+
+def _scores_of_features(batch: TaskBatch, scores: dict[str, Tensor]) -> list[dict[str, np.ndarray]]:
+    """Cut the scores of a batch into those of its features."""
+    bounds = list(accumulate(batch.sequences, initial=0))
+    token_bounds = batch.cu_seqlens[bounds].tolist()
+    arrays = {
+        name: tensor.float().cpu().numpy() for name, tensor in scores.items()
+    }  # host sync: scores are wanted here
+    return [
+        {name: array[slice(*(token if name.startswith("token_") else rows))] for name, array in arrays.items()}
+        for rows, token in zip(pairwise(bounds), pairwise(token_bounds), strict=True)
+    ]
+
+
+def _gathered(model: Any, summaries: dict[int, Any], *, totals: Tensor, counts: Sequence[float]) -> Predicted:
+    module = _module(model)
+    num_sums = len(module.loss_names) + len(module.metric_names)
+    local = totals.tolist() if len(totals) else [0.0] * num_sums
+    agreed = sum_over_ranks([*local, *counts])
+    everything: dict[int, Any] = {}
+    for part in gather_json(list(summaries.items())):
+        everything.update({index: summary for index, summary in part})
+    ordered = [everything[index] for index in range(len(everything))]
+    if not any(agreed[num_sums:]):
+        return Predicted(ordered, {})
+    return Predicted(ordered, named_means(module, agreed[:num_sums], counts=agreed[num_sums:]))
+
+
+def _module(model: Any) -> Any:
+    return getattr(model, "module", model)

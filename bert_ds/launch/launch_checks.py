@@ -1,0 +1,210 @@
+"""What of a verb that trains or scores can be refused without torch: its words, its files, and the files they name.
+
+`bert-ds` asks before it starts the DeepSpeed launcher, so that a typo is answered in about a second, and every rank
+asks again, so that the same sentence comes whatever has started it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bert_ds.configuration.deepspeed_file.ds_agreement import settled
+from bert_ds.configuration.deepspeed_file.ds_config import DsConfig, load_ds_config, load_pair, pair_problems
+from bert_ds.configuration.reading.config_problems import Problem
+from bert_ds.configuration.recipe.run_config import ConfigError, ModelConfig, RunConfig
+from bert_ds.configuration.run_plan import require_files
+from bert_ds.configuration.task.task_config import TaskConfig, load_task, trained_task
+from bert_ds.configuration.task.task_kinds import KIND_FACTS
+from bert_ds.folders.output_folders import (
+    WANTED_RESULTS,
+    WANTED_RUN,
+    foreign_in_results,
+    foreign_in_run,
+    refuse_foreign,
+)
+from bert_ds.launch.command_line import add_launch_options, make_parser
+
+Words = Sequence[str] | None
+"""A command line without its first word; None is that of this process."""
+
+
+def pretrain_arguments(words: Words = None) -> argparse.Namespace:
+    """Return the command line of pretrain.py."""
+    parser = make_parser("Pre-train a BERT encoder under DeepSpeed.")
+    parser.add_argument("--run", type=Path, help="recipe (default: the embedded default)")
+    parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed file")
+    parser.add_argument("--run_dir", type=Path, default=Path("runs/default"), help="run folder (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one recipe setting")
+    parser.add_argument("--init_from", type=Path, help="start from the weights of a run or of a Hugging Face folder")
+    add_launch_options(parser)
+    parser.add_argument(
+        "--replay_step", type=int, metavar="N", help="show what the examples of step N do to the gradients, and end"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="take one step on the longest batch, print the memory")
+    parser.add_argument("--find_micro_batch", action="store_true", help="double the micro-batch until it does not fit")
+    args = parser.parse_args(words)
+    if args.replay_step is not None:
+        args.resume = "must"
+    args.run_dir = args.run_dir.absolute()
+    args.set += [f"init_from={args.init_from}"] if args.init_from else []
+    return args
+
+
+def finetune_arguments(words: Words = None) -> argparse.Namespace:
+    """Return the command line of finetune.py."""
+    parser = make_parser("Fine-tune a pre-trained BERT on a task under DeepSpeed.")
+    parser.add_argument("--task", required=True, help="task file, or the name of a shipped task")
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of a pre-trained BERT")
+    parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed file")
+    parser.add_argument("--data", type=Path, help="folder of the data files (default: that of the task file)")
+    parser.add_argument("--run_dir", type=Path, help="run folder (default: runs/NAME of the task)")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one setting")
+    parser.add_argument("--seed", type=int, help="seed of this run, instead of the task's")
+    parser.add_argument("--seeds", type=int, nargs="+", help="a run for each seed, with mean and deviation at the end")
+    parser.add_argument("--trivial", action="store_true", help="measure the trivial method on the same rows too")
+    parser.add_argument("--random_weights", action="store_true", help="the same network from random weights")
+    add_launch_options(parser)
+    args = parser.parse_args(words)
+    if args.seed is not None and args.seeds:
+        parser.error("--seed and --seeds exclude each other")
+    args.set += [] if args.seed is None else [f"seed={args.seed}"]
+    return args
+
+
+def score_arguments(words: Words = None) -> argparse.Namespace:
+    """Return the command line of score.py."""
+    parser = make_parser("Score a fine-tuned or a pre-trained folder on a task.")
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
+    parser.add_argument("--task", required=True, help="task file, or the name of a shipped task")
+    parser.add_argument("--data", type=Path, help="folder of the data files (default: that of the task file)")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one setting")
+    parser.add_argument("--side", choices=("train", "validation", "test"), default="validation", help="which rows")
+    parser.add_argument("--output", type=Path, help="folder for predictions, figures and results.json")
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def checked_run(args: argparse.Namespace) -> tuple[RunConfig, DsConfig]:
+    """Return the two files of a pre-training, after all checks that hold for any number of ranks.
+
+    Raises:
+        ConfigError: with one line per problem, all at once.
+    """
+    run, ds = load_pair(args.run, args.deepspeed_config, overrides=args.set)
+    require_files(run, ds)
+    return run, ds
+
+
+def checked_task(args: argparse.Namespace) -> tuple[TaskConfig, DsConfig]:
+    """Return the two files of a fine-tuning, after the checks that need neither the model's weights nor the rows.
+
+    Raises:
+        ConfigError: with one line per problem, all at once.
+    """
+    messages, ds = [], None
+    try:
+        ds = replace(load_ds_config(args.deepspeed_config), recipe_name=str(args.task))
+    except ConfigError as error:
+        messages.append(str(error))
+    task, problems = _read_task(args)
+    messages += problems
+    if task is not None and not KIND_FACTS[task.kind].is_trained:
+        messages.append(f"{args.task}: a {task.kind} task has nothing to train: score.py scores a folder on it")
+    elif task is not None and ds is not None:
+        task = settled(task, ds.settings)
+        messages += [problem.line(ds.name) for problem in _disagreements(task, ds)]
+    _raise(messages)
+    assert task is not None and ds is not None, "no problem was found and a file was not loaded"
+    return task, ds
+
+
+def checked_scoring(args: argparse.Namespace) -> TaskConfig:
+    """Return the task of a command line whose model and data files are there.
+
+    Raises:
+        ConfigError: with one line per problem, all at once.
+    """
+    task, messages = _read_task(args)
+    if args.task == "masked_words" and args.data is None:
+        messages.append("--data: is missing, wanted the text, or the shards, that the model is to be scored on")
+    _raise(messages)
+    assert task is not None, "no problem was found and no task was loaded"
+    return task
+
+
+def task_folders(args: argparse.Namespace, task: TaskConfig) -> tuple[Path, dict[int, Path]]:
+    """Return the run folder of a fine-tuning, and the folder in it of each of several seeds."""
+    run_dir: Path = (args.run_dir or Path("runs") / task.name).absolute()
+    return run_dir, {seed: run_dir / f"seed_{seed}" for seed in args.seeds or ()}
+
+
+def _check_pretrain(words: Words) -> None:
+    args = pretrain_arguments(words)
+    checked_run(args)
+    _refuse_foreign_runs([args.run_dir])
+
+
+def _check_finetune(words: Words) -> None:
+    args = finetune_arguments(words)
+    run_dir, seeds = task_folders(args, checked_task(args)[0])
+    _refuse_foreign_runs([*seeds.values(), run_dir])
+
+
+def _check_score(words: Words) -> None:
+    args = score_arguments(words)
+    checked_scoring(args)
+    if args.output is not None:
+        refuse_foreign(args.output, foreign_in_results, wanted=WANTED_RESULTS)
+
+
+CHECKS: dict[str, Callable[[Words], object]] = {
+    "pretrain": _check_pretrain,
+    "finetune": _check_finetune,
+    "score": _check_score,
+}
+"""Verb -> what refuses its command line, and the folder that it would write into."""
+
+
+def _refuse_foreign_runs(run_dirs: Iterable[Path]) -> None:
+    for run_dir in run_dirs:
+        refuse_foreign(run_dir, foreign_in_run, wanted=WANTED_RUN)
+
+
+def _read_task(args: argparse.Namespace) -> tuple[TaskConfig | None, list[str]]:
+    """Return the task, where it can be read, and what is wrong with it and with the files that the words name."""
+    task, messages = None, []
+    try:
+        task = load_task(args.task, args.set, data=args.data)
+        messages += [problem.line(str(args.task)) for problem in _missing_files(task)]
+    except ConfigError as error:
+        messages.append(str(error))
+    if not (args.model / "config.json").is_file() and not any(args.model.glob("*/config.json")):
+        messages.append(f"--model {args.model} has no config.json: wanted the folder of a Hugging Face BERT")
+    return task, messages
+
+
+def _raise(messages: Sequence[str]) -> None:
+    if messages:
+        raise ConfigError("\n".join(messages))
+
+
+def _disagreements(task: TaskConfig, ds: DsConfig) -> list[Problem]:
+    """Return what the DeepSpeed file says against the task, as far as model and rows do not matter."""
+    plan = trained_task(task, ModelConfig(), num_sequences=1)
+    later = ("scheduler", "vocabulary_size", "activation_checkpointing")
+    return [problem for problem in pair_problems(plan, ds) if not problem.path.startswith(later)]
+
+
+def _missing_files(task: TaskConfig) -> Iterable[Problem]:
+    for side in ("train", "validation", "test"):
+        for index, file in enumerate(getattr(task.data, side)):
+            if not Path(file.path).exists():
+                text = f"{file.path} does not exist; --data names the folder that data files are in"
+                yield Problem(f"data.{side}.{index}.path", text)
+    teacher = task.distillation.teacher if task.distillation is not None else None
+    if teacher is not None and not Path(teacher).exists():
+        yield Problem("distillation.teacher", f"{teacher} does not exist")

@@ -1,0 +1,267 @@
+"""The training loop: it gets an engine and an iterator of batches, and knows nothing of either's inside.
+
+What one rank decides for all (how many targets the step has, whether to stop) travels in one small host-side
+all-reduce per step. Losses that are reported are those of the very step, so a resumed run repeats them exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deepspeed import DeepSpeedEngine
+
+from bert_ds.basics.ranks import CheckpointError, DivergedError
+from bert_ds.reporting.run_log import RunLog
+from bert_ds.training.checkpoints.train_state import MicroBatch, TrainPlan, TrainState
+from bert_ds.training.launch.hang_watchdog import Heartbeat
+from bert_ds.training.launch.restart import StopRequest
+from bert_ds.training.loop.bad_steps import gradient_report, trouble_folder, write_report
+from bert_ds.training.loop.evaluation import Evaluation, named_means
+from bert_ds.training.loop.loss_guard import LossGuard
+from bert_ds.training.loop.rank_times import RankTimes
+from bert_ds.training.loop.throughput import Throughput
+from bert_ds.training.loop.train_step import (
+    Judge,
+    Step,
+    agree_on_totals,
+    fetch,
+    forward_backward,
+    sum_of_ranks,
+    take_step,
+)
+from bert_ds.training.optimizers.factory import set_learning_rate
+from bert_ds.training.optimizers.lr_schedule import learning_rate
+from bert_ds.training.optimizers.trust_statistics import trust_row
+
+MAX_REPORTS = 20
+"""Skipped steps of a run after which no more reports are left in its folder."""
+
+
+@dataclass(frozen=True)
+class Services:
+    """What surrounds the loop."""
+
+    log: RunLog
+    stop: StopRequest
+    throughput: Throughput
+    save: Callable[[TrainState], bool] | None = None
+    """Saves a checkpoint, or begins to; a collective. False, on all ranks alike, where it could not be written."""
+    settle: Callable[[bool], bool] = lambda wait: True
+    """Is called after every step while a save may be under way; a collective. Given True it waits for the end of the
+    save. False where the newest save has failed."""
+    evaluate: Callable[[TrainState], Evaluation] | None = None
+    """Measures the model as it is; a collective."""
+    row_facts: Callable[[int], Mapping[str, Any]] | None = None
+    """What the caller adds to the training row of a step, on rank 0."""
+    roll_back: Callable[[TrainState], Iterator[Sequence[MicroBatch]] | None] = lambda state: None
+    """Puts engine and state back to the newest checkpoint and gives the batches from there on; a collective. None
+    where there is no checkpoint."""
+    rank_times: RankTimes | None = None
+    """Tells slow ranks from fast ones in every training row."""
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+    """Is told what this rank is doing."""
+
+
+def train(
+    engine: DeepSpeedEngine,
+    batches: Iterator[Sequence[MicroBatch]],
+    *,
+    state: TrainState,
+    plan: TrainPlan,
+    services: Services,
+) -> TrainState:
+    """Train from the state's step to the plan's last, or until a rank is asked to stop; a collective.
+
+    An evaluation may end the run too, before its last step: the state is saved there like at the end. A step whose loss
+    or gradients are not finite, or whose loss spikes, leaves the weights alone; after plan.max_bad_steps of them in a
+    row the run goes back to its newest checkpoint and on with the batches that it has not seen.
+
+    Args:
+        engine: from `make_engine`.
+        batches: yields this rank's micro-batches of one step, starting after the state's step; never ends early.
+        state: advanced in place and returned; `state.step == plan.total_steps` says that the run is complete.
+
+    Raises:
+        DivergedError: too many bad steps in a row, and the run cannot go back (again).
+        CheckpointError: the checkpoint at the end, or at a requested stop, could not be written.
+    """
+    engine.train()
+    saved_step, evaluated_step, guard = state.step, -1, _guard(engine, state, plan=plan)
+    while state.step < plan.last_step:
+        step = _take_one(engine, batches, state=state, plan=plan, services=services, guard=guard)
+        if step is None:
+            reason = services.stop.reason or "on another rank"
+            services.log.info(f"asked to stop ({reason}), {_what_is_saved(state.step, saved_step)}")
+            break
+        if not step.applied:
+            _look_into(engine, step, state=state, plan=plan, services=services, guard=guard)
+            if state.bad_streak >= plan.max_bad_steps:
+                batches = _go_back(step, state=state, plan=plan, services=services)
+                saved_step, guard = state.step, _guard(engine, state, plan=plan)
+                continue
+        elif step.number % plan.log_every_steps == 0 or step.number in (1, plan.last_step):
+            _log_step(engine, step, plan=plan, services=services)
+        services.settle(False)
+        found = Evaluation({})
+        if _is_due(state.step, plan.evaluate_every_steps):
+            found, evaluated_step = _evaluate(engine, state, services=services), state.step
+        if found.save or (_is_due(state.step, plan.checkpoint_every_steps) and not state.bad_streak):
+            saved_step = _save(state, services=services, must=False, guard=guard)
+        if found.stop:
+            services.log.info(f"nothing more to gain: the run ends at step {state.step} of {plan.total_steps}")
+            break
+    if state.step == plan.total_steps and evaluated_step != state.step:
+        _evaluate(engine, state, services=services)
+    services.heartbeat.enter("checkpoint", step=state.step, patient=True)
+    if not services.settle(True) or saved_step != state.step:
+        _save(state, services=services, must=True, guard=guard)
+    return state
+
+
+def _take_one(
+    engine: DeepSpeedEngine,
+    batches: Iterator[Sequence[MicroBatch]],
+    *,
+    state: TrainState,
+    plan: TrainPlan,
+    services: Services,
+    guard: LossGuard | None,
+) -> Step | None:
+    """Take the next optimizer step and count it, or return None if a rank is asked to stop."""
+    number, heart = state.step + 1, services.heartbeat
+    heart.enter("data wait", step=number)
+    micro_batches, data_wait_s = fetch(batches)
+    if services.rank_times:
+        services.rank_times.data_wait_s += data_wait_s
+    heart.enter("agreement", step=number)
+    totals = agree_on_totals(micro_batches, data_wait_s=data_wait_s, stop=services.stop.requested)
+    if totals.stop:
+        return None
+    lr = learning_rate(number, peak=plan.peak_lr, schedule=plan.schedule, total_steps=plan.total_steps)
+    set_learning_rate(engine.optimizer, lr)
+    heart.enter("forward and backward", step=number)
+    warmed_up = number > plan.schedule.num_warmup_steps(plan.total_steps)
+    judge = Judge(guard, armed=warmed_up) if guard else None
+    sums = forward_backward(engine, micro_batches, counts=totals.loss_counts, seed=plan.seed, step=number, judge=judge)
+    heart.enter("optimizer", step=number)
+    applied, grad_norm = take_step(engine)
+    state.advance(applied, examples=engine.train_batch_size())
+    services.throughput.add(
+        num_tokens=totals.num_tokens, padded_tokens=totals.padded_tokens, data_wait_s=totals.data_wait_s
+    )
+    return Step(number, lr, totals, sums, applied, grad_norm, micro_batches)
+
+
+def _log_step(engine: DeepSpeedEngine, step: Step, *, plan: TrainPlan, services: Services) -> None:
+    """Write the row of a step; its losses are this step's, over all ranks."""
+    means = named_means(engine.module, sum_of_ranks(step.sums), counts=step.totals.loss_counts)
+    row = {
+        **means,
+        "lr": step.lr,
+        "grad_norm": float(step.grad_norm),  # host sync: once per logged step
+        "num_tokens": step.totals.num_tokens,
+        **services.throughput.report(steps_left=plan.total_steps - step.number),
+        **(services.rank_times.report() if services.rank_times else {}),
+    }
+    if services.log.is_main:
+        row.update(trust_row(engine.basic_optimizer))
+        row.update(services.row_facts(step.number) if services.row_facts else {})
+    services.log.train_row(step.number, row)
+    _write_monitor(engine, "train", {**means, "grad_norm": row["grad_norm"], "tokens_per_s": row["tokens_per_s"]})
+
+
+def _guard(engine: DeepSpeedEngine, state: TrainState, *, plan: TrainPlan) -> LossGuard | None:
+    """Return a guard that knows the losses up to the state, or None where no spike is to be skipped."""
+    if plan.spike_sigmas is None:
+        return None
+    return LossGuard(plan.spike_sigmas, plan.spike_window, recent=state.recent_losses, device=engine.device)
+
+
+def _look_into(
+    engine: DeepSpeedEngine,
+    step: Step,
+    *,
+    state: TrainState,
+    plan: TrainPlan,
+    services: Services,
+    guard: LossGuard | None,
+) -> None:
+    """Say what was wrong with a step that was not applied; of the first in a row leave a report in `trouble/`."""
+    means = named_means(engine.module, sum_of_ranks(step.sums), counts=step.totals.loss_counts)
+    spike = guard.explain() if guard else None
+    reason = spike or f"loss {means['loss']:.4g}, gradient norm {float(step.grad_norm):.4g}"
+    services.log.info(f"step {step.number} skipped: {reason}")
+    facts = {**means, "lr": step.lr, "skipped_steps": state.skipped_steps, "spike": spike is not None}
+    services.log.row("skipped", step.number, facts)
+    if engine.fp16_enabled() and spike is None and abs(means["loss"]) < float("inf"):
+        state.bad_streak = 0  # fp16 looks for its loss scale by overflowing; its own lower bound ends a futile search
+    if state.bad_streak == 1 and state.skipped_steps <= MAX_REPORTS:
+        report = gradient_report(
+            engine, step.micro_batches, counts=step.totals.loss_counts, seed=plan.seed, step=step.number
+        )
+        folder = trouble_folder(services.log.run_dir, step.number)
+        batch = step.number + state.passed_over
+        write_report(folder, {"step": step.number, "batch": batch, "reason": reason, "lr": step.lr, **means}, report)
+        services.log.info(f"tensors and examples of step {step.number} are in {folder}")
+
+
+def _go_back(step: Step, *, state: TrainState, plan: TrainPlan, services: Services) -> Iterator[Sequence[MicroBatch]]:
+    """Return to the newest checkpoint and give the batches after those seen so far."""
+    bad = f"{state.bad_streak} steps in a row, up to step {step.number}, had a loss or gradients that"
+    bad += " are not finite or spike" if plan.spike_sigmas is not None else " are not finite"
+    first = trouble_folder(services.log.run_dir, step.number - state.bad_streak + 1)
+    if state.rollbacks >= plan.max_rollbacks:
+        again = f" after going back {state.rollbacks} times" if state.rollbacks else ""
+        raise DivergedError(f"{bad}{again}: look at {first}, the learning rate and the data")
+    services.heartbeat.enter("checkpoint", step=state.step, patient=True)
+    services.settle(True)
+    with services.throughput.paused():
+        batches = services.roll_back(state)
+    if batches is None:
+        raise DivergedError(f"{bad}, and there is no checkpoint to go back to: look at {first}")
+    return batches
+
+
+def _evaluate(engine: DeepSpeedEngine, state: TrainState, *, services: Services) -> Evaluation:
+    """Measure the model and write the row of it."""
+    if services.evaluate is None:
+        return Evaluation({})
+    services.heartbeat.enter("evaluation", step=state.step, patient=True)
+    with services.throughput.paused():
+        found = services.evaluate(state)
+    services.log.evaluation_row(state.step, found.means)
+    _write_monitor(engine, "evaluation", found.means)
+    return found
+
+
+def _save(state: TrainState, *, services: Services, must: bool, guard: LossGuard | None) -> int:
+    """Save and return the step that is now safe, -1 if it is not; at the end of a launch a failure is final."""
+    if services.save is None:
+        return state.step
+    state.recent_losses = guard.recent() if guard else []
+    services.heartbeat.enter("checkpoint", step=state.step, patient=True)
+    with services.throughput.paused():
+        saved = services.save(state) and (services.settle(True) if must else True)
+    if must and not saved:
+        raise CheckpointError(f"the last checkpoint, at step {state.step}, could not be written")
+    return state.step if saved else -1
+
+
+def _what_is_saved(step: int, saved_step: int) -> str:
+    if step != saved_step:
+        return f"saving at step {step}"
+    return f"no step since the checkpoint of step {step}" if step else "no step was taken and nothing is saved"
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _write_monitor(engine: DeepSpeedEngine, section: str, values: Mapping[str, float | None]) -> None:
+    """Write values to the monitors that the DeepSpeed configuration asks for; DeepSpeed itself writes the rate only."""
+    if engine.monitor.enabled:
+        engine.monitor.write_events(
+            [(f"{section}/{name}", v, engine.global_samples) for name, v in values.items() if v is not None]
+        )

@@ -1,0 +1,87 @@
+"""Trying a step before a run: peak memory on the longest batch, and the largest micro-batch that fits."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from deepspeed import DeepSpeedEngine
+
+from bert_ds.training.agreement import max_over_ranks
+from bert_ds.training.checkpoints.train_state import MicroBatch
+from bert_ds.training.loop.dropout_seeds import dropout_seed
+from bert_ds.training.loop.step_loss import step_loss
+from bert_ds.training.loop.train_step import agree_on_totals, forward_backward, sum_of_ranks, take_step
+
+
+class Probe(NamedTuple):
+    """What one step on the longest possible batch took; the worst of all ranks."""
+
+    peak_bytes: int
+    """Peak of the device's allocator; on the CPU the peak resident size of the process."""
+    seconds: float
+    num_tokens: float
+    """Tokens of the step over all ranks."""
+    mean_loss: float
+    """Weighted loss of the step."""
+
+
+def probe_longest(engine: DeepSpeedEngine, batch: MicroBatch) -> Probe:
+    """Take one whole optimizer step with every micro-batch equal to `batch`; a collective.
+
+    The optimizer state exists afterwards, so the peak is that of training. The weights have changed: the engine is for
+    looking at, not for training on.
+    """
+    engine.train()
+    micro_batches = [batch] * engine.gradient_accumulation_steps()
+    if engine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(engine.device)
+    begun = time.perf_counter()
+    totals = agree_on_totals(micro_batches, data_wait_s=0.0, stop=False)
+    sums = sum_of_ranks(forward_backward(engine, micro_batches, counts=totals.loss_counts, seed=0, step=1))
+    take_step(engine)
+    seconds = max_over_ranks(time.perf_counter() - begun)
+    terms = zip(engine.module.loss_weights, sums, totals.loss_counts, strict=False)
+    loss = sum(weight * total / count for weight, total, count in terms if count)
+    return Probe(int(max_over_ranks(_peak_bytes(engine.device))), seconds, totals.num_tokens, loss)
+
+
+def fits_in_memory(engine: DeepSpeedEngine, batch: MicroBatch) -> bool:
+    """Take a step on this micro-batch and say whether every rank had memory for it; a collective.
+
+    Two micro-steps where the run accumulates, so that the gradients of one are held during the other. All ranks get
+    batches of the same size and run out of memory at the same place; the engine is of no use after that. On the CPU
+    memory ends in the kernel's killer and not in an error, so there the answer is always true.
+    """
+    engine.train()
+    num_micro_steps = min(2, engine.gradient_accumulation_steps())
+    fitted = True
+    try:
+        for micro_step in range(num_micro_steps):
+            engine.set_gradient_accumulation_boundary(micro_step == num_micro_steps - 1)
+            inputs = batch.to(engine.device).model_inputs()
+            seed = dropout_seed(0, 1, micro_step, device=engine.device)
+            loss_sums_L, _ = engine(**inputs, dropout_seed=seed)
+            engine.backward(step_loss(loss_sums_L, batch.loss_counts, weights=engine.module.loss_weights))
+            engine.step()
+    except (torch.OutOfMemoryError, MemoryError):
+        fitted = False
+    return not max_over_ranks(float(not fitted))
+
+
+def largest_that_fits(fits: Callable[[int], bool], *, start: int, limit: int) -> int | None:
+    """Return the largest of start, 2 start, 4 start ... up to limit for which fits is true; None if not even start."""
+    best = None
+    size = start
+    while size <= limit and fits(size):
+        best, size = size, 2 * size
+    return best
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

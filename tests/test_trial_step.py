@@ -1,0 +1,45 @@
+"""Trying a step before a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import TinyBatch, TinyModel, ds_config, join_alone, micro_batch, tiny_engine
+
+from bert_ds.training.loop.trial_step import fits_in_memory, largest_that_fits, probe_longest
+
+
+def test_a_probe_takes_one_whole_step_and_reports_its_peak() -> None:
+    join_alone()
+    engine = tiny_engine(ds_config(2, accumulation=3))
+    probe = probe_longest(engine, micro_batch(1, 1))
+    assert probe.num_tokens == 3 * micro_batch(1, 1).num_tokens
+    assert probe.peak_bytes > 10_000_000
+    assert engine.basic_optimizer.state
+
+
+class HungryModel(TinyModel):
+    """Runs out of memory at more than four rows."""
+
+    def forward(self, **inputs: Any) -> tuple:
+        if len(inputs["x_TD"]) > 4:
+            raise torch.OutOfMemoryError("more than four rows")
+        return super().forward(**inputs)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_the_largest_micro_batch_is_found_by_running_out_of_memory(stage: int) -> None:
+    join_alone()
+    engine = tiny_engine(ds_config(stage, accumulation=3), model=HungryModel())
+
+    def rows(number: int) -> TinyBatch:
+        return TinyBatch(torch.ones(number, 7), torch.ones(number), torch.zeros(1, dtype=torch.int64))
+
+    assert largest_that_fits(lambda size: fits_in_memory(engine, rows(size)), start=1, limit=64) == 4
+
+
+@pytest.mark.parametrize(("largest", "found"), [(0, None), (1, 1), (5, 4), (8, 8), (1000, 64)])
+def test_doubling_finds_the_largest_size_that_fits(largest: int, found: int | None) -> None:
+    assert largest_that_fits(lambda size: size <= largest, start=1, limit=64) == found
