@@ -43,7 +43,7 @@ from bert_ds.downstream.tuning.outcome import Outcome, conclude, write_summary
 from bert_ds.downstream.tuning.task_engine import BestStep, build_model, task_plan
 from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
 from bert_ds.downstream.tuning.taught_model import load_teacher
-from bert_ds.downstream.untrained.untrained.trivial import trivial_figures
+from bert_ds.downstream.untrained.trivial import trivial_figures
 from bert_ds.encoder.pretrained import Pretrained, check_tokenizer, load_pretrained
 from bert_ds.folders.output_folders import open_run_folder
 from bert_ds.launch.command_line import run_main

@@ -18,7 +18,7 @@ from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.downstream.scores.figures import draw_probes
 from bert_ds.downstream.scores.metrics import require_metrics
 from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
-from bert_ds.downstream.untrained.untrained.probing import (
+from bert_ds.downstream.untrained.probing import (
     PROBED_KINDS,
     Probe,
     layer_vectors,

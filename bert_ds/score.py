@@ -38,8 +38,8 @@ from bert_ds.downstream.scores.metrics import require_metrics
 from bert_ds.downstream.tuning.outcome import measure_side, part_figures, row_counts, write_side
 from bert_ds.downstream.tuning.task_folder import read_task_folder, tokenizer_folder
 from bert_ds.downstream.tuning.task_rows import read_task
-from bert_ds.downstream.untrained.untrained.masked_words import score_masked_words
-from bert_ds.downstream.untrained.untrained.untrained import UNTRAINED
+from bert_ds.downstream.untrained.masked_words import score_masked_words
+from bert_ds.downstream.untrained.untrained import UNTRAINED
 from bert_ds.encoder.pretrained import check_tokenizer, load_masked_lm
 from bert_ds.folders.output_folders import open_results_folder
 from bert_ds.launch.command_line import run_main

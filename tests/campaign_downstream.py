@@ -33,11 +33,11 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from bert_ds.downstream.untrained.untrained.trivial import trivial_figures
 
 from bert_ds.configuration.task.task_config import load_task
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.downstream.tuning.task_rows import read_task
+from bert_ds.downstream.untrained.trivial import trivial_figures
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests/results/downstream.jsonl"

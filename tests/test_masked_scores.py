@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from bert_ds.downstream.untrained.untrained.masked_scores import pseudo_log_likelihoods
-from bert_ds.downstream.untrained.untrained.minimal_pairs import MinimalPair, judge_pairs, pair_accuracies
-from bert_ds.downstream.untrained.untrained.prompts import Prompt, PromptWriter, Shot, check_prompt, prompt_scores
-from bert_ds.downstream.untrained.untrained.word_similarity import WordPair, similarity_correlation, word_vectors
 from export_cases import CONFIG, PIECES, export, spread_state_dict, write_tokenizer
 
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.corpus.tokenizer.wordpiece import TextRules, WordPieceTokenizer
+from bert_ds.downstream.untrained.masked_scores import pseudo_log_likelihoods
+from bert_ds.downstream.untrained.minimal_pairs import MinimalPair, judge_pairs, pair_accuracies
+from bert_ds.downstream.untrained.prompts import Prompt, PromptWriter, Shot, check_prompt, prompt_scores
+from bert_ds.downstream.untrained.word_similarity import WordPair, similarity_correlation, word_vectors
 from bert_ds.encoder.pretraining_model import BertForPreTraining
 
 TOKENIZER = WordPieceTokenizer(PIECES, TextRules())

@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from bert_ds.downstream.untrained.untrained.masked_lm import open_masked_lm, open_with_transformers
-from bert_ds.downstream.untrained.untrained.masked_words import masked_word_figures, score_masked_words
 from downstream_cases import BAD, GOOD, OTHER, write_tiny_export
 from tiny_training import ds_config, join_alone
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -31,6 +29,8 @@ from bert_ds.corpus.shards.build import BuildSettings, build_shards
 from bert_ds.corpus.shards.encode_documents import split_of
 from bert_ds.corpus.text.input_files import find_input_files
 from bert_ds.corpus.text.text_input import FileInput
+from bert_ds.downstream.untrained.masked_lm import open_masked_lm, open_with_transformers
+from bert_ds.downstream.untrained.masked_words import masked_word_figures, score_masked_words
 from bert_ds.encoder.pretrained import load_masked_lm
 from bert_ds.launch.launch_checks import checked_scoring, score_arguments
 from bert_ds.training.engine import make_engine

@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bert_ds.downstream.untrained.untrained.probing import (
-    ProbeRows,
-    control_targets,
-    layer_vectors,
-    majority_accuracy,
-    probe_layers,
-)
 from downstream_cases import BAD, GOOD, OTHER, review_task, task_of, write_lines, write_task
 from forked_verbs import run_verb
 
 from bert_ds.configuration.task.task_config import TaskConfig, load_task
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
+from bert_ds.downstream.untrained.probing import (
+    ProbeRows,
+    control_targets,
+    layer_vectors,
+    majority_accuracy,
+    probe_layers,
+)
 from bert_ds.encoder.modeling_bert import BertEncoder
 from bert_ds.encoder.pretrained import load_pretrained, make_encoder
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from bert_ds.downstream.untrained.untrained.untrained import UNTRAINED, Scored
 from downstream_cases import review_task, write_lines, write_task
 from forked_verbs import run_verb
 
@@ -14,6 +13,7 @@ from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.task.task_config import load_task
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.downstream.untrained.untrained import UNTRAINED, Scored
 from bert_ds.encoder.pretrained import load_masked_lm
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bert_ds.downstream.untrained.untrained.trivial import most_frequent_tags, trivial_figures
 from downstream_cases import task_of, write_lines
 
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.downstream.tuning.task_rows import read_task
+from bert_ds.downstream.untrained.trivial import most_frequent_tags, trivial_figures
 
 
 def test_an_entity_of_two_words_is_found_whole_and_an_ambiguous_word_by_its_majority() -> None:

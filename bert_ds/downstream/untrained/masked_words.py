@@ -37,7 +37,7 @@ from bert_ds.corpus.shards.shard_folder import MANIFEST, ShardSplit, Split, open
 from bert_ds.corpus.text.documents import read_documents
 from bert_ds.downstream.kinds.kind import Say
 from bert_ds.downstream.rows.splits import first_by_hash
-from bert_ds.downstream.untrained.untrained.masked_lm import MaskedLm, open_masked_lm
+from bert_ds.downstream.untrained.masked_lm import MaskedLm, open_masked_lm
 from bert_ds.encoder.pretraining_model import BertForPreTraining
 from bert_ds.training.loop.evaluation import kind_means
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
-from bert_ds.downstream.untrained.untrained.masked_scores import pseudo_log_likelihoods
+from bert_ds.downstream.untrained.masked_scores import pseudo_log_likelihoods
 from bert_ds.encoder.pretraining_model import BertForPreTraining
 
 

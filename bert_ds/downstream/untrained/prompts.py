@@ -16,7 +16,7 @@ import numpy as np
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
 from bert_ds.downstream.rows.features import encode_text
-from bert_ds.downstream.untrained.untrained.masked_scores import Query, log_probabilities
+from bert_ds.downstream.untrained.masked_scores import Query, log_probabilities
 from bert_ds.encoder.pretraining_model import BertForPreTraining
 
 TEXT_GAPS = ("text", "text_pair")

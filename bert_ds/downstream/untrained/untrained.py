@@ -19,9 +19,9 @@ from bert_ds.downstream.rows.splits import first_by_hash, scored_parts
 from bert_ds.downstream.rows.tables import predictions_text
 from bert_ds.downstream.scores.metrics import class_figures
 from bert_ds.downstream.tuning.task_rows import Say, split_rows
-from bert_ds.downstream.untrained.untrained.minimal_pairs import MinimalPair, judge_pairs, pair_accuracies
-from bert_ds.downstream.untrained.untrained.prompts import Prompt, PromptWriter, Shot, check_prompt, prompt_scores
-from bert_ds.downstream.untrained.untrained.word_similarity import WordPair, similarity_correlation, word_vectors
+from bert_ds.downstream.untrained.minimal_pairs import MinimalPair, judge_pairs, pair_accuracies
+from bert_ds.downstream.untrained.prompts import Prompt, PromptWriter, Shot, check_prompt, prompt_scores
+from bert_ds.downstream.untrained.word_similarity import WordPair, similarity_correlation, word_vectors
 from bert_ds.encoder.pretraining_model import BertForPreTraining
 
 
