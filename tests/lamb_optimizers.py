@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from lamb_bert import decay_of
 from lamb_reference import (
+    PUBLISHED,
     Formula,
     PlainLamb,
     Settings,
@@ -31,7 +32,7 @@ from lamb_reference import (
 from torch import Tensor, nn
 
 from bert_ds.training.optimizers.elementwise_optimizers import AdamW, Lion, StableAdamW
-from bert_ds.training.optimizers.lamb import Lamb, LambFlags, Lans, lamb_preset
+from bert_ds.training.optimizers.lamb import Lamb, LambFlags, Lans
 from bert_ds.training.optimizers.sharded_optimizer import GroupStep, ShardedOptimizer
 from bert_kernels.flat_shard import Segment, SegmentTable
 
@@ -182,11 +183,11 @@ OPTIMIZERS: dict[str, Any] = {
     "lion": shadowed(Lion, lion),
 }
 VARIANTS: dict[str, tuple[LambFlags, Formula]] = {
-    "paper_v3": (lamb_preset("paper_v3"), paper_v3),
-    "apex": (lamb_preset("apex"), apex),
+    "paper_v3": (PUBLISHED["paper_v3"], paper_v3),
+    "apex": (PUBLISHED["apex"], apex),
     "apex_l2": (LambFlags(adam_w_mode=False, grad_averaging=False), apex_l2),
-    "deepspeed": (lamb_preset("deepspeed"), deepspeed),
-    "lambc": (lamb_preset("lambc"), lambc),
+    "deepspeed": (PUBLISHED["deepspeed"], deepspeed),
+    "lambc": (PUBLISHED["lambc"], lambc),
     "clamped_norm": (LambFlags(use_nvlamb=True, weight_norm_clamp=(0.5, 2.0)), clamped_norm),
 }
 """The published variants of LAMB: their flags, and the formula that their shadow follows."""
@@ -209,7 +210,7 @@ def make_optimizer(
             two[group["weight_decay"] == 0.0]["params"] += group["params"]
         return PlainLamb(two, weight_decay=0.0, **common)
     decays = {p: decay_of(name) for name, p in named}
-    flags, formula = VARIANTS.get(kind, (lamb_preset("paper"), paper))
+    flags, formula = VARIANTS.get(kind, (PUBLISHED["paper"], paper))
     optimizer_class = shadowed(Lamb, formula) if kind in VARIANTS else OPTIMIZERS[kind]
     own = {"flags": flags} if issubclass(optimizer_class, Lamb) else {}
     optimizer = optimizer_class(named, weight_decay_of=decays.__getitem__, **common, **own)

@@ -12,6 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bert_ds.training.optimizers.lamb import LambFlags
+
+PUBLISHED = {
+    "apex": LambFlags(),
+    "paper": LambFlags(use_nvlamb=True),
+    "paper_v3": LambFlags(use_nvlamb=True, bias_correction=False),
+    "deepspeed": LambFlags(use_nvlamb=True, bias_correction=False, correct_lr=True, min_trust=0.01, max_trust=10.0),
+    "lambc": LambFlags(use_nvlamb=True, max_trust=1.0),
+}
+"""The flags of the published versions: NVIDIA's FusedLAMB with its defaults; the paper's version 1, with bias
+correction, and 3, without; DeepSpeed's FusedLamb; a ratio of at most 1."""
+
 
 class Settings(NamedTuple):
     """Learning rate and friends of the formulas."""

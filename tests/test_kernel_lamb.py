@@ -13,7 +13,6 @@ from bert_kernels.lamb import lamb_apply, lamb_apply_reference, lamb_moments, la
 from bert_kernels.lamb_kernels import (
     chunk_table,
     hyper_of_step,
-    hyper_on_device,
     lamb_apply_triton,
     lamb_moments_triton,
 )
@@ -188,22 +187,6 @@ def test_the_copy_is_the_rounded_weight_and_gradients_may_have_16_bits(dtype: to
     used = ~shard.param_E.isnan()
     assert torch.equal(copy[used], shard.param_E[used].to(dtype))
     assert copy[~used].eq(7.0).all()
-
-
-@pytest.mark.parametrize("step", [1, 2, 1000, 10_000_000])
-def test_a_step_counted_on_the_device_has_the_same_hyper_parameters(step: int) -> None:
-    counted = torch.tensor([step], dtype=torch.int32, device=DEVICE)
-    found = hyper_on_device(
-        scalars_of(1), step=counted, lr=torch.tensor(LR, device=DEVICE), skip=torch.tensor(False, device=DEVICE)
-    )
-    torch.testing.assert_close(found, hyper_of_step(scalars_of(step), LR, device=counted.device), rtol=1e-7, atol=0.0)
-
-
-def test_beta_zero_needs_no_correction_on_the_device() -> None:
-    numbers = [torch.tensor([number], device=DEVICE) for number in (1, LR, 0)]
-    scalars = LambScalars(0.0, 0.0, 1.0, 1e-6, 1.0, 1.0, True)
-    found = hyper_on_device(scalars, step=numbers[0], lr=numbers[1], skip=numbers[2])
-    assert found[5:7].tolist() == [1.0, 1.0]
 
 
 def test_what_the_kernels_cannot_do_is_refused_with_both_numbers() -> None:

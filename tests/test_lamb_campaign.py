@@ -15,14 +15,14 @@ import torch
 from lamb_bert import train_unsharded
 from lamb_checkpoints import load_universal, run_same_world_size, save_for_universal
 from lamb_optimizers import CLIP, SETTINGS, whole_model_value
-from lamb_reference import paper, worst_error
+from lamb_reference import PUBLISHED, paper, worst_error
 from lamb_runs import Case, quiet_deepspeed, run_cases
 from ranks_harness import run_ranks
 from test_lamb_zero import FP16, GRAD_ACCUM_FP32, SHADOWS
 
 from bert_ds.configuration.recipe.run_config import ModelConfig
 from bert_ds.encoder.pretraining_model import BertForPreTraining
-from bert_ds.training.optimizers.lamb import Lamb, lamb_preset
+from bert_ds.training.optimizers.lamb import Lamb
 from bert_ds.training.optimizers.zero_limits import universal_checkpoint_blockers
 
 pytestmark = pytest.mark.campaign
@@ -126,7 +126,7 @@ def train_three_elements(rank: int, world_size: int, stage: int) -> tuple[list[f
             return (self.w * x).sum()
 
     model = Three()
-    optimizer = Lamb(model.named_parameters(), lr=0.1, weight_decay=0.0, flags=lamb_preset("paper"))
+    optimizer = Lamb(model.named_parameters(), lr=0.1, weight_decay=0.0, flags=PUBLISHED["paper"])
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_allow_untested_optimizer": True,

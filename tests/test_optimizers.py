@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lamb_reference import PUBLISHED
 from tiny_training import TinyModel, ds_config, full_weights, join_alone, micro_batch
 
 from bert_ds.configuration.recipe.optimizer_config import (
@@ -24,7 +25,7 @@ from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.training.engine import make_engine, step_guard
 from bert_ds.training.loop.train_step import forward_backward, take_step
 from bert_ds.training.optimizers.factory import StepGuard, make_optimizer, set_learning_rate
-from bert_ds.training.optimizers.lamb import Lamb, lamb_preset
+from bert_ds.training.optimizers.lamb import Lamb
 from bert_ds.training.optimizers.param_groups import TensorFacts, decay_groups
 
 CONFIGS = [AdamWConfig, LambConfig, LansConfig, StableAdamWConfig, LionConfig]
@@ -109,7 +110,7 @@ def test_adamw_is_torchs_fused_adamw_with_two_groups_bit_for_bit() -> None:
 
 def test_without_flags_lamb_is_what_a_recipe_without_flags_says_and_what_apex_defaults_to() -> None:
     by_recipe: Any = make_optimizer(LambConfig(lr=1e-3), TinyModel().named_parameters())
-    assert by_recipe.flags == Lamb(TinyModel().named_parameters(), lr=1e-3).flags == lamb_preset("apex")
+    assert by_recipe.flags == Lamb(TinyModel().named_parameters(), lr=1e-3).flags == PUBLISHED["apex"]
     assert by_recipe.flags.use_nvlamb is False
 
 

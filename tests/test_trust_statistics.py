@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 
 import torch
+from lamb_reference import PUBLISHED
 from lamb_tensors import gradients, parameters
 from torch import nn
 
-from bert_ds.training.optimizers.lamb import Lamb, lamb_preset
+from bert_ds.training.optimizers.lamb import Lamb
 from bert_ds.training.optimizers.trust_statistics import layer_kind, summarise
 
 
 def test_trust_statistics_name_every_tensor() -> None:
     named = parameters()
-    optimizer = Lamb(named, lr=0.1, weight_decay=0.0, flags=lamb_preset("paper"))
+    optimizer = Lamb(named, lr=0.1, weight_decay=0.0, flags=PUBLISHED["paper"])
     norms = {name: float(p.detach().norm()) for name, p in named}
     for (_, p), g in zip(named, gradients(0, named), strict=True):
         p.grad = g
@@ -39,7 +40,7 @@ def test_trust_statistics_leave_out_what_had_no_gradient() -> None:
 
 def test_trust_statistics_are_summed_up_by_kind_of_layer() -> None:
     named = parameters()
-    optimizer = Lamb(named, lr=0.1, weight_decay=0.0, flags=lamb_preset("paper"))
+    optimizer = Lamb(named, lr=0.1, weight_decay=0.0, flags=PUBLISHED["paper"])
     for (_, p), g in zip(named, gradients(0, named), strict=True):
         p.grad = g
     optimizer.step()

@@ -202,21 +202,6 @@ def hyper_of_step(scalars: LambScalars, lr: float, *, device: torch.device, skip
     return hyper if skip is None else torch.cat((hyper[:-1], skip.reshape(1).float()))
 
 
-def hyper_on_device(scalars: LambScalars, *, step: Tensor, lr: Tensor, skip: Tensor) -> Tensor:
-    """Return the hyper-parameters of a step that the device counts; the corrections in `scalars` do not count.
-
-    Args:
-        step: one integer on the device, 1 for the first step.
-        lr: learning rate, one number on the device.
-        skip: one number on the device, not 0 where the step is to change nothing.
-    """
-    # In fp32 1 - 0.999 would be known to 6e-5 of itself.
-    log_betas = torch.tensor([scalars.beta1, scalars.beta2], dtype=torch.float64, device=step.device).log()
-    corrections = -torch.expm1(step.reshape(1).double() * log_betas)
-    fixed = hyper_of_step(scalars, 0.0, device=step.device)[:5]
-    return torch.cat((fixed, corrections.float(), lr.reshape(1).float(), skip.reshape(1).float()))
-
-
 @torch.library.custom_op("bert_kernels::lamb_moments", mutates_args=("exp_avg", "exp_avg_sq", "sums"))
 def _lamb_moments(
     param: Tensor,
@@ -285,7 +270,7 @@ def lamb_moments_triton(shard: FlatShard, hyper: Tensor, *, sums_R2: Tensor, dec
 
     Args:
         shard: weights and gradient (fp32, bf16 or fp16) are read, moments are updated; nothing where hyper says skip.
-        hyper: fp32 [9], from hyper_of_step or hyper_on_device.
+        hyper: fp32 [9], from hyper_of_step.
         sums_R2: fp64 [R, 2], |w|^2 and |u|^2 of every segment are added to its row.
         decay_in_update: whether decay is part of u, or of the gradient.
 

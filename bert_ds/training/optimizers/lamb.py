@@ -49,15 +49,8 @@ class LambFlags:
     """Upper clamp of a measured ratio; 1.0 is LAMBC."""
     weight_norm_clamp: tuple[float, float] | None = None
     """The paper's phi: |w| is clamped to this range before the ratio is taken."""
-    max_grad_norm: None = None
-    """Refused: ZeRO steps shard by shard, so no optimizer sees the global norm."""
 
     def __post_init__(self) -> None:
-        if self.max_grad_norm is not None:
-            raise ValueError(
-                f"max_grad_norm {self.max_grad_norm}: set gradient_clipping in the recipe instead; under ZeRO an "
-                "optimizer cannot see the global gradient norm, DeepSpeed can"
-            )
         if self.max_trust is not None and self.min_trust > self.max_trust:
             raise ValueError(f"min_trust {self.min_trust} is larger than max_trust {self.max_trust}")
         if self.min_trust < 0 or (self.max_trust is not None and self.max_trust <= 0):
@@ -67,31 +60,6 @@ class LambFlags:
             raise ValueError(f"weight_norm_clamp {clamp} must be (low, high) with 0 <= low <= high")
         if self.correct_lr and self.bias_correction:
             raise ValueError("correct_lr replaces bias_correction: switch one of them off")
-
-
-LAMB_PRESETS: dict[str, LambFlags] = {
-    "apex": LambFlags(),
-    "paper": LambFlags(use_nvlamb=True),
-    "paper_v3": LambFlags(use_nvlamb=True, bias_correction=False),
-    "nvlamb": LambFlags(use_nvlamb=True),
-    "deepspeed": LambFlags(use_nvlamb=True, bias_correction=False, correct_lr=True, min_trust=0.01, max_trust=10.0),
-    "lambc": LambFlags(use_nvlamb=True, max_trust=1.0),
-}
-
-
-def lamb_preset(name: str) -> LambFlags:
-    """Return the flags of a published LAMB.
-
-    apex: NVIDIA's FusedLAMB with its defaults, and ours; nvlamb: the same with a ratio for undecayed tensors too; both
-    want gradient_clipping 1.0. paper: version 1, with bias correction. paper_v3: without it. deepspeed: the formula of
-    DeepSpeed's FusedLamb. lambc: ratio at most 1.
-
-    Raises:
-        ValueError: there is no such preset.
-    """
-    if name not in LAMB_PRESETS:
-        raise ValueError(f"LAMB preset {name!r} is unknown; there are {', '.join(LAMB_PRESETS)}")
-    return LAMB_PRESETS[name]
 
 
 class Lamb(ShardedOptimizer):
