@@ -14,7 +14,8 @@ from tiny_training import TinyBatch, TinyModel, ds_config, full_weights, join_al
 from torch import Tensor
 from torch.func import functional_call
 
-from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, ScheduleConfig
+from bert_ds.configuration.recipe.optimizer_config import AdamWConfig
+from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
 from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.checkpoints.train_state import TrainPlan, TrainState
 from bert_ds.training.engine import make_engine

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bert_ds.configuration.recipe.run_config import ScheduleConfig
+from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
 from bert_ds.training.optimizers.lr_schedule import learning_rate
 
 TABLE: list[tuple[dict[str, Any], list[float]]] = [

@@ -11,6 +11,7 @@ from lamb_reference import PUBLISHED
 from tiny_training import TinyModel, ds_config, full_weights, join_alone, micro_batch
 
 from bert_ds.configuration.recipe.optimizer_config import (
+    OPTIMIZERS,
     AdamWConfig,
     ApexFusedLambConfig,
     DeepSpeedCpuAdamConfig,
@@ -24,10 +25,11 @@ from bert_ds.configuration.recipe.optimizer_config import (
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.training.engine import make_engine, step_guard
 from bert_ds.training.loop.train_step import forward_backward, take_step
-from bert_ds.training.optimizers.factory import StepGuard, make_optimizer, set_learning_rate
+from bert_ds.training.optimizers.factory import OWN_OPTIMIZERS, StepGuard, make_optimizer, set_learning_rate
 from bert_ds.training.optimizers.lamb import Lamb
 from bert_ds.training.optimizers.param_groups import TensorFacts, decay_groups
 
+OWN = {kind: settings for kind, settings in OPTIMIZERS.items() if settings in OWN_OPTIMIZERS}
 CONFIGS = [AdamWConfig, LambConfig, LansConfig, StableAdamWConfig, LionConfig]
 
 
@@ -112,6 +114,17 @@ def test_without_flags_lamb_is_what_a_recipe_without_flags_says_and_what_apex_de
     by_recipe: Any = make_optimizer(LambConfig(lr=1e-3), TinyModel().named_parameters())
     assert by_recipe.flags == Lamb(TinyModel().named_parameters(), lr=1e-3).flags == PUBLISHED["apex"]
     assert by_recipe.flags.use_nvlamb is False
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_each_of_ours_is_made_of_its_section_and_holds_the_moments_that_the_estimate_counts(kind: str) -> None:
+    changed: Any = {"lr": 2e-3, "betas": (0.8, 0.95), **({} if kind == "lion" else {"eps": 1e-5})}
+    facts = TensorFacts(matrices=("pair.weight",))
+    made: Any = make_optimizer(OWN[kind](**changed), TinyModel().named_parameters(), facts=facts)
+    group = made.param_groups[0]
+    assert {name: group[name] for name in changed} == changed
+    assert type(made) is OWN_OPTIMIZERS[OWN[kind]] and len(made.param_groups) == 1
+    assert OWN[kind].moment_bytes == 4 * len(made.moment_names)
 
 
 def test_lans_takes_a_trust_ratio_for_every_tensor() -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bert_ds.basics.ranks import Ranks
-from bert_ds.configuration.recipe.run_config import ScheduleConfig
+from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
 from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.checkpoints.checkpoint_loader import resume
 from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver

@@ -66,17 +66,16 @@ def spread_problems(run: TrainedRun, *, stage: int, offloaded: bool) -> list[Pro
         stage: of the DeepSpeed file.
         offloaded: optimizer state lies on the host.
     """
-    kind = run.optimizer.type
-    if kind in ("deepspeed_fused_lamb", "apex_fused_lamb") and stage != 0:
-        text = f'"{kind}" takes one trust ratio per shard at stage {stage}: wanted stage 0, or "lamb"'
-        return [Problem("optimizer.type", text)]
-    if kind == "deepspeed_cpu_adam" and not offloaded:
-        text = f'"{kind}" works on the host: wanted zero_optimization.offload_optimizer, or "adamw"'
-        return [Problem("optimizer.type", text)]
-    if kind == "deepspeed_fused_adam" and offloaded:
-        text = f'"{kind}" works on the GPU and the state is offloaded: wanted "deepspeed_cpu_adam" or "adamw"'
-        return [Problem("optimizer.type", text)]
-    return []
+    optimizer = run.optimizer
+    if optimizer.sharded_fault and stage != 0:
+        wrong = f"{optimizer.sharded_fault} at stage {stage}: wanted stage 0, or"
+    elif optimizer.runs_on == "host" and not offloaded:
+        wrong = "works on the host: wanted zero_optimization.offload_optimizer, or"
+    elif optimizer.runs_on == "GPU" and offloaded:
+        wrong = "works on the GPU and the state is offloaded: wanted"
+    else:
+        return []
+    return [Problem("optimizer.type", f'"{optimizer.type}" {wrong} {optimizer.replacement}')]
 
 
 def schedule_problems(schedule: ScheduleConfig, total_steps: int) -> list[Problem]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bert_ds.configuration.recipe.optimizer_config import MuonConfig
 from bert_ds.configuration.recipe.precision import Precision, planned
 from bert_ds.configuration.recipe.run_config import ModelConfig, RunConfig
 
@@ -84,20 +83,11 @@ def _model_flops(model: ModelConfig, run: RunConfig, mean_length: float) -> floa
     return encoder + (per_prediction * predictions + pooler) / mean_length
 
 
-def orthogonalising_flops(rows: int, columns: int, steps: int) -> int:
-    """Return the FLOPs of orthogonalising a matrix: three products a step, 2 per multiplication and addition."""
-    small, large = sorted((rows, columns))
-    return steps * (4 * small * small * large + 2 * small**3)
-
-
 def optimizer_flops(run: RunConfig) -> int:
     """Return the FLOPs of a step's matrix products in the optimizer, over all ranks together; 0 where it has none."""
-    if not isinstance(run.optimizer, MuonConfig):
-        return 0
     hidden, inner = run.model.hidden_size, run.model.intermediate_size
     of_layer = [(hidden, hidden)] * 4 + [(inner, hidden), (hidden, inner)]
-    steps = run.optimizer.ns_steps
-    return run.model.num_hidden_layers * sum(orthogonalising_flops(*shape, steps) for shape in of_layer)
+    return run.model.num_hidden_layers * run.optimizer.matrix_flops(of_layer)
 
 
 def activation_bytes(run: RunConfig, micro_batch_size: int, *, recompute: bool) -> int:
@@ -143,11 +133,10 @@ def memory_estimate(
     width = _BYTES[planned(run.training.precision)]
     shard = -(-number // world_size)
     low = width == 2
-    moments = 4 if run.optimizer.type == "lion" else 8
     # In fp32, stages 1 and 2 still clone their shard of the weights; stages 0 and 3 use the weights themselves.
     master = 4 if low or stage in (1, 2) else 0
     owned = number if stage == 0 else shard
-    optimizer = owned * (moments + master)
+    optimizer = owned * (run.optimizer.moment_bytes + master)
     embedding = run.model.padded_vocab_size * run.model.hidden_size
     weights = (number if stage < 3 else shard + 2 * embedding) * width + num_fixed * width
     whole = {0: width + (4 if low else 0), 1: width + (4 if low else 0), 2: 0, 3: 0}[stage]
@@ -162,10 +151,9 @@ def checkpoint_bytes(run: RunConfig, *, stage: int) -> int:
     """Estimate one checkpoint of all ranks: weights in the training precision, fp32 master and moments."""
     number = count_parameters(run.model, has_pair_head=run.sequences.sentence_pair != "none")
     width = _BYTES[planned(run.training.precision)]
-    moments = 4 if run.optimizer.type == "lion" else 8
     master = 4 if width == 2 or stage > 0 else 0
     weights = 0 if stage == 3 else width
-    return number * (weights + master + moments)
+    return number * (weights + master + run.optimizer.moment_bytes)
 
 
 def kept_checkpoints(run: RunConfig) -> int:

@@ -11,37 +11,16 @@ from typing import Any, NamedTuple
 
 from bert_ds.configuration.deepspeed_file.ds_keys import leaves
 from bert_ds.configuration.reading.config_problems import Problem, describe, did_you_mean, one_of
+from bert_ds.configuration.recipe.optimizer_config import OPTIMIZERS, OptimizerSettings
 from bert_ds.configuration.recipe.precision import Precision, Trained, with_precision
 from bert_ds.configuration.recipe.run_config import RunConfig, TrainedRun
 
 _DTYPES = {"half": "fp16", "float16": "fp16", "bfloat16": "bf16", "float": "fp32", "float32": "fp32"}
 
 OPTIMIZER_TYPES = {
-    "adam": "adamw",
-    "adamw": "adamw",
-    "lamb": "lamb",
-    "lans": "lans",
-    "stableadamw": "stableadamw",
-    "lion": "lion",
-    "muon": "muon",
-    "fusedadam": "deepspeed_fused_adam",
-    "deepspeedcpuadam": "deepspeed_cpu_adam",
-    "fusedlamb": "deepspeed_fused_lamb",
+    spelled: kind for kind, settings in OPTIMIZERS.items() for spelled in (kind, *settings.deepspeed_types)
 }
-"""What a type in a DeepSpeed file means here; the recipe's own names are understood too. "Adam" decays as AdamW."""
-
-_PARAMETER_NAMES = {
-    "lamb": {"min_coeff": "min_trust", "max_coeff": "max_trust"},
-    "muon": {"muon_lr": "lr", "adam_lr": "adamw_lr"},
-}
-_FIXED_PARAMETERS: dict[str, dict[str, Any]] = {
-    "adamw": {"adam_w_mode": True, "torch_adam": True, "bias_correction": True, "amsgrad": False},
-    "deepspeed_fused_adam": {"adam_w_mode": True, "amsgrad": False},
-    "deepspeed_cpu_adam": {"adamw_mode": True, "fp32_optimizer_states": True, "amsgrad": False},
-    "deepspeed_fused_lamb": {"eps_inside_sqrt": False, "amsgrad": False},
-    "lamb": {"eps_inside_sqrt": False, "amsgrad": False},
-}
-"""Parameters of DeepSpeed's optimizers that the recipe has no setting for, with the only value they can have."""
+"""What a type in a DeepSpeed file means here, in lower case; the recipe's own names are understood too."""
 
 _CLIPPING = "clipping is gradient_clipping (training.gradient_clipping of the recipe), not an optimizer's"
 
@@ -133,7 +112,7 @@ def _optimizer_from_block(block: dict[str, Any], default: RunConfig, problems: l
     if kind == default.optimizer.type:
         section |= default.optimizer.model_dump(mode="json")
     for _, name, value in _parameters(block, kind):
-        if name not in _FIXED_PARAMETERS.get(kind, {}) and name != "max_grad_norm":
+        if name not in _facts(kind).deepspeed_constants and name != "max_grad_norm":
             section[name] = value
     if kind and "lr" not in section:
         problems.append(Problem("optimizer.params.lr", "is missing, wanted the peak learning rate"))
@@ -154,7 +133,7 @@ def _optimizer_problems(run: TrainedRun, block: dict[str, Any], recipe_name: str
     recipe = run.optimizer.model_dump(mode="json")
     for spelled, name, value in _parameters(block, kind):
         path = f"optimizer.params.{spelled}"
-        if name in _FIXED_PARAMETERS.get(kind, {}) or name == "max_grad_norm":
+        if name in _facts(kind).deepspeed_constants or name == "max_grad_norm":
             continue
         if name not in recipe:
             problems.append(Problem(path, f"unknown to {kind}{did_you_mean(name, recipe)}"))
@@ -166,25 +145,29 @@ def _optimizer_problems(run: TrainedRun, block: dict[str, Any], recipe_name: str
 def _optimizer_kind(block: dict[str, Any], problems: list[Problem]) -> str:
     spelled = str(block["type"])
     kind = OPTIMIZER_TYPES.get(spelled.lower(), spelled.lower())
-    ours = {*OPTIMIZER_TYPES.values(), "apex_fused_lamb"}
-    if kind in ours:
+    if kind in OPTIMIZERS:
         return kind
-    wanted = one_of(sorted(ours))
-    near = did_you_mean(spelled.lower(), [*OPTIMIZER_TYPES, *ours])
+    wanted = one_of(sorted(OPTIMIZERS))
+    near = did_you_mean(spelled.lower(), OPTIMIZER_TYPES)
     problems.append(Problem("optimizer.type", f"found {describe(spelled)}, wanted {wanted}{near}"))
     return ""
+
+
+def _facts(kind: str) -> type[OptimizerSettings]:
+    """Return what is known of an optimizer; nothing of one that was refused."""
+    return OPTIMIZERS.get(kind, OptimizerSettings)
 
 
 def _parameters(block: dict[str, Any], kind: str) -> Iterator[tuple[str, str, Any]]:
     """Yield spelled name, the recipe's name, and value of every parameter that is not "auto"."""
     for spelled, value in block.get("params", {}).items():
         if value != "auto":
-            yield spelled, _PARAMETER_NAMES.get(kind, {}).get(spelled, spelled), value
+            yield spelled, _facts(kind).deepspeed_names.get(spelled, spelled), value
 
 
 def _fixed_parameter_problems(block: dict[str, Any], kind: str) -> list[Problem]:
     problems = []
-    fixed = _FIXED_PARAMETERS.get(kind, {})
+    fixed = _facts(kind).deepspeed_constants
     for spelled, name, value in _parameters(block, kind):
         path = f"optimizer.params.{spelled}"
         if name == "max_grad_norm":

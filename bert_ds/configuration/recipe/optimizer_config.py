@@ -1,7 +1,7 @@
-"""Optimizer and schedule sections of a recipe.
+"""Optimizer section of a recipe, and what everybody else has to know of each optimizer.
 
-Ours (adamw, lamb, lans, stableadamw, lion, muon) run at any ZeRO stage. The others are foreign kernels selected by
-name, for comparison; `run_plan` says at which stages they compute what they claim.
+Ours run at any ZeRO stage; the others are foreign kernels selected by name, for comparison. One more optimizer of ours
+is a class here, in the union at the end, and a row in `training/optimizers/factory`.
 
 None of them clips: the global gradient norm is known to DeepSpeed alone, so `training.gradient_clipping` is the one
 place for it.
@@ -9,18 +9,41 @@ place for it.
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from bert_ds.configuration.reading.config_section import Beta, NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
+from bert_ds.configuration.reading.config_section import Beta, NonNegativeFloat, PositiveFloat, Section
 
 _MAX_SINGULAR_VALUE = 2.0
 """Where a polynomial of Muon may take a singular value that should end near 1."""
 
 
-class MomentConfig(Section):
+class OptimizerSettings(Section):
+    """What an optimizer says of itself to those who plan, check and translate: the class variables."""
+
+    moment_bytes: ClassVar[int] = 8
+    """fp32 moments of a weight."""
+    sharded_fault: ClassVar[str] = ""
+    """What it does wrong at the ZeRO stages 1 to 3; "" where it is right at all of them."""
+    runs_on: ClassVar[Literal["both", "host", "GPU"]] = "both"
+    """Where its kernel finds the optimizer state."""
+    replacement: ClassVar[str] = ""
+    """What to take where it is wrong."""
+    deepspeed_types: ClassVar[tuple[str, ...]] = ()
+    """Its names as optimizer.type of a DeepSpeed file, in lower case, besides its own."""
+    deepspeed_names: ClassVar[Mapping[str, str]] = {}
+    """DeepSpeed's name of a parameter -> ours, where they differ."""
+    deepspeed_constants: ClassVar[Mapping[str, Any]] = {}
+    """Parameters of DeepSpeed's that there is no setting for, with the only value they can have."""
+
+    def matrix_flops(self, shapes: Iterable[tuple[int, int]]) -> int:
+        """Return the FLOPs of a step's products with matrices of these rows and columns; 0 where there are none."""
+        return 0
+
+
+class MomentConfig(OptimizerSettings):
     """What every optimizer with two moments has."""
 
     lr: PositiveFloat
@@ -35,6 +58,9 @@ class MomentConfig(Section):
 
 class AdamWConfig(MomentConfig):
     """AdamW with decoupled decay (Loshchilov and Hutter 2019), on torch's fused kernel."""
+
+    deepspeed_types = ("adam",)  # it decays as AdamW, unless told otherwise
+    deepspeed_constants = {"adam_w_mode": True, "torch_adam": True, "bias_correction": True, "amsgrad": False}
 
     type: Literal["adamw"] = "adamw"
 
@@ -65,6 +91,9 @@ class LambConfig(TrustConfig):
     u = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w; w -= lr |w| / |u| u, per tensor. The
     defaults are those of NVIDIA's BERT recipe (apex FusedLAMB, to be run with gradient_clipping 1.0).
     """
+
+    deepspeed_names = {"min_coeff": "min_trust", "max_coeff": "max_trust"}
+    deepspeed_constants = {"eps_inside_sqrt": False, "amsgrad": False}
 
     type: Literal["lamb"] = "lamb"
     bias_correction: bool = True
@@ -106,8 +135,10 @@ class StableAdamWConfig(MomentConfig):
     """Decay rates of the two moments."""
 
 
-class LionConfig(Section):
+class LionConfig(OptimizerSettings):
     """Lion (Chen et al. 2023, arXiv 2302.06675): w -= lr (sign(beta1 m + (1 - beta1) g) + weight_decay w)."""
+
+    moment_bytes = 4
 
     type: Literal["lion"] = "lion"
     lr: PositiveFloat
@@ -125,6 +156,8 @@ class MuonConfig(MomentConfig):
     w -= lr (0.2 sqrt(max(rows, columns)) u + weight_decay w), per matrix; query, key and value are one each. All else
     (embeddings, heads, biases, norms) gets AdamW. Rates and decays that suit AdamW suit both.
     """
+
+    deepspeed_names = {"muon_lr": "lr", "adam_lr": "adamw_lr"}
 
     type: Literal["muon"] = "muon"
     lr: PositiveFloat
@@ -160,9 +193,24 @@ class MuonConfig(MomentConfig):
                     )
         return self
 
+    def matrix_flops(self, shapes: Iterable[tuple[int, int]]) -> int:
+        """Return the FLOPs of orthogonalising matrices of these rows and columns."""
+        return sum(orthogonalising_flops(*shape, self.ns_steps) for shape in shapes)
+
+
+def orthogonalising_flops(rows: int, columns: int, steps: int) -> int:
+    """Return the FLOPs of orthogonalising a matrix: three products a step, 2 per multiplication and addition."""
+    small, large = sorted((rows, columns))
+    return steps * (4 * small * small * large + 2 * small**3)
+
 
 class DeepSpeedFusedAdamConfig(MomentConfig):
     """DeepSpeed's CUDA kernel `FusedAdam` in AdamW mode."""
+
+    runs_on = "GPU"
+    replacement = '"deepspeed_cpu_adam" or "adamw"'
+    deepspeed_types = ("fusedadam",)
+    deepspeed_constants = {"adam_w_mode": True, "amsgrad": False}
 
     type: Literal["deepspeed_fused_adam"] = "deepspeed_fused_adam"
     bias_correction: bool = True
@@ -172,6 +220,11 @@ class DeepSpeedFusedAdamConfig(MomentConfig):
 class DeepSpeedCpuAdamConfig(MomentConfig):
     """DeepSpeed's vectorised CPU kernel `DeepSpeedCPUAdam` in AdamW mode, for offloaded optimizer state."""
 
+    runs_on = "host"
+    replacement = '"adamw"'
+    deepspeed_types = ("deepspeedcpuadam",)
+    deepspeed_constants = {"adamw_mode": True, "fp32_optimizer_states": True, "amsgrad": False}
+
     type: Literal["deepspeed_cpu_adam"] = "deepspeed_cpu_adam"
     bias_correction: bool = True
     """Divide the moments by 1 - beta^t."""
@@ -179,6 +232,12 @@ class DeepSpeedCpuAdamConfig(MomentConfig):
 
 class DeepSpeedFusedLambConfig(MomentConfig):
     """DeepSpeed's CUDA kernel `FusedLamb`: no correction of the moments, ratio clamped, decay scaled with the rate."""
+
+    sharded_fault = "takes one trust ratio per shard"
+    runs_on = "GPU"
+    replacement = '"lamb"'
+    deepspeed_types = ("fusedlamb",)
+    deepspeed_constants = {"eps_inside_sqrt": False, "amsgrad": False}
 
     type: Literal["deepspeed_fused_lamb"] = "deepspeed_fused_lamb"
     bias_correction: bool = True
@@ -191,6 +250,10 @@ class DeepSpeedFusedLambConfig(MomentConfig):
 
 class ApexFusedLambConfig(MomentConfig):
     """NVIDIA apex's CUDA kernel `FusedLAMB`; apex has to be installed."""
+
+    sharded_fault = "takes one trust ratio per shard"
+    runs_on = "GPU"
+    replacement = '"lamb"'
 
     type: Literal["apex_fused_lamb"] = "apex_fused_lamb"
     bias_correction: bool = True
@@ -217,40 +280,7 @@ OptimizerConfig = Annotated[
     Field(discriminator="type"),
 ]
 
-
-class ScheduleConfig(Section):
-    """Learning rate over the run: warm-up, then a published decay to min_lr_fraction x lr."""
-
-    type: Literal["constant", "linear", "polynomial", "cosine", "wsd"] = "linear"
-    """wsd: warm-up, stable, then decay over the last decay_fraction."""
-    warmup_steps: NonNegativeInt | None = None
-    """Steps of linear warm-up from 0; give this or warmup_fraction."""
-    warmup_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    """Share of total_steps spent in warm-up."""
-    power: PositiveFloat = 1.0
-    """Exponent of the polynomial decay; 0.5 in NVIDIA's LAMB recipe."""
-    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
-    """wsd only: share of total_steps in the final decay."""
-    min_lr_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Final learning rate as a share of the peak."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ScheduleConfig:
-        if (self.warmup_steps is None) == (self.warmup_fraction is None):
-            raise ValueError("give exactly one of warmup_steps and warmup_fraction")
-        for name, default, owners in (
-            ("power", 1.0, ("polynomial",)),
-            ("decay_fraction", 0.1, ("wsd",)),
-            ("min_lr_fraction", 0.0, ("linear", "polynomial", "cosine", "wsd")),
-        ):
-            if getattr(self, name) != default and self.type not in owners:
-                wanted = " or ".join(owners)
-                raise ValueError(f'{name} {getattr(self, name)} is for type {wanted}, the type is "{self.type}"')
-        return self
-
-    def num_warmup_steps(self, total_steps: int) -> int:
-        """Steps of warm-up in a run of total_steps."""
-        if self.warmup_steps is not None:
-            return self.warmup_steps
-        assert self.warmup_fraction is not None
-        return math.floor(self.warmup_fraction * total_steps)
+OPTIMIZERS: Mapping[str, type[OptimizerSettings]] = {
+    settings.model_fields["type"].default: settings for settings in get_args(get_args(OptimizerConfig)[0])
+}
+"""optimizer.type -> its settings."""

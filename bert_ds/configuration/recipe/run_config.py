@@ -45,8 +45,9 @@ from bert_ds.configuration.recipe.corpus_config import (
     ShardSource,
 )
 from bert_ds.configuration.recipe.distillation_config import DistillationConfig
-from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, LambConfig, OptimizerConfig, ScheduleConfig
+from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, LambConfig, OptimizerConfig
 from bert_ds.configuration.recipe.precision import PrecisionSetting
+from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
 
 __all__ = [
     "IGNORE_INDEX",

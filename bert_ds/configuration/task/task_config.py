@@ -31,8 +31,9 @@ from bert_ds.configuration.reading.config_files import (
 )
 from bert_ds.configuration.reading.config_problems import Problem, did_you_mean, found_wanted, one_of, section_problems
 from bert_ds.configuration.reading.config_section import DropoutProbability, Section, Size
-from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, OptimizerConfig, ScheduleConfig
+from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, OptimizerConfig
 from bert_ds.configuration.recipe.run_config import CheckpointConfig, ModelConfig, TrainingConfig
+from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
 from bert_ds.configuration.task.task_data_config import TaskDataConfig, file_problems
 from bert_ds.configuration.task.task_kinds import ENTITY_METRICS, KIND_FACTS, WORD_METRICS, KindName
 from bert_ds.configuration.task.task_sections import (

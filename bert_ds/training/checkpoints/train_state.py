@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from bert_ds.configuration.recipe.run_config import ScheduleConfig
+from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
 
 
 class MicroBatch(Protocol):

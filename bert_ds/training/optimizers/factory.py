@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
 from torch.optim import Optimizer
 
 from bert_ds.configuration.recipe.optimizer_config import (
@@ -18,6 +15,7 @@ from bert_ds.configuration.recipe.optimizer_config import (
     LionConfig,
     MuonConfig,
     OptimizerConfig,
+    OptimizerSettings,
     StableAdamWConfig,
 )
 from bert_ds.configuration.recipe.run_config import ConfigError
@@ -32,10 +30,10 @@ from bert_ds.training.optimizers.param_groups import (
     decay_groups,
     decay_per_tensor,
 )
-from bert_ds.training.optimizers.sharded_optimizer import ShardedOptimizer
+from bert_ds.training.optimizers.sharded_optimizer import RecipeContext, ShardedOptimizer
 from bert_ds.training.optimizers.zero_limits import unsupported_settings
 
-_OWN: dict[type, Any] = {
+OWN_OPTIMIZERS: dict[type[OptimizerSettings], type[ShardedOptimizer]] = {
     AdamWConfig: AdamW,
     LambConfig: Lamb,
     LansConfig: Lans,
@@ -43,19 +41,7 @@ _OWN: dict[type, Any] = {
     LionConfig: Lion,
     MuonConfig: Muon,
 }
-_LAMB_FLAGS = (
-    "bias_correction",
-    "correct_lr",
-    "grad_averaging",
-    "adam_w_mode",
-    "use_nvlamb",
-    "min_trust",
-    "max_trust",
-    "weight_norm_clamp",
-)
-
-
-_MUON_SETTINGS = ("adamw_lr", "momentum", "nesterov", "ns_coefficients", "ns_steps")
+"""Ours: one more is a row."""
 
 
 def make_optimizer(
@@ -81,44 +67,24 @@ def make_optimizer(
         ConfigError: a foreign kernel is not installed, cannot be built here, or was given factors; Muon has no matrix.
     """
     parameters = list(named_parameters)
-    if type(config) not in _OWN:
+    if type(config) not in OWN_OPTIMIZERS:
         if lr_scale_of is not None:
             raise ConfigError(
                 f'optimizer.type "{config.type}" has one learning rate for all layers: wanted one of ours'
             )
         return make_foreign_optimizer(config, decay_groups(parameters, config.weight_decay, patterns=facts.no_decay))
-    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas}
-    if not isinstance(config, LionConfig):
-        settings["eps"] = config.eps
-    if isinstance(config, LambConfig | LansConfig):
-        flags = {name: getattr(config, name) for name in _LAMB_FLAGS if hasattr(config, name)}
-        settings["flags"] = replace(_OWN[type(config)].default_flags, **flags)
     decay_of = decay_per_tensor(parameters, config.weight_decay, patterns=facts.no_decay)
-    if isinstance(config, MuonConfig):
-        settings |= {name: getattr(config, name) for name in _MUON_SETTINGS}
-        settings["matrices"] = _trainable_matrices(parameters, facts)
-    optimizer = _OWN[type(config)](parameters, weight_decay_of=decay_of, **settings)
+    context = RecipeContext(config.model_dump(exclude={"type", "weight_decay"}), decay_of, facts.matrices, kernels)
+    optimizer = OWN_OPTIMIZERS[type(config)].of_recipe(parameters, context)
     if lr_scale_of is not None:
         optimizer.declare_rates(lr_scale_of)
-    if isinstance(optimizer, Lamb):
-        optimizer.kernels = kernels
     optimizer.declare_parts(facts.equal_parts or {})
     return optimizer
 
 
-def _trainable_matrices(parameters: Sequence[tuple[str, nn.Parameter]], facts: TensorFacts) -> Sequence[str]:
-    names = [name for name, parameter in parameters if parameter.requires_grad]
-    if not any(fnmatchcase(name, pattern) for name in names for pattern in facts.matrices):
-        raise ConfigError(
-            f'optimizer.type "muon" wants a matrix of the layers to train: none of the {len(names)} trainable '
-            'parameters is one (are the layers frozen?); wanted "adamw"'
-        )
-    return facts.matrices
-
-
 def share_replicated_work(optimizer: Optimizer, *, zero_stage: int) -> None:
-    """Let Muon deal its matrices to the ranks where each of them holds everything, at stage 0; after `initialize`."""
-    if isinstance(optimizer, Muon) and zero_stage == 0:
+    """Let the ranks share the work where each of them holds everything, at stage 0; after `initialize`."""
+    if isinstance(optimizer, ShardedOptimizer) and zero_stage == 0:
         optimizer.replicas = dist.group.WORLD
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bert_ds.training.optimizers.sharded_optimizer import (
     GroupStep,
     NamedParameters,
+    RecipeContext,
     ShardedOptimizer,
     sum_over_ranks,
 )
@@ -97,6 +98,16 @@ class Lamb(ShardedOptimizer):
         self.flags = flags if flags is not None else self.default_flags
         self._records: dict[int, RecordedRows] = {}
         self._decayed: dict[tuple[float, ...], Tensor] = {}
+
+    @classmethod
+    def of_recipe(cls, named_parameters: NamedParameters, context: RecipeContext) -> Lamb:
+        """Return the optimizer that a recipe describes: what is no number of Adam's is a flag."""
+        settings = dict(context.settings)
+        common = {name: settings.pop(name) for name in ("lr", "betas", "eps")}
+        flags = replace(cls.default_flags, **settings)
+        optimizer = cls(named_parameters, weight_decay_of=context.weight_decay_of, flags=flags, **common)
+        optimizer.kernels = context.kernels
+        return optimizer
 
     def trust_statistics(self) -> dict[str, TrustStatistics]:
         """Return ratio and norms of every tensor at its last step, by name; the same on all ranks (host sync)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from bert_ds.configuration.recipe.run_config import ScheduleConfig
+from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
 
 
 def learning_rate(step: int, *, peak: float, schedule: ScheduleConfig, total_steps: int) -> float:

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.training.optimizers.elementwise_optimizers import descend
 from bert_ds.training.optimizers.lamb import LambFlags, adam_scalars, adam_settings
 from bert_ds.training.optimizers.muon_exchange import MatrixExchange, Shape, make_exchange
@@ -39,6 +39,7 @@ from bert_ds.training.optimizers.newton_schulz import (
 from bert_ds.training.optimizers.sharded_optimizer import (
     GroupStep,
     NamedParameters,
+    RecipeContext,
     ShardedOptimizer,
     ShardStep,
 )
@@ -68,8 +69,6 @@ class Muon(ShardedOptimizer):
         ValueError: no trainable parameter matches, one that does has not two dimensions, or a setting is out of range.
     """
 
-    replicas: ProcessGroup | None = None
-    """Ranks that step the same whole tensors with the same gradients and may share the work: ZeRO stage 0."""
     ns_dtype: torch.dtype | None = None
     """Precision of the products and messages; None chooses by the device of the weights."""
 
@@ -99,6 +98,22 @@ class Muon(ShardedOptimizer):
         self._exchanges: dict[int, MatrixExchange] = {}
         settings = adam_settings(lr, betas, eps)
         super().__init__(entries, settings, weight_decay=weight_decay, weight_decay_of=weight_decay_of)
+
+    @classmethod
+    def of_recipe(cls, named_parameters: NamedParameters, context: RecipeContext) -> Muon:
+        """Return the optimizer that a recipe describes.
+
+        Raises:
+            ConfigError: no matrix is trained.
+        """
+        entries = list(named_parameters)
+        names = [name for name, parameter in entries if parameter.requires_grad]
+        if not any(fnmatchcase(name, pattern) for name in names for pattern in context.matrices):
+            raise ConfigError(
+                f'optimizer.type "muon" wants a matrix of the layers to train: none of the {len(names)} trainable '
+                'parameters is one (are the layers frozen?); wanted "adamw"'
+            )
+        return cls(entries, matrices=context.matrices, weight_decay_of=context.weight_decay_of, **context.settings)
 
     @property
     def matrix_shapes(self) -> dict[str, Shape]:

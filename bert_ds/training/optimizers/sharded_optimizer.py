@@ -60,10 +60,24 @@ class GroupStep(NamedTuple):
         return values_R * torch.tensor(scales, dtype=values_R.dtype, device=values_R.device)
 
 
+class RecipeContext(NamedTuple):
+    """What making an optimizer of a recipe needs besides the parameters."""
+
+    settings: dict[str, Any]
+    """The optimizer section without type and weight decay: keywords of most of ours."""
+    weight_decay_of: Callable[[nn.Parameter], float]
+    matrices: Sequence[str]
+    """`fnmatch` patterns of the weights that may be treated as a matrix."""
+    kernels: str
+    """"auto", "triton" or "torch"."""
+
+
 class ShardedOptimizer(torch.optim.Optimizer):
     """An optimizer over one group of named parameters, exact per tensor under DeepSpeed ZeRO 0, 1, 2 and 3."""
 
     moment_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    replicas: ProcessGroup | None = None
+    """Ranks that step the same whole tensors with the same gradients and may share the work: ZeRO stage 0."""
 
     def __init__(
         self,
@@ -93,6 +107,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         ]
         self._layouts: dict[int, Layout] = {}
         super().__init__([param for _, param in entries], settings)
+
+    @classmethod
+    def of_recipe(cls, named_parameters: NamedParameters, context: RecipeContext) -> ShardedOptimizer:
+        """Return the optimizer that a recipe describes.
+
+        Raises:
+            ConfigError: it has nothing to do with these parameters.
+        """
+        make: Callable[..., ShardedOptimizer] = cls
+        return make(named_parameters, weight_decay_of=context.weight_decay_of, **context.settings)
 
     def declare_parts(self, equal_parts: EqualParts) -> None:
         """Treat each of the equal parts of some tensors as a tensor of its own; call it before the first step.
