@@ -87,7 +87,7 @@ def test_without_an_x_bias_the_mask_still_applies() -> None:
 
 def test_more_row_blocks_than_programs_are_all_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many rows as a micro-batch of BERT, in fewer and larger blocks than a GPU would take, for the interpreter."""
-    kernels = importlib.import_module("bert_kernels.layer_norm")
+    kernels = importlib.import_module("bert_kernels.layer_norm_kernels")
     monkeypatch.setattr(kernels, "LAYER_NORM", {"default": ((1 << 62, Tile(64, 40, 1, 1)),)})
     kernel, reference = (fused(op, 0.1) for op in (dropout_add_layer_norm, dropout_add_layer_norm_reference))
     check_by_the_2x_rule(kernel, reference, inputs(64 * 64 + 5, 8, torch.bfloat16))

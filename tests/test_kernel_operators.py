@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bert_kernels import attention, bias_gelu, embedding, geglu, layer_norm, mlm_cross_entropy  # noqa: F401
+from bert_kernels import attention, bias_gelu, embedding, geglu, layer_norm, mlm_cross_entropy, rotary  # noqa: F401
 from bert_kernels.flat_shard import LambScalars, Segment, SegmentTable
 from bert_kernels.lamb_kernels import chunk_table, hyper_of_step
 
@@ -32,6 +32,11 @@ def attention_arguments() -> tuple[Any, ...]:
     return torch.tensor([0, 5, 8], dtype=torch.int32, device=DEVICE), 5, 0.3, SEED, 2, 0.25, -1
 
 
+def row_gradients() -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and rstd of three rows, and their gradient."""
+    return normal(3), normal(3), normal(3, 16)
+
+
 def lamb_arguments() -> tuple[list[Tensor], Any, Tensor]:
     table = SegmentTable((Segment(3, 61, 0, 0.01), Segment(64, 1, 1, 0.0)), num_elements=80, num_rows=2)
     hyper = hyper_of_step(LambScalars(0.9, 0.999, 0.1, 1e-6, 0.1, 0.001, True), 0.1, device=DEVICE)
@@ -51,13 +56,16 @@ def sample_arguments() -> dict[str, list[tuple[Any, ...]]]:
             (normal(8, 3, 1, 16), *attention_arguments(), normal(8, 1, 16), normal(1, 8), normal(8, 1, 16))
         ],
         "layer_norm": [
-            (grown(3, 16), grown(3, 16), grown(16), grown(16), grown(16), 1e-5, 0.3, SEED, 5),
-            (grown(3, 16), None, grown(16), grown(16), None, 1e-5, 0.0, None, 0),
+            (grown(3, 16), grown(3, 16), grown(16), grown(16), grown(16), 1e-5, 0.3, SEED, 5, False),
+            (grown(3, 16), grown(3, 16), grown(16), None, grown(16), 1e-5, 0.3, SEED, 5, True),
+            (grown(3, 16), None, grown(16), None, None, 1e-5, 0.0, None, 0, False),
         ],
         "layer_norm_backward": [
-            (normal(3, 16), normal(3, 16), normal(16), normal(16), 0.3, SEED, 5, normal(3), normal(3), normal(3, 16)),
-            (normal(3, 16), None, normal(16), None, 0.0, None, 0, normal(3), normal(3), normal(3, 16)),
+            (*(normal(3, 16), normal(3, 16), normal(16), True, normal(16), 0.3, SEED, 5), *row_gradients(), None),
+            (*(normal(3, 16), None, normal(16), False, normal(16), 0.3, SEED, 5), *row_gradients(), normal(3, 16)),
+            (*(normal(3, 16), None, normal(16), False, None, 0.0, None, 0), *row_gradients(), None),
         ],
+        "rotary": [(grown(3, 3, 2, 10), index(0, 1, 7), 1e4, False), (normal(3, 3, 2, 10), index(2, 0, 1), 1e4, True)],
         "bias_gelu": [(grown(3, 16), grown(16), "none")],
         "bias_gelu_backward": [(normal(3, 16), normal(16), normal(3, 16), "tanh")],
         "geglu": [(grown(3, 16), grown(16), "none"), (grown(3, 16), None, "tanh")],

@@ -12,22 +12,28 @@ from typing import Any
 
 from torch import Tensor
 
-from bert_kernels import attention, bias_gelu, dropout_mask, embedding, layer_norm, mlm_cross_entropy
+from bert_kernels import attention, bias_gelu, dropout_mask, embedding, geglu, layer_norm, mlm_cross_entropy, rotary
 
 _REFERENCES: dict[str, Callable[..., Any]] = {
     "attention": attention.attention_reference,
+    "rotary": rotary.rotary_reference,
     "layer_norm": layer_norm.layer_norm_reference,
     "dropout_add_layer_norm": layer_norm.dropout_add_layer_norm_reference,
+    "dropout_add_then_norm": layer_norm.dropout_add_then_norm_reference,
     "bias_gelu": bias_gelu.bias_gelu_reference,
+    "geglu": geglu.geglu_reference,
     "mlm_cross_entropy": mlm_cross_entropy.mlm_cross_entropy_reference,
     "embedding": embedding.embedding_reference,
     "dropout": dropout_mask.dropout_reference,
 }
 _TRITON: dict[str, Callable[..., Any]] = {
     "attention": attention.attention,
+    "rotary": rotary.rotary,
     "layer_norm": layer_norm.layer_norm,
     "dropout_add_layer_norm": layer_norm.dropout_add_layer_norm,
+    "dropout_add_then_norm": layer_norm.dropout_add_then_norm,
     "bias_gelu": bias_gelu.bias_gelu,
+    "geglu": geglu.geglu,
     "mlm_cross_entropy": mlm_cross_entropy.mlm_cross_entropy,
     "embedding": embedding.embedding,
     "dropout": dropout_mask.dropout_reference,
@@ -39,9 +45,13 @@ class FusedOps:
     """One callable per operation; signatures, shapes and dtypes are those of `bert_kernels`."""
 
     attention: Callable[..., Tensor]
+    rotary: Callable[..., Tensor]
     layer_norm: Callable[..., Tensor]
     dropout_add_layer_norm: Callable[..., Tensor]
+    dropout_add_then_norm: Callable[..., tuple[Tensor, Tensor]]
+    """The same with the sum, for layers that normalise first: (normalised, sum)."""
     bias_gelu: Callable[..., Tensor]
+    geglu: Callable[..., Tensor]
     mlm_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
     embedding: Callable[..., Tensor]
     dropout: Callable[..., Tensor]

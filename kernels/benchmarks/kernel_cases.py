@@ -17,7 +17,7 @@ from bert_kernels.embedding_kernels import EmbeddingCall, Tables, embedding_back
 from bert_kernels.flat_shard import FlatShard, LambScalars, Segment, SegmentTable
 from bert_kernels.geglu import geglu_backward, geglu_forward
 from bert_kernels.lamb_kernels import hyper_of_step, lamb_apply_triton, lamb_moments_triton
-from bert_kernels.layer_norm import LayerNormCall, layer_norm_backward, layer_norm_forward
+from bert_kernels.layer_norm_kernels import LayerNormCall, layer_norm_backward, layer_norm_forward
 from bert_kernels.mlm_cross_entropy_kernels import replace_by_gradient
 
 NUM_TOKENS = 8192
@@ -63,8 +63,8 @@ def layer_norm_case(width: int, dropout_p: float | None, dtype: torch.dtype = to
         x, vector = numbers(NUM_TOKENS, width, dtype=dtype), numbers(width, dtype=dtype)
         residual, x_bias = (None, None) if dropout_p is None else (x, vector)
         call = LayerNormCall(x, residual, vector, x_bias, dropout_p or 0.0, torch.zeros(1, dtype=torch.int64), 0)
-        y, mean, rstd = layer_norm_forward(call, vector, 1e-12)
-        layer_norm_backward(call, mean, rstd, y)
+        y, _, *statistics = layer_norm_forward(call, vector, 1e-12)
+        layer_norm_backward(call, (statistics[0], statistics[1]), y, has_bias=True)
 
     op = "layer_norm" if dropout_p is None else f"dropout_add_layer_norm p={dropout_p}"
     return Case(f"{op} d={width} {str(dtype).removeprefix('torch.')}", run, multiplies=False)

@@ -126,6 +126,9 @@ GEGLU: Mapping[str, TileTable] = {
     "bwd": {"default": ((_ANY, Tile(4, 256, 4, 1)),)},
 }
 
+# Size: head dim. block_m: tokens.
+ROTARY: TileTable = {"default": ((64, Tile(16, 0, 2, 1)), (_ANY, Tile(8, 0, 2, 1)))}
+
 # Size: columns of the logits, of fp32 twice as many, as a row of them takes twice the registers. block_n: columns of a
 # block; a row that fits one block is read once.
 MLM_CROSS_ENTROPY: TileTable = {
