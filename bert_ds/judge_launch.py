@@ -16,9 +16,9 @@ if __name__ == "__main__":  # a script run by path finds its package beside itse
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bert_ds.basics.exit_record import read_exits
+from bert_ds.basics.whole_files import write_json
 from bert_ds.folders.output_folders import claim_run_folder
 from bert_ds.launch.command_line import make_parser, run_main
-from bert_ds.reporting.run_log import write_json
 from bert_ds.training.checkpoints.checkpoint_folder import candidates, step_of
 from bert_ds.training.launch.restart import is_done
 from bert_ds.training.launch.restart_policy import LaunchEnd, Progress, judge

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from bert_ds.basics.whole_files import write_json
 from bert_ds.configuration.task.task_config import ConfigError, TaskConfig, load_task
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.downstream.scores.figures import draw_probes
@@ -29,7 +30,6 @@ from bert_ds.encoder.modeling_bert import BertEncoder
 from bert_ds.encoder.pretrained import check_tokenizer, load_pretrained, make_encoder
 from bert_ds.folders.output_folders import open_results_folder
 from bert_ds.launch.command_line import make_parser, run_main
-from bert_ds.reporting.run_log import write_json
 
 MODELS = ("this model", "random weights")
 

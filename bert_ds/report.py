@@ -16,12 +16,12 @@ import os
 from pathlib import Path
 
 from bert_ds.basics.ranks import DivergedError
+from bert_ds.basics.whole_files import write_text
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.folders.output_folders import claim_run_folder
 from bert_ds.launch.command_line import make_parser, run_main
 from bert_ds.reporting.run_figures import draw_figures
 from bert_ds.reporting.run_history import RunHistory, below_unigram, read_history, summary_lines
-from bert_ds.reporting.run_log import write_text
 from bert_ds.reporting.run_page import is_page, render_page
 
 PAGE = "report.html"

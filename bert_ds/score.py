@@ -30,6 +30,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 
 from bert_ds.basics.ranks import DataError, Ranks, read_ranks
+from bert_ds.basics.whole_files import write_json
 from bert_ds.configuration.task.task_config import ConfigError, TaskConfig
 from bert_ds.configuration.task.task_kinds import KIND_FACTS
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
@@ -44,7 +45,6 @@ from bert_ds.encoder.pretrained import check_tokenizer, load_masked_lm
 from bert_ds.folders.output_folders import open_results_folder
 from bert_ds.launch.command_line import run_main
 from bert_ds.launch.launch_checks import checked_scoring, score_arguments
-from bert_ds.reporting.run_log import write_json
 from bert_ds.training.agreement import on_main_rank
 from bert_ds.training.launch.process_group import joined_ranks
 

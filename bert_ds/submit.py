@@ -22,6 +22,7 @@ from typing import Any
 if __name__ == "__main__":  # a script run by path finds its package beside itself
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bert_ds.basics.whole_files import write_json
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.job_config import JobConfig, parse_job_config
 from bert_ds.configuration.recipe.precision import planned
@@ -40,7 +41,6 @@ from bert_ds.launch.slurm_job import (
     speed_at_mfu,
     speed_of_run,
 )
-from bert_ds.reporting.run_log import write_json
 from bert_ds.training.checkpoints.checkpoint_folder import candidates, step_of
 from bert_ds.training.loop.throughput import peak_flops
 

@@ -183,7 +183,7 @@ def test_what_appears_during_the_work_is_found_and_put_back(
 KILLED = """
 import os, sys
 from pathlib import Path
-from bert_ds import replaced_folders
+from bert_ds.folders import replaced_folders
 left = int(sys.argv[2])
 if sys.argv[3] == "no":
     replaced_folders._exchange = lambda one, other: False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from bert_ds.basics.ranks import Ranks
 from bert_ds.reporting.environment import write_environment
-from bert_ds.reporting.run_log import RunLog, read_metrics, repair_metrics, step_line, write_json
+from bert_ds.reporting.run_log import RunLog, read_metrics, repair_metrics, step_line
 
 MAIN = Ranks(0, 0, 2)
 
@@ -131,13 +130,6 @@ def test_the_environment_file_names_versions_and_holds_no_foreign_variable(
     assert facts["versions"]["deepspeed"] == "0.19.8"
     assert facts["variables"]["SLURM_JOB_ID"] == "77"
     assert "canary-1" not in text
-
-
-def test_a_json_file_is_replaced_whole(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"x": 1})
-    write_json(tmp_path / "a.json", {"x": 2})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 2}
-    assert os.listdir(tmp_path) == ["a.json"]
 
 
 def test_a_step_and_a_save_that_deepspeeds_launcher_would_cut_are_told_once_both_are_known(

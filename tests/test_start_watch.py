@@ -25,7 +25,7 @@ from bert_ds.launch.start_hub import keep_alive
 ROOT = Path(__file__).resolve().parents[1]
 PREAMBLE = """
 import os, signal, sys, time
-from bert_ds import start_watch as watch
+from bert_ds.launch import start_watch as watch
 from bert_ds.launch.start_watch import joined, meet, say_ended, watch_start
 FOLDER = os.environ["BERT_DS_EXITS"]
 def die(): os.kill(os.getpid(), signal.SIGKILL)

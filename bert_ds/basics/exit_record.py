@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bert_ds.basics.input_gate import read_json
+from bert_ds.basics.whole_files import write_text
 
 VARIABLE = "BERT_DS_EXITS"
 """Environment variable: the folder that holds the records; the job scripts set it."""
@@ -34,8 +35,7 @@ def record_exit(code: int, message: str = "") -> None:
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
     temporary, path = Path(folder, f".rank_{rank}"), Path(folder, f"rank_{rank}.json")
     with contextlib.suppress(OSError):
-        temporary.write_text(json.dumps({"code": code, "message": message}), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps({"code": code, "message": message}), temporary=temporary, synced=False)
 
 
 def read_exits(folder: Path) -> dict[int, ExitRecord]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from bert_ds.basics.whole_files import write_text
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.configuration.recipe.run_config import load_run_config
 from bert_ds.configuration.task.task_config import load_task
@@ -177,9 +178,7 @@ def _make(folder: Path, kind: Kind) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not _is_marked(folder, kind):
-            temporary = folder / f".{MARKER}.{secrets.token_hex(4)}"
-            temporary.write_text(json.dumps({"bert_ds_folder": kind, "format": 1}) + "\n", encoding="utf-8")
-            os.replace(temporary, folder / MARKER)
+            write_text(folder / MARKER, json.dumps({"bert_ds_folder": kind, "format": 1}) + "\n")
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror or error}") from None
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bert_ds.basics.whole_files import sync
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.folders.output_folders import claim, entries, first_entry, foreign_text
 
@@ -177,12 +178,12 @@ def _staged(output: Path, foreign: Callable[[Path], str | None], *, wanted: str)
     try:
         yield staged
         for path in [*entries(staged), "."]:
-            _fsync(staged / path)
+            sync(staged / path)
         try:
             _put_in_place(staged, output, foreign, wanted=wanted)
         except OSError as error:
             raise ConfigError(f"{output} cannot take its name: {error.strerror or error}") from None
-        _fsync(output.parent)
+        sync(output.parent)
     finally:
         if output.exists() or not (work / "old").exists():
             shutil.rmtree(work, ignore_errors=True)
@@ -248,14 +249,6 @@ def _lock(folder: Path) -> int:
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return descriptor
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

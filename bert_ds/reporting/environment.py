@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bert_ds.basics.ranks import Ranks
+from bert_ds.basics.whole_files import write_json
 from bert_ds.configuration.reading.config_secrets import is_secret_name, is_secret_value
-from bert_ds.reporting.run_log import write_json
 
 _PACKAGES = ("bert-ds", "torch", "deepspeed", "triton", "transformers", "tokenizers", "numpy", "pydantic")
 _ENVIRONMENT_NAMES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")

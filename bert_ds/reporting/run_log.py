@@ -202,25 +202,6 @@ def repair_metrics(path: Path) -> None:
             file.truncate(content.rfind(b"\n") + 1)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, see `write_text`."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the whole new one, never a part; a link is replaced."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _rank_logger(run_dir: Path, ranks: Ranks) -> logging.Logger:
     """Return a logger into logs/rank_K.log that also receives DeepSpeed's messages.
 

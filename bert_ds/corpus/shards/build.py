@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bert_ds.basics.ranks import DataError
+from bert_ds.basics.whole_files import sync
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.corpus.shards.build_folder import (
     claim_build_folder,
@@ -28,7 +29,6 @@ from bert_ds.corpus.shards.segments import (
     SegmentWriter,
     finished_segments,
     remove_our_files,
-    sync_folder,
     write_durably,
 )
 from bert_ds.corpus.shards.shard_folder import (
@@ -199,9 +199,8 @@ def _finish(folder: Path, plan: Manifest, records: list[SegmentRecord], tokenize
         raise
     tokenizer.save(folder / TOKENIZER_FOLDER)
     for path in (folder / TOKENIZER_FOLDER).iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(folder / TOKENIZER_FOLDER)
+        sync(path)
+    sync(folder / TOKENIZER_FOLDER)
     write_durably(folder / MANIFEST, manifest.model_dump())
     return _reuse(folder, plan)
 

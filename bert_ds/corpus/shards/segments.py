@@ -12,13 +12,14 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from bert_ds.basics.input_gate import read_bytes
 from bert_ds.basics.ranks import DataError
+from bert_ds.basics.whole_files import sync, write_text
 from bert_ds.corpus.shards.shard_folder import (
     COUNT_DTYPE,
     KINDS,
@@ -87,7 +88,7 @@ class SegmentWriter:
     def finish(self, position: Position) -> SegmentRecord:
         """Make the segment durable and return its record; `position` is where reading goes on."""
         shards = {split: self._shards[split].finish() for split in SPLITS if split in self._shards}
-        sync_folder(self._folder)
+        sync(self._folder)
         record = SegmentRecord(file_index=position.file_index, num_documents=position.num_documents, shards=shards)
         write_durably(_record_path(self._folder, self._index), record.model_dump())
         return record
@@ -133,25 +134,9 @@ def has_finished_segments(folder: Path) -> bool:
 
 def write_durably(path: Path, content: dict[str, Any]) -> None:
     """Write JSON so that the file is either absent, old, or whole, even after a power cut."""
-    partial = path.with_name(path.name + _PARTIAL)
-    try:
-        with partial.open("wb") as file:
-            file.write(json.dumps(content, indent=1).encode("utf-8") + b"\n")
-            _sync(file)
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    text = json.dumps(content, indent=1) + "\n"
+    write_text(path, text, temporary=path.with_name(path.name + _PARTIAL))
+    sync(path.parent)
 
 
 class _OpenShard:
@@ -173,7 +158,8 @@ class _OpenShard:
 
     def finish(self) -> ShardRecord:
         for file in self._files:
-            _sync(file)
+            file.flush()
+            os.fsync(file.fileno())
         self.close()
         for kind in KINDS:
             path = self._folder / f"{self._name}.{kind}"
@@ -198,8 +184,3 @@ class _OpenShard:
 
 def _record_path(folder: Path, index: int) -> Path:
     return folder / f"segment-{index:05d}.json"
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

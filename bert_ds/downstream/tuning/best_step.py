@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from bert_ds.basics.input_gate import read_json
 from bert_ds.basics.ranks import DataError
-from bert_ds.reporting.run_log import write_json
+from bert_ds.basics.whole_files import write_json
 
 
 class Measured(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bert_ds.basics.ranks import CheckpointError
+from bert_ds.basics.whole_files import write_json
 from bert_ds.configuration.recipe.run_config import ModelConfig
 from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
@@ -23,7 +24,7 @@ from bert_ds.downstream.scores.metrics import mean_and_deviation
 from bert_ds.downstream.tuning.predicting import predict_features
 from bert_ds.downstream.tuning.task_folder import TaskFacts, make_task_model, write_task_folder
 from bert_ds.downstream.tuning.task_rows import Side, TaskRows
-from bert_ds.reporting.run_log import RunLog, write_json
+from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.agreement import on_main_rank
 from bert_ds.training.checkpoints.checkpoint_folder import checkpoints_dir
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict

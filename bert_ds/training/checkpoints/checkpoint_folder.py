@@ -20,6 +20,7 @@ from typing import Any
 
 from bert_ds.basics.input_gate import read_json
 from bert_ds.basics.ranks import CheckpointError
+from bert_ds.basics.whole_files import sync, write_text
 
 MANIFEST = "manifest.json"
 POINTER = "latest"
@@ -47,11 +48,8 @@ def step_of(tag: str) -> int:
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Write manifest.json with a checksum of its content, and force file and folder to the disk."""
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({**content, "checksum": _checksum(content)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    fsync_folder(folder)
+    write_text(folder / MANIFEST, json.dumps({**content, "checksum": _checksum(content)}, indent=1))
+    sync(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -159,12 +157,8 @@ def candidates(run_dir: Path) -> list[Path]:
 def point_to(path: Path) -> None:
     """Let `latest` name this checkpoint, atomically."""
     temporary = path.parent / f"{TEMPORARY_PREFIX}{POINTER}"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(path.name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path.parent / POINTER)
-    fsync_folder(path.parent)
+    write_text(path.parent / POINTER, path.name + "\n", temporary=temporary)
+    sync(path.parent)
 
 
 def abandon_newer(path: Path) -> list[Path]:
@@ -188,7 +182,7 @@ def publish(temporary: Path, tag: str) -> Path:
     if path.exists():
         os.rename(path, replaced)
     os.rename(temporary, path)
-    fsync_folder(path.parent)
+    sync(path.parent)
     point_to(path)
     shutil.rmtree(replaced, ignore_errors=True)
     return path
@@ -233,15 +227,6 @@ def remove_leftovers(run_dir: Path) -> None:
     for path in checkpoints_dir(run_dir).glob(f"{TEMPORARY_PREFIX}*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Force the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_whole(path: Path) -> bool:

@@ -28,6 +28,7 @@ from torch import nn
 from bert_ds.basics.exit_record import record_exit
 from bert_ds.basics.processes import process_identity
 from bert_ds.basics.ranks import EXIT_RUN_AGAIN, Ranks
+from bert_ds.basics.whole_files import write_text
 from bert_ds.training.agreement import broadcast_json, gather_json
 
 PATIENCE = 3
@@ -138,9 +139,7 @@ class _Watchdog:
         self._say(f"no progress for {silent_s:.0f} s in {beat.phase} of step {beat.step}; the stacks of all threads:")
         faulthandler.dump_traceback(file=self.log, all_threads=True)
         self._reports.mkdir(exist_ok=True)
-        part = self._reports / f".rank_{self._ranks.rank}"
-        part.write_text(json.dumps(report), encoding="utf-8")
-        part.rename(self._reports / f"rank_{self._ranks.rank}.json")
+        write_text(self._reports / f"rank_{self._ranks.rank}.json", json.dumps(report), synced=False)
         _wait(lambda: len(self._read_reports()) == self._ranks.world_size, seconds=_GRACE_S)
         reports = self._read_reports()
         if self._ranks.rank == min(reports):

@@ -22,7 +22,7 @@ from bert_ds.basics.processes import (
     stop_signals_heard,
 )
 from bert_ds.basics.ranks import EXIT_RUN_AGAIN, CheckpointError
-from bert_ds.reporting.run_log import write_json
+from bert_ds.basics.whole_files import write_json
 
 _REAPERS = ("init", "systemd", "tini", "dumb-init", "docker-init")
 """Programs that become the parent of a process whose own has died, besides process 1."""

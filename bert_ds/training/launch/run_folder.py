@@ -9,10 +9,10 @@ from typing import Literal
 
 from bert_ds.basics.input_gate import open_regular
 from bert_ds.basics.ranks import CheckpointError, DataError
+from bert_ds.basics.whole_files import write_text
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.folders.output_folders import claim_run_folder, open_run_folder
 from bert_ds.folders.replaced_folders import claim_export
-from bert_ds.reporting.run_log import write_text
 from bert_ds.training.agreement import gather_json, on_main_rank
 from bert_ds.training.checkpoints.checkpoint_folder import candidates
 from bert_ds.training.launch.restart import is_done

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
-from bert_ds.reporting.run_log import write_json
+from bert_ds.basics.whole_files import write_json
 from bert_ds.training.checkpoints.train_state import MicroBatch
 from bert_ds.training.loop.dropout_seeds import dropout_seed
 from bert_ds.training.loop.step_loss import step_loss
