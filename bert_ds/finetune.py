@@ -15,7 +15,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +96,14 @@ def main() -> int:
     stop = StopRequest()
     stop.install(speaks=ranks.is_main)
     follow_launcher(stop)
-    look = partial(preflight, run_dir, ranks, when=args.preflight)
-    with joined_ranks(ranks, start_limit_s=args.start_limit, first=look):
-        run_dirs = list(folders.values()) or [run_dir]
-        refuse_foreign_folders(run_dirs, export="hf")
+    run_dirs = list(folders.values()) or [run_dir]
+
+    def look() -> None:
+        refuse_foreign_folders(run_dirs, export="hf")  # before anything is tried in them
         refuse_foreign_folders([run_dir])
+        preflight(run_dir, ranks, when=args.preflight)
+
+    with joined_ranks(ranks, start_limit_s=args.start_limit, first=look):
         start = open_task(task, ds, args=args, ranks=ranks, stop=stop, run_dirs=run_dirs)
         task = with_precision(task, start.decision.precision)
         if not folders:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +59,7 @@ from bert_ds.training.launch.run_folder import (
     describe_run,
     enter_run_folder,
     prove_same_files,
+    refuse_foreign_folders,
     write_tokenizer,
 )
 from bert_ds.training.loop.evaluation import Evaluation, evaluate
@@ -80,7 +80,11 @@ def main() -> int:
     stop = StopRequest()
     stop.install(speaks=ranks.is_main)
     follow_launcher(stop)
-    look = partial(preflight, args.run_dir, ranks, when=args.preflight, needs=needs_of(plan, args.run_dir))
+
+    def look() -> None:
+        refuse_foreign_folders([args.run_dir])  # before anything is tried in it
+        preflight(args.run_dir, ranks, when=args.preflight, needs=needs_of(plan, args.run_dir))
+
     with joined_ranks(ranks, start_limit_s=args.start_limit, first=look):
         return pretrain(plan, ranks, args=args, stop=stop)
 

@@ -290,6 +290,24 @@ def test_a_folder_with_other_things_in_it_is_refused(files: list[Path], tokenize
         build(files, tokenizer, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["train-00007.tokens", "validation-00000.tokens.partial", "segment-00042.json"])
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_file_of_somebody_else_among_our_shards_is_refused_and_kept(
+    files: list[Path], tokenizer: Path, tmp_path: Path, name: str, is_finished: bool
+) -> None:
+    if is_finished:
+        build(files[:1], tokenizer, tmp_path / "s", settings=BuildSettings(0.2, 10_000))
+    else:
+        (tmp_path / "s").mkdir()
+        (tmp_path / "s/building.json").write_text(Manifest.model_validate(PLAN).model_dump_json())
+        name = name.replace("00000", "00001")  # behind what is being built
+    (tmp_path / "s" / name).write_text("mine")
+    before = digest(tmp_path / "s")
+    with pytest.raises(ConfigError, match=f"holds '{name}', which is not ours"):
+        build(files[:1], tokenizer, tmp_path / "s", settings=BuildSettings(0.2, 10_000))
+    assert digest(tmp_path / "s") == before
+
+
 def test_two_builds_of_one_folder_at_once_are_refused(files: list[Path], tokenizer: Path, tmp_path: Path) -> None:
     def documents() -> Iterator[Document]:
         build(files, tokenizer, tmp_path / "s")

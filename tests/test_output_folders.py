@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from campaign_folders import VERBS, Workshop, measure
+from forked_verbs import run_verb
 
 from bert_ds.configuration.reading.config_files import shipped_file
 from bert_ds.configuration.recipe.run_config import ConfigError, dump_run_config, load_run_config
@@ -145,11 +146,24 @@ def test_trying_to_write_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_verb_refuses_a_foreign_folder_and_leaves_it_as_it_is(tmp_path: Path) -> None:
-    workshop = Workshop(tmp_path, trained=False)
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("workshop"), trained=False)
+
+
+def test_every_verb_refuses_a_foreign_folder_and_leaves_it_as_it_is(workshop: Workshop) -> None:
     rows = [row for verb in VERBS for row in measure(workshop, verb, ("foreign",))]
     found = {row["verb"]: (row["code"], row["unchanged"], "which is not ours" in str(row["said"])) for row in rows}
     assert found == dict.fromkeys(VERBS, (2, True, True))
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune"])
+def test_a_foreign_folder_is_refused_before_the_preflight_tries_it(workshop: Workshop, verb: str) -> None:
+    folder = fill(workshop.folder / f"theirs of {verb}", {"thesis.tex": "mine"})
+    before = folder.stat().st_mtime_ns
+    done = run_verb(*workshop.command(verb, folder), "--preflight", "on")
+    assert done.returncode == 2 and "'thesis.tex', which is not ours" in done.stderr
+    assert folder.stat().st_mtime_ns == before
 
 
 def test_results_go_where_earlier_results_are_and_nowhere_else(tmp_path: Path) -> None:

@@ -24,6 +24,43 @@ from bert_ds.folders.replaced_folders import (
 OURS = json.dumps({"sentence_pair_objective": "sop"})
 
 
+CARD = """---
+library_name: transformers
+pipeline_tag: fill-mask
+tags: [bert, fill-mask]
+---
+# small
+
+A BERT encoder pre-trained from scratch.
+
+```python
+from transformers import pipeline
+fill_mask = pipeline("fill-mask", model="path/to/this/folder")
+print(fill_mask(f"The function returns a new {fill_mask.tokenizer.mask_token}."))
+```
+
+Index 0 of the pair classifier, where there is one, means: b follows a (nsp), or a and b are in order (sop).
+
+| fact | value |
+|---|---|
+| steps | 7 of 7 planned |
+"""
+TUNED_CARD = """---
+library_name: transformers
+pipeline_tag: text-classification
+---
+# sst2
+
+A BERT encoder fine-tuned on the task sst2 (classification).
+Load it with `transformers.pipeline("text-classification", model="path/to/this/folder")`.
+
+| fact | value |
+|---|---|
+| best step | 4 |
+"""
+"""README.md of the exports of earlier versions."""
+
+
 def export(output: Path, text: str) -> None:
     """Write an export of a config and a file below."""
     with replaced_export(output) as folder:
@@ -129,9 +166,14 @@ def test_an_onnx_folder_is_added_and_replaced_alone_and_the_whole_is_still_ours(
 @pytest.mark.parametrize(
     "files",
     [
-        {"config.json": OURS, "README.md": "", "onnx/config.json": '{"onnx": {}}', "onnx/model.onnx.data": ""},
+        {"config.json": OURS, "README.md": CARD, "onnx/config.json": '{"onnx": {}}', "onnx/model.onnx.data": ""},
         {"config.json": '{"finetuned_task": "t"}', "1_Pooling/config.json": "{}", "modules.json": "[]"},
-        {"intent/config.json": OURS, "tags/config.json": OURS, "tags/model.safetensors": ""},
+        {
+            "intent/config.json": OURS,
+            "tags/config.json": OURS,
+            "tags/model.safetensors": "",
+            "tags/README.md": TUNED_CARD,
+        },
         {"config.json": '{"onnx": {}}', "model.onnx": ""},
     ],
 )
@@ -148,6 +190,19 @@ def test_an_export_of_an_earlier_version_is_replaced_where_it_holds_what_exports
     (tmp_path / "hf/pytorch_model.bin").unlink()
     export(tmp_path / "hf", "new")
     assert content(tmp_path / "hf").keys() == {"config.json", "tags", "tags/vocab.txt", EXPORT_MANIFEST}
+
+
+@pytest.mark.parametrize("card", [CARD, TUNED_CARD])
+def test_a_model_card_changed_by_hand_is_noticed_in_an_export_of_an_earlier_version(tmp_path: Path, card: str) -> None:
+    export(tmp_path / "hf", "old")
+    (tmp_path / "hf" / EXPORT_MANIFEST).unlink()
+    for text in (card + "\n## Mine\n", card.replace("A BERT encoder", "Our BERT encoder"), "mine\n" + card, ""):
+        (tmp_path / "hf/README.md").write_text(text)
+        with pytest.raises(ConfigError, match=r"holds 'README\.md', which is not ours or was changed by hand"):
+            export(tmp_path / "hf", "new")
+        assert (tmp_path / "hf/README.md").read_text() == text
+    (tmp_path / "hf/README.md").write_text(card)
+    export(tmp_path / "hf", "new")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tags/config.json", "README.md"])
@@ -240,7 +295,11 @@ def test_a_hidden_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
         (tmp_path / name / "mine").touch()
     with new_folder(tmp_path / "t") as folder:
         (folder / "a").touch()
+        (tmp_path / ".hf.partial").write_text("mine")  # a file beside an export, while it is made and replaced
     assert len([path for path in tmp_path.glob(".t.*/mine")]) == 3
+    for text in ("one", "two"):
+        export(tmp_path / "hf", text)
+    assert (tmp_path / ".hf.partial").read_text() == "mine"
 
 
 def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(

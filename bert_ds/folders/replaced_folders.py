@@ -39,7 +39,19 @@ _EARLIER_EXPORT = re.compile(
 )
 """Paths in the exports of versions without a manifest."""
 _NO_KEY = ("1_Pooling/config.json",)
+_EARLIER_CARD = re.compile(
+    r"---\nlibrary_name: transformers\n(pipeline_tag: [a-z-]+\n)?(tags: \[bert, fill-mask\]\n)?---\n# [^\n]*\n\n"
+    r"(A BERT encoder pre-trained from scratch\.\n\n```python\nfrom transformers import pipeline\n"
+    r'fill_mask = pipeline\("fill-mask", model="path/to/this/folder"\)\n'
+    r'print\(fill_mask\(f"The function returns a new \{fill_mask\.tokenizer\.mask_token\}\."\)\)\n```\n\n'
+    r"Index 0 of the pair classifier, where there is one, means: "
+    r"b follows a \(nsp\), or a and b are in order \(sop\)\.\n"
+    r"|A BERT encoder fine-tuned on the task [^\n]*\.\nLoad it with `transformers\.[^\n`]*`\.\n)"
+    r"\n\| fact \| value \|\n\|---\|---\|\n(\| [^\n]* \|\n)*"
+)
+"""README.md of those exports: nothing but the rows of the table and the name differ between them."""
 _MAX_MANIFEST_BYTES = 64 * 2**20
+_MAX_CARD_BYTES = 2**20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
@@ -133,10 +145,19 @@ def _by_name(folder: Path) -> Callable[[str], bool]:
     is_ours = any(has_our_key(f"{place}config.json") for place in ("", "intent/", "tags/"))
 
     def wrote(path: str) -> bool:
-        is_known = is_ours and _EARLIER_EXPORT.fullmatch(path) is not None
-        return is_known and (Path(path).name != "config.json" or path in _NO_KEY or has_our_key(path))
+        if not is_ours or _EARLIER_EXPORT.fullmatch(path) is None:
+            return False
+        if Path(path).name == "README.md":
+            return _is_earlier_card(folder / path)
+        return Path(path).name != "config.json" or path in _NO_KEY or has_our_key(path)
 
     return wrote
+
+
+def _is_earlier_card(path: Path) -> bool:
+    if path.stat().st_size > _MAX_CARD_BYTES:
+        return False
+    return _EARLIER_CARD.fullmatch(path.read_text(encoding="utf-8", errors="replace")) is not None
 
 
 def _read_object(path: Path) -> dict[str, object]:

@@ -20,6 +20,7 @@ from bert_ds.corpus.shards.build_folder import (
     enter,
     nothing_left_of_nothing,
     only_builder,
+    refuse_foreign_files,
     refuse_other_plan,
 )
 from bert_ds.corpus.shards.encode_documents import Batch, Encoder, encode_in_order
@@ -140,6 +141,7 @@ def _reuse(folder: Path, plan: Manifest) -> Manifest:
     refuse_other_plan(folder, plan, read_manifest(folder).model_dump())
     manifest = verify_shards(folder, "sizes")
     kept = {f"{shard.name}.{kind}" for s in manifest.splits.values() for shard in s.shards for kind in shard.files}
+    refuse_foreign_files(folder, finished=kept)
     remove_our_files(folder, except_for=kept | {MANIFEST})
     return manifest
 

@@ -14,17 +14,31 @@ from typing import Any
 from bert_ds.basics.input_gate import read_bytes
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import ConfigError
-from bert_ds.corpus.shards.segments import has_finished_segments, remove_our_files, write_durably
+from bert_ds.corpus.shards.segments import foreign_file, has_finished_segments, remove_our_files, write_durably
 from bert_ds.corpus.shards.shard_folder import Manifest
-from bert_ds.folders.output_folders import claim, first_entry
+from bert_ds.folders.output_folders import claim, first_entry, foreign_text
 
 _BUILDING = "building.json"
+_WANTED = "wanted a new or an empty folder, or that of an earlier shard build"
 _PLAN_BEGINS = b'{\n "format": 1,\n "dtype": "uint'
 
 
 def claim_build_folder(folder: Path) -> None:
     """Refuse a folder that is neither new, empty, nor that of a build that was begun; ConfigError names an entry."""
-    claim(folder, _foreign_entry, wanted="wanted a new or an empty folder, or that of an earlier shard build")
+    claim(folder, _foreign_entry, wanted=_WANTED)
+
+
+def refuse_foreign_files(folder: Path, *, finished: set[str]) -> None:
+    """Refuse what has a name of ours in the folder of a finished build, whose shard files are given, and is not ours.
+
+    Raises:
+        ConfigError: with the name; nothing was changed.
+    """
+    foreign = foreign_file(folder, finished=finished)
+    if foreign is None and os.path.lexists(folder / _BUILDING) and _unfinished_plan(folder) is None:
+        foreign = _BUILDING
+    if foreign is not None:
+        raise ConfigError(foreign_text(folder, foreign, wanted=_WANTED))
 
 
 @contextmanager
@@ -77,9 +91,9 @@ def refuse_other_plan(folder: Path, plan: Manifest, found: dict[str, Any]) -> No
 
 
 def _foreign_entry(folder: Path) -> str | None:
-    """Return the first name in a folder that no build has entered, None where one has."""
+    """Return the first name in a folder that no build has entered, or that none has written; None where all is ours."""
     if _unfinished_plan(folder) is not None:
-        return None
+        return foreign_file(folder)
     if os.path.lexists(folder / _BUILDING):
         return _BUILDING
     name = first_entry(folder)

@@ -34,8 +34,8 @@ from bert_ds.corpus.text.text_input import Position
 
 _PARTIAL = ".partial"
 _OUR_FILES = re.compile(
-    r"((train|validation)-\d{5,}\.(tokens|sentences|documents)|segment-\d{5,}\.json|building\.json|manifest\.json)"
-    r"(\.partial)?"
+    r"((train|validation)-(?P<shard>\d{5,})\.(tokens|sentences|documents)|segment-(?P<record>\d{5,})\.json"
+    r"|building\.json|manifest\.json)(\.partial)?"
 )
 
 
@@ -121,10 +121,45 @@ def finished_segments(folder: Path, manifest: Manifest) -> list[SegmentRecord]:
 
 
 def remove_our_files(folder: Path, *, except_for: set[str]) -> None:
-    """Remove what a build writes into its folder, tokenizer aside; foreign files are never touched."""
-    for path in folder.iterdir():
+    """Remove what a build writes into its folder, tokenizer aside; see `foreign_file` for what has a name of ours.
+
+    Records go last: until then they say that the shards are ours, should this be killed.
+    """
+    for path in sorted(folder.iterdir(), key=lambda path: path.name.startswith("segment-")):
         if _OUR_FILES.fullmatch(path.name) and path.name not in except_for:
             path.unlink()
+
+
+def foreign_file(folder: Path, *, finished: set[str] | None = None) -> str | None:
+    """Return the first file with a name of ours that no build of this folder can have written, None where all may be.
+
+    A build is at work on one segment, the one behind those that have a record, which may be damaged; once it is
+    finished there are no other shard files than the manifest lists.
+
+    Args:
+        folder: of a build that was begun.
+        finished: the shard files that the manifest lists, None while there is no manifest.
+    """
+    names = {name: match for name in sorted(os.listdir(folder)) if (match := _OUR_FILES.fullmatch(name))}
+    records = {name: int(match["record"]) for name, match in names.items() if _is_record(folder / name)}
+    at_work = 1 + max(records.values(), default=-1)
+    for name, match in names.items():
+        number = match["shard"] or match["record"]
+        if number is None or name in records:
+            continue
+        if int(number) > at_work if finished is None else name not in finished:
+            return name
+    return None
+
+
+def _is_record(path: Path) -> bool:
+    if path.suffix != ".json" or not path.name.startswith("segment-"):
+        return False
+    try:
+        SegmentRecord.model_validate_json(read_bytes(path))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def has_finished_segments(folder: Path) -> bool:
