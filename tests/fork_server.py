@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
+import io
 import json
 import math
 import os
@@ -165,10 +167,14 @@ def _import_all() -> None:
     root = Path(__file__).resolve().parents[1]
     sys.path[:0] = [str(root), str(root / "kernels")]
     import conftest  # before triton, for its interpreter
+    import deepspeed
+    import sklearn.metrics
     import torch
     import torch._dynamo
     import transformers
     from deepspeed.runtime.zero.muon import muon_optimizer
+    from matplotlib.figure import Figure
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import bert_ds.build_shards
     import bert_ds.export_hf
@@ -180,9 +186,15 @@ def _import_all() -> None:
     import bert_ds.show_masks
     import bert_ds.train_wordpiece
 
-    assert conftest and muon_optimizer and torch._dynamo and bert_ds
+    assert conftest and muon_optimizer and torch._dynamo and sklearn.metrics and bert_ds
     assert transformers.BertForPreTraining and transformers.AutoTokenizer
     torch.set_num_threads(1)
+    # What the libraries find out once per process: which operators there are, names of weights, fonts.
+    assert deepspeed.ops.__compatible_ops__ and not get_checkpoint_conversion_mapping("none")
+    figure = Figure(layout="constrained")
+    figure.subplots().set_title("1")
+    figure.savefig(io.BytesIO())
+    gc.freeze()
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from typing import Any
 
 import deepspeed.runtime.zero.muon.muon_optimizer
 import torch
-from deepspeed.ops.op_builder import ShareMemCommBuilder
 from tiny_training import ds_config, join_alone, run_tiny
 
 from bert_ds.basics.ranks import Ranks
 from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint, step_of
+from bert_ds.training.launch.process_group import leave_out_shared_memory_operator
 
 TOTAL_STEPS = 100_000
 
@@ -114,7 +114,7 @@ def main(folder: Path, stride: int, num_kills: int) -> None:
     torch.set_num_threads(1)
     # What DeepSpeed imports and loads late, imported once for all children.
     assert deepspeed.runtime.zero.muon.muon_optimizer and torch._dynamo
-    ShareMemCommBuilder().load(verbose=False)
+    leave_out_shared_memory_operator()
     result = {
         "operations": kill_at_every_operation(folder / "killed", stride),
         "times": kill_at_random_times(folder / "killed", num_kills),
