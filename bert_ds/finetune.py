@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from deepspeed import DeepSpeedEngine
 
 from bert_ds.basics.ranks import EXIT_DONE, EXIT_RUN_AGAIN, Ranks, read_ranks
+from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.deepspeed_file.ds_config import DsConfig, resolve_ds_config
 from bert_ds.configuration.recipe.precision import with_precision
+from bert_ds.configuration.task.task_checks import checked_split
 from bert_ds.configuration.task.task_config import TaskConfig, TrainedTask, dump_task, trained_task
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer, load_tokenizer
 from bert_ds.downstream.kinds.table import KINDS
@@ -39,7 +41,7 @@ from bert_ds.downstream.rows.task_batch import TaskBatch
 from bert_ds.downstream.rows.task_batches import features_fingerprint, step_batches
 from bert_ds.downstream.scores.metrics import require_metrics
 from bert_ds.downstream.tuning.outcome import Outcome, conclude, write_summary
-from bert_ds.downstream.tuning.task_engine import BestStep, build_model, task_plan
+from bert_ds.downstream.tuning.task_engine import BestStep, build_model, with_dropout
 from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
 from bert_ds.downstream.tuning.taught_model import load_teacher
 from bert_ds.downstream.untrained.trivial import trivial_figures
@@ -141,14 +143,15 @@ def finetune(task: TaskConfig, run_dir: Path, *, start: Start) -> int:
     """Run folder, engine, loop and outcome of one seed; a collective. Returns the exit code."""
     ranks, rows = start.ranks, start.rows
     plan = trained_task(task, start.pretrained.config, num_sequences=len(rows.train.features))
-    plan = task_plan(plan, start.ds, ranks)
+    split = checked_split(plan, start.ds, ranks.world_size)
+    plan = replace(plan, model=with_dropout(plan.model, task.dropout))
     ds_config = resolve_ds_config(plan, start.ds, ranks.world_size, run_dir=str(run_dir))
     enter_run_folder(run_dir, described(task, ds_config), resume=start.args.resume)
     log = RunLog(run_dir, ranks, total_steps=plan.training.total_steps)
     start.decision.say(log.info)
     write_environment(run_dir, ranks, devices=[device_name()])
     on_main_rank(lambda: write_tokenizer(run_dir, start.tokenizer.save))
-    state, best = run_training(plan, ds_config, run_dir, start=start, log=log)
+    state, best = run_training(plan, ds_config, run_dir, split=split, start=start, log=log)
     if state.step < plan.training.total_steps and not best.is_exhausted:
         return EXIT_RUN_AGAIN
     outcome = Outcome(task, rows, start.tokenizer, run_dir, start.pretrained.config, start.trivial)
@@ -164,7 +167,7 @@ def described(task: TaskConfig, ds_config: dict[str, Any]) -> dict[str, str]:
 
 
 def run_training(
-    plan: TrainedTask, ds_config: dict[str, Any], run_dir: Path, *, start: Start, log: RunLog
+    plan: TrainedTask, ds_config: dict[str, Any], run_dir: Path, *, split: BatchSplit, start: Start, log: RunLog
 ) -> tuple[TrainState, BestStep]:
     """Build the engine, resume if asked to, and train until the last step or until nothing more is gained."""
     task, rows = plan.task, start.rows
@@ -194,7 +197,7 @@ def run_training(
         evaluate=best.evaluate,
         heartbeat=Heartbeat(),
     )
-    batches = training_batches(engine, task, start=start, from_step=state.step)
+    batches = training_batches(task, split, start=start, from_step=state.step)
     if not best.is_exhausted:
         watched = watched_for_hangs(
             services.heartbeat, run_dir, ranks=start.ranks, limit_s=start.args.hang_limit, module=engine.module
@@ -205,16 +208,14 @@ def run_training(
     return state, best
 
 
-def training_batches(
-    engine: DeepSpeedEngine, task: TaskConfig, *, start: Start, from_step: int
-) -> Iterator[list[TaskBatch]]:
+def training_batches(task: TaskConfig, split: BatchSplit, *, start: Start, from_step: int) -> Iterator[list[TaskBatch]]:
     """Yield this rank's micro-batches of every step after from_step."""
     return step_batches(
         start.rows.train.features,
         from_step,
         seed=task.seed,
-        parts=(start.ranks.rank, start.ranks.world_size, engine.gradient_accumulation_steps()),
-        micro_batch_size=engine.train_micro_batch_size_per_gpu(),
+        rank=start.ranks.rank,
+        split=split,
         count_targets=lambda features: counted(task, KINDS[task.kind].count_targets(features)),
     )
 

@@ -215,7 +215,7 @@ def announce(plan: RunPlan, data: PretrainingData, *, log: RunLog) -> dict[str, 
     evaluated = {"batch_size": settings.batch_size, "world_size": plan.world_size}
     data.evaluation_batches(settings.num_examples, rank=0, **evaluated)  # too few of them are refused on every rank
     unigram = data.unigram_cross_entropy(settings.num_examples, **evaluated) if log.is_main else None
-    data_facts = {**data.facts(num_parts=plan.world_size * plan.accumulation), "unigram_cross_entropy": unigram}
+    data_facts = {**data.facts(num_parts=plan.split.num_parts), "unigram_cross_entropy": unigram}
     for name, text in [*plan_table(plan), *((name, str(value)) for name, value in data_facts.items())]:
         log.info(f"{name:>28}: {text}")
     for warning in plan.warnings:
@@ -239,8 +239,7 @@ def training_batches(plan: RunPlan, data: PretrainingData, ranks: Ranks, *, star
     steps = data.step_batches(
         start,
         rank=ranks.rank,
-        world_size=ranks.world_size,
-        micro_batch_size=plan.micro_batch_size,
+        split=plan.split,
         num_workers=plan.run.training.num_workers,
     )
     return ([counted(plan.run, batch) for batch in step] for step in steps)
@@ -294,11 +293,11 @@ def try_longest(engine: DeepSpeedEngine, data: PretrainingData, plan: RunPlan, *
         return counted(plan.run, data.longest_batch(size))
 
     if search:
-        limit = plan.micro_batch_size * plan.accumulation
+        limit = plan.split.micro_batch_size * plan.split.accumulation
         best = largest_that_fits(lambda size: fits_in_memory(engine, longest(size)), start=1, limit=limit)
         log.info(f'"train_micro_batch_size_per_gpu": {best}' if best else "not even a micro-batch of 1 fits")
         return EXIT_DONE
-    probe = probe_longest(engine, longest(plan.micro_batch_size))
+    probe = probe_longest(engine, longest(plan.split.micro_batch_size))
     log.info(
         f"dry run: one step of {probe.num_tokens:.0f} tokens took {probe.seconds:.2f} s and "
         f"{probe.peak_bytes / 2**30:.2f} GiB at its peak, loss {probe.mean_loss:.4f}"

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import transformers
 
+from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, RunConfig, load_run_config
 from bert_ds.corpus.batches.collate import PackedBatch
 from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
@@ -170,7 +171,7 @@ def padded_pairs(data: PretrainingData, run: RunConfig) -> Iterator[tuple[dict[s
     settings = DataSettings(sequences, run.masking, run.seed, size)
     folder = data._sources[0].folder
     pairs = PretrainingData([Source(folder, "text")], folder.parent / "tokenizer", settings=settings)
-    steps = pairs.step_batches(0, rank=0, world_size=1, micro_batch_size=size, num_workers=1)
+    steps = pairs.step_batches(0, rank=0, split=BatchSplit(size, 1, 1), num_workers=1)
     for (packed,) in steps:
         batch = pad(packed)
         batch["next_sentence_label"] = packed.pair_labels_N.clamp(min=0)

@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.recipe.run_config import MaskingConfig, SequenceConfig
 from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
 from bert_ds.corpus.text.documents import read_documents
@@ -124,7 +125,7 @@ def disk_and_loader(shards: Path, tokenizer: Path) -> dict[str, Any]:
     num_bytes = sum(path.stat().st_size for path in shards.rglob("*") if path.is_file())
     settings = DataSettings(SequenceConfig(), MaskingConfig(), seed=1, train_batch_size=64)
     data = PretrainingData([Source(shards, "text")], tokenizer, settings=settings)
-    batches = data.step_batches(0, rank=0, world_size=1, micro_batch_size=64, num_workers=1)
+    batches = data.step_batches(0, rank=0, split=BatchSplit(64, 1, 1), num_workers=1)
     for _ in range(20):
         next(batches)
     begun, tokens, num_batches = time.perf_counter(), 0, 1000

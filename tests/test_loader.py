@@ -16,6 +16,7 @@ from corpus_fixtures import counting_documents, random_documents, tiny_tokenizer
 
 from bert_ds.basics.processes import STOP_SIGNALS
 from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.recipe.run_config import MaskingConfig, SequenceConfig
 from bert_ds.corpus.batches.collate import PackedBatch
 from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
@@ -60,7 +61,8 @@ def read(
     workers: int = 0,
 ):
     rank, world_size = world
-    batches = data.step_batches(start, rank=rank, world_size=world_size, micro_batch_size=micro, num_workers=workers)
+    split = BatchSplit(micro, data._settings.train_batch_size // (micro * world_size), world_size)
+    batches = data.step_batches(start, rank=rank, split=split, num_workers=workers)
     return list(islice(batches, num_steps))
 
 
@@ -166,7 +168,7 @@ def test_micro_batches_of_a_step_hold_equal_counts_and_similar_tokens(shards: Pa
 
 
 def test_a_batch_size_that_does_not_divide_is_refused(shards: Path) -> None:
-    with pytest.raises(ValueError, match="train_batch_size 16 is not a multiple of micro_batch_size 3 x 2 ranks"):
+    with pytest.raises(ValueError, match="is not one of train_batch_size 16"):
         read(open_data(shards), 1, world=(0, 2), micro=3)
 
 
@@ -276,7 +278,7 @@ def test_facts_describe_the_data(shards: Path, more_shards: Path) -> None:
 
 
 def test_a_loader_process_hears_no_stop_signal_however_often_it_comes(shards: Path) -> None:
-    batches = open_data(shards).step_batches(0, rank=0, world_size=1, micro_batch_size=4, num_workers=1)
+    batches = open_data(shards).step_batches(0, rank=0, split=BatchSplit(4, 4, 1), num_workers=1)
     (worker,) = multiprocessing.active_children()
     assert worker.pid is not None
     for number in 3 * STOP_SIGNALS:
@@ -292,8 +294,8 @@ LEFT_BEHIND = """
 import sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}]
-from test_loader import open_data
-batches = open_data(Path({shards!r})).step_batches(0, rank=0, world_size=1, micro_batch_size=4, num_workers=1)
+from test_loader import BatchSplit, open_data
+batches = open_data(Path({shards!r})).step_batches(0, rank=0, split=BatchSplit(4, 4, 1), num_workers=1)
 next(batches)
 sys.modules["kept"] = [batches]
 raise SystemExit("an error")

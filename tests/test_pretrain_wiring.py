@@ -14,6 +14,7 @@ import transformers
 from test_recipe_settings import RECIPE, ROOT, ROUGH, Workshop, must
 from torch.nn.functional import cross_entropy
 
+from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.recipe.run_config import RunConfig, load_run_config
 from bert_ds.corpus.batches.collate import PackedBatch
 from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
@@ -49,7 +50,7 @@ def data_of(run: RunConfig) -> PretrainingData:
 
 def batch_of(data: PretrainingData, number: int) -> PackedBatch:
     """The whole batch at a place of the order, from 1."""
-    (batch,) = data.rank_batches(number - 1, rank=0, world_size=1, accumulation=1)
+    (batch,) = data.rank_batches(number - 1, rank=0, split=BatchSplit(1, 1, 1))
     return batch
 
 

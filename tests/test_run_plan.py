@@ -83,8 +83,9 @@ def test_flops_of_a_sequence_are_the_published_ones(recipe: str, length: int, gf
 
 def test_the_global_batch_is_micro_batch_times_accumulation_times_ranks() -> None:
     plan = shipped("bert_large_phase1", "zero2", world_size=8)
-    assert (plan.micro_batch_size, plan.accumulation, plan.world_size) == (128, 64, 8)
-    assert plan.micro_batch_size * plan.accumulation * plan.world_size == plan.train_batch_size == 65_536
+    assert plan.split == (128, 64, 8)
+    assert plan.split.train_batch_size == plan.train_batch_size == 65_536
+    assert (plan.split.num_parts, plan.split.parts_of(1)) == (512, range(64, 128))
 
 
 def test_steps_tokens_and_examples_follow_from_the_recipe() -> None:

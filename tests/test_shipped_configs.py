@@ -41,8 +41,8 @@ def test_every_pairing_is_legal_on_1_and_8_ranks(recipe: Path, deepspeed: Path) 
         effective = resolve_ds_config(run, ds, world_size)
         plan = make_plan(run, ds, world_size)
         assert "auto" not in dict(leaves(effective)).values()
-        assert effective["train_micro_batch_size_per_gpu"] == plan.micro_batch_size
-        assert effective["gradient_accumulation_steps"] == plan.accumulation
+        assert effective["train_micro_batch_size_per_gpu"] == plan.split.micro_batch_size
+        assert effective["gradient_accumulation_steps"] == plan.split.accumulation
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

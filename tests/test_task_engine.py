@@ -13,6 +13,7 @@ from ranks_harness import run_ranks
 from tiny_training import ds_config
 
 from bert_ds.basics.ranks import DataError, Ranks
+from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.task.task_config import load_task, trained_task
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.downstream.kinds.table import KINDS
@@ -62,8 +63,8 @@ def _train(
     )
     engine = make_engine(model, optimizer, ds_config(stage, precision=precision, accumulation=2, world_size=world_size))
     count = KINDS[task.kind].count_targets
-    parts = (rank, world_size, 2)
-    batches = step_batches(rows.train.features, 0, seed=1, parts=parts, micro_batch_size=2, count_targets=count)
+    split = BatchSplit(2, 2, world_size)
+    batches = step_batches(rows.train.features, 0, seed=1, rank=rank, split=split, count_targets=count)
     for step in (1, 2):
         micro_batches = next(batches)
         totals = agree_on_totals(micro_batches, data_wait_s=0.0, stop=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from bert_ds.basics.ranks import LAUNCHER_PATIENCE_S
-from bert_ds.configuration.deepspeed_file.ds_batch import MicroBatch, split_batch
+from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.deepspeed_file.ds_config import DsConfig, pair_problems
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.configuration.reading.config_problems import Problem
@@ -42,17 +42,19 @@ class RunPlan:
 
     run: RunConfig
     ds: DsConfig
-    world_size: int
-    micro_batch_size: int
-    """Examples per rank and micro-step."""
-    accumulation: int
-    """Micro-steps per step."""
+    split: BatchSplit
+    """Of the global batch over the ranks."""
     warnings: tuple[str, ...] = ()
     """What works and may not be meant."""
     corpus_tokens: int | None = None
     """Tokens of one epoch, where the shards are there."""
     teacher: ModelConfig | None = None
     """Shape of the model that teaches, where there is one and its folder is there."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.split.world_size
 
     @property
     def zero_stage(self) -> int:
@@ -114,7 +116,9 @@ class RunPlan:
     def memory(self, stage: int | None = None) -> MemoryEstimate:
         """Estimated memory of a rank, at the DeepSpeed file's ZeRO stage or at another."""
         stage = self.zero_stage if stage is None else stage
-        activations = activation_bytes(self.run, self.micro_batch_size, recompute=self.ds.activation_checkpointing)
+        activations = activation_bytes(
+            self.run, self.split.micro_batch_size, recompute=self.ds.activation_checkpointing
+        )
         offload = self.ds.offload_optimizer != "none" and stage > 0
         return memory_estimate(
             self.run,
@@ -152,16 +156,16 @@ def make_plan(run: RunConfig, ds: DsConfig, world_size: int, *, gpu_memory_bytes
         raise ConfigError(f"world size: found {world_size}, wanted >= 1")
     lines, missing = _pair_lines(run, ds)
     in_ds = _rank_problems(ds, world_size)
-    batch = split_batch(run, world_size, micro=ds.micro_batch_size, accumulation=ds.accumulation)
-    if isinstance(batch, Problem):
-        in_ds.append(batch)
+    split = ds.split_batch(run, world_size)
+    if isinstance(split, Problem):
+        in_ds.append(split)
     lines += [problem.line(ds.name) for problem in in_ds]
     if lines:
         raise ConfigError("\n".join(lines))
-    assert isinstance(batch, MicroBatch)
-    warnings = (*missing, *recipe_warnings(run), *_spread_warnings(run, ds, batch))
+    assert isinstance(split, BatchSplit)
+    warnings = (*missing, *recipe_warnings(run), *_spread_warnings(run, ds, split))
     tokens, teacher = corpus_tokens(run), teacher_model(run)
-    plan = RunPlan(run, ds, world_size, batch.size, batch.accumulation, warnings, tokens, teacher)
+    plan = RunPlan(run, ds, split, warnings, tokens, teacher)
     return _with_memory_warning(plan, gpu_memory_bytes)
 
 
@@ -188,8 +192,8 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ),
         (
             "global batch",
-            f"{plan.train_batch_size:,} = {plan.micro_batch_size} micro-batch x {plan.accumulation} accumulation "
-            f"x {plan.world_size} ranks",
+            f"{plan.train_batch_size:,} = {plan.split.micro_batch_size} micro-batch x {plan.split.accumulation} "
+            f"accumulation x {plan.world_size} ranks",
         ),
         ("tokens per step", f"at most {plan.max_tokens_per_step:,} ({plan.train_batch_size:,} x {length})"),
         ("steps", f"{plan.total_steps:,}, the first {plan.warmup_steps:,} of them warm-up"),
@@ -240,11 +244,11 @@ def _rank_problems(ds: DsConfig, world_size: int) -> list[Problem]:
     return []
 
 
-def _spread_warnings(run: RunConfig, ds: DsConfig, batch: MicroBatch) -> list[str]:
+def _spread_warnings(run: RunConfig, ds: DsConfig, split: BatchSplit) -> list[str]:
     warnings = []
-    if ds.zero_stage == 0 and planned(run.training.precision) == "bf16" and batch.accumulation > 1:
+    if ds.zero_stage == 0 and planned(run.training.precision) == "bf16" and split.accumulation > 1:
         warnings.append(
-            f"stage 0 accumulates {batch.accumulation} micro-steps in bf16, which costs precision; stages 1 to 3 "
+            f"stage 0 accumulates {split.accumulation} micro-steps in bf16, which costs precision; stages 1 to 3 "
             "accumulate in fp32"
         )
     if ds.settings.get("zero_optimization", {}).get("round_robin_gradients"):

@@ -1,4 +1,4 @@
-"""micro-batch x accumulation x ranks = global batch."""
+"""micro-batch x accumulation x ranks = global batch: decided here and nowhere else."""
 
 from __future__ import annotations
 
@@ -11,18 +11,33 @@ AUTO_TOKENS = 16_384
 """Upper bound on the tokens of a micro-batch that is "auto"."""
 
 
-class MicroBatch(NamedTuple):
-    """How a global batch is cut."""
+class BatchSplit(NamedTuple):
+    """How a global batch is cut into micro-batches, which are numbered over all ranks."""
 
-    size: int
+    micro_batch_size: int
     """Examples per rank and micro-step."""
     accumulation: int
     """Micro-steps per step."""
+    world_size: int
+
+    @property
+    def num_parts(self) -> int:
+        """Micro-batches of a step, over all ranks."""
+        return self.world_size * self.accumulation
+
+    @property
+    def train_batch_size(self) -> int:
+        """Examples of a step, over all ranks."""
+        return self.micro_batch_size * self.num_parts
+
+    def parts_of(self, rank: int) -> range:
+        """Return the numbers of a rank's micro-batches, in the order of its micro-steps."""
+        return range(rank * self.accumulation, (rank + 1) * self.accumulation)
 
 
 def split_batch(
     run: TrainedRun, world_size: int, *, micro: int | None = None, accumulation: int | None = None
-) -> MicroBatch | Problem:
+) -> BatchSplit | Problem:
     """Cut the global batch, or say what is wrong and what would be right.
 
     A micro-batch that is not given is the largest divisor of a rank's share that keeps
@@ -59,7 +74,7 @@ def split_batch(
             f"{micro} take {share // micro}"
         )
         return Problem("gradient_accumulation_steps", f"{text}; leave it out")
-    return MicroBatch(micro, share // micro)
+    return BatchSplit(micro, share // micro, world_size)
 
 
 def _micro_problem(total: int, world_size: int, micro: int) -> Problem:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_ds.configuration.deepspeed_file.ds_agreement import disagreements, recipe_overrides, settled
-from bert_ds.configuration.deepspeed_file.ds_batch import MicroBatch, split_batch
+from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit, split_batch
 from bert_ds.configuration.deepspeed_file.ds_effective import effective_settings
 from bert_ds.configuration.deepspeed_file.ds_keys import check_settings, setting_names
 from bert_ds.configuration.deepspeed_file.ds_support import unsupported_settings
@@ -64,6 +64,10 @@ class DsConfig:
         """Micro-steps per step; None where it follows."""
         found = self.settings.get("gradient_accumulation_steps", "auto")
         return None if found == "auto" else found
+
+    def split_batch(self, run: TrainedRun, world_size: int) -> BatchSplit | Problem:
+        """Cut a recipe's or a task's global batch as the file wants it, or say what is wrong."""
+        return split_batch(run, world_size, micro=self.micro_batch_size, accumulation=self.accumulation)
 
     @property
     def offload_optimizer(self) -> str:
@@ -166,11 +170,11 @@ def resolve_ds_config(run: TrainedRun, ds: DsConfig, world_size: int, *, run_dir
         ConfigError: the files contradict each other, or the batch cannot be split over the ranks.
     """
     problems = pair_problems(run, ds)
-    batch = split_batch(run, world_size, micro=ds.micro_batch_size, accumulation=ds.accumulation)
-    if isinstance(batch, MicroBatch):
+    split = ds.split_batch(run, world_size)
+    if isinstance(split, BatchSplit):
         raise_ds_problems(ds, problems)
-        return effective_settings(run, copy.deepcopy(ds.settings), batch, run_dir=run_dir)
-    raise_ds_problems(ds, [*problems, batch])
+        return effective_settings(run, copy.deepcopy(ds.settings), split, run_dir=run_dir)
+    raise_ds_problems(ds, [*problems, split])
     raise AssertionError("raise_ds_problems returned although there was a problem")
 
 

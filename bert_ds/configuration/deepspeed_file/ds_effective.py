@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from bert_ds.configuration.deepspeed_file.ds_batch import MicroBatch
+from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.deepspeed_file.ds_keys import known_settings
 from bert_ds.configuration.deepspeed_file.ds_support import SWITCHED_OFF
 from bert_ds.configuration.recipe.precision import Precision, decided
@@ -22,14 +22,14 @@ _LEFT_OUT = ("optimizer", "scheduler", "api_key", "writer", "leaf_module")
 
 
 def effective_settings(
-    run: TrainedRun, settings: dict[str, Any], batch: MicroBatch, *, run_dir: str | None
+    run: TrainedRun, settings: dict[str, Any], split: BatchSplit, *, run_dir: str | None
 ) -> dict[str, Any]:
     """Return the settings with every value explicit; `settings` is consumed.
 
     Args:
         run: the recipe, or a task; its precision is decided.
         settings: a checked DeepSpeed file that agrees with it.
-        batch: micro-batch and accumulation.
+        split: of the global batch.
         run_dir: where monitors write that have no output_path.
     """
     for name in ("optimizer", "scheduler", *SWITCHED_OFF):
@@ -40,8 +40,8 @@ def effective_settings(
     zero, training = result["zero_optimization"], run.training
     result |= {
         "train_batch_size": training.train_batch_size,
-        "train_micro_batch_size_per_gpu": batch.size,
-        "gradient_accumulation_steps": batch.accumulation,
+        "train_micro_batch_size_per_gpu": split.micro_batch_size,
+        "gradient_accumulation_steps": split.accumulation,
         "gradient_clipping": training.gradient_clipping,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

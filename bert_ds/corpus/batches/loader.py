@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from bert_ds.basics.input_gate import read_bytes
 from bert_ds.basics.processes import held_back_stop_signals
 from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, MaskingConfig, SequenceConfig
 from bert_ds.corpus.batches.batch_order import Mixture, balance, deal, global_batch
 from bert_ds.corpus.batches.batch_plan import BatchPlan
@@ -139,29 +140,23 @@ class PretrainingData:
         }
 
     def step_batches(
-        self, start_step: int, *, rank: int, world_size: int, micro_batch_size: int, num_workers: int
+        self, start_step: int, *, rank: int, split: BatchSplit, num_workers: int
     ) -> Iterator[list[PackedBatch]]:
         """Yield the micro-batches of this rank, one list per optimizer step, without end.
 
         Args:
             start_step: first step, from 0.
-            rank: of this process, 0 to world_size - 1.
-            world_size: number of ranks.
-            micro_batch_size: examples per micro-batch; times ranks it divides train_batch_size.
+            rank: of this process, 0 to split.world_size - 1.
+            split: of the global batch.
             num_workers: processes that compute ahead; 0 computes in this one.
 
         Returns:
-            An iterator of lists of train_batch_size / (micro_batch_size x world_size) batches.
+            An iterator of lists of split.accumulation batches.
         """
-        per_micro_step = micro_batch_size * world_size
-        if self._settings.train_batch_size % per_micro_step:
-            raise ValueError(
-                f"train_batch_size {self._settings.train_batch_size} is not a multiple of micro_batch_size "
-                f"{micro_batch_size} x {world_size} ranks"
-            )
-        accumulation = self._settings.train_batch_size // per_micro_step
+        if split.train_batch_size != self._settings.train_batch_size:
+            raise ValueError(f"{split} is not one of train_batch_size {self._settings.train_batch_size}")
         loader = DataLoader(
-            _Steps(self, rank=rank, world_size=world_size, accumulation=accumulation),
+            _Steps(self, rank, split),
             batch_size=None,
             sampler=range(start_step, _END_OF_STEPS),
             num_workers=num_workers,
@@ -247,12 +242,11 @@ class PretrainingData:
                 totals[source] += len(plan.lengths), plan.lengths.sum()
         return {name: SourceCount(*row) for name, row in zip(self.names, totals.tolist(), strict=True)}
 
-    def rank_batches(self, step: int, *, rank: int, world_size: int, accumulation: int) -> list[PackedBatch]:
+    def rank_batches(self, step: int, *, rank: int, split: BatchSplit) -> list[PackedBatch]:
         """The micro-batches of one rank in one step."""
         plan = self._plan(step)
-        parts = deal(plan.lengths, num_parts=world_size * accumulation)
-        own = range(rank * accumulation, (rank + 1) * accumulation)
-        return [plan.pack(np.flatnonzero(parts == part), self._masker) for part in own]
+        parts = deal(plan.lengths, num_parts=split.num_parts)
+        return [plan.pack(np.flatnonzero(parts == part), self._masker) for part in split.parts_of(rank)]
 
     def _plan(self, step: int) -> BatchPlan:
         seed, size = self._settings.seed, self._settings.train_batch_size
@@ -272,16 +266,11 @@ class PretrainingData:
 class _Steps(Dataset[list[PackedBatch]]):
     """The batches of one rank, by step."""
 
-    def __init__(self, data: PretrainingData, *, rank: int, world_size: int, accumulation: int) -> None:
-        self._data = data
-        self._rank = rank
-        self._world_size = world_size
-        self._accumulation = accumulation
+    def __init__(self, data: PretrainingData, rank: int, split: BatchSplit) -> None:
+        self._data, self._rank, self._split = data, rank, split
 
     def __getitem__(self, step: int) -> list[PackedBatch]:
-        return self._data.rank_batches(
-            step, rank=self._rank, world_size=self._world_size, accumulation=self._accumulation
-        )
+        return self._data.rank_batches(step, rank=self._rank, split=self._split)
 
 
 def _end_loader_processes() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.corpus.batches.batch_order import Mixture, deal, global_batch
 from bert_ds.downstream.rows.features import Feature
 from bert_ds.downstream.rows.task_batch import TaskBatch, pack
@@ -19,8 +20,8 @@ def step_batches(
     start_step: int,
     *,
     seed: int,
-    parts: tuple[int, int, int],
-    micro_batch_size: int,
+    rank: int,
+    split: BatchSplit,
     count_targets: CountTargets,
 ) -> Iterator[list[TaskBatch]]:
     """Yield this rank's micro-batches of every step, without end.
@@ -32,20 +33,18 @@ def step_batches(
         features: of the training rows.
         start_step: first step, from 0.
         seed: of the run.
-        parts: rank, number of ranks, micro-steps.
-        micro_batch_size: sequences per rank and micro-step.
+        rank: of this process.
+        split: of the global batch.
         count_targets: of the kind.
     """
-    rank, world_size, accumulation = parts
     lengths = np.array([len(feature.input_ids) for feature in features])
-    mixture, num_parts = Mixture((len(features),), (1.0,)), world_size * accumulation
+    mixture = Mixture((len(features),), (1.0,))
     step = start_step
     while True:
-        triples = global_batch(step, seed=seed, mixture=mixture, train_batch_size=micro_batch_size * num_parts)
+        triples = global_batch(step, seed=seed, mixture=mixture, train_batch_size=split.train_batch_size)
         chosen = triples[:, 2]
-        part_of = deal(lengths[chosen], num_parts=num_parts)
-        own = range(rank * accumulation, (rank + 1) * accumulation)
-        groups = [[features[index] for index in chosen[part_of == part]] for part in own]
+        part_of = deal(lengths[chosen], num_parts=split.num_parts)
+        groups = [[features[index] for index in chosen[part_of == part]] for part in split.parts_of(rank)]
         yield [pack(group, loss_counts=count_targets(group)) for group in groups]
         step += 1
 

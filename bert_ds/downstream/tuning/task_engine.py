@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from bert_ds.basics.ranks import Ranks
-from bert_ds.configuration.deepspeed_file.ds_batch import split_batch
-from bert_ds.configuration.deepspeed_file.ds_config import DsConfig, pair_problems
-from bert_ds.configuration.reading.config_problems import Problem
-from bert_ds.configuration.recipe.run_config import ConfigError, ModelConfig
-from bert_ds.configuration.run_checks import schedule_problems, spread_problems
+from bert_ds.configuration.recipe.run_config import ModelConfig
 from bert_ds.configuration.task.task_config import FreezeConfig, TaskConfig, TrainedTask
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.kinds.task_model import TaskModel
@@ -29,30 +23,6 @@ from bert_ds.encoder.pretrained import start_from
 from bert_ds.training.agreement import on_main_rank
 from bert_ds.training.checkpoints.train_state import TrainState
 from bert_ds.training.loop.evaluation import Evaluation
-
-
-def task_plan(plan: TrainedTask, ds: DsConfig, ranks: Ranks) -> TrainedTask:
-    """Return the plan with the dropout of the task, after every check that needs both files and the model.
-
-    Raises:
-        ConfigError: with one line per problem, all at once.
-    """
-    task, model = plan.task, plan.model
-    in_task = spread_problems(plan, stage=ds.zero_stage, offloaded=ds.offload_optimizer != "none")
-    in_task += schedule_problems(plan.schedule, plan.training.total_steps)
-    if task.max_seq_length > model.max_position_embeddings:
-        text = f"{task.max_seq_length} is more than the model's max_position_embeddings {model.max_position_embeddings}"
-        in_task.append(Problem("max_seq_length", text))
-    if task.freeze.layers > model.num_hidden_layers:
-        text = f"{task.freeze.layers} is more than the model's num_hidden_layers {model.num_hidden_layers}"
-        in_task.append(Problem("freeze.layers", text))
-    in_ds = pair_problems(plan, ds)
-    batch = split_batch(plan, ranks.world_size, micro=ds.micro_batch_size, accumulation=ds.accumulation)
-    in_ds += [batch] if isinstance(batch, Problem) else []
-    lines = [problem.line(ds.recipe_name) for problem in in_task] + [problem.line(ds.name) for problem in in_ds]
-    if lines:
-        raise ConfigError("\n".join(lines))
-    return replace(plan, model=with_dropout(model, task.dropout))
 
 
 def with_dropout(config: ModelConfig, dropout: float) -> ModelConfig:
