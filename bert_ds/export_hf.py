@@ -4,6 +4,8 @@
     python bert_ds/export_hf.py --model runs/mine/hf --onnx        a folder there is already, fine-tuned or not
 
 With --onnx the folder gets an onnx/ with model.onnx, config.json and tokenizer, run once in onnxruntime to prove it.
+Exit codes: 0 done, 2 configuration, 3 data or a disk that is full, 4 checkpoint. An older export is replaced by a whole
+new one or stays as it is.
 """
 
 from __future__ import annotations

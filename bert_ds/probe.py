@@ -28,6 +28,7 @@ from bert_ds.downstream.untrained.probing import (
 )
 from bert_ds.encoder.modeling_bert import BertEncoder
 from bert_ds.encoder.pretrained import check_tokenizer, load_pretrained, make_encoder
+from bert_ds.folders.kept_files import keeping_files
 from bert_ds.folders.output_folders import open_results_folder
 from bert_ds.launch.command_line import make_parser, run_main
 
@@ -90,8 +91,9 @@ def report(task: TaskConfig, found: dict[str, list[Probe]], *, output: Path | No
         rows = {
             name: [probe._asdict() | {"selectivity": probe.selectivity} for probe in found[name]] for name in MODELS
         }
-        write_json(output / "probes.json", {"task": task.name, **rows})
-        draw_probes(output / "probes.png", {name: [probe.accuracy for probe in found[name]] for name in MODELS})
+        with keeping_files(output, ["probes.json", "probes.png"]):
+            write_json(output / "probes.json", {"task": task.name, **rows})
+            draw_probes(output / "probes.png", {name: [probe.accuracy for probe in found[name]] for name in MODELS})
 
 
 if __name__ == "__main__":

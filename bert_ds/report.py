@@ -18,7 +18,8 @@ from pathlib import Path
 from bert_ds.basics.ranks import DivergedError
 from bert_ds.basics.whole_files import write_text
 from bert_ds.configuration.reading.config_files import ConfigError
-from bert_ds.folders.output_folders import claim_run_folder
+from bert_ds.folders.kept_files import keeping_files
+from bert_ds.folders.output_folders import claim_run_folder, open_run_folder
 from bert_ds.launch.command_line import make_parser, run_main
 from bert_ds.reporting.run_figures import draw_figures
 from bert_ds.reporting.run_history import RunHistory, below_unigram, read_history, summary_lines
@@ -52,14 +53,15 @@ def main() -> None:
 
 def write_report(history: RunHistory) -> Path:
     """Write page and pictures into the run folder and return the path of the page."""
-    pictures = draw_figures(history)
-    folder = history.run_dir / "figures"
-    folder.mkdir(exist_ok=True)
-    for picture in pictures:
-        (folder / f"{picture.name}.png").write_bytes(picture.png)
-    page = history.run_dir / PAGE
-    write_text(page, render_page(history, pictures))
-    return page
+    pictures, run_dir = draw_figures(history), history.run_dir
+    files = {f"figures/{picture.name}.png": picture.png for picture in pictures}
+    open_run_folder(run_dir)
+    with keeping_files(run_dir, [*files, PAGE]):
+        (run_dir / "figures").mkdir(exist_ok=True)
+        for name, png in files.items():
+            (run_dir / name).write_bytes(png)
+        write_text(run_dir / PAGE, render_page(history, pictures))
+    return run_dir / PAGE
 
 
 if __name__ == "__main__":

@@ -30,13 +30,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 
 from bert_ds.basics.ranks import DataError, Ranks, read_ranks
-from bert_ds.basics.whole_files import write_json
 from bert_ds.configuration.task.task_config import ConfigError, TaskConfig
 from bert_ds.configuration.task.task_kinds import KIND_FACTS
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.scores.metrics import require_metrics
-from bert_ds.downstream.tuning.outcome import measure_side, part_figures, row_counts, write_side
+from bert_ds.downstream.tuning.outcome import (
+    measure_side,
+    part_figures,
+    row_counts,
+    write_predictions,
+    write_results,
+    write_side,
+)
 from bert_ds.downstream.tuning.task_folder import read_task_folder, tokenizer_folder
 from bert_ds.downstream.tuning.task_rows import read_task
 from bert_ds.downstream.untrained.masked_words import score_masked_words
@@ -74,10 +80,7 @@ def score_untrained(task: TaskConfig, args: argparse.Namespace, ranks: Ranks) ->
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     found = UNTRAINED[task.kind](model, tokenizer, task, print)
     if args.output is not None:
-        folder = args.output / "predictions" / args.side
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in found.files.items():
-            (folder / name).write_text(text, encoding="utf-8")
+        write_predictions(args.output, args.side, found.files)
     report(task, args, {args.side: found.figures, **found.parts}, facts=found.facts)
 
 
@@ -107,7 +110,7 @@ def report(
     """Print the figures of the side and its parts, and write them with the facts into results.json in --output."""
     if args.output is not None:
         results = {"task": task.name, "metric": task.chosen_metric, **facts, **figures}
-        write_json(args.output / "results.json", results)
+        write_results(args.output, results)
     for part, values in figures.items():
         print(f"{task.name}, {part}: " + "  ".join(f"{name} {shown(value)}" for name, value in values.items()))
 

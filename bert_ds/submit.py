@@ -28,6 +28,7 @@ from bert_ds.configuration.job_config import JobConfig, parse_job_config
 from bert_ds.configuration.recipe.precision import planned
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table
+from bert_ds.folders.kept_files import keeping_files
 from bert_ds.folders.output_folders import claim_run_folder, open_run_folder
 from bert_ds.launch.command_line import make_parser, run_main
 from bert_ds.launch.slurm_job import (
@@ -158,7 +159,8 @@ def submit(job: JobConfig, *, rows: list[tuple[str, str]], dry_run: bool) -> int
         raise ConfigError(f"sbatch refused the job: {done.stderr.strip() or done.stdout.strip()}")
     number = done.stdout.strip().partition(";")[0]
     facts = {"format": 1, "job": number, "time": round(time.time(), 3), "command": command, "plan": dict(rows)}
-    write_json(run_dir / "submit.json", {**facts, "config": job.model_dump(mode="json")})
+    with keeping_files(run_dir, ["submit.json"]):
+        write_json(run_dir / "submit.json", {**facts, "config": job.model_dump(mode="json")})
     print(f"submitted job {number}; its log is {run_dir}/slurm-{number}.out")
     return 0
 

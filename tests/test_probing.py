@@ -24,6 +24,7 @@ from bert_ds.downstream.untrained.probing import (
 )
 from bert_ds.encoder.modeling_bert import BertEncoder
 from bert_ds.encoder.pretrained import load_pretrained, make_encoder
+from bert_ds.folders.output_folders import open_results_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -144,7 +145,12 @@ def run_probe(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_verb_prints_a_line_per_layer_and_writes_it(tiny_export: Path, tmp_path: Path) -> None:
+    open_results_folder(tmp_path / "out")
+    mine = [tmp_path / "out" / name for name in ("probes.json", "probes.png")]
+    for path in mine:
+        path.write_text("mine")
     done = run_probe("--model", tiny_export, "--task", tag_task(tmp_path), "--output", tmp_path / "out")
+    assert [path.with_name(f"{path.name}.kept-1").read_text() for path in mine] == ["mine", "mine"]
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     header = next(number for number, line in enumerate(lines) if line.split()[:2] == ["layer", "accuracy"])

@@ -195,13 +195,19 @@ def test_the_command_writes_the_page_and_the_pictures(tmp_path: Path) -> None:
     assert (refused.returncode, (folder / "report.html").read_text()) == (2, "<!DOCTYPE html>mine")
     assert "report.html is not a page of report.py" in refused.stderr and not (folder / "figures").exists()
     (folder / "report.html").unlink()
+    (folder / "figures").mkdir()
+    (folder / "figures/loss.png").write_text("mine")
     run_verb(ROOT / "bert_ds/report.py", *arguments)
+    (folder / "report.html").write_text((folder / "report.html").read_text().replace("</body>", "noted</body>"))
     done = run_verb(ROOT / "bert_ds/report.py", *arguments)
     assert done.returncode == 5, done.stderr
     assert "0.750 nats below the unigram cross-entropy, wanted at least 1.0" in done.stderr
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert (folder / "figures/loss.png.kept-1").read_text() == "mine"
+    assert "noted</body>" in (folder / "report.html.kept-1").read_text(encoding="utf-8")
     assert {path.name for path in (folder / "figures").iterdir()} == {
         "loss.png",
+        "loss.png.kept-1",
         "evaluation.png",
         "rates.png",
         "speed.png",

@@ -15,6 +15,7 @@ from bert_ds.configuration.task.task_config import load_task
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.downstream.untrained.untrained import UNTRAINED, Scored
 from bert_ds.encoder.pretrained import load_masked_lm
+from bert_ds.folders.output_folders import open_results_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -102,7 +103,13 @@ def test_a_prompt_classifies_the_validation_rows_of_fine_tuning(
 
 def test_the_verb_prints_and_writes_the_figures(tiny_export: Path, tmp_path: Path) -> None:
     command = [ROOT / "bert_ds/score.py", "--task", pair_task(tmp_path), "--model", tiny_export]
+    mine = [tmp_path / "out/results.json", tmp_path / "out/predictions/validation/pairs.jsonl"]
+    open_results_folder(tmp_path / "out")
+    mine[1].parent.mkdir(parents=True)
+    for path in mine:
+        path.write_text("mine")
     done = run_verb(*command, "--output", tmp_path / "out")
+    assert [path.with_name(f"{path.name}.kept-1").read_text() for path in mine] == ["mine", "mine"]
     assert done.returncode == 0, done.stderr
     assert "tiny, validation: accuracy 0.5000  accuracy_order 0.5000" in done.stdout
     results = json.loads((tmp_path / "out/results.json").read_text())

@@ -17,6 +17,7 @@ from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.job_config import parse_job_config
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.run_plan import make_plan
+from bert_ds.folders.output_folders import open_run_folder
 from bert_ds.launch.slurm_job import (
     Speed,
     hours_text,
@@ -95,12 +96,15 @@ def test_a_job_asks_for_the_preflight_or_does_without_it() -> None:
 
 def test_the_printed_command_is_the_one_that_is_run_and_the_run_folder_keeps_it(tmp_path: Path) -> None:
     record, env = fake_sbatch(tmp_path)
+    open_run_folder(tmp_path / "runs/a")
+    (tmp_path / "runs/a/submit.json").write_text("mine")
     done = submit(tmp_path, "--nodes", 2, "--gpus-per-node", 2, "--time", "2:00:00", "--set", "seed=7", env=env)
     assert done.returncode == 0, done.stderr
     called = json.loads(record.read_text())
     kept = json.loads((tmp_path / "runs/a/submit.json").read_text())
     assert called == {"argv": kept["command"][1:], "cwd": str(ROOT)}
     assert kept["job"] == "4711"
+    assert (tmp_path / "runs/a/submit.json.kept-1").read_text() == "mine"
     assert done.stdout.endswith(f"submitted job 4711; its log is {tmp_path}/runs/a/slurm-4711.out\n")
     assert f"cd {ROOT} && sbatch --parsable --job-name=tiny --nodes=2 --gpus-per-node=2" in done.stdout
 

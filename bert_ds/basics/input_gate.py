@@ -7,6 +7,7 @@ device, a file of terabytes or JSON without end is one sentence with the file's 
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import os
 import signal
@@ -84,6 +85,12 @@ def read_text(
         parts.append(part)
         begin += len(piece)
     return "".join(parts)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the sha256 of a regular file; OSError where it cannot be read or is none."""
+    with open_regular(path, error=OSError) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def split_lines(text: str) -> Iterator[str]:

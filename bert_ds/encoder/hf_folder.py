@@ -105,6 +105,7 @@ def write_hf_folder(
     Raises:
         CheckpointError: a tensor is empty or not finite.
         DataError: a file of the tokenizer is missing.
+        OSError: a file cannot be written.
     """
     refuse_broken_tensors(tensors, where=f"export to {folder}")
     missing = [
@@ -113,7 +114,10 @@ def write_hf_folder(
     if missing:
         raise DataError(f"tokenizer folder {tokenizer} lacks {', '.join(missing)}")
     write_json(folder / "config.json", config)
-    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # the tensors are sound: it is the disk
+        raise OSError(f"model.safetensors: {error}") from None
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it for its owner alone
     for name in ("tokenizer.json", "vocab.txt"):
         copy_member(tokenizer / name, folder / name)

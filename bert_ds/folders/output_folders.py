@@ -2,7 +2,8 @@
 
 A verb writes only into a folder that is new, empty, or ours. What makes a folder ours depends on what becomes of it:
 
-* A **run** or a folder of **results** keeps what lies beside our files. A marker says that it is ours, written first.
+* A **run** or a folder of **results** keeps what lies beside our files. A marker says that it is ours, written first;
+  what lies in it under a name that we write is the matter of `kept_files`.
 * An **export** is replaced as a whole, so every entry has to be ours: a manifest lists each file with its sha256.
 * Anything else says itself which entry it did not write, see `claim`.
 
@@ -102,6 +103,17 @@ def open_results_folder(folder: Path) -> None:
     _make(folder, "results")
 
 
+def read_marker(folder: Path) -> dict[str, Any]:
+    """Return what the marker of a folder says, {} where it has none."""
+    found = {} if (folder / MARKER).is_symlink() else _json_object(folder / MARKER)
+    return found if isinstance(found.get("files", {}), dict) else {}
+
+
+def write_marker(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write the marker of a folder that was claimed; OSError where that fails."""
+    write_text(folder / MARKER, json.dumps(facts) + "\n")
+
+
 def first_entry(folder: Path) -> str | None:
     """Return the first name in a folder that has to be empty."""
     return min(os.listdir(folder), default=None)
@@ -171,14 +183,14 @@ def _is_earlier_run(run_dir: Path) -> bool:
 
 
 def _is_marked(folder: Path, kind: Kind) -> bool:
-    return not (folder / MARKER).is_symlink() and _json_object(folder / MARKER).get("bert_ds_folder") == kind
+    return read_marker(folder).get("bert_ds_folder") == kind
 
 
 def _make(folder: Path, kind: Kind) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not _is_marked(folder, kind):
-            write_text(folder / MARKER, json.dumps({"bert_ds_folder": kind, "format": 1}) + "\n")
+            write_marker(folder, {"bert_ds_folder": kind, "format": 1})
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror or error}") from None
 

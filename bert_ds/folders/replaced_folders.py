@@ -11,7 +11,6 @@ import ctypes
 import errno
 import fcntl
 import glob
-import hashlib
 import json
 import os
 import re
@@ -21,6 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bert_ds.basics.input_gate import file_sha256
+from bert_ds.basics.ranks import DataError
 from bert_ds.basics.whole_files import sync
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.folders.output_folders import claim, entries, first_entry, foreign_text
@@ -64,6 +65,7 @@ def replaced_export(output: Path) -> Iterator[Path]:
 
     Raises:
         ConfigError: `output` is none of new, empty and an unchanged export, or cannot be written.
+        DataError: a file in it cannot be written, as on a full disk; what was there is as it was.
     """
     with _staged(output, foreign_in_export, wanted=_WANTED_EXPORT) as staged:
         yield staged
@@ -76,6 +78,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
     Raises:
         ConfigError: `output` is neither new nor empty, or cannot be written.
+        DataError: a file in it cannot be written, as on a full disk; what was there is as it was.
     """
     with _staged(output, first_entry, wanted="wanted a new or an empty folder") as staged:
         yield staged
@@ -93,7 +96,7 @@ _WANTED_EXPORT = (
 
 def write_export_manifest(folder: Path) -> None:
     """List every file of an export with its sha256, those of an onnx/ with a manifest of its own aside."""
-    files = {path: _sha256(folder / path) for path in entries(folder) if (folder / path).is_file()}
+    files = {path: file_sha256(folder / path) for path in entries(folder) if (folder / path).is_file()}
     inner = [path.removesuffix(EXPORT_MANIFEST) for path in files if path.endswith(f"/{EXPORT_MANIFEST}")]
     listed = {p: s for p, s in files.items() if p != EXPORT_MANIFEST and not p.startswith(tuple(inner))}
     text = json.dumps({"format": 1, "files": listed}, indent=1) + "\n"
@@ -131,7 +134,7 @@ def _by_manifest(folder: Path) -> Callable[[str], bool]:
     def wrote(path: str) -> bool:
         if (folder / path).is_dir():
             return path in folders
-        return path == EXPORT_MANIFEST or (path in listed and listed[path] == _sha256(folder / path))
+        return path == EXPORT_MANIFEST or (path in listed and listed[path] == file_sha256(folder / path))
 
     return wrote
 
@@ -197,9 +200,12 @@ def _staged(output: Path, foreign: Callable[[Path], str | None], *, wanted: str)
         raise ConfigError(f"{output} cannot be written: {error.strerror or error}") from None
     lock = _lock(work)
     try:
-        yield staged
-        for path in [*entries(staged), "."]:
-            sync(staged / path)
+        try:
+            yield staged
+            for path in [*entries(staged), "."]:
+                sync(staged / path)
+        except OSError as error:
+            raise DataError(_unfinished(output, error)) from None
         try:
             _put_in_place(staged, output, foreign, wanted=wanted)
         except OSError as error:
@@ -209,6 +215,12 @@ def _staged(output: Path, foreign: Callable[[Path], str | None], *, wanted: str)
         if output.exists() or not (work / "old").exists():
             shutil.rmtree(work, ignore_errors=True)
         os.close(lock)
+
+
+def _unfinished(output: Path, error: OSError) -> str:
+    what = f"{Path(error.filename).name}: {error.strerror}" if error.filename else str(error)
+    kept = "what was there is as it was" if output.exists() else "nothing of it was left"
+    return f"{output} could not be made: {what}; {kept}"
 
 
 def _put_in_place(staged: Path, output: Path, foreign: Callable[[Path], str | None], *, wanted: str) -> None:
@@ -270,8 +282,3 @@ def _lock(folder: Path) -> int:
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return descriptor
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

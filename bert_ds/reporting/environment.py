@@ -12,6 +12,7 @@ from pathlib import Path
 from bert_ds.basics.ranks import Ranks
 from bert_ds.basics.whole_files import write_json
 from bert_ds.configuration.reading.config_secrets import is_secret_name, is_secret_value
+from bert_ds.folders.kept_files import keeping_files
 
 _PACKAGES = ("bert-ds", "torch", "deepspeed", "triton", "transformers", "tokenizers", "numpy", "pydantic")
 _ENVIRONMENT_NAMES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
@@ -34,7 +35,8 @@ def write_environment(run_dir: Path, ranks: Ranks, *, devices: Sequence[str]) ->
         "commit": _commit(),
         "variables": {name: os.environ[name] for name in sorted(names)},
     }
-    write_json(run_dir / "environment.json", facts)
+    with keeping_files(run_dir, ["environment.json"]):
+        write_json(run_dir / "environment.json", facts)
 
 
 def library_versions() -> dict[str, str]:

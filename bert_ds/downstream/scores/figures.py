@@ -17,6 +17,11 @@ from bert_ds.downstream.scores.metrics import class_report, confusion_counts
 _MAX_DRAWN = 60
 
 
+def class_figures(name: str) -> tuple[str, ...]:
+    """Return the names of the files that `write_class_figures` may write."""
+    return f"{name}_classes.txt", f"{name}_confusion.tsv", f"{name}_confusion.png"
+
+
 def write_class_figures(folder: Path, name: str, pairs: Sequence[tuple[str, str]]) -> None:
     """Write NAME_classes.txt, NAME_confusion.tsv and, with matplotlib and not too many labels, NAME_confusion.png.
 

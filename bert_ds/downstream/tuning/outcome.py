@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bert_ds.basics.ranks import CheckpointError
+from bert_ds.basics.ranks import CheckpointError, DataError
 from bert_ds.basics.whole_files import write_json
 from bert_ds.configuration.recipe.run_config import ModelConfig
 from bert_ds.configuration.task.task_config import TaskConfig
@@ -19,11 +19,12 @@ from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.kinds.task_model import TaskModel
 from bert_ds.downstream.rows.examples import Labels
 from bert_ds.downstream.rows.splits import scored_parts
-from bert_ds.downstream.scores.figures import write_class_figures
+from bert_ds.downstream.scores.figures import class_figures, write_class_figures
 from bert_ds.downstream.scores.metrics import mean_and_deviation
 from bert_ds.downstream.tuning.predicting import predict_features
 from bert_ds.downstream.tuning.task_folder import TaskFacts, make_task_model, write_task_folder
 from bert_ds.downstream.tuning.task_rows import Side, TaskRows
+from bert_ds.folders.kept_files import keeping_files
 from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.agreement import on_main_rank
 from bert_ds.training.checkpoints.checkpoint_folder import checkpoints_dir
@@ -136,7 +137,7 @@ def conclude(outcome: Outcome, step: int, *, log: RunLog) -> None:
     results |= {**facts, **figures}
     if outcome.trivial is not None:
         results["trivial"] = outcome.trivial
-    on_main_rank(lambda: write_json(run_dir / "results.json", results))
+    on_main_rank(lambda: write_results(run_dir, results))
     shown = "  ".join(f"{name} {value:.4f}" for name, value in figures["validation"].items())
     log.info(f"best step {step} of {task.name}: {shown}")
     for name, measured in figures.items():
@@ -158,14 +159,27 @@ def best_model(outcome: Outcome, step: int) -> TaskModel:
 def write_side(folder: Path, name: str, task: TaskConfig, side: Side, found: Measurement) -> None:
     """Write predictions/NAME/ and, for classes, the report and the figure of each class."""
     kind = KINDS[task.kind]
-    target = folder / "predictions" / name
-    target.mkdir(parents=True, exist_ok=True)
-    for file, text in kind.prediction_files(side.examples, found.predictions).items():
-        (target / file).write_text(text, encoding="utf-8")
+    write_predictions(folder, name, kind.prediction_files(side.examples, found.predictions))
     labelled = [i for i, example in enumerate(side.examples) if example.target is not None]
     if kind.class_pairs is not None and labelled:
         pairs = kind.class_pairs([side.examples[i] for i in labelled], [found.predictions[i] for i in labelled])
-        write_class_figures(folder / "figures", name, pairs)
+        with keeping_files(folder, (f"figures/{file}" for file in class_figures(name))):
+            write_class_figures(folder / "figures", name, pairs)
+
+
+def write_predictions(folder: Path, name: str, files: Mapping[str, str]) -> None:
+    """Write the files of predictions/NAME/, given as name to text."""
+    target = folder / "predictions" / name
+    with keeping_files(folder, (f"predictions/{name}/{file}" for file in files)):
+        target.mkdir(parents=True, exist_ok=True)
+        for file, text in files.items():
+            (target / file).write_text(text, encoding="utf-8")
+
+
+def write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """Write results.json."""
+    with keeping_files(folder, ["results.json"]):
+        write_json(folder / "results.json", results)
 
 
 def write_summary(run_dir: Path, folders: Sequence[Path]) -> None:
@@ -181,7 +195,7 @@ def write_summary(run_dir: Path, folders: Sequence[Path]) -> None:
             summary[side] = {name: _spread([result[side][name] for result in results]) for name in names}
     if "trivial" in results[0]:
         summary["trivial"] = results[0]["trivial"]
-    write_json(run_dir / "results.json", summary)
+    write_results(run_dir, summary)
     metric = summary["metric"]
     chosen = summary["validation"][metric]
     print(f"{summary['task']}: {metric} {chosen['mean']:.4f} +- {chosen['deviation']:.4f}, {len(folders)} seeds")
@@ -207,7 +221,11 @@ def _export(outcome: Outcome, model: TaskModel, step: int, figures: dict[str, fl
         },
     )
     output = outcome.run_dir / "hf"
-    for check in write_task_folder(output, model, facts=facts, tokenizer=outcome.run_dir / "tokenizer"):
+    try:
+        checks = write_task_folder(output, model, facts=facts, tokenizer=outcome.run_dir / "tokenizer")
+    except DataError as error:
+        raise DataError(f"{error}. The checkpoint of step {step} is kept: --resume auto exports it") from None
+    for check in checks:
         log.info(
             f"exported to {output}: transformers' scores differ by at most {check.max_difference:.1e} "
             f"(largest score {check.scale:.1f}), tokenizer equal"

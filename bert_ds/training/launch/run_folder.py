@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from bert_ds.basics.input_gate import open_regular
+from bert_ds.basics.input_gate import file_sha256
 from bert_ds.basics.ranks import CheckpointError, DataError
 from bert_ds.basics.whole_files import write_text
 from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.folders.kept_files import keeping_files
 from bert_ds.folders.output_folders import claim_run_folder, open_run_folder
 from bert_ds.folders.replaced_folders import claim_export
 from bert_ds.training.agreement import gather_json, on_main_rank
@@ -19,6 +19,9 @@ from bert_ds.training.launch.restart import is_done
 from bert_ds.training.launch.run_lock import lock_run_folder
 
 Resume = Literal["never", "auto", "must"]
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
+"""What a tokenizer is saved as."""
 
 
 def enter_run_folder(run_dir: Path, descriptions: Mapping[str, str], *, resume: Resume) -> None:
@@ -49,7 +52,8 @@ def write_tokenizer(run_dir: Path, save: Callable[[Path], None]) -> None:
     """Save the tokenizer of a run with `save`, on one rank; what checkpoints were trained with stays as it is."""
     folder = run_dir / "tokenizer"
     if not (candidates(run_dir) and folder.is_dir()):
-        save(folder)
+        with keeping_files(run_dir, (f"tokenizer/{name}" for name in _TOKENIZER_FILES)):
+            save(folder)
 
 
 def refuse_foreign_folders(run_dirs: Sequence[Path], *, export: str | None = None) -> None:
@@ -107,15 +111,15 @@ def _enter(run_dir: Path, descriptions: Mapping[str, str], *, resume: Resume) ->
 
 def _describe(run_dir: Path, descriptions: Mapping[str, str]) -> None:
     try:
-        for name, content in descriptions.items():
-            write_text(run_dir / name, content)
+        with keeping_files(run_dir, descriptions):
+            for name, content in descriptions.items():
+                write_text(run_dir / name, content)
     except OSError as error:
         raise ConfigError(f"--run_dir {run_dir} cannot be written: {error}") from None
 
 
 def _sha256(path: Path) -> str | None:
     try:
-        with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except (OSError, ValueError):
         return None
