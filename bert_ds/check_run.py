@@ -1,13 +1,17 @@
 """Check a run before anything is taken: both files, their agreement, and the numbers that follow from them.
 
     python bert_ds/check_run.py --run ds_configs/recipes/bert_base_phase1.json --deepspeed_config ds_configs/zero2.json
+    python bert_ds/check_run.py --task sst2 --data DATA --model DIR --deepspeed_config ds_configs/zero1.json
 
-Needs no torch. Exit code 0: the run is valid; 2: every problem of both files is on stderr, one per line.
+Needs no torch. Exit code 0: the run is valid; 2: every problem of both files is on stderr, one per line; 3: a data file
+of a task cannot be read.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # a script run by path finds its package beside itself
@@ -16,29 +20,68 @@ if __name__ == "__main__":  # a script run by path finds its package beside itse
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.run_plan import make_plan, plan_table
+from bert_ds.configuration.task.task_config import TaskConfig
+from bert_ds.downstream.rows.records import read_records
 from bert_ds.launch.command_line import make_parser, run_main
+from bert_ds.launch.launch_checks import checked_task
+from bert_ds.launch.task_table import rows_left, task_table
+
+MAX_COUNTED_BYTES = 1 << 27
+"""Of training files: more is not read to count its rows."""
 
 
 def main() -> int:
     """Print the derived numbers, or raise ConfigError with every problem."""
-    parser = make_parser("Check a recipe and a DeepSpeed file, and print what follows from them.")
-    parser.add_argument("--run", help="recipe; without it the embedded default")
-    parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed file")
-    parser.add_argument("--world_size", default="1", help="number of ranks (default 1)")
-    parser.add_argument("--gpu_memory_gb", help="memory of one GPU, to warn where the estimate is larger")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", help="override of the recipe")
-    arguments = parser.parse_args()
-    world_size = int(_number("--world_size", arguments.world_size))
-    gpu_memory = _number("--gpu_memory_gb", arguments.gpu_memory_gb) if arguments.gpu_memory_gb else None
-    run, ds = load_pair(arguments.run, arguments.deepspeed_config, overrides=arguments.set)
-    plan = make_plan(run, ds, world_size, gpu_memory_bytes=int(gpu_memory * 1e9) if gpu_memory else None)
-    rows = plan_table(plan)
+    args = _arguments()
+    world_size = int(_number("--world_size", args.world_size))
+    gpu_memory = int(_number("--gpu_memory_gb", args.gpu_memory_gb) * 1e9) if args.gpu_memory_gb else None
+    if args.task is None:
+        run, ds = load_pair(args.run, args.deepspeed_config, overrides=args.set)
+        plan = make_plan(run, ds, world_size, gpu_memory_bytes=gpu_memory)
+        return show(plan_table(plan), plan.warnings)
+    task, ds = checked_task(args)
+    num_rows = count_rows(task)
+    return show(
+        *task_table(task, ds, args.model, world_size=world_size, num_rows=num_rows, gpu_memory_bytes=gpu_memory)
+    )
+
+
+def count_rows(task: TaskConfig) -> int | None:
+    """Return about how many rows a task trains on; None where its files are too large to be read for that."""
+    files = task.data.train
+    if sum(Path(file.path).stat().st_size for file in files) > MAX_COUNTED_BYTES:
+        return None
+    return rows_left(task, sum(len(read_records(file)) for file in files))
+
+
+def show(rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> int:
+    """Print the numbers, and the warnings on stderr."""
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f"{name:<{width}}  {text}")
-    for warning in plan.warnings:
+    for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = make_parser("Check a recipe or a task with its DeepSpeed file, and print what follows from them.")
+    parser.add_argument("--run", help="recipe; without it and --task the embedded default")
+    parser.add_argument("--task", help="task file, or the name of a shipped task, instead of a recipe")
+    parser.add_argument("--model", type=Path, help="with --task: Hugging Face folder of a pre-trained BERT")
+    parser.add_argument("--data", type=Path, help="with --task: folder of the data files")
+    parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed file")
+    parser.add_argument("--world_size", default="1", help="number of ranks (default 1)")
+    parser.add_argument("--gpu_memory_gb", help="memory of one GPU, to warn where the estimate is larger")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", help="override of recipe or task")
+    args = parser.parse_args()
+    if args.task is not None and args.run is not None:
+        parser.error("--run and --task exclude each other")
+    if args.task is not None and args.model is None:
+        parser.error("--task wants --model, the folder that is fine-tuned")
+    if args.task is None and (args.model is not None or args.data is not None):
+        parser.error("--model and --data belong to a --task")
+    return args
 
 
 def _number(option: str, text: str) -> float:

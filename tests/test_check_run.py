@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from config_cases import DEEPSPEED, RECIPE, changed, write_json
+from downstream_cases import review_task
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,6 +47,9 @@ def test_every_error_of_both_files_is_printed_with_exit_code_2(tmp_path: Path) -
         (["--world_size", "nan"], "--world_size: found nan, wanted a positive number"),
         (["--run", "missing.json"], "missing.json: No such file or directory"),
         (["--rum", "missing.json"], "did you mean --run?"),
+        (["--task", "sst2", "--run", "missing.json"], "--run and --task exclude each other"),
+        (["--task", "sst2"], "--task wants --model, the folder that is fine-tuned"),
+        (["--model", "."], "--model and --data belong to a --task"),
     ],
 )
 def test_a_wrong_argument_is_one_line_with_exit_code_2(arguments: list[str], wanted: str) -> None:
@@ -84,3 +88,85 @@ def test_a_file_from_an_old_tutorial_is_told_everything_at_once(tmp_path: Path) 
             *("sparse_attention", "elasticity", "gradient_acumulation_steps", "fp16.enabled", "optimizer.type"),
         ],
     )
+
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+"""Of the tiny models below; the weights themselves are not looked at."""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A folder with the config.json of a model, and a task of 64 rows beside its data."""
+    (tmp_path / "model").mkdir()
+    write_json(tmp_path / "model", "config.json", {**SHAPE, "vocab_size": 100, "max_position_embeddings": 48})
+    review_task(tmp_path)
+    return tmp_path
+
+
+def check_task(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    words = ("--task", "task.json", "--model", "model", "--deepspeed_config", str(ROOT / "ds_configs/zero1.json"))
+    return check_run(*words, *arguments, cwd=folder)
+
+
+def test_a_task_is_checked_as_a_recipe_is_and_its_numbers_are_printed(tiny: Path) -> None:
+    settings = ("training.train_batch_size=8", "training.epochs=2", "max_seq_length=24", "training.precision=fp32")
+    overrides = [word for setting in settings for word in ("--set", setting)]
+    found = check_task(tiny, "--world_size", "2", "--gpu_memory_gb", "0.0001", *overrides)
+    assert found.returncode == 0, found.stderr
+    rows = dict(line.split("  ", 1) for line in found.stdout.splitlines())
+    rows = {name: text.strip() for name, text in rows.items()}
+    assert rows["run"] == "tiny: classification, adamw, fp32, ZeRO stage 1"
+    assert rows["global batch"] == "8 = 4 micro-batch x 1 accumulation x 2 ranks"
+    assert rows["tokens per step"] == "at most 192 (8 x 24)"
+    assert (rows["training rows"], rows["steps"]) == (
+        "about 48",  # a quarter of the 64 is held out
+        "about 12 (2 epochs), the first 1 of them warm-up",
+    )
+    assert "<- this run" in rows["memory at stage 1"]
+    # Twice 12 h^2 and what belongs to them, embeddings of 128 padded rows and 48 places, and a head.
+    weights = int(rows["parameters"].split()[1].replace(",", ""))
+    assert 2 * (4 * 32**2 + 2 * 32 * 64) + (128 + 48) * 32 < weights < 30_000
+    assert "warning: a rank needs about" in found.stderr
+
+
+def test_the_estimate_of_a_task_counts_no_scores_over_the_vocabulary(tiny: Path) -> None:
+    large = {**SHAPE, "vocab_size": 1_000_000, "max_position_embeddings": 48}
+    small = check_task(tiny).stdout.splitlines()
+    write_json(tiny / "model", "config.json", large)
+    activations = [
+        next(line for line in lines if line.startswith("memory at stage 1")).split("activations")[1]
+        for lines in (small, check_task(tiny).stdout.splitlines())
+    ]
+    assert activations[0].split("<-")[0] == activations[1].split("<-")[0]
+
+
+def test_every_problem_of_a_task_with_its_model_is_one_line(tiny: Path) -> None:
+    settings = ("max_seq_length=64", "freeze.layers=3", "training.train_batch_size=7", "training.total_steps=3")
+    overrides = [
+        word
+        for setting in (*settings, "schedule.warmup_fraction=null", "schedule.warmup_steps=4")
+        for word in ("--set", setting)
+    ]
+    found = check_task(tiny, "--world_size", "2", *overrides)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert [line.removeprefix("check_run.py: error: ").split(": ")[1] for line in found.stderr.splitlines()] == [
+        *("schedule.warmup_steps", "max_seq_length", "freeze.layers", "train_batch_size")
+    ]
+
+
+def test_a_number_of_steps_that_is_given_needs_no_rows_and_one_that_is_not_known_refuses_nothing(tiny: Path) -> None:
+    given = check_task(tiny, "--set", "training.total_steps=40")
+    assert "steps              40, the first 4 of them warm-up" in given.stdout, given.stderr
+    few = check_task(tiny, "--set", "schedule.warmup_fraction=null", "--set", "schedule.warmup_steps=400")
+    assert few.returncode == 0, "how many steps there are is decided at the launch"
+
+
+def test_a_model_that_is_no_bert_and_data_that_cannot_be_read_are_named(tiny: Path) -> None:
+    (tiny / "train.tsv").write_text("text\tlabel\nno label\n")
+    found = check_task(tiny)
+    assert (found.returncode, "train.tsv:2" in found.stderr) == (3, True)
+    review_task(tiny)
+    write_json(tiny / "model", "config.json", {"hidden_size": "large"})
+    found = check_task(tiny)
+    assert found.returncode == 2
+    assert found.stderr == "check_run.py: error: --model model: config.json does not hold the sizes of a BERT\n"

@@ -146,7 +146,12 @@ def named_files(run: RunConfig) -> tuple[list[Problem], list[str]]:
 
 def teacher_model(run: RunConfig) -> ModelConfig | None:
     """Return the shape of the model that teaches; None where there is none, or where it is not here."""
-    content = _read_json(Path(run.distillation.teacher) / "config.json") if run.distillation is not None else None
+    return folder_model(Path(run.distillation.teacher)) if run.distillation is not None else None
+
+
+def folder_model(folder: Path) -> ModelConfig | None:
+    """Return the shape of the model of a Hugging Face folder; None where there is none, or it is no BERT's."""
+    content = _read_json(folder / "config.json")
     if not isinstance(content, dict):
         return None
     try:

@@ -166,7 +166,7 @@ def make_plan(run: RunConfig, ds: DsConfig, world_size: int, *, gpu_memory_bytes
     warnings = (*missing, *recipe_warnings(run), *_spread_warnings(run, ds, split))
     tokens, teacher = corpus_tokens(run), teacher_model(run)
     plan = RunPlan(run, ds, split, warnings, tokens, teacher)
-    return _with_memory_warning(plan, gpu_memory_bytes)
+    return replace(plan, warnings=(*plan.warnings, *memory_warnings(plan, gpu_memory_bytes)))
 
 
 def require_files(run: RunConfig, ds: DsConfig) -> None:
@@ -190,11 +190,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
             "run",
             f"{run.name}: {run.optimizer.type}, {precision_text(run.training.precision)}, ZeRO stage {plan.zero_stage}",
         ),
-        (
-            "global batch",
-            f"{plan.train_batch_size:,} = {plan.split.micro_batch_size} micro-batch x {plan.split.accumulation} "
-            f"accumulation x {plan.world_size} ranks",
-        ),
+        ("global batch", batch_text(plan.split)),
         ("tokens per step", f"at most {plan.max_tokens_per_step:,} ({plan.train_batch_size:,} x {length})"),
         ("steps", f"{plan.total_steps:,}, the first {plan.warmup_steps:,} of them warm-up"),
         ("examples", f"{plan.examples_seen:,}, at most {plan.examples_seen * length:,} tokens{_epochs(plan)}"),
@@ -207,7 +203,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         rows.append(("FLOPs of the optimizer", f"{in_optimizer:.3e} a step over all ranks, {share:.1%} of the model's"))
     if plan.teacher is not None:
         rows.insert(6, ("teacher", f"{plan.num_teacher_parameters:,} parameters, whole on every rank"))
-    rows += [_memory_row(plan, stage) for stage in (0, 1, 2, 3)]
+    rows += memory_rows(plan)
     kept = kept_checkpoints(run)
     disk = f"{size_text(plan.checkpoint_bytes)} each, {size_text(plan.disk_bytes)} for {kept} at a time (estimate)"
     speed = size_text(plan.checkpoint_bytes / LAUNCHER_PATIENCE_S)
@@ -216,6 +212,28 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         f"enough for a save above {speed}/s; bert-ds and Slurm wait"
     )
     return [*rows, ("checkpoints", disk), ("stop on request", stop)]
+
+
+def batch_text(split: BatchSplit) -> str:
+    """Return a global batch as the product that it is."""
+    return (
+        f"{split.train_batch_size:,} = {split.micro_batch_size} micro-batch x {split.accumulation} accumulation "
+        f"x {split.world_size} ranks"
+    )
+
+
+def memory_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    """Return the memory of a rank at each ZeRO stage as rows of name and text."""
+    return [_memory_row(plan, stage) for stage in (0, 1, 2, 3)]
+
+
+def memory_warnings(plan: RunPlan, gpu_memory_bytes: int | None) -> list[str]:
+    """Return what to do where a rank needs more than a GPU has; nothing where that is not known."""
+    needed = plan.memory().device
+    if gpu_memory_bytes is None or needed <= gpu_memory_bytes:
+        return []
+    needs = f"a rank needs about {size_text(needed)}, a GPU has {size_text(gpu_memory_bytes)}"
+    return [f"{needs}: try a smaller micro-batch"]
 
 
 def size_text(number: float) -> str:
@@ -256,14 +274,6 @@ def _spread_warnings(run: RunConfig, ds: DsConfig, split: BatchSplit) -> list[st
     if "nvme" in (ds.offload_optimizer, ds.offload_param):
         warnings.append(f"offload to NVMe has not been tried with {run.optimizer.type}")
     return warnings
-
-
-def _with_memory_warning(plan: RunPlan, gpu_memory_bytes: int | None) -> RunPlan:
-    needed = plan.memory().device
-    if gpu_memory_bytes is None or needed <= gpu_memory_bytes:
-        return plan
-    text = f"a rank needs about {size_text(needed)}, a GPU has {size_text(gpu_memory_bytes)}: try a smaller micro-batch"
-    return replace(plan, warnings=(*plan.warnings, text))
 
 
 def _epochs(plan: RunPlan) -> str:
