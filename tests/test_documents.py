@@ -124,6 +124,19 @@ def test_bad_utf8_is_named_by_file_and_byte(tmp_path: Path) -> None:
         texts(path)
 
 
+@pytest.mark.parametrize(
+    ("encoding", "found"),
+    [("gb18030", "gb18030"), ("utf-16", "utf-16"), ("utf-16-le", "utf-16"), ("latin-1", "latin-1")],
+)
+def test_text_in_another_encoding_is_refused_with_its_name_and_what_converts_it(
+    encoding: str, found: str, tmp_path: Path
+) -> None:
+    text = "north of the café\n" if encoding in ("latin-1", "utf-16-le") else "北京天气很好\n"
+    path = write(tmp_path / "a.txt", text.replace("é", "e" if encoding == "utf-16-le" else "é").encode(encoding))
+    with pytest.raises(DataError, match=rf'a\.txt.*line 1.*encoding .*"{found}".*iconv -f ENCODING -t utf-8'):
+        texts(path)
+
+
 def test_a_folder_is_read_recursively_in_order_and_other_files_are_told(tmp_path: Path) -> None:
     write(tmp_path / "c/b.txt", "two")
     write(tmp_path / "c/a/z.jsonl", '{"text": "one"}')

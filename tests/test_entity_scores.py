@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from seqeval import metrics
 from seqeval.scheme import IOB2, IOBES
 
-from bert_ds.downstream.scores.entity_scores import Entity, entities, entity_scores
+from bert_ds.downstream.scores.entity_scores import Entity, entities, entity_scores, tag_figures
 
 BIO_TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 BIOES_TAGS = [*BIO_TAGS, "E-PER", "S-PER", "E-LOC", "S-LOC"]
@@ -113,3 +113,8 @@ def test_scores_are_those_of_seqeval(reading: str, tags: list[str], rules: dict[
             assert ours[key] == pytest.approx(theirs(gold, found, zero_division=0, **rules))
 
     compare()
+
+
+def test_rows_without_any_entity_have_every_figure() -> None:
+    found = tag_figures([("O", "O"), ("O",)], [("O", "O"), ("O",)], ("O",))
+    assert (found["f1"], found["conlleval_f1"], found["accuracy"]) == (0.0, 0.0, 1.0)

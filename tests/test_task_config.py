@@ -95,6 +95,13 @@ def test_a_metric_of_the_other_way_of_tagging_is_refused(tmp_path: Path, scheme:
     ]
 
 
+def test_intents_with_slots_that_mark_no_entities_have_no_f1(tmp_path: Path) -> None:
+    data = {**DATA, "fields": {"words": "w", "tags": "t", "intent": "i"}}
+    assert problems(tmp_path, kind="intent_slot", data=data, metric="f1") == [
+        'metric: "f1" does not go with data.tag_scheme "none"'
+    ]
+
+
 def test_a_task_that_is_not_shipped_is_named_with_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match=r'--task: found "sst3", wanted .*did you mean "sst2"'):
         load_task("sst3")

@@ -178,8 +178,11 @@ def _hint(path: str | Path, encoding: str) -> str:
         head = file.read(1 << 16)
     if not any(head):
         return " (a hole in a sparse file?)"
-    if encoding not in ("utf-8", "utf-8-sig"):
-        return ""
+    return encoding_hint(head) if encoding in ("utf-8", "utf-8-sig") else ""
+
+
+def encoding_hint(head: bytes) -> str:
+    """Return which encoding text that is no UTF-8 may have, from bytes at its beginning; "" where none can be told."""
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return ' (encoding "utf-16"?)'
     if b"\0" in head:

@@ -212,7 +212,7 @@ def task_problems(task: TaskConfig) -> list[Problem]:
     if task.class_weights != "none" and not facts.has_class_weights:
         problems.append(Problem("class_weights", f'"{task.class_weights}" is for classification and token tasks'))
     others = ENTITY_METRICS if data.tag_scheme == "none" else WORD_METRICS
-    if task.kind == "token_classification" and task.metric in others:
+    if "tags" in facts.roles and task.metric in others:
         problems.append(Problem("metric", f'"{task.metric}" does not go with data.tag_scheme "{data.tag_scheme}"'))
     if data.tag_scheme != "none" and "tags" not in facts.roles:
         problems.append(Problem("data.tag_scheme", f"a {task.kind} task has no tags"))

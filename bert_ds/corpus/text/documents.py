@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import IO, NamedTuple
 
+from bert_ds.basics.input_gate import encoding_hint
 from bert_ds.basics.ranks import DataError
 from bert_ds.corpus.text.input_files import InputFile, find_input_files, open_decompressed, open_seekable
 
@@ -22,6 +23,7 @@ _PARQUET_ROWS_AT_ONCE = 8
 _LINE_OVERHEAD = 64
 """Bytes that a line takes in memory beside its characters: a document may consist of empty lines."""
 _LONGEST_TAG = 4096
+_CONVERT = ": raw text is read as UTF-8 alone, iconv -f ENCODING -t utf-8 converts it"
 
 
 class Document(NamedTuple):
@@ -80,7 +82,10 @@ def _lines(file: InputFile, stream: IO[bytes]) -> Iterator[tuple[int, str]]:
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{file.path} is not UTF-8 at byte {start + error.start} (line {number})") from None
+            place = f"byte {start + error.start} (line {number}){encoding_hint(line)}"
+            raise DataError(f"{file.path} is not UTF-8 at {place}{_CONVERT}") from None
+        if 3 * line.count(0) > len(line):
+            raise DataError(f'{file.path}, line {number}: holds NUL bytes (encoding "utf-16"?){_CONVERT}')
         start += len(line)
         yield number, (text.removeprefix("\ufeff") if number == 1 else text).rstrip("\r\n")
 
