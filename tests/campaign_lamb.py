@@ -119,7 +119,7 @@ def _layer_shapes() -> list[tuple[int, ...]]:
 
 def measure_errors() -> None:
     """Append the error of every stage and world size after 20 steps."""
-    unsharded = train_unsharded(paper, 20, settings=SETTINGS, clip=CLIP)
+    unsharded = train_unsharded(lambda name: paper, 20, settings=SETTINGS, clip=CLIP)
     cases = [Case(stage, optimizer=name) for name in ("lamb", "plain") for stage in STAGES]
     for world_size in (1, 2, 3, 4):
         for case, report in zip(cases, run_ranks(run_cases, world_size, cases, timeout_s=1800)[0], strict=True):

@@ -122,23 +122,23 @@ class Trajectory(NamedTuple):
 
 
 def train_unsharded(
-    formula: Formula | Callable[[str], Formula],
+    formula_of: Callable[[str], Formula],
     num_steps: int,
     *,
     settings: Settings,
     clip: float,
     dtype: torch.dtype = torch.float32,
-    by_name: bool = False,
+    num_micro_batches: int = NUM_MICRO_BATCHES,
 ) -> Trajectory:
-    """Train the small BERT on one process with whole tensors, by one formula or, `by_name`, by that of each name."""
+    """Train the small BERT on one process with whole tensors, each by the formula of its name."""
     model = make_model().to(dtype)
     states = {name: State(p) for name, p in model.named_parameters()}
     losses, norms = [], []
     for step in range(num_steps):
         model.zero_grad()
         total = 0.0
-        for index in range(NUM_MICRO_BATCHES):
-            loss = model(*micro_batch(step, index)) / NUM_MICRO_BATCHES
+        for index in range(num_micro_batches):
+            loss = model(*micro_batch(step, index)) / num_micro_batches
             loss.backward()
             total += float(loss.detach())
         norms.append(math.sqrt(sum(norm(p.grad) ** 2 for p in model.parameters())))
@@ -147,8 +147,7 @@ def train_unsharded(
         with torch.no_grad():
             for name, p in model.named_parameters():
                 own = settings._replace(decay=decay_of(name))
-                formula_here = formula(name) if by_name else formula
-                p.copy_(formula_here(p, p.grad * scale, states[name], own))
+                p.copy_(formula_of(name)(p, p.grad * scale, states[name], own))
     return Trajectory({name: p.detach().clone() for name, p in model.named_parameters()}, losses, norms)
 
 

@@ -45,22 +45,20 @@ CLIP = 1.0
 PARTS = {"*qkv.weight": ("query", "key", "value"), "*qv_bias": ("query", "value")}
 
 
-class Shadowed(ShardedOptimizer):
-    """Mixed into an optimizer under test: also applies the published formula to whole tensors.
+class Watched(ShardedOptimizer):
+    """Mixed into an optimizer under test: compares its masters with what whole gradients would have made of them.
 
     Whole gradients are put together from the shards by DeepSpeed's own order (storage offset, sub-group order), not by
     the layout under test.
     """
 
-    formula: Formula
-
     scaled_rates = False
+    params: dict[str, nn.Parameter]
+    """By name, once `watch` has been called."""
 
-    def watch(self, named_parameters: Sequence[tuple[str, nn.Parameter]], dtype: torch.dtype) -> None:
-        self.params = dict(named_parameters)
-        self.shadow = {name: whole_model_value(p).to(dtype).float() for name, p in self.params.items()}
-        self.shadow_states = {name: State(w) for name, w in self.shadow.items()}
-        self.worst = 0.0
+    def _compare(self, group: GroupStep, gradients: dict[str, Tensor], masters: dict[str, Tensor]) -> None:
+        """Look at one group after its step."""
+        raise NotImplementedError
 
     def _update(self, groups: Sequence[GroupStep]) -> None:
         if not hasattr(self, "params"):
@@ -69,18 +67,7 @@ class Shadowed(ShardedOptimizer):
         gradients = [self._whole([shard.flat.grad_E for shard in group.shards], group) for group in groups]
         super()._update(groups)
         for group, whole in zip(groups, gradients, strict=True):
-            masters = self._whole([shard.flat.param_E for shard in group.shards], group)
-            for name, gradient in whole.items():
-                lr = group.settings["lr"] * (rate_of(name) if self.scaled_rates else 1.0)
-                settings = SETTINGS._replace(decay=decay_of(name), lr=lr)
-                new = type(self).formula(self.shadow[name].view(-1), gradient, self._flat_state(name), settings)
-                self.shadow[name] = new.view(self.shadow[name].shape)
-                self.worst = max(self.worst, relative_error(masters[name], new))
-
-    def _flat_state(self, name: str) -> State:
-        state = self.shadow_states[name]
-        state.m, state.v = state.m.view(-1), state.v.view(-1)
-        return state
+            self._compare(group, whole, self._whole([shard.flat.param_E for shard in group.shards], group))
 
     def _whole(self, locals_: list[Tensor], group: GroupStep) -> dict[str, Tensor]:
         owned = [entry.name for entry in self._owned]
@@ -105,6 +92,31 @@ class Shadowed(ShardedOptimizer):
             found[by_param[p]] = torch.cat([part[offset : offset + size] for part in parts])[: p.ds_numel].clone()
             offset += size
         return found
+
+
+class Shadowed(Watched):
+    """Also applies the published formula to whole tensors."""
+
+    formula: Formula
+
+    def watch(self, named_parameters: Sequence[tuple[str, nn.Parameter]], dtype: torch.dtype) -> None:
+        self.params = dict(named_parameters)
+        self.shadow = {name: whole_model_value(p).to(dtype).float() for name, p in self.params.items()}
+        self.shadow_states = {name: State(w) for name, w in self.shadow.items()}
+        self.worst = 0.0
+
+    def _compare(self, group: GroupStep, gradients: dict[str, Tensor], masters: dict[str, Tensor]) -> None:
+        for name, gradient in gradients.items():
+            lr = group.settings["lr"] * (rate_of(name) if self.scaled_rates else 1.0)
+            settings = SETTINGS._replace(decay=decay_of(name), lr=lr)
+            new = type(self).formula(self.shadow[name].view(-1), gradient, self._flat_state(name), settings)
+            self.shadow[name] = new.view(self.shadow[name].shape)
+            self.worst = max(self.worst, relative_error(masters[name], new))
+
+    def _flat_state(self, name: str) -> State:
+        state = self.shadow_states[name]
+        state.m, state.v = state.m.view(-1), state.v.view(-1)
+        return state
 
 
 def shadowed(optimizer: type[ShardedOptimizer], formula: Formula) -> type[ShardedOptimizer]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lamb_bert import decay_of
-from lamb_optimizers import PARTS, Shadowed, make_optimizer, rate_of, whole_model_value
+from lamb_optimizers import PARTS, Watched, make_optimizer, rate_of, whole_model_value
 from lamb_reference import Formula, Settings, State, adamw, norm
 from torch import Tensor, nn
 
@@ -47,10 +47,8 @@ def newton_schulz(x: Tensor) -> Tensor:
     return x
 
 
-class WatchedMuon(Muon):
+class WatchedMuon(Watched, Muon):
     """Also steps a second Muon on whole tensors, put together by DeepSpeed's own order, and counts what differs."""
-
-    scaled_rates = False
 
     def watch(self, named_parameters: Sequence[tuple[str, nn.Parameter]], dtype: torch.dtype) -> None:
         self.params = dict(named_parameters)
@@ -61,21 +59,12 @@ class WatchedMuon(Muon):
         declare(self.twin, fused_qkv=any("qkv" in name for name in self.params), scaled_rates=self.scaled_rates)
         self.num_different = 0
 
-    _whole = Shadowed._whole
-
-    def _update(self, groups: Sequence[GroupStep]) -> None:
-        if not hasattr(self, "twin"):
-            super()._update(groups)
-            return
-        gradients = [self._whole([shard.flat.grad_E for shard in group.shards], group) for group in groups]
-        super()._update(groups)
-        for group, whole in zip(groups, gradients, strict=True):
-            masters = self._whole([shard.flat.param_E for shard in group.shards], group)
-            for name, twin in self.twins.items():
-                twin.grad = whole[name].view(twin.shape) if name in whole else None
-            self.twin.step()
-            for name in whole:
-                self.num_different += int((masters[name].view(-1) != self.twins[name].detach().view(-1)).sum())
+    def _compare(self, group: GroupStep, gradients: dict[str, Tensor], masters: dict[str, Tensor]) -> None:
+        for name, twin in self.twins.items():
+            twin.grad = gradients[name].view(twin.shape) if name in gradients else None
+        self.twin.step()
+        for name in gradients:
+            self.num_different += int((masters[name].view(-1) != self.twins[name].detach().view(-1)).sum())
 
 
 class InBf16(WatchedMuon):

@@ -44,7 +44,7 @@ Saved = partial(Case, num_micro_batches=4)
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_twenty_steps_are_those_of_whole_tensors_at_every_stage(world_size: int) -> None:
-    unsharded = train_unsharded(paper, 20, settings=SETTINGS, clip=CLIP)
+    unsharded = train_unsharded(lambda name: paper, 20, settings=SETTINGS, clip=CLIP)
     reports = run_ranks(run_cases, world_size, [Case(stage) for stage in (0, 1, 2, 3)], timeout_s=900)[0]
     errors = [worst_error(report.weights, unsharded.weights)[0] for report in reports]
     assert max(errors) <= 1e-6, errors

@@ -22,16 +22,19 @@ from lamb_reference import paper, worst_error
 from lamb_runs import Case, Report, run_cases
 from ranks_harness import run_ranks
 
-Long = partial(Case, num_steps=12)
-Short = partial(Case, num_steps=5)
-Shadow = partial(Case, optimizer="shadowed", num_steps=4, num_micro_batches=4)
+MICRO_BATCHES = 6
+"""Of a step, over 1, 2 or 3 ranks."""
+LONG_CLIP = 1.8
+Long = partial(Case, num_steps=8, num_micro_batches=MICRO_BATCHES, top={"gradient_clipping": LONG_CLIP})
+Short = partial(Case, num_steps=5, num_micro_batches=MICRO_BATCHES)
+Shadow = partial(Case, optimizer="shadowed", num_steps=3, num_micro_batches=4)
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 20, "hysteresis": 1}}
 GRAD_ACCUM_FP32 = {"data_types": {"grad_accum_dtype": "fp32"}}
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 CPU = {"device": "cpu"}
 
 TRAJECTORIES = [Long(stage) for stage in (0, 1, 2, 3)]
-FUSED = [Long(stage, fused_qkv=True) for stage in (0, 1, 2, 3)]
+FUSED = [Short(stage, fused_qkv=True) for stage in (0, 1, 2, 3)]
 PADDED = [Short(2, poison_padding=True), Short(3, poison_padding=True)]
 WRONG = [
     (Short(1, optimizer="plain"), 0.1),
@@ -60,8 +63,8 @@ SHADOWS = [
     Shadow(3, "bf16", zero_init=True),
     Shadow(3, "bf16", zero={"zero_hpz_partition_size": 2}),
     Shadow(3, top=AUTOCAST),
-    *[Shadow(stage, optimizer=name) for stage in (1, 3) for name in ("lans", "stable_adamw", "adamw", "lion")],
-    *[Shadow(stage, optimizer="shadowed", scaled_rates=True) for stage in (2, 3)],
+    *[Shadow(1, optimizer=name) for name in ("lans", "stable_adamw", "adamw", "lion")],
+    Shadow(2, optimizer="shadowed", scaled_rates=True),
     *[Shadow(3, optimizer=name, scaled_rates=True) for name in ("lans", "stable_adamw", "adamw", "lion")],
     *[Shadow(2 + index % 2, optimizer=name) for index, name in enumerate(VARIANTS)],
 ]
@@ -83,7 +86,8 @@ def by_label(cases: Sequence[Case], world_size: int) -> dict[str, list[Report]]:
 @pytest.fixture(scope="module")
 def unsharded() -> dict[int, Trajectory]:
     """Unsharded runs by number of steps."""
-    return {n: train_unsharded(paper, n, settings=SETTINGS, clip=CLIP) for n in (5, 12)}
+    settings: dict[str, Any] = {"settings": SETTINGS, "num_micro_batches": MICRO_BATCHES}
+    return {n: train_unsharded(lambda name: paper, n, clip=clip, **settings) for n, clip in ((5, CLIP), (8, LONG_CLIP))}
 
 
 @pytest.fixture(scope="module")
@@ -98,21 +102,20 @@ def two_ranks() -> dict[str, list[Report]]:
 def other_world_sizes() -> dict[tuple[int, str], list[Report]]:
     cases = {
         1: [IN_FP32, IN_BF16, Short(1), Short(3)],
-        3: [Short(2), Short(3)],
-        4: [Short(1), Short(3, poison_padding=True)],
+        3: [Short(1), Short(2), Short(3, poison_padding=True)],
     }
     return {(n, label): reports for n in cases for label, reports in by_label(cases[n], n).items()}
 
 
 @pytest.mark.parametrize("case", TRAJECTORIES, ids=lambda case: case.label)
-def test_twelve_steps_on_two_ranks_are_those_of_whole_tensors(case: Case, two_ranks: Any, unsharded: Any) -> None:
-    error, name = worst_error(two_ranks[case.label][0].weights, unsharded[12].weights)
+def test_eight_steps_on_two_ranks_are_those_of_whole_tensors(case: Case, two_ranks: Any, unsharded: Any) -> None:
+    error, name = worst_error(two_ranks[case.label][0].weights, unsharded[8].weights)
     assert error <= 1e-6, name
 
 
 @pytest.mark.parametrize("case", FUSED, ids=lambda case: case.label)
 def test_query_key_and_value_in_one_tensor_are_stepped_like_three(case: Case, two_ranks: Any, unsharded: Any) -> None:
-    error, name = worst_error(two_ranks[case.label][0].weights, fuse_qkv(unsharded[12].weights))
+    error, name = worst_error(two_ranks[case.label][0].weights, fuse_qkv(unsharded[5].weights))
     assert error <= 1e-6, name
 
 
@@ -124,7 +127,7 @@ def test_a_part_of_a_tensor_straddles_the_ranks(case: Case, two_ranks: Any) -> N
 
 @pytest.mark.parametrize(
     ("world_size", "case"),
-    [(1, Short(1)), (1, Short(3)), (3, Short(2)), (3, Short(3)), (4, Short(1)), (4, Short(3, poison_padding=True))],
+    [(1, Short(1)), (1, Short(3)), (3, Short(1)), (3, Short(2)), (3, Short(3, poison_padding=True))],
     ids=lambda value: getattr(value, "label", str(value)),
 )
 def test_other_world_sizes_are_those_of_whole_tensors(
@@ -142,9 +145,9 @@ def test_a_tensor_straddles_the_ranks(stage: int, two_ranks: Any) -> None:
 
 def test_clipping_fires_and_later_does_not(two_ranks: Any, unsharded: Any) -> None:
     norms = two_ranks[Long(2).label][0].grad_norms
-    assert norms[0] > 2 * CLIP
-    assert norms[-1] < CLIP
-    assert norms == pytest.approx(unsharded[12].grad_norms, rel=1e-4)
+    assert norms[0] > 1.2 * LONG_CLIP
+    assert norms[-1] < LONG_CLIP
+    assert norms == pytest.approx(unsharded[8].grad_norms, rel=1e-4)
 
 
 def test_the_tied_decoder_is_one_tensor(two_ranks: Any) -> None:
