@@ -63,10 +63,10 @@ class Kind(NamedTuple):
 
 
 KINDS = [
-    *[Kind(stage, optimizer) for stage in (1, 2, 3) for optimizer in ("lamb", "adamw")],
+    *[Kind(stage, optimizer) for stage, optimizer in ((1, "adamw"), (1, "lamb"), (2, "lamb"), (3, "lamb"))],
     Kind(0),
     Kind(0, "adamw", "bf16"),
-    Kind(1, "lamb", "bf16"),
+    Kind(1, "adamw", "bf16"),
     Kind(3, "stableadamw", "bf16"),
     Kind(0, "muon"),
     Kind(2, "muon", "bf16"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
-from fork_server import free_port
+from fork_server import launch, plain_environment, rank_facts
 from test_restart import wait_until
 from tiny_training import ds_config, join_alone, micro_batch, step_batches, tiny_engine, tiny_plan, tiny_services
 
@@ -24,7 +26,7 @@ from bert_ds.training.launch.hang_watchdog import Heartbeat, explain_hang, signa
 from bert_ds.training.launch.process_group import joined_ranks
 from bert_ds.training.loop.train_loop import train
 
-LIMIT_S = 3.0
+LIMIT_S = 2.0
 ENDED = -(signal.SIGRTMIN + 1)
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,6 +59,7 @@ def sick_batches(kind: str, run_dir: Path, rank: int) -> Iterator[Any]:
 
 def train_until_it_hangs(kind: str, run_dir: Path) -> None:
     """One of the two processes of a launch: it must not return."""
+    torch.set_num_threads(1)
     rank, heartbeat = int(os.environ["RANK"]), Heartbeat()
     ranks = Ranks(rank, rank, 2)
     with joined_ranks(ranks):
@@ -69,28 +72,19 @@ def train_until_it_hangs(kind: str, run_dir: Path) -> None:
             train(engine, batches, state=TrainState(), plan=plan, services=services)
 
 
-def launch(kind: str, run_dir: Path) -> list[subprocess.Popen[str]]:
-    """Start two ranks."""
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "LOCAL_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "BERT_DS_EXITS": str(run_dir),
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, __file__, kind, str(run_dir)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+def launch_two(kind: str, run_dir: Path) -> tuple[tuple[int, ...], str]:
+    """Let two ranks train until they hang; return their exit codes and what they said on stderr."""
+    orders, folder = [], run_dir / "launch"
+    folder.mkdir()
+    for rank, facts in enumerate(rank_facts(2)):
+        call, said = folder / f"call{rank}", str(folder / f"said{rank}")
+        call.write_bytes(
+            pickle.dumps(("test_hang_watchdog", "train_until_it_hangs", (kind, run_dir), f"{call}.answer"))
         )
-        for rank in (0, 1)
-    ]
+        environment = plain_environment() | facts | {"BERT_DS_EXITS": str(run_dir)}
+        orders.append({"env": environment, "cwd": str(ROOT), "call": str(call), "out": said, "err": said})
+    codes = launch(orders, timeout_s=120)
+    return tuple(codes), "".join(Path(order["err"]).read_text("utf-8", "replace") for order in orders)
 
 
 @pytest.mark.parametrize(
@@ -114,14 +108,9 @@ def test_a_hang_is_named_and_ended_with_the_stacks_of_both_ranks(
     kind: str, codes: tuple[int, int], said: str, tmp_path: Path
 ) -> None:
     os.mkfifo(tmp_path / "shard")
-    ranks = launch(kind, tmp_path)
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert tuple(process.returncode for process in ranks) == codes
-    assert said in errors[0] + errors[1]
+    ended, errors = launch_two(kind, tmp_path)
+    assert ended == codes
+    assert said in errors
     assert [said in record.message for record in read_exits(tmp_path).values()] == [True]
     waiting = "in sick_save" if kind == "stopped in a save" else "agree_on_totals"
     for rank, function in ((0, waiting), (1, "in train_until_it_hangs")):
@@ -161,7 +150,7 @@ def test_the_stacks_of_a_stopped_process_show_where_it_was_stopped(tmp_path: Pat
     process = subprocess.Popen([sys.executable, "-c", STOPS_AGAIN_AND_AGAIN, log])
     state = Path(f"/proc/{process.pid}/stat")
     try:
-        for number in range(60):  # with os.kill one of these fails, most times
+        for number in range(30):  # with os.kill one of these fails, most times
             assert wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T", 30)
             time.sleep(0.02)
             log.write_text("")
@@ -204,7 +193,3 @@ def test_the_rank_that_is_least_far_is_named() -> None:
         "rank 2 made no progress for 61 s in data wait of step 4; the others wait in forward and backward of step 5"
     )
     assert explain_hang({0: report, 1: report}, world_size=2).startswith("all ranks made no progress for 61 s")
-
-
-if __name__ == "__main__":
-    train_until_it_hangs(sys.argv[1], Path(sys.argv[2]))

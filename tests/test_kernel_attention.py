@@ -53,9 +53,17 @@ def check_by_the_2x_rule(qkv: Tensor, cu_seqlens: Tensor, **options) -> None:  #
         assert_close_to_truth(value, truth[name], peer[name], name=name, atol=ATOL[qkv.dtype])
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("lengths", [SHORT, LONG], ids=["short", "long"])
+@pytest.mark.parametrize(
+    ("lengths", "dtype", "dropout_p"),
+    [
+        (SHORT, torch.float32, 0.1),
+        (SHORT, torch.float16, 0.0),
+        (SHORT, torch.bfloat16, 0.1),
+        (LONG, torch.float32, 0.0),
+        (LONG, torch.float16, 0.1),
+        (LONG, torch.bfloat16, 0.0),
+    ],
+)
 def test_output_and_gradients_are_as_near_to_the_truth_as_torch(
     lengths: tuple[int, ...], dtype: torch.dtype, dropout_p: float
 ) -> None:
@@ -63,8 +71,9 @@ def test_output_and_gradients_are_as_near_to_the_truth_as_torch(
     check_by_the_2x_rule(qkv, cu_seqlens, dropout_p=dropout_p, dropout_seed=SEED, site=3)
 
 
-@pytest.mark.parametrize("head_dim", [1, 20, 64, 128])
-@pytest.mark.parametrize("lengths", [(13,), (65,)], ids=["short", "long"])
+@pytest.mark.parametrize(
+    ("lengths", "head_dim"), [((13,), 1), ((13,), 20), ((13,), 128), ((65,), 1), ((65,), 20), ((65,), 128)]
+)
 def test_head_dims_up_to_128_are_padded(lengths: tuple[int, ...], head_dim: int) -> None:
     qkv, cu_seqlens = packed(lengths, heads=1, head_dim=head_dim, dtype=torch.float16)
     check_by_the_2x_rule(qkv, cu_seqlens, dropout_p=0.1, dropout_seed=SEED)

@@ -55,9 +55,17 @@ def check_by_the_2x_rule(num_tokens: int, width: int, dtype: torch.dtype, **opti
         assert_close_to_truth(value, truth[name], peer[name], name=name, atol=atol)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("num_tokens", "width"), [(1, 8), (131, 24), (67, 768)])
+@pytest.mark.parametrize(
+    ("num_tokens", "width", "dtype", "dropout_p"),
+    [
+        (1, 8, torch.float32, 0.1),
+        (1, 8, torch.bfloat16, 0.0),
+        (131, 24, torch.float32, 0.0),
+        (131, 24, torch.float16, 0.1),
+        (67, 768, torch.bfloat16, 0.1),
+        (67, 768, torch.float16, 0.0),
+    ],
+)
 def test_output_and_gradients_are_as_near_to_the_truth_as_torch(
     num_tokens: int, width: int, dtype: torch.dtype, dropout_p: float
 ) -> None:
@@ -72,8 +80,10 @@ def test_the_2x_rule_holds_over_the_whole_matrix(num_tokens: int, width: int, dt
     check_by_the_2x_rule(num_tokens, width, dtype, dropout_p=0.1, dropout_seed=SEED, site=3)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 63, 64, 65, 128, 700, 5000])
-@pytest.mark.parametrize("num_rows", [1, 3, 300])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_rows"),
+    [(1, 3), (63, 1), (64, 3), (65, 300), (128, 1), (700, 300), (700, 3), (5000, 3)],
+)
 def test_rows_are_summed_right_however_many_chunks_share_them(num_tokens: int, num_rows: int) -> None:
     generator = torch.Generator().manual_seed(num_tokens)
     dz = torch.randint(-8, 9, (num_tokens, 8), generator=generator).float().to(DEVICE)
@@ -109,8 +119,8 @@ def test_the_gradient_sees_the_mask_of_the_reference() -> None:
 
 
 def test_neither_tile_changes_more_than_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    indices, tensors = arguments(131, 24, torch.float32)
-    dout = dout_of(131, 24, torch.float32)
+    indices, tensors = arguments(70, 24, torch.float32)
+    dout = dout_of(70, 24, torch.float32)
     options = {"dropout_p": 0.1, "dropout_seed": SEED}
     expected = results(embedding, indices, tensors, dout, **options)
     monkeypatch.setattr(embedding_kernels, "LAYER_NORM", {"default": ((1 << 62, Tile(8, 3, 4, 1)),)})

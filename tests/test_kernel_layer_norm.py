@@ -65,9 +65,20 @@ def check_by_the_2x_rule(kernel: Callable, reference: Callable, tensors: dict[st
         assert_close_to_truth(value, truth[name], peer[name], name=name, atol=ATOL[value.dtype])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize(("num_rows", "width"), [(1, 768), (13, 256), (5, 1024), (3, 7), (2, 4096)])
+@pytest.mark.parametrize(
+    ("num_rows", "width", "dropout_p", "dtype"),
+    [
+        (1, 768, 0.1, torch.float32),
+        (1, 768, 0.0, torch.bfloat16),
+        (13, 256, 0.1, torch.float16),
+        (13, 256, 0.0, torch.float32),
+        (5, 1024, 0.1, torch.bfloat16),
+        (5, 1024, 0.0, torch.float16),
+        (3, 7, 0.1, torch.float16),
+        (3, 7, 0.0, torch.bfloat16),
+        (2, 4096, 0.1, torch.float32),
+    ],
+)
 def test_the_fused_operator_is_as_near_to_the_truth_as_torch(
     num_rows: int, width: int, dropout_p: float, dtype: torch.dtype
 ) -> None:
