@@ -37,6 +37,7 @@ from bert_ds.configuration.task.task_checks import checked_split
 from bert_ds.configuration.task.task_config import TaskConfig, TrainedTask, dump_task, trained_task
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer, load_tokenizer
 from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.kinds.trivial import trivial_figures
 from bert_ds.downstream.rows.task_batch import TaskBatch
 from bert_ds.downstream.rows.task_batches import features_fingerprint, step_batches
 from bert_ds.downstream.scores.metrics import require_metrics
@@ -44,7 +45,6 @@ from bert_ds.downstream.tuning.outcome import Outcome, conclude, write_summary
 from bert_ds.downstream.tuning.task_engine import BestStep, build_model, with_dropout
 from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
 from bert_ds.downstream.tuning.taught_model import load_teacher
-from bert_ds.downstream.untrained.trivial import trivial_figures
 from bert_ds.encoder.pretrained import Pretrained, check_tokenizer, load_pretrained
 from bert_ds.folders.output_folders import open_run_folder
 from bert_ds.launch.command_line import run_main
@@ -133,7 +133,8 @@ def open_task(
     rows = read_task(task, tokenizer, say=print if ranks.is_main else lambda text: None)
     trivial = None
     if args.trivial:
-        trivial = on_main_rank(lambda: trivial_figures(task, rows))
+        sides = rows.train.examples, rows.validation.examples
+        trivial = on_main_rank(lambda: trivial_figures(KINDS[task.kind], *sides, rows.labels))
     earlier = [] if args.resume == "never" else run_dirs
     decision = decide_precision(task.training.precision, pretrained.config, earlier=earlier)
     return Start(ds, pretrained, tokenizer, rows, ranks, stop, args, trivial, decision)

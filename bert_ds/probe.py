@@ -15,12 +15,12 @@ import torch
 
 from bert_ds.basics.whole_files import write_json
 from bert_ds.configuration.task.task_config import ConfigError, TaskConfig, load_task
+from bert_ds.configuration.task.task_kinds import KIND_FACTS
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.downstream.scores.figures import draw_probes
 from bert_ds.downstream.scores.metrics import require_metrics
 from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
 from bert_ds.downstream.untrained.probing import (
-    PROBED_KINDS,
     Probe,
     layer_vectors,
     majority_accuracy,
@@ -46,8 +46,9 @@ def main() -> None:
     args = parser.parse_args()
     require_metrics()
     task = load_task(args.task, args.set, data=args.data)
-    if task.kind not in PROBED_KINDS:
-        raise ConfigError(f"task {task.name} is {task.kind}; what can be probed for is {' or '.join(PROBED_KINDS)}")
+    if not KIND_FACTS[task.kind].probed_target:
+        kinds = " or ".join(kind for kind, facts in KIND_FACTS.items() if facts.probed_target)
+        raise ConfigError(f"task {task.name} is {task.kind}; what can be probed for is {kinds}")
     if args.max_vectors < 1:
         raise ConfigError(f"--max_vectors is {args.max_vectors}, wanted at least 1")
     if args.output is not None:
@@ -77,7 +78,7 @@ def probe_encoder(encoder: BertEncoder, task: TaskConfig, rows: TaskRows, *, lim
     print(
         f"{len(train.targets_n):,} vectors to learn from, {len(held_out.targets_n):,} held out, majority {majority:.4f}"
     )
-    return probe_layers(train, held_out, rows.labels[PROBED_KINDS[task.kind]], seed=task.seed)
+    return probe_layers(train, held_out, rows.labels[KIND_FACTS[task.kind].probed_target], seed=task.seed)
 
 
 def report(task: TaskConfig, found: dict[str, list[Probe]], *, output: Path | None) -> None:

@@ -33,7 +33,7 @@ from bert_ds.basics.ranks import DataError, Ranks, read_ranks
 from bert_ds.configuration.task.task_config import ConfigError, TaskConfig
 from bert_ds.configuration.task.task_kinds import KIND_FACTS
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
-from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.kinds.table import KINDS, UNTRAINED
 from bert_ds.downstream.scores.metrics import require_metrics
 from bert_ds.downstream.tuning.outcome import (
     measure_side,
@@ -46,7 +46,6 @@ from bert_ds.downstream.tuning.outcome import (
 from bert_ds.downstream.tuning.task_folder import read_task_folder, tokenizer_folder
 from bert_ds.downstream.tuning.task_rows import read_task
 from bert_ds.downstream.untrained.masked_words import score_masked_words
-from bert_ds.downstream.untrained.untrained import UNTRAINED
 from bert_ds.encoder.pretrained import check_tokenizer, load_masked_lm
 from bert_ds.folders.output_folders import open_results_folder
 from bert_ds.launch.command_line import run_main

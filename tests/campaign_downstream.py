@@ -5,7 +5,7 @@
 FOLDER of data holds wikipedia_en, wikipedia_zh and the folders that the shipped tasks name. First a small BERT per
 language is pre-trained on its Wikipedia by `campaign_downstream_en.json` and `..._zh.json`, and exported. Then every
 task is fine-tuned from it and from the same network with random weights: same rows, epochs, learning rate and seeds,
-at most 10,000 training rows. The trivial methods (`downstream/untrained/trivial.py`) see the same rows on the same
+at most 10,000 training rows. The trivial methods (`downstream/kinds/trivial.py`) see the same rows on the same
 split.
 
 With --longer the English model is trained on by `campaign_downstream_en_longer.json`, with wikipedia_en_more beside its
@@ -36,8 +36,9 @@ import transformers
 
 from bert_ds.configuration.task.task_config import load_task
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.kinds.trivial import trivial_figures
 from bert_ds.downstream.tuning.task_rows import read_task
-from bert_ds.downstream.untrained.trivial import trivial_figures
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests/results/downstream.jsonl"
@@ -216,7 +217,8 @@ def record_trivial(name: str, data: Path, model: Path) -> None:
     if any(row["task"] == name and row["start"] == "trivial" for row in stored()):
         return
     task = load_task(name, settings(name), data=data)
-    found = trivial_figures(task, read_task(task, load_tokenizer(model), say=print))
+    rows = read_task(task, load_tokenizer(model), say=print)
+    found = trivial_figures(KINDS[task.kind], rows.train.examples, rows.validation.examples, rows.labels)
     assert found is not None, f"no trivial method for a {task.kind} task"
     metric = task.chosen_metric
     append({"task": name, "start": "trivial", "metric": metric, "value": found[metric], "figures": found})

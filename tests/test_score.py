@@ -13,7 +13,8 @@ from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.task.task_config import load_task
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
-from bert_ds.downstream.untrained.untrained import UNTRAINED, Scored
+from bert_ds.downstream.kinds.table import UNTRAINED
+from bert_ds.downstream.kinds.untrained_kinds import Scored
 from bert_ds.encoder.pretrained import load_masked_lm
 from bert_ds.folders.output_folders import open_results_folder
 

@@ -24,7 +24,7 @@ from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.configuration.task.task_kinds import KIND_FACTS, WORD_METRICS
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer, load_tokenizer
 from bert_ds.downstream.kinds.kind import Prediction
-from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.kinds.table import KINDS, UNTRAINED
 from bert_ds.downstream.kinds.task_model import TaskModel
 from bert_ds.downstream.rows.task_batch import pack
 from bert_ds.downstream.tuning.outcome import Measurement, measure_side
@@ -216,6 +216,13 @@ def test_a_long_sentence_becomes_several_sequences_and_every_word_is_predicted(
     case = Case("token_classification", tmp_path, tokenizer, max_seq_length=4)
     assert [feature.example for feature in case.rows.train.features] == [0, 0, 1, 1]
     assert [len(found.value) for found in case.measured().predictions] == [3, 4]
+
+
+def test_every_kind_that_a_task_file_may_name_has_its_functions_in_the_table() -> None:
+    trained = {kind for kind, facts in KIND_FACTS.items() if facts.is_trained}
+    assert trained == set(KINDS)
+    assert set(KIND_FACTS) - trained == {*UNTRAINED, "masked_words"}
+    assert {kind for kind in KINDS if KINDS[kind].trivial is None} == {"multi_label", "intent_slot"}
 
 
 @pytest.mark.parametrize("kind", SETTINGS)

@@ -8,9 +8,11 @@ from typing import Any
 
 from downstream_cases import task_of, write_lines
 
+from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.kinds.trivial import most_frequent_tags, trivial_figures
 from bert_ds.downstream.tuning.task_rows import read_task
-from bert_ds.downstream.untrained.trivial import most_frequent_tags, trivial_figures
 
 
 def test_an_entity_of_two_words_is_found_whole_and_an_ambiguous_word_by_its_majority() -> None:
@@ -29,7 +31,12 @@ def figures(folder: Path, export: Path, lines: list[str], content: dict[str, Any
     side = [{"path": "rows", "format": "tsv"}]
     data = {"train": side, "validation": side, "drop_overlap": False, **content.pop("data")}
     task = task_of(folder, {**content, "data": data})
-    return trivial_figures(task, read_task(task, load_tokenizer(export), say=lambda text: None))
+    return figures_of(task, export)
+
+
+def figures_of(task: TaskConfig, export: Path) -> dict[str, float] | None:
+    rows = read_task(task, load_tokenizer(export), say=lambda text: None)
+    return trivial_figures(KINDS[task.kind], rows.train.examples, rows.validation.examples, rows.labels)
 
 
 def test_similar_sentences_have_a_larger_cosine(tmp_path: Path, tiny_export: Path) -> None:
@@ -59,7 +66,7 @@ def test_the_sentence_with_most_words_of_the_question_is_the_answer(tmp_path: Pa
     side = [{"path": "rows.json", "format": "squad"}]
     data = {"train": side, "validation": side, "drop_overlap": False}
     task = task_of(tmp_path, {"kind": "question_answering", "data": data})
-    found = trivial_figures(task, read_task(task, load_tokenizer(tiny_export), say=lambda text: None))
+    found = figures_of(task, tiny_export)
     assert found is not None
     assert found["exact_match"] == 100.0
 

@@ -236,22 +236,19 @@ def _format_problems(task: TaskConfig) -> list[Problem]:
 
 def _section_problems(task: TaskConfig) -> list[Problem]:
     """Return sections of other kinds, and the ones that are missing."""
-    owners = {
-        "question_answering": "question_answering",
-        "sentence_embedding": "sentence_embedding",
-        "prompt": "prompted_classification",
-    }
     problems = [
-        Problem(section, f"is for {kind} tasks, the kind is {task.kind}")
-        for section, kind in owners.items()
-        if getattr(task, section) is not None and task.kind != kind
+        Problem(facts.section, f"is for {kind} tasks, the kind is {task.kind}")
+        for kind, facts in KIND_FACTS.items()
+        if facts.section and getattr(task, facts.section) is not None and task.kind != kind
     ]
     if task.distillation is not None and not KIND_FACTS[task.kind].can_be_taught:
         kinds = one_of([name for name, facts in KIND_FACTS.items() if facts.can_be_taught])
         problems.append(Problem("distillation", f"is for {kinds}, the kind is {task.kind}"))
-    if task.kind == "prompted_classification" and task.prompt is None:
-        problems.append(Problem("prompt", "is missing, wanted template and label_words"))
-    if not task.data.train and KIND_FACTS[task.kind].needs_train:
+    own = KIND_FACTS[task.kind]
+    if own.needs_section and getattr(task, own.section) is None:
+        wanted = " and ".join(name for name, one in PromptConfig.model_fields.items() if one.is_required())
+        problems.append(Problem(own.section, f"is missing, wanted {wanted}"))
+    if not task.data.train and own.needs_train:
         problems.append(Problem("data.train", "is empty, wanted at least one file"))
     return problems
 

@@ -43,6 +43,12 @@ class KindFacts(NamedTuple):
     """Whether finetune.py can train it; otherwise score.py scores a pre-trained folder on it as it is."""
     needs_train: bool = True
     """Whether data.train may not be empty."""
+    section: str = ""
+    """Section of the task file that is for this kind alone."""
+    needs_section: bool = False
+    """Whether that has no defaults."""
+    probed_target: str = ""
+    """Name of the targets that probe.py asks every layer for; "" where it cannot."""
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -59,7 +65,12 @@ WORD_METRICS = (*_MACRO, "micro_f1")
 
 KIND_FACTS: dict[str, KindFacts] = {
     "classification": KindFacts(
-        ("text", "label"), ("text_pair", "id"), _CLASSES, has_class_weights=True, can_be_taught=True
+        ("text", "label"),
+        ("text_pair", "id"),
+        _CLASSES,
+        has_class_weights=True,
+        can_be_taught=True,
+        probed_target="label",
     ),
     "multi_label": KindFacts(("text", "labels"), ("text_pair", "id"), ("micro_f1", *_MACRO, "exact")),
     "regression": KindFacts(("text", "score"), ("text_pair", "id"), ("pearson", "spearman"), can_be_taught=True),
@@ -69,12 +80,17 @@ KIND_FACTS: dict[str, KindFacts] = {
         (*ENTITY_METRICS, "accuracy", *WORD_METRICS),
         has_class_weights=True,
         can_be_taught=True,
+        probed_target="tag",
     ),
     "intent_slot": KindFacts(("words", "tags", "intent"), ("id",), ("exact", "intent_accuracy", *ENTITY_METRICS)),
     "multiple_choice": KindFacts(("text", "choices", "label"), ("text_pair", "id"), ("accuracy",)),
-    "question_answering": KindFacts((), (), ("f1", "exact_match"), ("squad",)),
-    "sentence_embedding": KindFacts(("text", "text_pair", "score"), ("id",), ("spearman", "pearson")),
-    "prompted_classification": KindFacts(("text", "label"), ("text_pair", "id"), _CLASSES, is_trained=False),
+    "question_answering": KindFacts((), (), ("f1", "exact_match"), ("squad",), section="question_answering"),
+    "sentence_embedding": KindFacts(
+        ("text", "text_pair", "score"), ("id",), ("spearman", "pearson"), section="sentence_embedding"
+    ),
+    "prompted_classification": KindFacts(
+        ("text", "label"), ("text_pair", "id"), _CLASSES, is_trained=False, section="prompt", needs_section=True
+    ),
     "minimal_pairs": KindFacts(("good", "bad", "paradigm"), (), ("accuracy",), is_trained=False, needs_train=False),
     "word_similarity": KindFacts(
         ("left", "right", "score", "set"), (), ("encoder", "embedding"), is_trained=False, needs_train=False

@@ -15,6 +15,7 @@ from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.downstream.kinds.heads import ChoiceHead
 from bert_ds.downstream.kinds.kind import HeadContext, HfForm, Kind, Prediction, count_labelled
 from bert_ds.downstream.kinds.text_kinds import index_file
+from bert_ds.downstream.kinds.trivial import trivial_choices
 from bert_ds.downstream.rows.examples import Example, Labels, id_of, label_of, list_of, texts_of
 from bert_ds.downstream.rows.features import Feature, FeatureContext, cut_to, encode_text, wrap
 from bert_ds.downstream.rows.records import Record, pick
@@ -102,6 +103,7 @@ MULTIPLE_CHOICE = Kind(
     predict=_predict,
     measure=_measure,
     prediction_files=index_file,
+    trivial=trivial_choices,
     hf_forms=(
         HfForm(
             "BertForMultipleChoice",

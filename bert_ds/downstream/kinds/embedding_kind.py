@@ -15,6 +15,7 @@ from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.downstream.kinds.embedding_head import EmbeddingHead
 from bert_ds.downstream.kinds.kind import HeadContext, HfForm, Kind, Prediction, count_labelled
 from bert_ds.downstream.kinds.text_kinds import index_file, pair_text
+from bert_ds.downstream.kinds.trivial import trivial_scores
 from bert_ds.downstream.rows.examples import Example, Labels, id_of, score_of, texts_of
 from bert_ds.downstream.rows.features import Feature, FeatureContext, cut_to, encode_text, wrap
 from bert_ds.downstream.rows.records import Record
@@ -114,6 +115,7 @@ SENTENCE_EMBEDDING = Kind(
     predict=_predict,
     measure=_measure,
     prediction_files=index_file,
+    trivial=trivial_scores,
     hf_forms=(
         HfForm(
             "BertModel",

@@ -10,13 +10,10 @@ from torch import nn
 
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, ModelConfig
 from bert_ds.configuration.task.task_config import TaskConfig
-from bert_ds.downstream.rows.examples import Example, Labels
+from bert_ds.downstream.rows.examples import Example, Labels, Say
 from bert_ds.downstream.rows.features import Feature, FeatureContext
 from bert_ds.downstream.rows.records import Record
 from bert_ds.encoder.fused_ops import FusedOps
-
-Say = Callable[[str], None]
-"""Takes one line that is worth telling: how much was cut, split, dropped or mended."""
 
 
 class Prediction(NamedTuple):
@@ -85,6 +82,8 @@ class Kind(NamedTuple):
     hf_forms: tuple[HfForm, ...]
     class_pairs: Callable[[Sequence[Example], Sequence[Prediction]], list[tuple[str, str]]] | None = None
     """True and predicted label of everything that is labelled, for the confusion matrix."""
+    trivial: Callable[[Sequence[Example], Sequence[Example], Labels], list[Any]] | None = None
+    """From the training and the validation rows, what a method without a language model makes of each of the latter."""
     mend: Callable[[Sequence[Example], TaskConfig, Say], list[Example]] | None = None
     """Puts right what files get wrong, and says how often."""
 

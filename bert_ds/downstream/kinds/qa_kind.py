@@ -17,6 +17,7 @@ from bert_ds.configuration.task.task_sections import QuestionAnsweringConfig
 from bert_ds.corpus.tokenizer.wordpiece import EncodedText
 from bert_ds.downstream.kinds.kind import HeadContext, HfForm, Kind, Prediction
 from bert_ds.downstream.kinds.span_head import SpanHead
+from bert_ds.downstream.kinds.trivial import trivial_answers
 from bert_ds.downstream.rows.answer_windows import (
     Candidate,
     Window,
@@ -224,6 +225,7 @@ QUESTION_ANSWERING = Kind(
     predict=_predict,
     measure=_measure,
     prediction_files=_prediction_files,
+    trivial=trivial_answers,
     hf_forms=(
         HfForm(
             "BertForQuestionAnswering",

@@ -18,10 +18,12 @@ from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
 from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
 from bert_ds.downstream.kinds.heads import IntentSlotHead, TokenHead
-from bert_ds.downstream.kinds.kind import HeadContext, HfForm, Kind, Prediction, Say, count_labelled
+from bert_ds.downstream.kinds.kind import HeadContext, HfForm, Kind, Prediction, count_labelled
+from bert_ds.downstream.kinds.trivial import trivial_tags
 from bert_ds.downstream.rows.examples import (
     Example,
     Labels,
+    Say,
     id_of,
     label_id,
     label_of,
@@ -267,6 +269,7 @@ TOKEN_CLASSIFICATION = Kind(
     hf_forms=(_form("classifier", labels_name="tag"),),
     class_pairs=_pairs,
     mend=_mend,
+    trivial=trivial_tags,
 )
 INTENT_SLOT = TOKEN_CLASSIFICATION._replace(
     make_example=_slot_example,
@@ -283,4 +286,5 @@ INTENT_SLOT = TOKEN_CLASSIFICATION._replace(
         _form("tag_classifier", labels_name="tag")._replace(folder="tags"),
     ),
     class_pairs=_slot_pairs,
+    trivial=None,
 )

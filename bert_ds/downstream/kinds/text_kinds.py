@@ -12,6 +12,7 @@ from torch import nn
 from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.downstream.kinds.heads import Objective, SequenceHead
 from bert_ds.downstream.kinds.kind import HeadContext, HfForm, Kind, Prediction, count_labelled
+from bert_ds.downstream.kinds.trivial import trivial_classes, trivial_scores
 from bert_ds.downstream.rows.examples import (
     Example,
     Labels,
@@ -189,6 +190,7 @@ CLASSIFICATION = Kind(
     prediction_files=index_file,
     hf_forms=(_FORM,),
     class_pairs=_class_pairs,
+    trivial=trivial_classes,
 )
 MULTI_LABEL = CLASSIFICATION._replace(
     make_example=_multi_example,
@@ -199,6 +201,7 @@ MULTI_LABEL = CLASSIFICATION._replace(
     measure=_multi_measure,
     hf_forms=(_FORM._replace(facts={"problem_type": "multi_label_classification"}),),
     class_pairs=None,
+    trivial=None,
 )
 REGRESSION = CLASSIFICATION._replace(
     make_example=_score_example,
@@ -209,4 +212,5 @@ REGRESSION = CLASSIFICATION._replace(
     measure=_score_measure,
     hf_forms=(_FORM._replace(facts={"problem_type": "regression"}, labels_name=None),),
     class_pairs=None,
+    trivial=trivial_scores,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from bert_ds.basics.ranks import DataError
@@ -16,6 +16,9 @@ _WHOLE_NUMBER = re.compile("-?[0-9]{1,18}")
 """Not what `str.isdigit` takes: that has superscripts, and no limit."""
 Labels = dict[str, tuple[str, ...]]
 """Name of a prediction -> its labels in the order of their ids; {} where numbers are predicted."""
+
+Say = Callable[[str], None]
+"""Takes one line that is worth telling: how much was cut, split, dropped or mended."""
 
 
 class Example(NamedTuple):

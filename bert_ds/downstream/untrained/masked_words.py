@@ -35,7 +35,7 @@ from bert_ds.corpus.batches.examples import Example
 from bert_ds.corpus.batches.unigram import MAX_COUNTED_TOKENS, piece_counts, unigram_cross_entropy
 from bert_ds.corpus.shards.shard_folder import MANIFEST, ShardSplit, Split, open_shards
 from bert_ds.corpus.text.documents import read_documents
-from bert_ds.downstream.kinds.kind import Say
+from bert_ds.downstream.rows.examples import Say
 from bert_ds.downstream.rows.splits import first_by_hash
 from bert_ds.downstream.untrained.masked_lm import MaskedLm, open_masked_lm
 from bert_ds.encoder.pretraining_model import BertForPreTraining

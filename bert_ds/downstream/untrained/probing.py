@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
+from bert_ds.configuration.task.task_kinds import KIND_FACTS
 from bert_ds.downstream.rows.features import Feature
 from bert_ds.downstream.rows.task_batch import pack
 from bert_ds.downstream.scores.metrics import class_figures
 from bert_ds.encoder.modeling_bert import BertEncoder
 
-PROBED_KINDS = {"classification": "label", "token_classification": "tag"}
-"""Kind of task -> name of the targets that are probed for."""
 _TOLERANCE = 1e-3
 _MAX_ITERATIONS = 500
 
@@ -109,13 +108,14 @@ def layer_vectors(
 
     Args:
         encoder: in evaluation mode, where it is to run.
-        features: with targets, of a kind in PROBED_KINDS.
+        features: with targets, of a kind that can be probed.
         kind: of the task.
         batch_size: features per forward pass.
         limit: vectors; features are taken in a random order until there are that many.
         seed: of that order.
     """
-    name = PROBED_KINDS[kind]
+    facts = KIND_FACTS[kind]
+    name, by_word = facts.probed_target, "words" in facts.fields
     taken, total = [], 0
     for index in np.random.default_rng(seed).permutation(len(features)):
         if total >= limit:
@@ -126,7 +126,7 @@ def layer_vectors(
     for first in range(0, len(taken), batch_size):
         for feature, hidden_LTD in _hidden_states(encoder, taken[first : first + batch_size]):
             labelled = feature.targets[name]
-            if kind == "classification":
+            if not by_word:
                 vectors.append(hidden_LTD.mean(axis=1, keepdims=True))
                 targets.append(labelled)
                 continue

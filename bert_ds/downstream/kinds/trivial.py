@@ -17,26 +17,24 @@ from typing import Any
 
 import numpy as np
 
-from bert_ds.configuration.task.task_config import TaskConfig
-from bert_ds.downstream.kinds.kind import Prediction
-from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.kinds.kind import Kind, Prediction
 from bert_ds.downstream.rows.examples import Example, Labels
-from bert_ds.downstream.tuning.task_rows import TaskRows
 
 _MOSTLY_CHINESE = 0.2
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W_]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*")
 
 
-def trivial_figures(task: TaskConfig, rows: TaskRows) -> dict[str, float] | None:
+def trivial_figures(
+    kind: Kind, train: Sequence[Example], validation: Sequence[Example], labels: Labels
+) -> dict[str, float] | None:
     """Return the metrics of the trivial method on the validation rows; None for a kind that has none."""
-    method = _METHODS.get(task.kind)
-    if method is None:
+    if kind.trivial is None:
         return None
-    validation = [example for example in rows.validation.examples if example.target is not None]
-    values = method(rows.train.examples, validation, rows.labels)
+    labelled = [example for example in validation if example.target is not None]
+    values = kind.trivial(train, labelled, labels)
     predictions = [value if isinstance(value, Prediction) else Prediction(value) for value in values]
-    return KINDS[task.kind].measure(validation, predictions, rows.labels)
+    return kind.measure(labelled, predictions, labels)
 
 
 def most_frequent_tags(train: Sequence[tuple[Sequence[str], Sequence[str]]]) -> Callable[[Sequence[str]], list[str]]:
@@ -79,7 +77,8 @@ def _spans(tags: Sequence[str]) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(tags)], strict=True))
 
 
-def _classes(train: Sequence[Example], rows: Sequence[Example], labels: Labels) -> list[Any]:
+def trivial_classes(train: Sequence[Example], rows: Sequence[Example], labels: Labels) -> list[Any]:
+    """Return the class of each row."""
     from sklearn.linear_model import LogisticRegression
 
     if len(train[0].texts) > 1:
@@ -103,7 +102,8 @@ def _pair_classes(train: Sequence[Example], rows: Sequence[Example]) -> list[Any
     return list(model.predict(columns(rows)))
 
 
-def _scores(train: Sequence[Example], rows: Sequence[Example], labels: Labels) -> list[Any]:
+def trivial_scores(train: Sequence[Example], rows: Sequence[Example], labels: Labels) -> list[Any]:
+    """Return the cosine of each row's two texts."""
     return _cosine(train)(rows).tolist()
 
 
@@ -129,7 +129,8 @@ def _words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def _answers(train: Sequence[Example], rows: Sequence[Example], labels: Labels) -> list[Any]:
+def trivial_answers(train: Sequence[Example], rows: Sequence[Example], labels: Labels) -> list[Any]:
+    """Return the answer of each row as a prediction."""
     if any(not example.target.answers for example in train):
         return [Prediction("", {"no_answer": 1.0, "answers": []}) for _ in rows]
     found = []
@@ -141,12 +142,14 @@ def _answers(train: Sequence[Example], rows: Sequence[Example], labels: Labels) 
     return found
 
 
-def _tags(train: Sequence[Example], rows: Sequence[Example], labels: Labels) -> list[Any]:
+def trivial_tags(train: Sequence[Example], rows: Sequence[Example], labels: Labels) -> list[Any]:
+    """Return the tags of each row."""
     tag = most_frequent_tags([(example.texts, example.target) for example in train])
     return [tuple(tag(example.texts)) for example in rows]
 
 
-def _choices(train: Sequence[Example], rows: Sequence[Example], labels: Labels) -> list[Any]:
+def trivial_choices(train: Sequence[Example], rows: Sequence[Example], labels: Labels) -> list[Any]:
+    """Return the number of the choice of each row."""
     values = []
     for example in rows:
         text, question, *choices = example.texts
@@ -167,13 +170,3 @@ def _tf_idf(texts: Sequence[str]) -> Any:
         ngram_range=(1, 2),
         sublinear_tf=True,
     )
-
-
-_METHODS: dict[str, Callable[[Sequence[Example], Sequence[Example], Labels], list[Any]]] = {
-    "classification": _classes,
-    "regression": _scores,
-    "sentence_embedding": _scores,
-    "token_classification": _tags,
-    "multiple_choice": _choices,
-    "question_answering": _answers,
-}

@@ -12,13 +12,13 @@ from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
+from bert_ds.downstream.kinds.split_rows import split_rows
 from bert_ds.downstream.kinds.text_kinds import CLASSIFICATION
-from bert_ds.downstream.rows.examples import Example, label_of, score_of, text_of
+from bert_ds.downstream.rows.examples import Example, Say, label_of, score_of, text_of
 from bert_ds.downstream.rows.records import Record, pick, read_records
 from bert_ds.downstream.rows.splits import first_by_hash, scored_parts
 from bert_ds.downstream.rows.tables import predictions_text
 from bert_ds.downstream.scores.metrics import class_figures
-from bert_ds.downstream.tuning.task_rows import Say, split_rows
 from bert_ds.downstream.untrained.minimal_pairs import MinimalPair, judge_pairs, pair_accuracies
 from bert_ds.downstream.untrained.prompts import Prompt, PromptWriter, Shot, check_prompt, prompt_scores
 from bert_ds.downstream.untrained.word_similarity import WordPair, similarity_correlation, word_vectors
@@ -36,6 +36,8 @@ class Scored(NamedTuple):
     """What else results.json says."""
 
 
+ScoreKind = Callable[[BertForPreTraining, WordPieceTokenizer, TaskConfig, Say], Scored]
+"""From the model of a folder, its tokenizer and the task; says counts of rows."""
 _WORD_ROLES = ("left", "right", "score")
 
 
@@ -110,14 +112,6 @@ def score_word_similarity(
     means = {kind: float(np.mean([figures[f"{kind}_{name}"] for name in sets])) for kind in vectors._fields}
     say(", ".join(f"{name}: {len(pairs)} pairs" for name, pairs in sets.items()))
     return Scored(means | figures, {})
-
-
-UNTRAINED: Mapping[str, Callable[[BertForPreTraining, WordPieceTokenizer, TaskConfig, Say], Scored]] = {
-    "prompted_classification": score_prompts,
-    "minimal_pairs": score_minimal_pairs,
-    "word_similarity": score_word_similarity,
-}
-"""Kind -> what scores it."""
 
 
 def _records(task: TaskConfig) -> list[Record]:
