@@ -29,6 +29,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from deepspeed import DeepSpeedEngine
 
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import EXIT_DONE, EXIT_RUN_AGAIN, Ranks, read_ranks
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.deepspeed_file.ds_config import DsConfig, resolve_ds_config
@@ -38,7 +39,6 @@ from bert_ds.configuration.task.task_config import TaskConfig, TrainedTask, dump
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer, load_tokenizer
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.kinds.trivial import trivial_figures
-from bert_ds.downstream.rows.task_batch import TaskBatch
 from bert_ds.downstream.rows.task_batches import features_fingerprint, step_batches
 from bert_ds.downstream.scores.metrics import require_metrics
 from bert_ds.downstream.tuning.outcome import Outcome, conclude, write_summary
@@ -209,7 +209,9 @@ def run_training(
     return state, best
 
 
-def training_batches(task: TaskConfig, split: BatchSplit, *, start: Start, from_step: int) -> Iterator[list[TaskBatch]]:
+def training_batches(
+    task: TaskConfig, split: BatchSplit, *, start: Start, from_step: int
+) -> Iterator[list[MicroBatch]]:
     """Yield this rank's micro-batches of every step after from_step."""
     return step_batches(
         start.rows.train.features,
@@ -217,13 +219,8 @@ def training_batches(task: TaskConfig, split: BatchSplit, *, start: Start, from_
         seed=task.seed,
         rank=start.ranks.rank,
         split=split,
-        count_targets=lambda features: counted(task, KINDS[task.kind].count_targets(features)),
+        count_targets=KINDS[task.kind].count_targets,
     )
-
-
-def counted(task: TaskConfig, counts: tuple[float, ...]) -> tuple[float, ...]:
-    """Return a count for every loss term of the model; a teacher's term has the targets of the first."""
-    return counts if task.distillation is None else (*counts, counts[0])
 
 
 def build_engine(plan: TrainedTask, ds_config: dict[str, Any], *, start: Start, log: RunLog) -> DeepSpeedEngine:

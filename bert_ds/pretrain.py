@@ -24,12 +24,12 @@ if __name__ == "__main__":
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import EXIT_DONE, EXIT_RUN_AGAIN, CheckpointError, Ranks, read_ranks
 from bert_ds.configuration.deepspeed_file.ds_config import resolve_ds_config
 from bert_ds.configuration.recipe.precision import decided, with_precision
 from bert_ds.configuration.recipe.run_config import RunConfig, dump_run_config
 from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table
-from bert_ds.corpus.batches.collate import PackedBatch, with_teacher_counts
 from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
 from bert_ds.corpus.shards.embedded import CorpusFolders, build_embedded, embedded_folders
 from bert_ds.corpus.shards.shard_folder import MANIFEST
@@ -37,7 +37,7 @@ from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.encoder.distillation import make_student
 from bert_ds.encoder.initial_weights import load_initial_weights
 from bert_ds.encoder.pretrained import check_tokenizer
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import BertForPreTraining, plain_objectives
 from bert_ds.launch.command_line import run_main
 from bert_ds.launch.launch_checks import checked_run, pretrain_arguments
 from bert_ds.reporting.environment import write_environment
@@ -114,7 +114,7 @@ def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: Sto
         asynchronous=run.checkpoints.asynchronous,
     )
 
-    def batch_at(place: int) -> list[PackedBatch]:
+    def batch_at(place: int) -> list[MicroBatch]:
         return next(training_batches(plan, data, ranks, start=place))
 
     if args.replay_step is not None:
@@ -127,7 +127,7 @@ def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: Sto
     state = state or TrainState()
     log.start(state.step, announce(plan, data, log=log))
 
-    def go_back(at: TrainState) -> Iterator[list[PackedBatch]] | None:
+    def go_back(at: TrainState) -> Iterator[list[MicroBatch]] | None:
         went = roll_back(engine, run_dir, state=at, facts=policy.facts, log=log)
         return training_batches(plan, data, ranks, start=at.step + at.passed_over) if went else None
 
@@ -190,7 +190,7 @@ def build_model(plan: RunPlan, run_dir: Path) -> BertForPreTraining:
     run, distillation = plan.run, plan.run.distillation
     options: dict[str, Any] = {
         "kernels": run.training.kernels,
-        "has_pair_head": plan.has_pair_head,
+        "objectives": plain_objectives(has_pair_head=plan.has_pair_head),
         "activation_checkpointing": plan.ds.activation_checkpointing,
         "init_seed": run.seed,
     }
@@ -234,31 +234,22 @@ def make_throughput(plan: RunPlan, data: PretrainingData) -> Throughput:
     )
 
 
-def training_batches(plan: RunPlan, data: PretrainingData, ranks: Ranks, *, start: int) -> Iterator[list[PackedBatch]]:
+def training_batches(plan: RunPlan, data: PretrainingData, ranks: Ranks, *, start: int) -> Iterator[list[MicroBatch]]:
     """Yield this rank's micro-batches of every step's place in the order of the data, from `start`, counted from 0."""
-    steps = data.step_batches(
+    return data.step_batches(
         start,
         rank=ranks.rank,
         split=plan.split,
         num_workers=plan.run.training.num_workers,
     )
-    return ([counted(plan.run, batch) for batch in step] for step in steps)
 
 
-def validation_batches(run: RunConfig, data: PretrainingData, ranks: Ranks) -> Iterator[PackedBatch]:
+def validation_batches(run: RunConfig, data: PretrainingData, ranks: Ranks) -> Iterator[MicroBatch]:
     """Yield this rank's held-out batches, the same at every evaluation."""
     settings = run.evaluation
-    batches = data.evaluation_batches(
+    return data.evaluation_batches(
         settings.num_examples, batch_size=settings.batch_size, rank=ranks.rank, world_size=ranks.world_size
     )
-    return (counted(run, batch) for batch in batches)
-
-
-def counted(run: RunConfig, batch: PackedBatch) -> PackedBatch:
-    """Return the batch with a count for every loss term of the model."""
-    if run.distillation is None:
-        return batch
-    return with_teacher_counts(batch, hidden=run.distillation.hidden_weight > 0)
 
 
 def source_facts(data: PretrainingData, step: int) -> dict[str, Any]:
@@ -288,16 +279,12 @@ def loop_plan(run: RunConfig) -> TrainPlan:
 
 def try_longest(engine: DeepSpeedEngine, data: PretrainingData, plan: RunPlan, *, log: RunLog, search: bool) -> int:
     """Take a step on the longest possible batch, or look for the largest micro-batch that fits; a collective."""
-
-    def longest(size: int) -> PackedBatch:
-        return counted(plan.run, data.longest_batch(size))
-
     if search:
         limit = plan.split.micro_batch_size * plan.split.accumulation
-        best = largest_that_fits(lambda size: fits_in_memory(engine, longest(size)), start=1, limit=limit)
+        best = largest_that_fits(lambda size: fits_in_memory(engine, data.longest_batch(size)), start=1, limit=limit)
         log.info(f'"train_micro_batch_size_per_gpu": {best}' if best else "not even a micro-batch of 1 fits")
         return EXIT_DONE
-    probe = probe_longest(engine, longest(plan.split.micro_batch_size))
+    probe = probe_longest(engine, data.longest_batch(plan.split.micro_batch_size))
     log.info(
         f"dry run: one step of {probe.num_tokens:.0f} tokens took {probe.seconds:.2f} s and "
         f"{probe.peak_bytes / 2**30:.2f} GiB at its peak, loss {probe.mean_loss:.4f}"

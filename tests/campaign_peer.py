@@ -29,9 +29,9 @@ import numpy as np
 import torch
 import transformers
 
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, RunConfig, load_run_config
-from bert_ds.corpus.batches.collate import PackedBatch
 from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
 from bert_ds.encoder.hf_mapping import from_hf, hf_config
 from bert_ds.encoder.pretraining_model import BertForPreTraining
@@ -174,7 +174,7 @@ def padded_pairs(data: PretrainingData, run: RunConfig) -> Iterator[tuple[dict[s
     steps = pairs.step_batches(0, rank=0, split=BatchSplit(size, 1, 1), num_workers=1)
     for (packed,) in steps:
         batch = pad(packed)
-        batch["next_sentence_label"] = packed.pair_labels_N.clamp(min=0)
+        batch["next_sentence_label"] = packed.targets["pair_labels"].clamp(min=0)
         yield batch, packed.num_tokens
 
 
@@ -199,11 +199,11 @@ def concatenated(data: PretrainingData, run: RunConfig) -> Iterator[tuple[dict[s
             yield {"input_ids": batch["input_ids"], "labels": batch["labels"]}, per_batch * length
 
 
-def pad(packed: PackedBatch) -> dict[str, torch.Tensor]:
+def pad(packed: MicroBatch) -> dict[str, torch.Tensor]:
     """Return the padded tensors of a packed batch, labels IGNORE_INDEX outside the masked positions."""
     bounds = packed.cu_seqlens.tolist()
     labels_T = torch.full_like(packed.input_ids_T, IGNORE_INDEX)
-    labels_T[packed.masked_positions_P] = packed.masked_labels_P
+    labels_T[packed.targets["masked_positions"]] = packed.targets["masked_labels"]
     shape = (packed.num_sequences, packed.max_seqlen)
     batch = {
         "input_ids": torch.zeros(shape, dtype=torch.int64),
@@ -230,7 +230,7 @@ def evaluate_peer(model: torch.nn.Module, data: PretrainingData, run: RunConfig)
     for batch in _validation(data):
         _, metrics = ours(**batch.model_inputs())
         loss, correct = loss + metrics[2].item(), correct + metrics[5].item()
-        count += batch.kind_counts[0]
+        count += batch.kind_counts["masked"]
     return loss / count, correct / count
 
 
@@ -240,7 +240,7 @@ def _peer_model(shape: str, run: RunConfig) -> torch.nn.Module:
     return kind(config)
 
 
-def _validation(data: PretrainingData) -> Iterator[PackedBatch]:
+def _validation(data: PretrainingData) -> Iterator[MicroBatch]:
     return data.evaluation_batches(NUM_EVALUATED, batch_size=32, rank=0, world_size=1)
 
 

@@ -53,9 +53,11 @@ def packed_inputs(config: ModelConfig, lengths: Sequence[int], *, masked: int = 
         "position_ids_T": torch.cat([torch.arange(length) for length in lengths]),
         "cu_seqlens": starts.int(),
         "max_seqlen": max(lengths),
-        "masked_positions_P": torch.randperm(num_tokens, generator=generator)[:masked].sort().values,
-        "masked_labels_P": torch.randint(0, config.vocab_size, (min(masked, num_tokens),), generator=generator),
-        "pair_labels_N": labels,
+        "targets": {
+            "masked_positions": torch.randperm(num_tokens, generator=generator)[:masked].sort().values,
+            "masked_labels": torch.randint(0, config.vocab_size, (min(masked, num_tokens),), generator=generator),
+            "pair_labels": labels,
+        },
     }
 
 
@@ -76,11 +78,11 @@ def padded_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
     """Hugging Face's arguments for the same batch, [PAD] being id 0."""
     cu_seqlens = batch["cu_seqlens"]
     labels_T = torch.full_like(batch["input_ids_T"], IGNORE_INDEX)
-    labels_T[batch["masked_positions_P"]] = batch["masked_labels_P"]
+    labels_T[batch["targets"]["masked_positions"]] = batch["targets"]["masked_labels"]
     return {
         "input_ids": pad(batch["input_ids_T"], cu_seqlens),
         "token_type_ids": pad(batch["token_type_ids_T"], cu_seqlens),
         "attention_mask": pad(torch.ones_like(batch["input_ids_T"]), cu_seqlens),
         "labels": pad(labels_T, cu_seqlens, fill=IGNORE_INDEX),
-        "next_sentence_label": batch["pair_labels_N"],
+        "next_sentence_label": batch["targets"]["pair_labels"],
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +76,7 @@ def work_out(
     weights: Weights,
     parts_of: Callable[[int], Sequence[Any]],
     sums_of: Callable[[Weights, Any, int | None], Tensor],
-    counts_of: Callable[[Any], Sequence[int]],
+    counts_of: Callable[[Any], Iterable[float]],
     at: Settings,
 ) -> list[PlainStep]:
     """Train `weights` in place and return the steps.

@@ -24,6 +24,7 @@ from tiny_training import (
     tiny_services,
 )
 
+from bert_ds.basics.loss_term import LossTerm
 from bert_ds.basics.ranks import DivergedError
 from bert_ds.configuration.recipe.optimizer_config import AdamWConfig
 from bert_ds.training.checkpoints.checkpoint_loader import resume, roll_back
@@ -184,7 +185,9 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path: Path) -> 
 def judge(guard: LossGuard, loss: float, *, armed: bool = True) -> bool:
     """Whether a step with this loss is good."""
     sums = torch.tensor([loss * 10.0, 3.0], dtype=torch.float64)
-    return bool(torch.isfinite(guard.judge(sums, counts=[10.0], weights=[1.0], armed=armed)))
+    return bool(
+        torch.isfinite(guard.judge(sums, counts={"rows": 10.0}, terms=[LossTerm("square", count="rows")], armed=armed))
+    )
 
 
 def test_nothing_spikes_before_the_window_is_full_or_the_guard_is_armed() -> None:

@@ -16,10 +16,11 @@ from test_pretrain import ROOT, make_workshop, pretrain_command, run
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.recipe.run_config import ConfigError, DistillationConfig, ModelConfig
 from bert_ds.configuration.run_plan import make_plan
-from bert_ds.encoder.distillation import DistilledBert
 from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
 from bert_ds.encoder.initial_weights import start_from_layers
+from bert_ds.encoder.objectives.distillation import TaughtWords
+from bert_ds.encoder.objectives.sentence_pair import SentencePair
 from bert_ds.encoder.pretraining_model import BertForPreTraining
 from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
@@ -33,8 +34,8 @@ def model_of(config: ModelConfig, *, seed: int) -> BertForPreTraining:
     return model
 
 
-def student_of(config: ModelConfig, teacher: BertForPreTraining) -> DistilledBert:
-    student = DistilledBert(config, teacher=teacher, settings=SETTINGS, kernels="torch")
+def student_of(config: ModelConfig, teacher: BertForPreTraining) -> BertForPreTraining:
+    student = BertForPreTraining(config, kernels="torch", objectives=(TaughtWords(teacher, SETTINGS), SentencePair()))
     spread_weights(student, config, seed=1)
     return student
 
@@ -54,7 +55,7 @@ def test_all_four_terms_and_their_gradients_are_those_of_the_formulas() -> None:
     torch.testing.assert_close(judged_sums, sums)
     torch.testing.assert_close(judged, plain(**batch, kind_counts=(900, 150, 50))[1])
     hidden_TD, taught_TD = (model.bert(**encoder_inputs(batch)) for model in (plain, teacher))
-    places, labels = batch["masked_positions_P"], slice(0, config.vocab_size)
+    places, labels = batch["targets"]["masked_positions"], slice(0, config.vocab_size)
 
     def log_p(model: BertForPreTraining, hidden: torch.Tensor) -> torch.Tensor:
         transformed = model.predictions.transform(hidden[places])
@@ -87,13 +88,14 @@ def test_the_teacher_is_no_part_of_the_model() -> None:
     student = student_of(config, teacher)
     assert set(student.state_dict()) == set(BertForPreTraining(config).state_dict())
     student.train()
+    asked = student.objectives[0].teacher
     batch = packed_inputs(config, [9, 20])
-    taught = student.teacher.hidden_states(torch.zeros(1), **encoder_inputs(batch))
+    taught = asked.hidden_states(torch.zeros(1), **encoder_inputs(batch), dropout_seed=None)
     student(**batch, dropout_seed=torch.tensor([3]))[0].sum().backward()
-    torch.testing.assert_close(student.teacher.hidden_states(torch.zeros(1), **encoder_inputs(batch)), taught)
+    torch.testing.assert_close(asked.hidden_states(torch.zeros(1), **encoder_inputs(batch), dropout_seed=None), taught)
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
-    assert student.teacher.hidden_states(torch.zeros(1).bfloat16(), **encoder_inputs(batch)).dtype == torch.bfloat16
+    assert asked.hidden_states(torch.zeros(1).bfloat16(), **encoder_inputs(batch)).dtype == torch.bfloat16
 
 
 def test_layers_are_taken_from_the_teacher_in_the_order_that_is_asked_for() -> None:

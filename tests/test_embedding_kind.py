@@ -57,7 +57,7 @@ def test_a_pair_is_two_sequences_and_its_target_is_what_the_loss_wants(tmp_path:
     assert feature.targets["cosine"].tolist() == pytest.approx([0.9])
     contrastive = rows_of(pair_task(tmp_path, sentence_embedding={"loss": "contrastive"})).train.features
     assert [feature.targets["partner"].tolist() for feature in contrastive] == [[0], [IGNORE_INDEX], [IGNORE_INDEX]]
-    assert KIND.count_targets(contrastive) == (1.0,)
+    assert KIND.count_targets(contrastive) == {"pair": 1.0}
 
 
 def test_both_losses_are_those_of_their_papers() -> None:

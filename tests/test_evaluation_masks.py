@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 from corpus_fixtures import counting_documents, tiny_tokenizer, write_shards
 
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, MaskingConfig, SequenceConfig
-from bert_ds.corpus.batches.collate import PackedBatch, collate, grouped_by_kind
+from bert_ds.corpus.batches.collate import collate, grouped_by_kind
 from bert_ds.corpus.batches.evaluation_masks import KEYED_PIECES, EvaluationMasker, split_key, text_key
 from bert_ds.corpus.batches.examples import Example
 from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
@@ -41,14 +43,15 @@ def masked_text(ids: np.ndarray, *, key: int, first_place: int = 0) -> MaskedExa
     return masker().mask([example], [places], keys=np.array([key], dtype=np.uint64))[0]
 
 
-def fates(batches: list[PackedBatch]) -> tuple[dict[int, int], set[int]]:
+def fates(batches: list[MicroBatch]) -> tuple[dict[int, int], set[int]]:
     """What is shown at each target, and all pieces that were come by."""
     shown: dict[int, int] = {}
     seen: set[int] = set()
     for batch in batches:
         ids = batch.input_ids_T.clone()
-        shown |= dict(zip(batch.masked_labels_P.tolist(), ids[batch.masked_positions_P].tolist(), strict=True))
-        ids[batch.masked_positions_P] = batch.masked_labels_P
+        places, labels = batch.targets["masked_positions"], batch.targets["masked_labels"]
+        shown |= dict(zip(labels.tolist(), ids[places].tolist(), strict=True))
+        ids[places] = labels
         seen |= {one for one in ids.tolist() if one > MASK}
     return shown, seen
 
@@ -58,7 +61,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("held_out"), HELD_OUT[:9], HELD_OUT, tokenizer=tiny_tokenizer(1600))
 
 
-def held_out(folder: Path, recipe: tuple[dict[str, Any], dict[str, Any], int], **world: int) -> list[PackedBatch]:
+def held_out(folder: Path, recipe: tuple[dict[str, Any], dict[str, Any], int], **world: int) -> list[MicroBatch]:
     sequences, masking, seed = recipe
     settings = DataSettings(SequenceConfig(**sequences), MaskingConfig(**masking), seed, 8)
     data = PretrainingData([Source(folder, "text")], folder / "tokenizer", settings=settings)
@@ -119,24 +122,24 @@ def test_the_key_is_of_the_pieces_and_not_of_how_they_are_cut_into_shards(tmp_pa
 
 
 def test_the_targets_of_a_batch_lie_kind_by_kind(shards: Path) -> None:
-    counts = np.zeros(3, dtype=int)
+    counts: Counter[str] = Counter()
     for batch in held_out(shards, RECIPES[0]):
-        shown, labels = batch.input_ids_T[batch.masked_positions_P], batch.masked_labels_P
-        masked, random, kept = batch.kind_counts
+        shown, labels = batch.input_ids_T[batch.targets["masked_positions"]], batch.targets["masked_labels"]
+        masked, random, kept = (batch.kind_counts[kind] for kind in ("masked", "random", "kept"))
         assert (shown[:masked] == MASK).all()
         assert (shown[masked:] != MASK).all()
         assert (shown[: masked + random] != labels[: masked + random]).all()
         assert (shown[masked + random :] == labels[masked + random :]).all()
-        assert masked + random + kept == len(labels) == batch.loss_counts[0]
-        counts += batch.kind_counts
-    assert counts.min() > 5
+        assert masked + random + kept == len(labels) == batch.counts["masked_words"]
+        counts.update(batch.kind_counts)
+    assert min(counts.values()) > 5
 
 
 def test_a_training_batch_has_no_kinds_and_gives_the_model_none() -> None:
     plain = collate([masked_text(np.arange(5, 105), key=7)])
-    assert plain.kind_counts == () and "kind_counts" not in plain.model_inputs()
+    assert plain.kind_counts == {} and "kind_counts" not in plain.model_inputs()
     grouped = grouped_by_kind(plain, mask_id=MASK)
-    assert grouped.model_inputs()["kind_counts"] == grouped.kind_counts
+    assert grouped.model_inputs()["kind_counts"] == tuple(grouped.kind_counts.values()) != ()
 
 
 def test_the_ranks_together_have_the_targets_of_one_and_the_floor_is_of_all(shards: Path) -> None:

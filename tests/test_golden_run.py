@@ -56,7 +56,7 @@ def sums_of(weights: Weights, batch: TinyBatch, seed: int | None) -> Tensor:
 def plain() -> tuple[list[PlainStep], Weights]:
     """What the plain script makes of the same start and batches."""
     weights = {name: parameter.detach().clone() for name, parameter in TinyModel().named_parameters()}
-    return work_out(weights, parts_of, sums_of, lambda batch: batch.loss_counts, SETTINGS), weights
+    return work_out(weights, parts_of, sums_of, lambda batch: batch.counts.values(), SETTINGS), weights
 
 
 def trained(rank: int, world_size: int, run_dir: str, stage: int) -> dict[str, Any]:

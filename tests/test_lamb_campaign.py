@@ -204,9 +204,11 @@ def real_bert_loss(model: Any, seed: int) -> torch.Tensor:
         position_ids_T=torch.tensor([*range(7), *range(5)]),
         cu_seqlens=torch.tensor([0, 7, 12], dtype=torch.int32),
         max_seqlen=7,
-        masked_positions_P=torch.tensor([1, 4, 8, 10]),
-        masked_labels_P=torch.randint(REAL.vocab_size, (4,), generator=generator),
-        pair_labels_N=torch.randint(2, (2,), generator=generator),
+        targets={
+            "masked_positions": torch.tensor([1, 4, 8, 10]),
+            "masked_labels": torch.randint(REAL.vocab_size, (4,), generator=generator),
+            "pair_labels": torch.randint(2, (2,), generator=generator),
+        },
         dropout_seed=None,
     )
     return losses[0] / 4 + losses[1] / 2

@@ -14,11 +14,11 @@ import pytest
 import torch
 from corpus_fixtures import counting_documents, random_documents, tiny_tokenizer, write_shards
 
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.processes import STOP_SIGNALS
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.recipe.run_config import MaskingConfig, SequenceConfig
-from bert_ds.corpus.batches.collate import PackedBatch
 from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
 from bert_ds.corpus.shards.build import BuildSettings, build_shards
 from bert_ds.corpus.text.input_files import find_input_files
@@ -66,11 +66,12 @@ def read(
     return list(islice(batches, num_steps))
 
 
-def sequences_of(batches: Iterable[PackedBatch]) -> list[Sequence]:
+def sequences_of(batches: Iterable[MicroBatch]) -> list[Sequence]:
     """Everything the model sees of each sequence, sorted, however the sequences were dealt."""
     found = []
     for batch in batches:
-        targets = dict(zip(batch.masked_positions_P.tolist(), batch.masked_labels_P.tolist(), strict=True))
+        words = (batch.targets[name].tolist() for name in ("masked_positions", "masked_labels"))
+        targets = dict(zip(*words, strict=True))
         bounds = batch.cu_seqlens.tolist()
         for row, (start, stop) in enumerate(pairwise(bounds)):
             found.append(
@@ -79,18 +80,18 @@ def sequences_of(batches: Iterable[PackedBatch]) -> list[Sequence]:
                     tuple(batch.input_ids_T[start:stop].tolist()),
                     tuple(batch.token_type_ids_T[start:stop].tolist()),
                     tuple(targets.get(position, -1) for position in range(start, stop)),
-                    (int(batch.pair_labels_N[row]),),
+                    (int(batch.targets["pair_labels"][row]),),
                 )
             )
     return sorted(found)
 
 
-def restored_words(batches: list[PackedBatch]) -> list[int]:
+def restored_words(batches: list[MicroBatch]) -> list[int]:
     """Ids of the text with the masks undone."""
     words = []
     for batch in batches:
         ids = batch.input_ids_T.clone()
-        ids[batch.masked_positions_P] = batch.masked_labels_P
+        ids[batch.targets["masked_positions"]] = batch.targets["masked_labels"]
         words += [word for word in ids.tolist() if word > 4]
     return words
 
@@ -114,7 +115,7 @@ def test_workers_change_nothing(shards: Path, workers: int) -> None:
     for step in range(7):
         for one, other in zip(alone[step], helped[step], strict=True):
             assert one.input_ids_T.tolist() == other.input_ids_T.tolist()
-            assert one.masked_positions_P.tolist() == other.masked_positions_P.tolist()
+            assert one.targets["masked_positions"].tolist() == other.targets["masked_positions"].tolist()
             assert one.example_ids.tolist() == other.example_ids.tolist()
 
 
@@ -238,15 +239,15 @@ def test_no_batch_is_longer_than_the_longest(shards: Path) -> None:
     data = open_data(shards)
     longest = data.longest_batch(4)
     assert longest.num_tokens == longest.padded_tokens == 4 * 64
-    assert longest.loss_counts == (4 * 10.0, 4.0)
+    assert longest.counts == {"masked_words": 4 * 10.0, "sentence_pair": 4.0, "tokens": float(longest.num_tokens)}
     for step in read(data, 30):
         assert all(batch.num_tokens <= longest.num_tokens for batch in step)
-        assert all(batch.loss_counts[0] <= longest.loss_counts[0] for batch in step)
+        assert all(batch.counts["masked_words"] <= longest.counts["masked_words"] for batch in step)
 
 
 def test_the_longest_batch_respects_the_bound_on_predictions(shards: Path) -> None:
     data = open_data(shards, masking=MaskingConfig(max_predictions_per_seq=5))
-    assert data.longest_batch(2).loss_counts[0] == 10.0
+    assert data.longest_batch(2).counts["masked_words"] == 10.0
 
 
 def test_the_fingerprint_is_of_the_content_not_of_the_place(shards: Path, tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ import transformers
 from test_recipe_settings import RECIPE, ROOT, ROUGH, Workshop, must
 from torch.nn.functional import cross_entropy
 
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.recipe.run_config import RunConfig, load_run_config
-from bert_ds.corpus.batches.collate import PackedBatch
 from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
 from bert_ds.encoder.pretraining_model import BertForPreTraining
 from bert_ds.reporting.run_log import read_metrics, read_rows
@@ -48,24 +48,24 @@ def data_of(run: RunConfig) -> PretrainingData:
     return PretrainingData(sources, Path(run.corpus.tokenizer), settings=settings)
 
 
-def batch_of(data: PretrainingData, number: int) -> PackedBatch:
+def batch_of(data: PretrainingData, number: int) -> MicroBatch:
     """The whole batch at a place of the order, from 1."""
     (batch,) = data.rank_batches(number - 1, rank=0, split=BatchSplit(1, 1, 1))
     return batch
 
 
-def sums_of(model: Any, batch: PackedBatch) -> torch.Tensor:
+def sums_of(model: Any, batch: MicroBatch) -> torch.Tensor:
     """Summed losses of masked words and of pairs, sequence by sequence, and how many masked words are right."""
     words, pairs, right = torch.zeros(()), torch.zeros(()), 0
-    bounds = batch.cu_seqlens.tolist()
+    bounds, places = batch.cu_seqlens.tolist(), batch.targets["masked_positions"]
     for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
         found = model(
             input_ids=batch.input_ids_T[start:stop][None], token_type_ids=batch.token_type_ids_T[start:stop][None]
         )
-        mine = (batch.masked_positions_P >= start) & (batch.masked_positions_P < stop)
-        scores, labels = found.prediction_logits[0, batch.masked_positions_P[mine] - start], batch.masked_labels_P[mine]
+        mine = (places >= start) & (places < stop)
+        scores, labels = found.prediction_logits[0, places[mine] - start], batch.targets["masked_labels"][mine]
         words = words + cross_entropy(scores, labels, reduction="sum")
-        pairs = pairs + cross_entropy(found.seq_relationship_logits, batch.pair_labels_N[index : index + 1])
+        pairs = pairs + cross_entropy(found.seq_relationship_logits, batch.targets["pair_labels"][index : index + 1])
         right += int((scores.argmax(1) == labels).sum())
     return torch.stack((words, pairs, torch.tensor(float(right))))
 
@@ -91,7 +91,7 @@ def test_a_run_is_what_transformers_and_torch_make_of_the_same_batches(workshop:
     for number, height in enumerate((0.5, 1.0, 0.75, 0.5, 0.25, 0.0), start=1):
         batch = batch_of(data, number)
         sums = sums_of(model, batch)
-        words, pairs = sums[0] / batch.loss_counts[0], sums[1] / batch.loss_counts[1]
+        words, pairs = sums[0] / batch.counts["masked_words"], sums[1] / batch.counts["sentence_pair"]
         optimizer.zero_grad()
         (words + pairs).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.5)
@@ -99,7 +99,7 @@ def test_a_run_is_what_transformers_and_torch_make_of_the_same_batches(workshop:
         assert (row["step"], row["lr"]) == (number, pytest.approx(4e-3 * height))
         found = [row[name] for name in ("loss_mlm", "loss_pair", "loss", "grad_norm")]
         assert found == pytest.approx([float(x.detach()) for x in (words, pairs, words + pairs, norm)], rel=2e-4)
-        assert row["mlm_accuracy"] == float(sums[2].detach()) / batch.loss_counts[0]
+        assert row["mlm_accuracy"] == float(sums[2].detach()) / batch.counts["masked_words"]
         for group in optimizer.param_groups:
             group["lr"] = 4e-3 * height
         optimizer.step()
@@ -107,7 +107,7 @@ def test_a_run_is_what_transformers_and_torch_make_of_the_same_batches(workshop:
     held_out = list(data.evaluation_batches(8, batch_size=4, rank=0, world_size=1))
     with torch.no_grad():
         words, pairs, _ = sum(sums_of(model, batch) for batch in held_out).tolist()
-    counts = [sum(batch.loss_counts[term] for batch in held_out) for term in (0, 1)]
+    counts = [sum(batch.counts[name] for batch in held_out) for name in ("masked_words", "sentence_pair")]
     wanted = [words / counts[0], pairs / counts[1], words / counts[0] + pairs / counts[1]]
     assert [last[name] for name in ("loss_mlm", "loss_pair", "loss")] == pytest.approx(wanted, rel=2e-4)
 

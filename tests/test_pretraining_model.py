@@ -81,7 +81,8 @@ def test_losses_and_gradients_equal_those_of_transformers(
     wanted = theirs(**padded).loss
     wanted.backward()
     loss_sums, _ = ours(**batch)
-    found = loss_sums[0] / len(batch["masked_labels_P"]) + loss_sums[1] / len(lengths)
+    counts = (len(batch["targets"]["masked_labels"]), len(lengths))[: 1 + has_pair_head]
+    found = sum(total / count for total, count in zip(loss_sums, counts, strict=True))
     found.backward()
     assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
     gradients = to_hf({name: parameter.grad for name, parameter in ours.named_parameters()}, config)
@@ -102,12 +103,12 @@ def test_without_masked_words_the_word_loss_is_zero_and_every_gradient_exists() 
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-def test_without_pair_head_the_pair_sums_are_zero() -> None:
+def test_without_pair_head_there_is_no_pair_term_and_no_weight_of_it() -> None:
     config = small_config()
     model = BertForPreTraining(config, kernels="torch", has_pair_head=False)
     loss_sums, metric_sums = model(**packed_inputs(config, [4, 6]))
-    assert loss_sums[1].item() == 0.0
-    assert metric_sums[1].item() == 0.0
+    assert (len(loss_sums), len(metric_sums)) == (1, 1)
+    assert [term.name for term in model.terms] == ["mlm"]
     assert not [name for name in model.state_dict() if "pooler" in name or "seq_relationship" in name]
 
 
@@ -115,16 +116,13 @@ def test_ignored_labels_count_for_nothing() -> None:
     config = small_config()
     model = BertForPreTraining(config, kernels="torch").eval()
     batch = packed_inputs(config, [4, 6, 3], masked=4)
-    batch["masked_labels_P"][1] = -100
-    batch["pair_labels_N"][2] = -100
+    batch["targets"]["masked_labels"][1] = -100
+    batch["targets"]["pair_labels"][2] = -100
     kept = torch.tensor([0, 2, 3])
-    fewer = {
-        **batch,
-        "masked_positions_P": batch["masked_positions_P"][kept],
-        "masked_labels_P": batch["masked_labels_P"][kept],
-    }
+    words = {name: batch["targets"][name][kept] for name in ("masked_positions", "masked_labels")}
+    fewer = {**batch, "targets": {**batch["targets"], **words}}
     torch.testing.assert_close(model(**batch)[0][0], model(**fewer)[0][0])
-    batch["pair_labels_N"][:] = -100
+    batch["targets"]["pair_labels"][:] = -100
     loss_sums, metric_sums = model(**batch)
     assert loss_sums[1].item() == 0.0
     assert metric_sums[1].item() == 0.0
@@ -135,10 +133,10 @@ def test_metrics_count_the_right_predictions() -> None:
     model = BertForPreTraining(config, kernels="torch").eval()
     spread_weights(model, config)
     batch = packed_inputs(config, [4, 6, 3], masked=5)
-    scores = model.logits(**encoder_inputs(batch), masked_positions_P=batch["masked_positions_P"])
+    scores = model.logits(**encoder_inputs(batch), masked_positions_P=batch["targets"]["masked_positions"])
     best_P, best_N = scores.mlm_PV.argmax(dim=-1), scores.pair_N2.argmax(dim=-1)
-    batch["masked_labels_P"] = torch.where(torch.arange(5) < 2, best_P, (best_P + 1) % 101)
-    batch["pair_labels_N"] = torch.where(torch.arange(3) < 1, best_N, 1 - best_N)
+    batch["targets"]["masked_labels"] = torch.where(torch.arange(5) < 2, best_P, (best_P + 1) % 101)
+    batch["targets"]["pair_labels"] = torch.where(torch.arange(3) < 1, best_N, 1 - best_N)
     assert model(**batch)[1].tolist() == [2.0, 1.0]
 
 
@@ -147,15 +145,15 @@ def test_the_sums_of_every_kind_of_target_are_those_of_its_targets_alone() -> No
     model = BertForPreTraining(config, kernels="torch").eval()
     spread_weights(model, config)
     batch = packed_inputs(config, [37, 30, 20], masked=50)
-    scores = model.logits(**encoder_inputs(batch), masked_positions_P=batch["masked_positions_P"])
-    batch["masked_labels_P"][::3] = scores.mlm_PV.argmax(dim=-1)[::3]
+    scores = model.logits(**encoder_inputs(batch), masked_positions_P=batch["targets"]["masked_positions"])
+    batch["targets"]["masked_labels"][::3] = scores.mlm_PV.argmax(dim=-1)[::3]
     loss_sums, metric_sums = model(**batch)
     judged_losses, judged = model(**batch, kind_counts=(30, 0, 20))
     torch.testing.assert_close(judged_losses, loss_sums)
     torch.testing.assert_close(judged[:2], metric_sums)
     for kind, own in enumerate((slice(0, 30), slice(30, 30), slice(30, 50))):
-        targets = {name: batch[name][own] for name in ("masked_positions_P", "masked_labels_P")}
-        losses, right = model(**{**batch, **targets})
+        words = {name: batch["targets"][name][own] for name in ("masked_positions", "masked_labels")}
+        losses, right = model(**{**batch, "targets": {**batch["targets"], **words}})
         torch.testing.assert_close(judged[2 + kind], losses[0])
         assert judged[5 + kind] == right[0]
 

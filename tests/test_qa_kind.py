@@ -96,9 +96,9 @@ def test_windows_have_their_targets_and_wrong_answers_are_counted_and_named(tmp_
             assert text == {0: "paris", 1: "london", 3: "great"}[feature.example]
     assert targets[2] == {(0, 0)}
     assert targets[4] == {(IGNORE_INDEX, IGNORE_INDEX)}
-    assert KIND.count_targets(rows.train.features) == (
-        float(sum(feature.example != 4 for feature in rows.train.features)),
-    )
+    assert KIND.count_targets(rows.train.features) == {
+        "span": float(sum(feature.example != 4 for feature in rows.train.features)),
+    }
 
 
 def test_the_loss_of_the_head_is_that_of_transformers_on_unpadded_sequences(tmp_path: Path) -> None:
@@ -253,11 +253,11 @@ def test_a_small_model_learns_where_answers_stand_and_that_one_has_none(tmp_path
     task_file = qa_task(tmp_path, max_seq_length=48)
     rows, _ = rows_of(task_file)
     model = make_task_model(KIND, CONFIG, {}, kernels="torch", init_seed=1)
-    batch = pack(rows.train.features, loss_counts=KIND.count_targets(rows.train.features))
+    batch = pack(rows.train.features, counts=KIND.count_targets(rows.train.features))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(60):
         loss_sums_L, _ = model(**batch.model_inputs())
-        (loss_sums_L[0] / batch.loss_counts[0]).backward()
+        (loss_sums_L[0] / batch.counts["span"]).backward()
         optimizer.step()
         optimizer.zero_grad()
     found = measure_side(model.eval(), load_task(task_file), rows.validation, {})

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from bert_ds.basics.loss_term import LossTerm
 from bert_ds.training.loop.dropout_seeds import dropout_seed, dropout_seed_value, splitmix64
 from bert_ds.training.loop.step_loss import poison_if_not_finite, step_loss
 
+TERMS = (LossTerm("first", count="a"), LossTerm("second", count="b"))
+
 
 def test_the_shares_of_unequal_micro_batches_add_up_to_the_mean_over_all_targets() -> None:
-    first = step_loss(torch.tensor([6.0, 1.0]), [10.0, 4.0], weights=[1.0, 1.0])
-    second = step_loss(torch.tensor([14.0, 2.0]), [10.0, 4.0], weights=[1.0, 1.0])
+    first, second = (
+        step_loss(torch.tensor(sums), {"b": 4.0, "a": 10.0}, terms=TERMS) for sums in ([6.0, 1.0], [14.0, 2.0])
+    )
     assert float(first + second) == pytest.approx(2.0 + 0.75)
 
 
 def test_a_term_is_multiplied_by_its_weight() -> None:
-    assert float(step_loss(torch.tensor([6.0, 1.0]), [3.0, 1.0], weights=[1.0, 0.5])) == 2.5
+    halved = (TERMS[0], replace(TERMS[1], weight=0.5))
+    assert float(step_loss(torch.tensor([6.0, 1.0]), {"a": 3.0, "b": 1.0}, terms=halved)) == 2.5
 
 
 def test_a_term_without_targets_counts_for_nothing() -> None:
-    assert float(step_loss(torch.tensor([6.0, 0.0]), [3.0, 0.0], weights=[1.0, 1.0])) == 2.0
+    assert float(step_loss(torch.tensor([6.0, 0.0]), {"a": 3.0, "b": 0.0}, terms=TERMS)) == 2.0
 
 
-def test_counts_and_sums_of_different_number_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 loss sums, 1 counts and 2 weights"):
-        step_loss(torch.zeros(2), [1.0], weights=[1.0, 1.0])
+def test_terms_and_sums_of_different_number_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 loss sums of 2 loss terms"):
+        step_loss(torch.zeros(1), {"a": 1.0, "b": 1.0}, terms=TERMS)
+
+
+def test_a_count_that_no_batch_brings_is_an_error_and_no_zero() -> None:
+    with pytest.raises(KeyError, match="b"):
+        step_loss(torch.zeros(2), {"a": 1.0}, terms=TERMS)
 
 
 def test_a_finite_loss_passes_unchanged() -> None:

@@ -68,7 +68,7 @@ def _train(
     for step in (1, 2):
         micro_batches = next(batches)
         totals = agree_on_totals(micro_batches, data_wait_s=0.0, stop=False)
-        forward_backward(engine, micro_batches, counts=totals.loss_counts, seed=1, step=step)
+        forward_backward(engine, micro_batches, counts=totals.counts, seed=1, step=step)
         assert take_step(engine)[0]
     found = measure_side(engine, task, rows.validation, rows.labels)
     run_dir = folder / at

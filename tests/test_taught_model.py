@@ -12,13 +12,14 @@ import torch
 from downstream_cases import CONFIG, review_task, task_of, write_lines, write_task
 from forked_verbs import run_verb
 
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.task.task_config import TaskConfig, load_task
 from bert_ds.configuration.task.task_sections import TaskDistillationConfig
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.kinds.task_model import TaskModel
-from bert_ds.downstream.rows.task_batch import TaskBatch, pack
+from bert_ds.downstream.rows.task_batch import pack
 from bert_ds.downstream.tuning.task_engine import with_dropout
 from bert_ds.downstream.tuning.task_folder import make_task_model
 from bert_ds.downstream.tuning.task_rows import read_task
@@ -37,7 +38,7 @@ def model_of(kind: str, labels: dict[str, tuple[str, ...]], *, seed: int, **opti
     return model
 
 
-def pair_of(task: TaskConfig, folder: Path) -> tuple[TaughtTaskModel, TaskModel, TaskModel, TaskBatch]:
+def pair_of(task: TaskConfig, folder: Path) -> tuple[TaughtTaskModel, TaskModel, TaskModel, MicroBatch]:
     """A student, the plain model of the same weights, the teacher, and a batch of the task."""
     rows = read_task(task, load_tokenizer(folder), say=lambda text: None)
     teacher = model_of(task.kind, rows.labels, seed=5)
@@ -48,7 +49,7 @@ def pair_of(task: TaskConfig, folder: Path) -> tuple[TaughtTaskModel, TaskModel,
     student = model_of(task.kind, rows.labels, seed=2, make=make)
     assert isinstance(student, TaughtTaskModel)
     features = rows.train.features[:7]
-    batch = pack(features, loss_counts=KINDS[task.kind].count_targets(features))
+    batch = pack(features, counts=KINDS[task.kind].count_targets(features))
     return student, model_of(task.kind, rows.labels, seed=2), teacher, batch
 
 
@@ -93,7 +94,7 @@ def test_the_soft_term_and_its_gradients_are_those_of_the_formula(tiny_export: P
         kept = target >= 0
         p = (wanted_RL[kept] / 1.5).softmax(-1)
         soft = 1.5**2 * (p * (p.log() - (own_RL[kept] / 1.5).log_softmax(-1))).sum()
-        assert int(kept.sum()) == batch.loss_counts[0]
+        assert int(kept.sum()) == batch.counts[student.terms[1].count]
     assert float(soft.detach()) > 0.01
     torch.testing.assert_close(losses, torch.stack((hard[0], soft)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(metrics, plain_metrics)

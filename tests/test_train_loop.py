@@ -185,7 +185,7 @@ def test_evaluation_sums_over_all_ranks_with_unequal_numbers_of_batches(stage: i
     model, batches = TinyModel().eval(), [micro_batch(0, part) for part in range(4)]
     with torch.no_grad():
         sums = sum(torch.cat(model(**batch.model_inputs(), dropout_seed=None)).double() for batch in batches)
-    rows, pairs = (sum(batch.loss_counts[k] for batch in batches) for k in (0, 1))
+    rows, pairs = (sum(batch.counts[name] for batch in batches) for name in ("rows", "pairs"))
     wanted = {
         "loss_square": float(sums[0]) / rows,
         "loss_pair": float(sums[1]) / pairs,

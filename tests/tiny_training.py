@@ -7,12 +7,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bert_ds.basics.loss_term import LossTerm
 from bert_ds.basics.ranks import Ranks
 from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
 from bert_ds.reporting.run_log import RunLog
@@ -32,9 +33,10 @@ WIDTH = 7
 class TinyModel(nn.Module):
     """Regression with two loss terms and one tied weight; dropout by the given seed."""
 
-    loss_names = ("square", "pair")
-    metric_names = ("square_correct", "pair_correct")
-    loss_weights = (1.0, 0.5)
+    terms = (
+        LossTerm("square", count="rows", metric="square_correct", of_words=True),
+        LossTerm("pair", count="pairs", metric="pair_correct", weight=0.5),
+    )
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -68,10 +70,12 @@ class TinyBatch:
     x_TD: Tensor
     y_T: Tensor
     pair_N: Tensor
+    kind_counts: ClassVar[dict[str, int]] = {}
+    example_ids: ClassVar[None] = None
 
     @property
-    def loss_counts(self) -> tuple[float, ...]:
-        return float(len(self.y_T)), float(len(self.pair_N))
+    def counts(self) -> dict[str, float]:
+        return {"rows": float(len(self.y_T)), "pairs": float(len(self.pair_N))}
 
     @property
     def num_tokens(self) -> int:

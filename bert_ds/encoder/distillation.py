@@ -1,147 +1,36 @@
-"""A student that learns from a larger BERT while it pre-trains (Sanh et al. 2019, arXiv 1910.01108).
-
-Beside the masked words the student is told what the teacher makes of the same input, t being the temperature:
-
-    soft    t^2 KL(softmax(teacher / t) || softmax(student / t)), summed over the P masked tokens
-    hidden  1 - cos(student, teacher) of the last hidden states, summed over all T tokens
-
-The teacher is no submodule of the student: it is not trained, not sharded and in no checkpoint, and every rank holds it
-whole, in the dtype of the student. Letters as in `modeling_bert.py`.
-"""
+"""A student with its teacher, from the settings of a recipe."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from typing import Any
 
 from bert_ds.configuration.recipe.distillation_config import DistillationConfig
 from bert_ds.configuration.recipe.run_config import ModelConfig
 from bert_ds.encoder.initial_weights import start_from_layers
+from bert_ds.encoder.objectives.distillation import TaughtWords
+from bert_ds.encoder.objectives.masked_words import MaskedWords
+from bert_ds.encoder.objectives.objective import Objective
 from bert_ds.encoder.pretrained import load_masked_lm
-from bert_ds.encoder.pretraining_model import BertForPreTraining, MaskedWordHead, stacked_sums
-
-_ROWS_AT_ONCE = 512
-"""Masked tokens whose (rows, V) scores exist at a time, in forward and in backward."""
+from bert_ds.encoder.pretraining_model import BertForPreTraining
 
 
-class Decoder(NamedTuple):
-    """What word scores are made of: transformed_PD weight_VD^T + bias_V."""
-
-    transformed_PD: Tensor
-    weight_VD: Tensor
-    bias_V: Tensor
-
-
-class Teacher:
-    """A BERT that is only asked; hidden from `nn.Module`, so that nobody trains, shards or saves it."""
-
-    def __init__(self, model: BertForPreTraining) -> None:
-        self._model = model.eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def hidden_states(self, like: Tensor, **stream: Any) -> Tensor:
-        """Return hidden_TD, on the device and in the dtype of `like`.
-
-        Args:
-            like: a tensor of the student; the teacher moves there when it is first asked.
-            stream: see `BertEncoder.forward`.
-        """
-        self._model.to(device=like.device, dtype=like.dtype)
-        return self._model.bert(**stream, dropout_seed=None)
-
-    @torch.no_grad()
-    def decoder(self, hidden_PD: Tensor) -> Decoder:
-        """Return what gives the scores of masked tokens."""
-        head = self._model.predictions
-        return Decoder(head.transform(hidden_PD), self._model.bert.embeddings.word_weight, head.bias)
-
-
-class TaughtWordHead(MaskedWordHead):
-    """The masked-word head, which also compares its scores with the teacher's."""
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden_PD: Tensor,
-        labels_P: Tensor,
-        word_weight_VD: Tensor,
-        *,
-        kind_counts: tuple[int, ...],
-        teacher: Decoder,
-        temperature: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return sum of cross-entropies and number of right predictions, see `word_sums`, and the soft loss sum."""
-        transformed_PD = self.transform(hidden_PD)
-        loss, num_correct = self.word_sums(transformed_PD, labels_P, word_weight_VD, kind_counts)
-        own = Decoder(transformed_PD, word_weight_VD, self.bias)
-        return loss, num_correct, soft_target_loss(own, teacher, vocab_size=self.vocab_size, temperature=temperature)
-
-
-class DistilledBert(BertForPreTraining):
-    """`BertForPreTraining` with two more loss terms; weights, names and export are those of the plain model.
-
-    Args:
-        config: of the student.
-        teacher: of the same vocabulary.
-        settings: temperature and weights.
-        others: see `BertForPreTraining`.
-    """
-
-    loss_names = ("mlm", "pair", "soft", "hidden")
-    word_head = TaughtWordHead
-
-    def __init__(
-        self, config: ModelConfig, *, teacher: BertForPreTraining, settings: DistillationConfig, **others: Any
-    ) -> None:
-        super().__init__(config, **others)
-        self.teacher = Teacher(teacher)
-        self.temperature = settings.temperature
-        self.loss_weights = (settings.mlm_weight, 1.0, settings.soft_weight, settings.hidden_weight)
-
-    def forward(
-        self,
-        *,
-        cu_seqlens: Tensor,
-        masked_positions_P: Tensor,
-        masked_labels_P: Tensor,
-        pair_labels_N: Tensor,
-        kind_counts: tuple[int, ...] = (),
-        dropout_seed: Tensor | None = None,
-        **stream: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the loss sums, fp32 [4], and the metric sums of a packed micro-batch, those of `BertForPreTraining`.
-
-        Args:
-            cu_seqlens, masked_positions_P, masked_labels_P, pair_labels_N, kind_counts: see `BertForPreTraining`.
-            dropout_seed: of the student; the teacher drops nothing.
-            stream: the other arguments of `BertEncoder.forward`.
-        """
-        hidden_TD = self.bert(cu_seqlens=cu_seqlens, dropout_seed=dropout_seed, **stream)
-        taught_TD = self.teacher.hidden_states(hidden_TD, cu_seqlens=cu_seqlens, **stream)
-        mlm_loss, mlm_correct, soft_loss = self.predictions(
-            hidden_TD.index_select(0, masked_positions_P),
-            masked_labels_P,
-            self._tied_decoder(),
-            kind_counts=kind_counts,
-            teacher=self.teacher.decoder(taught_TD.index_select(0, masked_positions_P)),
-            temperature=self.temperature,
-        )
-        pair_loss, pair_correct = self._pair_sums(hidden_TD, cu_seqlens, pair_labels_N)
-        hidden_loss = angle_loss(hidden_TD, taught_TD) if self.loss_weights[3] else torch.zeros_like(pair_loss)
-        return stacked_sums(mlm_loss, mlm_correct, pair_loss, pair_correct, soft_loss, hidden_loss)
-
-
-def make_student(config: ModelConfig, settings: DistillationConfig, *, kernels: str, **others: Any) -> DistilledBert:
+def make_student(
+    config: ModelConfig,
+    settings: DistillationConfig,
+    *,
+    kernels: str,
+    objectives: Sequence[Objective],
+    **others: Any,
+) -> BertForPreTraining:
     """Load the teacher and return a student, started from the teacher's layers where the settings say so.
 
     Args:
         config: of the student.
         settings: name the teacher's folder; they were checked against both models.
         kernels: of both.
+        objectives: of the student without a teacher; masked words are replaced by those that the teacher teaches.
         others: see `BertForPreTraining`.
 
     Raises:
@@ -149,51 +38,9 @@ def make_student(config: ModelConfig, settings: DistillationConfig, *, kernels: 
     """
     multiple = config.pad_vocab_size_to_multiple_of
     teacher = load_masked_lm(Path(settings.teacher), kernels=kernels, pad_vocab_size_to_multiple_of=multiple)
-    student = DistilledBert(config, teacher=teacher, settings=settings, kernels=kernels, **others)
+    words = TaughtWords(teacher, settings)
+    taught = [words if isinstance(objective, MaskedWords) else objective for objective in objectives]
+    student = BertForPreTraining(config, kernels=kernels, objectives=taught, **others)
     if settings.init_layers is not None:
         start_from_layers(student, teacher, settings.init_layers)
     return student
-
-
-def angle_loss(hidden_TD: Tensor, taught_TD: Tensor) -> Tensor:
-    """Return the sum over tokens of 1 - cosine, fp32."""
-    return (1.0 - F.cosine_similarity(hidden_TD.float(), taught_TD.float(), dim=-1)).sum()
-
-
-def soft_divergence(own_RL: Tensor, wanted_RL: Tensor, temperature: float) -> Tensor:
-    """Return t^2 KL(softmax(wanted / t) || softmax(own / t)) at temperature t, summed over rows of fp32 scores."""
-    log_p, log_q = ((scores_RL / temperature).log_softmax(dim=-1) for scores_RL in (own_RL, wanted_RL))
-    return temperature**2 * F.kl_div(log_p, log_q, log_target=True, reduction="sum")
-
-
-def soft_target_loss(student: Decoder, teacher: Decoder, *, vocab_size: int, temperature: float) -> Tensor:
-    """Return t^2 KL(teacher || student) at temperature t, summed over the masked tokens, fp32.
-
-    The scores exist for some rows at a time and are computed again in the backward pass.
-
-    Args:
-        student, teacher: rows of weight and bias from vocab_size on are padding and take no part.
-        vocab_size: pieces of the vocabulary.
-        temperature: t.
-    """
-    total = student.transformed_PD.new_zeros((), dtype=torch.float32)
-    for first in range(0, student.transformed_PD.shape[0], _ROWS_AT_ONCE):
-        rows = slice(first, first + _ROWS_AT_ONCE)
-        total = total + checkpoint(
-            _soft_rows,
-            student._replace(transformed_PD=student.transformed_PD[rows]),
-            teacher._replace(transformed_PD=teacher.transformed_PD[rows]),
-            vocab_size,
-            temperature,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-    return total
-
-
-def _soft_rows(student: Decoder, teacher: Decoder, vocab_size: int, temperature: float) -> Tensor:
-    own, wanted = (
-        F.linear(one.transformed_PD, one.weight_VD[:vocab_size], one.bias_V[:vocab_size]).float()
-        for one in (student, teacher)
-    )
-    return soft_divergence(own, wanted, temperature)

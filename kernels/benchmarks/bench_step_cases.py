@@ -42,7 +42,7 @@ class Batch:
     @property
     def num_masked(self) -> int:
         """Masked tokens."""
-        return len(self.packed["masked_labels_P"])
+        return len(self.packed["targets"]["masked_labels"])
 
 
 def make_batch(lengths: list[int], config: ModelConfig, device: torch.device) -> Batch:
@@ -58,7 +58,6 @@ def make_batch(lengths: list[int], config: ModelConfig, device: torch.device) ->
     pairs = torch.randint(2, (len(lengths),))
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     packed = {"input_ids_T": words, "token_type_ids_T": types, "position_ids_T": positions, "cu_seqlens": bounds}
-    packed |= {"masked_positions_P": masked, "masked_labels_P": words[masked], "pair_labels_N": pairs}
     packed["dropout_seed"] = torch.tensor([7])
 
     def pad(values: Tensor, fill: int) -> Tensor:
@@ -68,8 +67,9 @@ def make_batch(lengths: list[int], config: ModelConfig, device: torch.device) ->
     padded |= {"attention_mask": inside.long(), "next_sentence_label": pairs}
     if bool(inside.all()):
         del padded["attention_mask"]
-    on_device = [{name: tensor.to(device) for name, tensor in part.items()} for part in (packed, padded)]
-    return Batch(lengths, on_device[0] | {"max_seqlen": longest}, on_device[1])
+    targets = {"masked_positions": masked, "masked_labels": words[masked], "pair_labels": pairs}
+    on_device = [{name: tensor.to(device) for name, tensor in part.items()} for part in (packed, padded, targets)]
+    return Batch(lengths, on_device[0] | {"max_seqlen": longest, "targets": on_device[2]}, on_device[1])
 
 
 def make_model(provider: str, config: ModelConfig, device: torch.device) -> nn.Module:

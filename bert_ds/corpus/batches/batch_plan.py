@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bert_ds.corpus.batches.collate import PackedBatch, collate, grouped_by_kind
+from bert_ds.basics.micro_batch import MicroBatch
+from bert_ds.corpus.batches.collate import collate, grouped_by_kind
 from bert_ds.corpus.batches.evaluation_masks import EvaluationMasker
 from bert_ds.corpus.batches.examples import Plan, make_example, plan_examples, token_places
 from bert_ds.corpus.batches.mlm_masking import Masker
@@ -36,12 +37,12 @@ class BatchPlan:
         self._places = [(plan, row) for plan in self.plans.values() for row in range(len(plan.lengths))]
         self.lengths = np.concatenate([plan.lengths for plan in self.plans.values()])
 
-    def pack(self, rows: np.ndarray, masker: Masker) -> PackedBatch:
+    def pack(self, rows: np.ndarray, masker: Masker) -> MicroBatch:
         """Read, mask and pack the examples at some rows of the batch, at least one."""
         examples = [make_example(*self._places[row]) for row in rows.tolist()]
         return collate(masker.mask(examples))
 
-    def pack_held_out(self, rows: np.ndarray, masker: EvaluationMasker, *, keys: np.ndarray) -> PackedBatch:
+    def pack_held_out(self, rows: np.ndarray, masker: EvaluationMasker, *, keys: np.ndarray) -> MicroBatch:
         """As `pack`, with the masks of an evaluation and the targets grouped by what they show.
 
         Args:

@@ -24,13 +24,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bert_ds.basics.input_gate import read_bytes
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.processes import held_back_stop_signals
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, MaskingConfig, SequenceConfig
 from bert_ds.corpus.batches.batch_order import Mixture, balance, deal, global_batch
 from bert_ds.corpus.batches.batch_plan import BatchPlan
-from bert_ds.corpus.batches.collate import PackedBatch, collate
+from bert_ds.corpus.batches.collate import collate
 from bert_ds.corpus.batches.evaluation_masks import EvaluationMasker, split_key
 from bert_ds.corpus.batches.mlm_masking import MaskedExample, Masker
 from bert_ds.corpus.batches.sequences import ExampleTable, build_examples, content_hash
@@ -141,7 +142,7 @@ class PretrainingData:
 
     def step_batches(
         self, start_step: int, *, rank: int, split: BatchSplit, num_workers: int
-    ) -> Iterator[list[PackedBatch]]:
+    ) -> Iterator[list[MicroBatch]]:
         """Yield the micro-batches of this rank, one list per optimizer step, without end.
 
         Args:
@@ -177,7 +178,7 @@ class PretrainingData:
 
     def evaluation_batches(
         self, num_examples: int, *, batch_size: int, rank: int, world_size: int
-    ) -> Iterator[PackedBatch]:
+    ) -> Iterator[MicroBatch]:
         """Yield this rank's share of held-out examples, with fixed pairs and the masks of `evaluation_masks`.
 
         Every rank gets the same number of batches and none is empty; their sizes differ by one at most. The examples
@@ -215,7 +216,7 @@ class PretrainingData:
         )
         return unigram_cross_entropy(piece_counts([table.split for table in self._tables]), batches)
 
-    def longest_batch(self, micro_batch_size: int) -> PackedBatch:
+    def longest_batch(self, micro_batch_size: int) -> MicroBatch:
         """The largest micro-batch that can come: full sequences with as many targets as allowed."""
         length = self._settings.sequences.max_seq_length
         num_masked = min(int(self._masker.max_predictions(np.array([length]))[0]), length - 2)
@@ -242,7 +243,7 @@ class PretrainingData:
                 totals[source] += len(plan.lengths), plan.lengths.sum()
         return {name: SourceCount(*row) for name, row in zip(self.names, totals.tolist(), strict=True)}
 
-    def rank_batches(self, step: int, *, rank: int, split: BatchSplit) -> list[PackedBatch]:
+    def rank_batches(self, step: int, *, rank: int, split: BatchSplit) -> list[MicroBatch]:
         """The micro-batches of one rank in one step."""
         plan = self._plan(step)
         parts = deal(plan.lengths, num_parts=split.num_parts)
@@ -263,13 +264,13 @@ class PretrainingData:
         return build_examples(split, self._settings.sequences, seed=seed, cache_dirs=cache_dirs)
 
 
-class _Steps(Dataset[list[PackedBatch]]):
+class _Steps(Dataset[list[MicroBatch]]):
     """The batches of one rank, by step."""
 
     def __init__(self, data: PretrainingData, rank: int, split: BatchSplit) -> None:
         self._data, self._rank, self._split = data, rank, split
 
-    def __getitem__(self, step: int) -> list[PackedBatch]:
+    def __getitem__(self, step: int) -> list[MicroBatch]:
         return self._data.rank_batches(step, rank=self._rank, split=self._split)
 
 
@@ -280,5 +281,5 @@ def _end_loader_processes() -> None:
         process.kill()
 
 
-def _unchanged(batches: list[PackedBatch]) -> list[PackedBatch]:
+def _unchanged(batches: list[MicroBatch]) -> list[MicroBatch]:
     return batches

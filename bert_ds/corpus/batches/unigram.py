@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from bert_ds.corpus.batches.collate import PackedBatch
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.corpus.shards.shard_folder import ShardSplit
 
 MAX_COUNTED_TOKENS = 1 << 25
@@ -24,7 +24,7 @@ def piece_counts(train: Sequence[ShardSplit]) -> np.ndarray:
     return counts
 
 
-def unigram_cross_entropy(counts: np.ndarray, held_out: Iterable[PackedBatch]) -> float:
+def unigram_cross_entropy(counts: np.ndarray, held_out: Iterable[MicroBatch]) -> float:
     """Return the mean cross-entropy, in nats, of the targets at [MASK] under the frequencies of the training text.
 
     Args:
@@ -34,6 +34,8 @@ def unigram_cross_entropy(counts: np.ndarray, held_out: Iterable[PackedBatch]) -
     Returns:
         NaN where there is no target at [MASK].
     """
-    labels = np.concatenate([batch.masked_labels_P[: batch.kind_counts[0]].numpy() for batch in held_out])
+    labels = np.concatenate(
+        [batch.targets["masked_labels"][: batch.kind_counts["masked"]].numpy() for batch in held_out]
+    )
     surprise = np.log((counts + 1).sum()) - np.log(counts + 1)
     return float(surprise[labels].mean()) if len(labels) else math.nan

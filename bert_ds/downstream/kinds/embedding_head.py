@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bert_ds.basics.loss_term import LossTerm
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
 from bert_ds.downstream.kinds.task_model import HeadInput, HeadOutput
 
@@ -27,9 +28,7 @@ class EmbeddingHead(nn.Module):
     """
 
     needs_pooler = False
-    loss_names = ("pair",)
-    loss_weights = (1.0,)
-    metric_names = ()
+    terms = (LossTerm("pair", count="pair"),)
 
     def forward(self, stream: HeadInput, targets: Mapping[str, Tensor]) -> HeadOutput:
         """Compare with targets["cosine"], fp32 [F], or with targets["partner"], int64 [F].

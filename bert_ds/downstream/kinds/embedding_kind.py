@@ -80,8 +80,8 @@ def _targets(score: float, task: TaskConfig) -> dict[str, np.ndarray]:
     return {"cosine": np.array([score / settings.max_score], dtype=np.float32)}
 
 
-def _count_targets(features: Sequence[Feature]) -> tuple[float, ...]:
-    return (count_labelled(features, "cosine") + count_labelled(features, "partner"),)
+def _count_targets(features: Sequence[Feature]) -> dict[str, float]:
+    return {"pair": sum(count_labelled(features, "cosine", "partner").values())}
 
 
 def _summarise(feature: Feature, scores: dict[str, np.ndarray]) -> float:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bert_ds.basics.loss_term import LossTerm
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, ModelConfig
 from bert_ds.downstream.kinds.task_model import HeadInput, HeadOutput, head_site
 from bert_ds.encoder.fused_ops import FusedOps
@@ -49,8 +50,6 @@ class SequenceHead(nn.Module):
     """
 
     needs_pooler = True
-    loss_names = ("label",)
-    loss_weights = (1.0,)
 
     def __init__(
         self,
@@ -64,7 +63,8 @@ class SequenceHead(nn.Module):
         super().__init__()
         self.objective = objective
         self.class_weights = class_weights
-        self.metric_names = () if objective == "number" else ("label_correct",)
+        metric = None if objective == "number" else "label_correct"
+        self.terms = (LossTerm("label", count="label", metric=metric),)
         self.classifier = Projection(config, num_labels, ops=ops, site=head_site(config))
 
     def forward(self, stream: HeadInput, targets: Mapping[str, Tensor]) -> HeadOutput:
@@ -78,9 +78,7 @@ class TokenHead(nn.Module):
     """A tag for every token; the first piece of a word is the one that has a target."""
 
     needs_pooler = False
-    loss_names = ("tag",)
-    loss_weights = (1.0,)
-    metric_names = ("tag_correct",)
+    terms = (LossTerm("tag", count="tag", metric="tag_correct"),)
 
     def __init__(
         self, config: ModelConfig, num_labels: int, *, ops: FusedOps, class_weights: Sequence[float] | None = None
@@ -99,9 +97,10 @@ class IntentSlotHead(nn.Module):
     """One label for the sequence and a tag for every token, over one encoder (Chen et al. 2019, arXiv 1902.10909)."""
 
     needs_pooler = True
-    loss_names = ("intent", "tag")
-    loss_weights = (1.0, 1.0)
-    metric_names = ("intent_correct", "tag_correct")
+    terms = (
+        LossTerm("intent", count="intent", metric="intent_correct"),
+        LossTerm("tag", count="tag", metric="tag_correct"),
+    )
 
     def __init__(self, config: ModelConfig, *, num_intents: int, num_tags: int, ops: FusedOps) -> None:
         super().__init__()
@@ -127,9 +126,7 @@ class ChoiceHead(nn.Module):
     """One score per choice; each choice is a sequence of its own, and those of a question compete in a softmax."""
 
     needs_pooler = True
-    loss_names = ("choice",)
-    loss_weights = (1.0,)
-    metric_names = ("choice_correct",)
+    terms = (LossTerm("choice", count="choice", metric="choice_correct"),)
 
     def __init__(self, config: ModelConfig, *, ops: FusedOps) -> None:
         super().__init__()

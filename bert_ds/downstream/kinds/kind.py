@@ -69,8 +69,8 @@ class Kind(NamedTuple):
     """From the training examples."""
     make_features: Callable[[Sequence[Example], FeatureContext], list[Feature]]
     make_head: Callable[[HeadContext], nn.Module]
-    count_targets: Callable[[Sequence[Feature]], tuple[float, ...]]
-    """Targets of each loss term."""
+    count_targets: Callable[[Sequence[Feature]], dict[str, float]]
+    """How many targets there are, by the name that the head's loss terms know them by."""
     summarise: Callable[[Feature, dict[str, np.ndarray]], Any]
     """Scores of a feature -> what is gathered over the ranks, a JSON value."""
     predict: Callable[[Sequence[Example], Sequence[Feature], Sequence[Any], Labels], list[Prediction]]
@@ -88,11 +88,11 @@ class Kind(NamedTuple):
     """Puts right what files get wrong, and says how often."""
 
 
-def count_labelled(features: Sequence[Feature], name: str) -> float:
-    """Return how many targets of a name are there: whole numbers that are not IGNORE_INDEX, or every number."""
-    total = 0
+def count_labelled(features: Sequence[Feature], *names: str) -> dict[str, float]:
+    """Return how many targets of each name are there: whole numbers that are not IGNORE_INDEX, or every number."""
+    counts = dict.fromkeys(names, 0.0)
     for feature in features:
-        target = feature.targets.get(name)
-        if target is not None:
-            total += target.size if target.dtype.kind == "f" else int((target != IGNORE_INDEX).sum())
-    return float(total)
+        for name, target in feature.targets.items():
+            if name in counts:
+                counts[name] += target.size if target.dtype.kind == "f" else int((target != IGNORE_INDEX).sum())
+    return counts

@@ -124,9 +124,9 @@ def _say_what_is_wrong(examples: Sequence[Example], context: FeatureContext) -> 
             context.say(f"{sum(count for _, count in counts)} {name}: {shown}")
 
 
-def _count_targets(features: Sequence[Feature]) -> tuple[float, ...]:
+def _count_targets(features: Sequence[Feature]) -> dict[str, float]:
     spans = [feature.targets["span"] for feature in features if "span" in feature.targets]
-    return (float(sum(int(span[0, 0] != IGNORE_INDEX) for span in spans)),)
+    return {"span": float(sum(int(span[0, 0] != IGNORE_INDEX) for span in spans))}
 
 
 def _summarise(feature: Feature, scores: dict[str, np.ndarray]) -> Any:

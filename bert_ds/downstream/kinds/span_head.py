@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bert_ds.basics.loss_term import LossTerm
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, ModelConfig
 from bert_ds.downstream.kinds.task_model import HeadInput, HeadOutput
 
@@ -19,9 +20,7 @@ class SpanHead(nn.Module):
     """Two scores per token, of the begin and of the end, without dropout, as BertForQuestionAnswering has them."""
 
     needs_pooler = False
-    loss_names = ("span",)
-    loss_weights = (1.0,)
-    metric_names = ("span_correct",)
+    terms = (LossTerm("span", count="span", metric="span_correct"),)
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

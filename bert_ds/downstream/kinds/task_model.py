@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from bert_ds.basics.loss_term import LossTerm
 from bert_ds.configuration.recipe.run_config import ModelConfig
 from bert_ds.encoder.fused_ops import FusedOps
 from bert_ds.encoder.modeling_bert import EMBEDDING_SITE, SITES_PER_LAYER, BertEncoder, initialise_weights
@@ -18,7 +19,7 @@ class HeadOutput(NamedTuple):
     loss_sums_L: Tensor
     """fp32, one sum per loss term; zeros where there are no targets."""
     metric_sums_M: Tensor
-    """fp32, the k-th counted over the targets of the k-th loss; without gradient."""
+    """fp32, one sum for each loss term that has a metric; without gradient."""
     scores: dict[str, Tensor]
     """[N, ...] by name; [T, ...] where the name starts with "token_"."""
 
@@ -26,9 +27,7 @@ class HeadOutput(NamedTuple):
 class Head(Protocol):
     """What `TaskModel` and the training loop need of the head of a task, which is a module that owns its weights."""
 
-    loss_names: tuple[str, ...]
-    loss_weights: tuple[float, ...]
-    metric_names: tuple[str, ...]
+    terms: tuple[LossTerm, ...]
     needs_pooler: bool
 
     def __call__(self, stream: HeadInput, targets: Mapping[str, Tensor]) -> HeadOutput:
@@ -61,7 +60,6 @@ class TaskModel(nn.Module):
     no_decay_patterns = ("*bias", "*layer_norm_weight")
     equal_parts = {"*qkv_weight": ("query", "key", "value"), "*qkv_bias": ("query", "key", "value")}
     matrix_patterns = BertEncoder.matrix_patterns
-    reports_perplexity = False
 
     def __init__(
         self,
@@ -74,8 +72,7 @@ class TaskModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.loss_names, self.loss_weights = head.loss_names, head.loss_weights
-        self.metric_names = head.metric_names
+        self.terms = head.terms
         self.bert = BertEncoder(
             config, ops, has_pooler=head.needs_pooler, activation_checkpointing=activation_checkpointing
         )

@@ -155,8 +155,8 @@ def _score_measure(examples: Sequence[Example], predictions: Sequence[Prediction
     return correlations([example.target for example in examples], [found.value for found in predictions])
 
 
-def _count(features: Sequence[Feature]) -> tuple[float, ...]:
-    return (count_labelled(features, "label"),)
+def _count(features: Sequence[Feature]) -> dict[str, float]:
+    return count_labelled(features, "label")
 
 
 def _summarise(feature: Feature, scores: dict[str, np.ndarray]) -> list[float]:

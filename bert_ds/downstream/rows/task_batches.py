@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.corpus.batches.batch_order import Mixture, deal, global_batch
 from bert_ds.downstream.rows.features import Feature
-from bert_ds.downstream.rows.task_batch import TaskBatch, pack
+from bert_ds.downstream.rows.task_batch import pack
 
-CountTargets = Callable[[Sequence[Feature]], tuple[float, ...]]
+CountTargets = Callable[[Sequence[Feature]], dict[str, float]]
 
 
 def step_batches(
@@ -23,7 +24,7 @@ def step_batches(
     rank: int,
     split: BatchSplit,
     count_targets: CountTargets,
-) -> Iterator[list[TaskBatch]]:
+) -> Iterator[list[MicroBatch]]:
     """Yield this rank's micro-batches of every step, without end.
 
     An epoch is a permutation of all sequences; a global batch may straddle two. It does not depend on the number of
@@ -45,7 +46,7 @@ def step_batches(
         chosen = triples[:, 2]
         part_of = deal(lengths[chosen], num_parts=split.num_parts)
         groups = [[features[index] for index in chosen[part_of == part]] for part in split.parts_of(rank)]
-        yield [pack(group, loss_counts=count_targets(group)) for group in groups]
+        yield [pack(group, counts=count_targets(group)) for group in groups]
         step += 1
 
 

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bert_ds.basics.loss_term import LossTerm, metric_names
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.downstream.rows.features import Feature
-from bert_ds.downstream.rows.task_batch import TaskBatch, pack
+from bert_ds.downstream.rows.task_batch import pack
 from bert_ds.downstream.rows.task_batches import CountTargets
 from bert_ds.training.agreement import gather_json, max_over_ranks, sum_over_ranks
 from bert_ds.training.loop.evaluation import named_means
@@ -56,28 +58,28 @@ def predict_features(
     was_training = model.training
     model.eval()
     summaries: dict[int, Any] = {}
-    totals, counts = torch.zeros(0, dtype=torch.float64), [0.0] * len(_module(model).loss_names)
+    terms = _terms(model)
+    totals, counts = torch.zeros(0, dtype=torch.float64), {term.count: 0.0 for term in terms}
     for number in range(num_forwards):
         group = groups[number] if number < len(groups) else [0]
         batch = _pack(features, group, count_targets)
-        *sums, scores = model(**batch.to(device).model_inputs(), dropout_seed=None, with_scores=True)
+        losses, metrics, scores = model(**batch.to(device).model_inputs(), dropout_seed=None, with_scores=True)
         if number < len(groups):
-            found = torch.cat(sums).double().cpu()
+            found = torch.cat((losses[: len(terms)], metrics)).double().cpu()
             totals = found if not len(totals) else totals + found
-            for term, count in enumerate(batch.loss_counts):  # a teacher's term has no targets here
-                counts[term] += count
+            counts = {name: count + batch.counts[name] for name, count in counts.items()}
             for place, arrays in zip(batch.places, _scores_of_features(batch, scores), strict=True):
                 summaries[group[place]] = summarise(features[group[place]], arrays)
     model.train(was_training)
-    return _gathered(model, summaries, totals=totals, counts=counts)
+    return _gathered(terms, summaries, totals=totals, counts=counts)
 
 
-def _pack(features: Sequence[Feature], group: Sequence[int], count_targets: CountTargets) -> TaskBatch:
+def _pack(features: Sequence[Feature], group: Sequence[int], count_targets: CountTargets) -> MicroBatch:
     chosen = [features[index] for index in group]
-    return pack(chosen, loss_counts=count_targets(chosen))
+    return pack(chosen, counts=count_targets(chosen))
 
 
-def _scores_of_features(batch: TaskBatch, scores: dict[str, Tensor]) -> list[dict[str, np.ndarray]]:
+def _scores_of_features(batch: MicroBatch, scores: dict[str, Tensor]) -> list[dict[str, np.ndarray]]:
     """Cut the scores of a batch into those of its features."""
     bounds = list(accumulate(batch.sequences, initial=0))
     token_bounds = batch.cu_seqlens[bounds].tolist()
@@ -90,19 +92,21 @@ def _scores_of_features(batch: TaskBatch, scores: dict[str, Tensor]) -> list[dic
     ]
 
 
-def _gathered(model: Any, summaries: dict[int, Any], *, totals: Tensor, counts: Sequence[float]) -> Predicted:
-    module = _module(model)
-    num_sums = len(module.loss_names) + len(module.metric_names)
+def _gathered(
+    terms: Sequence[LossTerm], summaries: dict[int, Any], *, totals: Tensor, counts: dict[str, float]
+) -> Predicted:
+    num_sums = len(terms) + len(metric_names(terms))
     local = totals.tolist() if len(totals) else [0.0] * num_sums
-    agreed = sum_over_ranks([*local, *counts])
+    agreed = sum_over_ranks([*local, *counts.values()])
     everything: dict[int, Any] = {}
     for part in gather_json(list(summaries.items())):
         everything.update({index: summary for index, summary in part})
     ordered = [everything[index] for index in range(len(everything))]
-    if not any(agreed[num_sums:]):
-        return Predicted(ordered, {})
-    return Predicted(ordered, named_means(module, agreed[:num_sums], counts=agreed[num_sums:]))
+    counted = dict(zip(counts, agreed[num_sums:], strict=True))
+    return Predicted(ordered, named_means(terms, agreed[:num_sums], counts=counted) if any(counted.values()) else {})
 
 
-def _module(model: Any) -> Any:
-    return getattr(model, "module", model)
+def _terms(model: Any) -> tuple[LossTerm, ...]:
+    """Return the terms that the head has: a teacher's, behind them, is there while training only."""
+    module = getattr(model, "module", model)
+    return module.terms[: len(module.head.terms)]

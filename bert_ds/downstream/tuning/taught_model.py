@@ -12,6 +12,7 @@ whole. It is asked while training only. Letters as in `kinds/heads.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bert_ds.basics.loss_term import LossTerm
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, ConfigError
 from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.configuration.task.task_sections import TaskDistillationConfig
@@ -26,7 +28,7 @@ from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.kinds.task_model import TaskModel
 from bert_ds.downstream.rows.examples import Labels
 from bert_ds.downstream.tuning.task_folder import read_task_folder, tokenizer_folder
-from bert_ds.encoder.distillation import soft_divergence
+from bert_ds.encoder.objectives.distillation import soft_divergence
 from bert_ds.encoder.pretrained import check_tokenizer
 
 
@@ -45,8 +47,9 @@ class TaughtTaskModel(TaskModel):
     ) -> None:
         super().__init__(config, head, **others)
         self.temperature = settings.temperature
-        self.loss_names = (*self.loss_names, "soft")
-        self.loss_weights = (settings.label_weight, settings.soft_weight)
+        (labels,) = head.terms
+        soft = LossTerm("soft", count=labels.count, weight=settings.soft_weight)
+        self.terms = (replace(labels, weight=settings.label_weight), soft)
         # In a tuple, so that nobody trains, shards or saves it.
         self._teacher = (teacher.eval().requires_grad_(False),)
 

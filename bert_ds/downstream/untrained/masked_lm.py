@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from bert_ds.basics.loss_term import metric_names
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import CheckpointError, DataError
 from bert_ds.configuration.recipe.run_config import ConfigError
-from bert_ds.corpus.batches.collate import PackedBatch
 from bert_ds.corpus.text.sentences import split_sentences
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.encoder.hf_folder import read_json
@@ -47,7 +48,7 @@ class MaskedLm(NamedTuple):
     """Tokens of the longest sequence that it has positions for."""
     max_tokens: int
     """Tokens of a forward pass at most."""
-    kind_sums: Callable[[PackedBatch], Tensor]
+    kind_sums: Callable[[MicroBatch], Tensor]
     """Sequences of one length -> fp64 [2 K] on the CPU: losses in nats, then right predictions, of each kind."""
 
 
@@ -82,9 +83,9 @@ def _ours(folder: Path, *, kernels: str, device: str) -> MaskedLm:
         return np.frombuffer(pieces, dtype=tokenizer.dtype).astype(np.int32)
 
     @torch.no_grad()
-    def kind_sums(batch: PackedBatch) -> Tensor:
+    def kind_sums(batch: MicroBatch) -> Tensor:
         _, metric_sums_M = model(**batch.to(device).model_inputs())
-        return metric_sums_M[len(model.metric_names) :].double().cpu()
+        return metric_sums_M[len(metric_names(model.terms)) :].double().cpu()
 
     return MaskedLm(
         name="this project's BERT",
@@ -118,11 +119,11 @@ def open_with_transformers(folder: Path, *, device: str) -> MaskedLm:
         )
 
     @torch.no_grad()
-    def kind_sums(batch: PackedBatch) -> Tensor:
+    def kind_sums(batch: MicroBatch) -> Tensor:
         ids_NS = batch.input_ids_T.view(batch.num_sequences, batch.max_seqlen).to(device)
         logits_TV = model(input_ids=ids_NS).logits.flatten(0, 1)
-        logits_PV = logits_TV[batch.masked_positions_P.to(device)].float()
-        return _sums(logits_PV, batch.masked_labels_P.to(device), batch.kind_counts)
+        logits_PV = logits_TV[batch.targets["masked_positions"].to(device)].float()
+        return _sums(logits_PV, batch.targets["masked_labels"].to(device), tuple(batch.kind_counts.values()))
 
     return MaskedLm(
         name=f"transformers' {type(model).__name__}",

@@ -18,6 +18,7 @@ lower-casing one predicts less; that is not corrected for.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -26,10 +27,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
 from bert_ds.configuration.task.task_config import TaskConfig
-from bert_ds.corpus.batches.collate import PackedBatch, collate, grouped_by_kind
+from bert_ds.corpus.batches.collate import collate, grouped_by_kind
 from bert_ds.corpus.batches.evaluation_masks import EvaluationMasker, text_key
 from bert_ds.corpus.batches.examples import Example
 from bert_ds.corpus.batches.unigram import MAX_COUNTED_TOKENS, piece_counts, unigram_cross_entropy
@@ -38,7 +40,6 @@ from bert_ds.corpus.text.documents import read_documents
 from bert_ds.downstream.rows.examples import Say
 from bert_ds.downstream.rows.splits import first_by_hash
 from bert_ds.downstream.untrained.masked_lm import MaskedLm, open_masked_lm
-from bert_ds.encoder.pretraining_model import BertForPreTraining
 from bert_ds.training.loop.evaluation import kind_means
 
 
@@ -72,13 +73,13 @@ def masked_word_figures(model: MaskedLm, task: TaskConfig, say: Say) -> dict[str
     )
     rows = sequences(text, length - len(model.before) - len(model.after))
     rows = [rows[index] for index in first_by_hash([str(start) for start, _ in rows], task.data.max_validation_rows)]
-    sums, counts, judged = np.zeros(6), np.zeros(3, dtype=np.int64), []
+    sums, counts, judged = np.zeros(6), Counter[str](), []
     batch_size = max(1, min(task.evaluation.batch_size, model.max_tokens // length))
     for batch in _batches(text, rows, model, batch_size=batch_size):
         sums += model.kind_sums(batch).numpy()
-        counts += batch.kind_counts
+        counts.update(batch.kind_counts)
         judged.append(batch)
-    figures = kind_means(BertForPreTraining, sums.tolist(), counts=counts.tolist())
+    figures = kind_means("mlm", sums.tolist(), counts=counts)
     return figures | _compared(figures, text, judged, task, model=model, say=say)
 
 
@@ -119,7 +120,7 @@ def sequences(text: Pieces, longest: int) -> list[tuple[int, int]]:
 
 def _batches(
     text: Pieces, rows: Sequence[tuple[int, int]], model: MaskedLm, *, batch_size: int
-) -> Iterator[PackedBatch]:
+) -> Iterator[MicroBatch]:
     """Yield batches of sequences of one length, masked, so that no family sees padding."""
     masker = EvaluationMasker(vocab_size=model.vocab_size, special_ids=model.special_ids, mask_id=model.mask_id)
     key = text_key(text.ids, len(text.ids))
@@ -140,7 +141,7 @@ def _example(pieces: np.ndarray, model: MaskedLm, *, index: int) -> Example:
 
 
 def _compared(
-    figures: dict[str, float], text: Pieces, judged: list[PackedBatch], task: TaskConfig, *, model: MaskedLm, say: Say
+    figures: dict[str, float], text: Pieces, judged: list[MicroBatch], task: TaskConfig, *, model: MaskedLm, say: Say
 ) -> dict[str, float]:
     """Return what sets the loss beside other models: piece frequencies, and nats per character."""
     found = {}

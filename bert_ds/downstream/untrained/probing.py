@@ -154,7 +154,7 @@ def _hidden_states(encoder: BertEncoder, features: Sequence[Feature]) -> Iterato
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output)) for module in modules
     ]
-    batch = pack([feature._replace(targets={}) for feature in features], loss_counts=())
+    batch = pack([feature._replace(targets={}) for feature in features], counts={})
     stream: dict[str, Any] = batch.to(encoder.embeddings.word_weight.device).model_inputs()
     del stream["targets"]
     encoder(stream.pop("input_ids_T"), stream.pop("token_type_ids_T"), **stream)

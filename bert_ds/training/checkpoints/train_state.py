@@ -4,38 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
-
-
-class MicroBatch(Protocol):
-    """What the loop needs of a batch; the corpus and fine-tuning each bring their own."""
-
-    @property
-    def loss_counts(self) -> tuple[float, ...]:
-        """Number of targets of each loss term."""
-        ...
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens without padding."""
-        ...
-
-    @property
-    def padded_tokens(self) -> int:
-        """Tokens the batch would have if it were padded to its longest sequence."""
-        ...
-
-    def model_inputs(self) -> dict[str, Any]:
-        """Keyword arguments of the model's forward, without the dropout seed."""
-        ...
-
-    def to(self, device: torch.device | str) -> MicroBatch:
-        """The same batch on a device."""
-        ...
 
 
 @dataclass

@@ -7,7 +7,7 @@ dropout are the same, hence also the gradients. The engine's own sums are not to
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
+from bert_ds.basics.loss_term import counts_of
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.whole_files import write_json
-from bert_ds.training.checkpoints.train_state import MicroBatch
 from bert_ds.training.loop.dropout_seeds import dropout_seed
 from bert_ds.training.loop.step_loss import step_loss
 
@@ -35,14 +36,14 @@ def write_report(folder: Path, facts: dict[str, Any], micro_batches: list[dict[s
 
 
 def gradient_report(
-    engine: DeepSpeedEngine, micro_batches: Sequence[MicroBatch], *, counts: Sequence[float], seed: int, step: int
+    engine: DeepSpeedEngine, micro_batches: Sequence[MicroBatch], *, counts: Mapping[str, float], seed: int, step: int
 ) -> list[dict[str, Any]]:
     """Return what each micro-batch of this rank does to the gradients of a step; a collective, nothing is changed.
 
     Args:
         engine: from `make_engine`, between two steps.
         micro_batches: of this rank.
-        counts: targets of each loss term over the whole step.
+        counts: targets by name over the whole step.
         seed: of the run.
         step: whose dropout is used.
 
@@ -51,27 +52,27 @@ def gradient_report(
         finite, and the largest gradient norms by tensor. Gradients are this rank's alone, before any averaging.
     """
     named = [(name, one) for name, one in engine.module.named_parameters() if one.requires_grad]
-    reports = []
+    terms, reports = engine.module.terms, []
     for micro_step, batch in enumerate(micro_batches):
         part = dist.get_rank() * len(micro_batches) + micro_step
         inputs = batch.to(engine.device).model_inputs()
         # Through the module: the engine would take the backward of its own output for one of its micro-steps.
         loss_sums_L, _ = engine.module(**inputs, dropout_seed=dropout_seed(seed, step, part, device=engine.device))
-        loss = step_loss(loss_sums_L, counts, weights=engine.module.loss_weights)
+        loss = step_loss(loss_sums_L, counts, terms=terms)
         gradients = torch.autograd.grad(loss, [one for _, one in named], allow_unused=True)
         norms = {
             name: float(torch.linalg.vector_norm(gradient, dtype=torch.float32))
             for (name, _), gradient in zip(named, gradients, strict=True)
             if gradient is not None
         }
-        shares = [total / count if count else 0.0 for total, count in zip(loss_sums_L.tolist(), counts, strict=True)]
-        ids = getattr(batch, "example_ids", None)
+        sums = zip(terms, loss_sums_L.tolist(), counts_of(terms, counts), strict=True)
+        shares = {term.name: total / count if count else 0.0 for term, total, count in sums}
         reports.append(
             {
-                "loss_shares": dict(zip(engine.module.loss_names, shares, strict=True)),
+                "loss_shares": shares,
                 "not_finite": [name for name, norm in norms.items() if not math.isfinite(norm)],
                 "largest_gradients": dict(sorted(norms.items(), key=_finite_first)[:_NUM_LARGEST]),
-                "example_ids": None if ids is None else ids.tolist(),
+                "example_ids": None if batch.example_ids is None else batch.example_ids.tolist(),
             }
         )
     return reports

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
+from bert_ds.basics.loss_term import LossTerm, counts_of, metric_names
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import DataError
 from bert_ds.training.agreement import max_over_ranks, sum_over_ranks
-from bert_ds.training.checkpoints.train_state import MicroBatch
 
 
 class Evaluation(NamedTuple):
@@ -35,7 +36,7 @@ def evaluate(engine: DeepSpeedEngine, batches: Iterable[MicroBatch]) -> dict[str
 
     Returns:
         See `named_means`; of batches with `kind_counts` also `kind_means`, in place of accuracy and perplexity over all
-        targets of the first term, which what can be copied would flatter.
+        words, which what can be copied would flatter.
 
     Raises:
         DataError: a rank has no batch at all.
@@ -52,20 +53,25 @@ def evaluate(engine: DeepSpeedEngine, batches: Iterable[MicroBatch]) -> dict[str
             totals = sums if totals is None else totals + sums
     engine.train()
     assert totals is not None
-    rows = ((*batch.loss_counts, *getattr(batch, "kind_counts", ())) for batch in local)
-    counts = [sum(column) for column in zip(*rows, strict=True)]
+    names, kinds = list(local[0].counts), list(local[0].kind_counts)
+    counts = [sum(batch.counts[name] for batch in local) for name in names]
+    counts += [sum(batch.kind_counts[kind] for batch in local) for kind in kinds]
     agreed = sum_over_ranks([*totals.tolist(), *counts])  # host sync: once per evaluation
-    return _evaluated(engine.module, agreed[: len(totals)], counts=agreed[len(totals) :])
+    counted = dict(zip(names + kinds, agreed[len(totals) :], strict=True))
+    return _evaluated(engine.module.terms, agreed[: len(totals)], counts=counted, kinds=kinds)
 
 
-def _evaluated(model: Any, sums: Sequence[float], *, counts: Sequence[float]) -> dict[str, float]:
-    means = named_means(model, sums, counts=counts)
-    num_terms = len(model.loss_names)
-    if len(counts) == num_terms:
+def _evaluated(
+    terms: Sequence[LossTerm], sums: Sequence[float], *, counts: Mapping[str, float], kinds: Sequence[str]
+) -> dict[str, float]:
+    means = named_means(terms, sums, counts=counts)
+    if not kinds:
         return means
-    kinds = kind_means(model, sums[num_terms + len(model.metric_names) :], counts=counts[num_terms:])
-    flattered = ("perplexity", f"{model.loss_names[0]}_accuracy")
-    return {"loss": means["loss"], **kinds, **{name: mean for name, mean in means.items() if name not in flattered}}
+    words = next(term for term in terms if term.of_words)
+    by_kind = sums[len(terms) + len(metric_names(terms)) :]
+    figures = kind_means(words.name, by_kind, counts={kind: counts[kind] for kind in kinds})
+    flattered = ("perplexity", f"{words.name}_accuracy")
+    return {"loss": means["loss"], **figures, **{name: mean for name, mean in means.items() if name not in flattered}}
 
 
 def forward_sums(engine: DeepSpeedEngine, batch: MicroBatch) -> Tensor:
@@ -75,49 +81,51 @@ def forward_sums(engine: DeepSpeedEngine, batch: MicroBatch) -> Tensor:
     return torch.cat([loss_sums_L, metric_sums_M]).double()
 
 
-def named_means(model: Any, sums: Sequence[float], *, counts: Sequence[float]) -> dict[str, float]:
+def named_means(terms: Sequence[LossTerm], sums: Sequence[float], *, counts: Mapping[str, float]) -> dict[str, float]:
     """Return the figures of a step or an evaluation by name.
 
-    The model names its terms: `loss_names` and `loss_weights`, one per loss sum, and `metric_names`, the k-th of which
-    is counted over the targets of the k-th loss. A term without targets is left out.
+    Args:
+        terms: of the model.
+        sums: one per term, then one for each metric; what comes behind them is not looked at.
+        counts: number of targets, by name. A term without targets is left out.
 
     Returns:
-        `loss` (the weighted total), `loss_<name>`, `perplexity` of the first term unless the model says that it
-        `reports_perplexity` not, and for a metric `<name>_correct`
+        `loss` (the weighted total), `loss_<name>`, `perplexity` of words, and for a metric `<name>_correct`
         `<name>_accuracy`, for any other its mean under its own name.
     """
-    num_losses = len(model.loss_names)
     means = {"loss": 0.0}
-    for name, weight, total, count in zip(model.loss_names, model.loss_weights, sums, counts, strict=False):
+    found = list(zip(terms, counts_of(terms, counts), strict=True))
+    for (term, count), total in zip(found, sums, strict=False):
         if count:
-            means[f"loss_{name}"] = total / count
-            means["loss"] += weight * total / count
-    if counts[0] and getattr(model, "reports_perplexity", True):
-        means["perplexity"] = _exp(sums[0] / counts[0])
-    for name, total, count in zip(model.metric_names, sums[num_losses:], counts, strict=False):
+            means[f"loss_{term.name}"] = total / count
+            means["loss"] += term.weight * total / count
+    for term, count in found:
+        if term.of_words and count:
+            means["perplexity"] = _exp(means[f"loss_{term.name}"])
+    measured = [(term.metric, count) for term, count in found if term.metric is not None]
+    for (name, count), total in zip(measured, sums[len(terms) :], strict=False):
         if count:
             means[name.removesuffix("_correct") + "_accuracy" if name.endswith("_correct") else name] = total / count
     return means
 
 
-def kind_means(model: Any, sums: Sequence[float], *, counts: Sequence[float]) -> dict[str, float]:
-    """Return loss, accuracy and number of the first term's targets by kind; without targets the number alone.
+def kind_means(term: str, sums: Sequence[float], *, counts: Mapping[str, float]) -> dict[str, float]:
+    """Return loss, accuracy and number of a term's targets by kind; without targets the number alone.
 
     Args:
-        model: its `kind_names` are those of the K kinds.
+        term: its name.
         sums: [2 K], the losses of every kind, then the right predictions of every kind.
-        counts: [K], targets.
+        counts: targets of the K kinds.
 
     Returns:
         `loss_<term>_<kind>`, `<term>_<kind>_accuracy` and `<term>_<kind>_targets`.
     """
-    term, kinds = model.loss_names[0], model.kind_names
     means: dict[str, float] = {}
-    for name, loss, correct, count in zip(kinds, sums[: len(kinds)], sums[len(kinds) :], counts, strict=True):
-        if count:
-            means[f"loss_{term}_{name}"] = loss / count
-            means[f"{term}_{name}_accuracy"] = correct / count
-    return means | {f"{term}_{name}_targets": int(count) for name, count in zip(kinds, counts, strict=True)}
+    for kind, loss, correct in zip(counts, sums[: len(counts)], sums[len(counts) :], strict=True):
+        if count := counts[kind]:
+            means[f"loss_{term}_{kind}"] = loss / count
+            means[f"{term}_{kind}_accuracy"] = correct / count
+    return means | {f"{term}_{kind}_targets": int(count) for kind, count in counts.items()}
 
 
 def _exp(value: float) -> float:

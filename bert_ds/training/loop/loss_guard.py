@@ -8,11 +8,14 @@ and whatever keeps a NaN gradient out of the weights drops the step on all ranks
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from bert_ds.basics.loss_term import LossTerm
+from bert_ds.training.loop.step_loss import term_factors
 
 _SMALLEST_SIGMA = 1e-3
 """Of the mean: a loss that hardly moves does not make every ripple a spike."""
@@ -37,18 +40,18 @@ class LossGuard:
         self._window = torch.tensor(losses[-window:], dtype=torch.float64, device=device)
         self._last = torch.zeros(3, dtype=torch.float64, device=device)
 
-    def judge(self, sums: Tensor, *, counts: Sequence[float], weights: Sequence[float], armed: bool) -> Tensor:
+    def judge(self, sums: Tensor, *, counts: Mapping[str, float], terms: Sequence[LossTerm], armed: bool) -> Tensor:
         """Return a factor for the last loss of a step, 1 or NaN on all ranks alike; a collective on the device.
 
         Args:
             sums: fp64, this rank's sums over all micro-batches of the step, the loss terms first.
-            counts: targets of each loss term over all ranks.
-            weights: of each loss term.
+            counts: targets over all ranks, by name.
+            terms: what the losses are.
             armed: whether a spike is dropped; a loss that is not finite always is.
         """
         total = sums.clone()
         dist.all_reduce(total)
-        factors = [weight / count if count else 0.0 for weight, count in zip(weights, counts, strict=True)]
+        factors = term_factors(terms, counts)
         loss = (total[: len(factors)] * total.new_tensor(factors)).sum()
         mean, sigma = self._window.mean(), self._window.std()
         sigma = torch.maximum(sigma, _SMALLEST_SIGMA * mean.abs())

@@ -9,11 +9,11 @@ from pathlib import Path
 from deepspeed import DeepSpeedEngine
 
 from bert_ds.basics.input_gate import read_json
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import DataError
 from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.agreement import gather_json, on_main_rank
 from bert_ds.training.checkpoints.checkpoint_loader import load_before
-from bert_ds.training.checkpoints.train_state import MicroBatch
 from bert_ds.training.loop.bad_steps import gradient_report, spelled, trouble_folder
 from bert_ds.training.loop.train_step import agree_on_totals
 
@@ -46,7 +46,7 @@ def replay_step(
     state = load_before(engine, log.run_dir, step, facts=facts, log=log)
     number = on_main_rank(lambda: _batch_of(log.run_dir, step)) or step + state.passed_over
     micro_batches = batch(number - 1)
-    counts = agree_on_totals(micro_batches, data_wait_s=0.0, stop=False).loss_counts
+    counts = agree_on_totals(micro_batches, data_wait_s=0.0, stop=False).counts
     engine.train()
     report = gradient_report(engine, micro_batches, counts=counts, seed=seed, step=step)
     log.info(f"step {step}, batch {number}, on the weights of step {state.step}")

@@ -12,27 +12,33 @@ at its source: `engine.backward(loss, scale_wrt_gas=False)`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from bert_ds.basics.loss_term import LossTerm, counts_of
 
-def step_loss(loss_sums_L: Tensor, global_counts: Sequence[float], *, weights: Sequence[float]) -> Tensor:
+
+def term_factors(terms: Sequence[LossTerm], counts: Mapping[str, float]) -> list[float]:
+    """Return what each sum of a step is multiplied by: weight / count; a term without targets counts for nothing."""
+    return [term.weight / count if count else 0.0 for term, count in zip(terms, counts_of(terms, counts), strict=True)]
+
+
+def step_loss(loss_sums_L: Tensor, global_counts: Mapping[str, float], *, terms: Sequence[LossTerm]) -> Tensor:
     """Return this micro-batch's share of the step's loss.
 
     Args:
         loss_sums_L: fp32, one sum per loss term over this micro-batch.
-        global_counts: number of targets of each term in the whole step; a term without targets counts for nothing.
-        weights: weight of each term.
+        global_counts: number of targets in the whole step, by name.
+        terms: what the sums are.
 
     Returns:
         fp32 scalar; the shares of all micro-batches of all ranks add up to the loss of the step.
     """
-    if not len(loss_sums_L) == len(global_counts) == len(weights):
-        raise ValueError(f"{len(loss_sums_L)} loss sums, {len(global_counts)} counts and {len(weights)} weights")
-    factors = [weight / count if count else 0.0 for weight, count in zip(weights, global_counts, strict=True)]
-    return (loss_sums_L * loss_sums_L.new_tensor(factors)).sum()
+    if len(loss_sums_L) != len(terms):
+        raise ValueError(f"{len(loss_sums_L)} loss sums of {len(terms)} loss terms")
+    return (loss_sums_L * loss_sums_L.new_tensor(term_factors(terms, global_counts))).sum()
 
 
 def poison_if_not_finite(loss: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from typing import Any
 
 from deepspeed import DeepSpeedEngine
 
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import CheckpointError, DivergedError
 from bert_ds.reporting.run_log import RunLog
-from bert_ds.training.checkpoints.train_state import MicroBatch, TrainPlan, TrainState
+from bert_ds.training.checkpoints.train_state import TrainPlan, TrainState
 from bert_ds.training.launch.hang_watchdog import Heartbeat
 from bert_ds.training.launch.restart import StopRequest
 from bert_ds.training.loop.bad_steps import gradient_report, trouble_folder, write_report
@@ -144,7 +145,7 @@ def _take_one(
     heart.enter("forward and backward", step=number)
     warmed_up = number > plan.schedule.num_warmup_steps(plan.total_steps)
     judge = Judge(guard, armed=warmed_up) if guard else None
-    sums = forward_backward(engine, micro_batches, counts=totals.loss_counts, seed=plan.seed, step=number, judge=judge)
+    sums = forward_backward(engine, micro_batches, counts=totals.counts, seed=plan.seed, step=number, judge=judge)
     heart.enter("optimizer", step=number)
     applied, grad_norm = take_step(engine)
     state.advance(applied, examples=engine.train_batch_size())
@@ -156,7 +157,7 @@ def _take_one(
 
 def _log_step(engine: DeepSpeedEngine, step: Step, *, plan: TrainPlan, services: Services) -> None:
     """Write the row of a step; its losses are this step's, over all ranks."""
-    means = named_means(engine.module, sum_of_ranks(step.sums), counts=step.totals.loss_counts)
+    means = named_means(engine.module.terms, sum_of_ranks(step.sums), counts=step.totals.counts)
     row = {
         **means,
         "lr": step.lr,
@@ -189,7 +190,7 @@ def _look_into(
     guard: LossGuard | None,
 ) -> None:
     """Say what was wrong with a step that was not applied; of the first in a row leave a report in `trouble/`."""
-    means = named_means(engine.module, sum_of_ranks(step.sums), counts=step.totals.loss_counts)
+    means = named_means(engine.module.terms, sum_of_ranks(step.sums), counts=step.totals.counts)
     spike = guard.explain() if guard else None
     reason = spike or f"loss {means['loss']:.4g}, gradient norm {float(step.grad_norm):.4g}"
     services.log.info(f"step {step.number} skipped: {reason}")
@@ -199,7 +200,7 @@ def _look_into(
         state.bad_streak = 0  # fp16 looks for its loss scale by overflowing; its own lower bound ends a futile search
     if state.bad_streak == 1 and state.skipped_steps <= MAX_REPORTS:
         report = gradient_report(
-            engine, step.micro_batches, counts=step.totals.loss_counts, seed=plan.seed, step=step.number
+            engine, step.micro_batches, counts=step.totals.counts, seed=plan.seed, step=step.number
         )
         folder = trouble_folder(services.log.run_dir, step.number)
         batch = step.number + state.passed_over

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +12,9 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import DivergedError
 from bert_ds.training.agreement import sum_over_ranks
-from bert_ds.training.checkpoints.train_state import MicroBatch
 from bert_ds.training.engine import has_own_nan_guard, step_guard
 from bert_ds.training.loop.dropout_seeds import dropout_seed
 from bert_ds.training.loop.loss_guard import LossGuard
@@ -24,7 +24,8 @@ from bert_ds.training.loop.step_loss import poison_if_not_finite, step_loss
 class StepTotals(NamedTuple):
     """Sums over all ranks and micro-steps of one step, known before its first backward."""
 
-    loss_counts: list[float]
+    counts: dict[str, float]
+    """Targets by name."""
     num_tokens: float
     padded_tokens: float
     data_wait_s: float
@@ -62,18 +63,19 @@ def fetch(batches: Iterator[Sequence[MicroBatch]]) -> tuple[Sequence[MicroBatch]
 
 def agree_on_totals(micro_batches: Sequence[MicroBatch], *, data_wait_s: float, stop: bool) -> StepTotals:
     """Return the step's totals; the one collective before the first backward."""
-    counts: list[float] = [sum(c) for c in zip(*(batch.loss_counts for batch in micro_batches), strict=True)]
+    names = list(micro_batches[0].counts)
+    counts = [sum(batch.counts[name] for batch in micro_batches) for name in names]
     tokens: float = sum(batch.num_tokens for batch in micro_batches)
     padded: float = sum(batch.padded_tokens for batch in micro_batches)
     *counts, tokens, padded, waited, stops = sum_over_ranks([*counts, tokens, padded, data_wait_s, float(stop)])
-    return StepTotals(counts, tokens, padded, waited, stops > 0)
+    return StepTotals(dict(zip(names, counts, strict=True)), tokens, padded, waited, stops > 0)
 
 
 def forward_backward(
     engine: DeepSpeedEngine,
     micro_batches: Sequence[MicroBatch],
     *,
-    counts: Sequence[float],
+    counts: Mapping[str, float],
     seed: int,
     step: int,
     judge: Judge | None = None,
@@ -82,17 +84,17 @@ def forward_backward(
     accumulation = engine.gradient_accumulation_steps()
     if len(micro_batches) != accumulation:
         raise ValueError(f"{len(micro_batches)} micro-batches for a step, wanted {accumulation} (accumulation steps)")
-    weights, total = engine.module.loss_weights, None
+    terms, total = engine.module.terms, None
     for micro_step, batch in enumerate(micro_batches):
         part = dist.get_rank() * accumulation + micro_step
         inputs = batch.to(engine.device).model_inputs()
         loss_sums_L, metric_sums_M = engine(**inputs, dropout_seed=dropout_seed(seed, step, part, device=engine.device))
-        loss = poison_if_not_finite(step_loss(loss_sums_L, counts, weights=weights))
+        loss = poison_if_not_finite(step_loss(loss_sums_L, counts, terms=terms))
         sums = torch.cat([loss_sums_L.detach(), metric_sums_M.detach()]).double()
         total = sums if total is None else total + sums
         is_last = micro_step == accumulation - 1
         if is_last and judge is not None:
-            loss = loss * judge.guard.judge(total, counts=counts, weights=weights, armed=judge.armed)
+            loss = loss * judge.guard.judge(total, counts=counts, terms=terms, armed=judge.armed)
         engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
         if not is_last:
             engine.step()

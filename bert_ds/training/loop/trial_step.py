@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from deepspeed import DeepSpeedEngine
 
+from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.training.agreement import max_over_ranks
-from bert_ds.training.checkpoints.train_state import MicroBatch
 from bert_ds.training.loop.dropout_seeds import dropout_seed
+from bert_ds.training.loop.evaluation import named_means
 from bert_ds.training.loop.step_loss import step_loss
 from bert_ds.training.loop.train_step import agree_on_totals, forward_backward, sum_of_ranks, take_step
 
@@ -41,11 +42,10 @@ def probe_longest(engine: DeepSpeedEngine, batch: MicroBatch) -> Probe:
         torch.cuda.reset_peak_memory_stats(engine.device)
     begun = time.perf_counter()
     totals = agree_on_totals(micro_batches, data_wait_s=0.0, stop=False)
-    sums = sum_of_ranks(forward_backward(engine, micro_batches, counts=totals.loss_counts, seed=0, step=1))
+    sums = sum_of_ranks(forward_backward(engine, micro_batches, counts=totals.counts, seed=0, step=1))
     take_step(engine)
     seconds = max_over_ranks(time.perf_counter() - begun)
-    terms = zip(engine.module.loss_weights, sums, totals.loss_counts, strict=False)
-    loss = sum(weight * total / count for weight, total, count in terms if count)
+    loss = named_means(engine.module.terms, sums, counts=totals.counts)["loss"]
     return Probe(int(max_over_ranks(_peak_bytes(engine.device))), seconds, totals.num_tokens, loss)
 
 
@@ -65,7 +65,7 @@ def fits_in_memory(engine: DeepSpeedEngine, batch: MicroBatch) -> bool:
             inputs = batch.to(engine.device).model_inputs()
             seed = dropout_seed(0, 1, micro_step, device=engine.device)
             loss_sums_L, _ = engine(**inputs, dropout_seed=seed)
-            engine.backward(step_loss(loss_sums_L, batch.loss_counts, weights=engine.module.loss_weights))
+            engine.backward(step_loss(loss_sums_L, batch.counts, terms=engine.module.terms))
             engine.step()
     except (torch.OutOfMemoryError, MemoryError):
         fitted = False
