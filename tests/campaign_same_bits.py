@@ -25,7 +25,10 @@ from campaign_rows import use_own_extensions
 
 from bert_ds.reporting.run_log import read_metrics
 
-TIMES = ("time", "tokens_per_s", "mfu", "data_wait_share", "seconds", "eta_s", "attempt", "ranks")
+TIMES = (
+    *("time", "tokens_per_s", "mfu", "data_wait_share", "seconds", "eta_s", "attempt", "ranks"),
+    *("slow_rank", "rank_data_wait_s", "rank_forward_s"),
+)
 STEPS, MIDDLE = 24, 12
 
 
@@ -115,7 +118,7 @@ def train(checkout: Path, run_dir: Path, case: Case, work: Path) -> None:
     settings = {"training.total_steps": STEPS, "training.log_every_steps": 1, "schedule.warmup_steps": 6}
     settings |= {"evaluation.every_steps": MIDDLE, "checkpoints.every_steps": MIDDLE, "evaluation.num_examples": 256}
     words = [word for name, value in (settings | case.settings).items() for word in ("--set", f"{name}={value}")]
-    words += ["--deepspeed_config", str(config), "--run_dir", str(run_dir)]
+    words += ["--deepspeed_config", str(config), "--run_dir", str(run_dir), "--resume", "auto"]
     call(
         checkout, "-m", "deepspeed.launcher.runner", "--num_gpus", case.ranks, checkout / "bert_ds/pretrain.py", *words
     )
@@ -134,9 +137,9 @@ def call(checkout: Path, *words: object) -> None:
 def facts(run_dir: Path) -> dict[str, Any]:
     """Return the rows of a run without its times, the newest of each step, and the hash of the exported weights."""
     rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in read_metrics(run_dir / "metrics.jsonl"):
-        if row["kind"] in ("train", "evaluation"):
-            rows[row["kind"], row["step"]] = {name: value for name, value in row.items() if name not in TIMES}
+    for kind in ("train", "evaluation"):
+        for row in read_metrics(run_dir / "metrics.jsonl", kind):
+            rows[kind, row["step"]] = {name: value for name, value in row.items() if name not in TIMES}
     weights = hashlib.sha256((run_dir / "hf/model.safetensors").read_bytes()).hexdigest()
     assert len(rows) == STEPS + STEPS // MIDDLE, f"{run_dir} has the rows {sorted(rows)}"
     return {"rows": rows, "weights": weights}
