@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from bert_kernels.dropout_mask import keep_mask_reference
 from bert_kernels.layer_norm import (
     dropout_add_layer_norm,
     dropout_add_layer_norm_reference,
+    dropout_add_then_norm,
+    dropout_add_then_norm_reference,
     layer_norm,
     layer_norm_reference,
 )
@@ -35,24 +38,31 @@ def inputs(num_rows: int, width: int, dtype: torch.dtype = torch.float32) -> dic
     return tensors | {"residual": tensors["residual"] + 30}
 
 
-def fused(op: Callable[..., Tensor], dropout_p: float, has_x_bias: bool = True) -> Callable[..., Tensor]:
-    def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Tensor:
+def fused(
+    op: Callable[..., Any], dropout_p: float, has_x_bias: bool = True, has_bias: bool = True
+) -> Callable[..., Any]:
+    def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Any:
         options = {"dropout_p": dropout_p, "dropout_seed": SEED, "site": 5}
-        return op(x, residual, weight, bias, 1e-5, x_bias_D=x_bias if has_x_bias else None, **options)
+        x_bias_D = x_bias if has_x_bias else None
+        return op(x, residual, weight, bias if has_bias else None, 1e-5, x_bias_D=x_bias_D, **options)
 
     return call
 
 
-def plain(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda x, residual, weight, bias, x_bias: op(x, weight, bias, 1e-5)
+def plain(op: Callable[..., Tensor], has_bias: bool = True) -> Callable[..., Tensor]:
+    return lambda x, residual, weight, bias, x_bias: op(x, weight, bias if has_bias else None, 1e-5)
 
 
-def out_and_gradients(op: Callable[..., Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def out_and_gradients(op: Callable[..., Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what an operator gives, one tensor or (normalised, sum), and all gradients of all it gives."""
     leaves = [tensors[name].detach().clone().requires_grad_() for name in NAMES]
     out = op(*leaves)
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    gradients = torch.autograd.grad(out, leaves, dout, allow_unused=True)
-    return {"out": out.detach()} | {f"d{n}": g for n, g in zip(NAMES, gradients, strict=True) if g is not None}
+    outs = dict(zip(("out", "sum"), out if isinstance(out, tuple) else (out,), strict=False))
+    generator = torch.Generator().manual_seed(1)
+    douts = [torch.randn(tensor.shape, generator=generator).to(tensor) for tensor in outs.values()]
+    gradients = torch.autograd.grad(tuple(outs.values()), leaves, douts, allow_unused=True)
+    found = {name: tensor.detach() for name, tensor in outs.items()}
+    return found | {f"d{n}": g for n, g in zip(NAMES, gradients, strict=True) if g is not None}
 
 
 def check_by_the_2x_rule(kernel: Callable, reference: Callable, tensors: dict[str, Tensor]) -> None:
@@ -89,6 +99,61 @@ def test_the_fused_operator_is_as_near_to_the_truth_as_torch(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_plain_operator_is_as_near_to_the_truth_as_torch(dtype: torch.dtype) -> None:
     check_by_the_2x_rule(plain(layer_norm), plain(layer_norm_reference), inputs(13, 768, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_bias_there_is_a_gradient_of_the_weight_alone(dtype: torch.dtype) -> None:
+    tensors = inputs(13, 40, dtype)
+    for kernel, reference in (
+        (plain(layer_norm, False), plain(layer_norm_reference, False)),
+        (
+            fused(dropout_add_layer_norm, 0.1, has_bias=False),
+            fused(dropout_add_layer_norm_reference, 0.1, has_bias=False),
+        ),
+    ):
+        check_by_the_2x_rule(kernel, reference, tensors)
+        assert "dbias" not in out_and_gradients(kernel, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("has_biases", [False, True], ids=["weight only", "biases"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_the_operator_that_returns_the_sum_is_as_near_to_the_truth_as_torch(
+    dropout_p: float, has_biases: bool, dtype: torch.dtype
+) -> None:
+    ops = (dropout_add_then_norm, dropout_add_then_norm_reference)
+    kernel, reference = (fused(op, dropout_p, has_biases, has_biases) for op in ops)
+    check_by_the_2x_rule(kernel, reference, inputs(7, 72, dtype))
+
+
+@pytest.mark.parametrize("op", [dropout_add_then_norm, dropout_add_then_norm_reference])
+def test_what_is_normalised_is_the_sum_as_the_next_layer_reads_it(op: Callable[..., Any]) -> None:
+    x, residual, weight, bias, _ = inputs(6, 40, torch.bfloat16).values()
+    y, z = op(x, residual, weight, bias, 1e-5)
+    assert torch.equal(z, x + residual)
+    truth = layer_norm_reference(z.double(), weight.double(), bias.double(), 1e-5)
+    torch.testing.assert_close(y.double(), truth, atol=1e-2, rtol=4e-3)
+
+
+def test_each_of_the_two_outputs_has_its_own_gradient() -> None:
+    def alone(op: Callable[..., Any], which: int) -> Callable[..., Tensor]:
+        return lambda *leaves: fused(op, 0.3)(*leaves)[which]
+
+    tensors = inputs(5, 24)
+    check_by_the_2x_rule(alone(dropout_add_then_norm, 0), alone(dropout_add_then_norm_reference, 0), tensors)
+    of_sum, wanted = (
+        out_and_gradients(alone(op, 1), tensors) for op in (dropout_add_then_norm, dropout_add_then_norm_reference)
+    )
+    for name, value in of_sum.items():
+        torch.testing.assert_close(value, wanted.get(name, torch.zeros_like(value)))
+
+
+def test_the_sums_mask_is_that_of_the_other_operator() -> None:
+    tensors = inputs(9, 300)
+    before, after = (fused(op, 0.3) for op in (dropout_add_layer_norm, dropout_add_then_norm))
+    assert torch.equal(out_and_gradients(before, tensors)["out"], out_and_gradients(after, tensors)["out"])
+    keep = keep_mask_reference(torch.arange(9, device=DEVICE), 300, dropout_p=0.3, dropout_seed=SEED, site=5)
+    assert torch.equal(out_and_gradients(after, tensors)["dx"] != 0, keep)
 
 
 def test_without_an_x_bias_the_mask_still_applies() -> None:
@@ -147,8 +212,9 @@ def test_strided_inputs_and_gradients_are_read_right() -> None:
     assert x.grad is not None and x.grad.shape == x.shape
 
 
-def test_no_rows_give_no_output_and_zero_gradients() -> None:
-    gradients = out_and_gradients(fused(dropout_add_layer_norm, 0.1), inputs(0, 64))
+@pytest.mark.parametrize("op", [dropout_add_layer_norm, dropout_add_then_norm])
+def test_no_rows_give_no_output_and_zero_gradients(op: Callable[..., Any]) -> None:
+    gradients = out_and_gradients(fused(op, 0.1), inputs(0, 64))
     assert gradients["out"].shape == (0, 64)
     assert all(bool((gradients[name] == 0).all()) for name in ("dweight", "dbias", "dx_bias"))
 
@@ -160,16 +226,18 @@ def test_only_the_gradients_asked_for_are_returned() -> None:
     assert weight.grad is not None and tensors["x"].grad is None and tensors["bias"].grad is None
 
 
-def test_recomputation_under_checkpointing_draws_the_same_mask() -> None:
+@pytest.mark.parametrize("kind", [dropout_add_layer_norm, dropout_add_then_norm])
+def test_recomputation_under_checkpointing_draws_the_same_mask(kind: Callable[..., Any]) -> None:
     tensors = inputs(4, 48)
-    op = fused(dropout_add_layer_norm, 0.3)
+    op = fused(kind, 0.3)
     kept = out_and_gradients(op, tensors)
     again = out_and_gradients(lambda *leaves: checkpoint(op, *leaves, use_reentrant=False), tensors)
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 
 
-def test_it_compiles_without_a_graph_break() -> None:
-    op, tensors = fused(dropout_add_layer_norm, 0.3), inputs(3, 16)
+@pytest.mark.parametrize("kind", [dropout_add_layer_norm, dropout_add_then_norm])
+def test_it_compiles_without_a_graph_break(kind: Callable[..., Any]) -> None:
+    op, tensors = fused(kind, 0.3, has_bias=kind is dropout_add_layer_norm), inputs(3, 16)
     eager = out_and_gradients(op, tensors)
     traced = out_and_gradients(torch.compile(op, backend="aot_eager", fullgraph=True), tensors)
     assert all(torch.equal(eager[name], traced[name]) for name in eager)
@@ -185,3 +253,7 @@ def test_what_the_kernels_cannot_do_is_refused_with_both_numbers() -> None:
         dropout_add_layer_norm(x, x[:2], vector, vector, 1e-5)
     with pytest.raises(ValueError, match="dropout_seed is None"):
         dropout_add_layer_norm(x, x, vector, vector, 1e-5, dropout_p=0.1)
+    with pytest.raises(
+        ValueError, match=r"dropout_add_then_norm: x_bias_D must be contiguous torch.float32 \[16\], got"
+    ):
+        dropout_add_then_norm(x, x, vector, None, 1e-5, x_bias_D=vector.half())
