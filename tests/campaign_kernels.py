@@ -26,7 +26,17 @@ import triton
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests/results/kernels.jsonl"
 MACHINE_CODE = "machine code"
-OPS = ("dropout_mask", "bias_gelu", "geglu", "lamb", "layer_norm", "mlm_cross_entropy", "embedding", "attention")
+OPS = (
+    "dropout_mask",
+    "bias_gelu",
+    "geglu",
+    "rotary",
+    "lamb",
+    "layer_norm",
+    "mlm_cross_entropy",
+    "embedding",
+    "attention",
+)
 
 
 def main() -> int:

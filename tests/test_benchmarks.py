@@ -21,7 +21,7 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_dry_run_calls_every_provider_of_every_operator_and_step_and_writes_nothing(tmp_path: Path) -> None:
     result = run_python(str(BENCHMARKS / "bench_gpu.py"), "--dry_run", "--results", str(tmp_path))
     assert result.returncode == 0, result.stderr
-    ops = ("attention", "layer_norm", "bias_gelu", "geglu", "mlm_cross_entropy", "embedding", "lamb")
+    ops = ("attention", "rotary", "layer_norm", "bias_gelu", "geglu", "mlm_cross_entropy", "embedding", "lamb")
     ran = {
         tuple(line.split()[:: len(line.split()) - 1]) for line in result.stdout.splitlines() if line.endswith(" ran")
     }

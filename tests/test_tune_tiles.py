@@ -82,12 +82,12 @@ def tables(source):
     exec(compile(source, "_tiles.py", "exec"), module)
     named = {("ATTENTION", key): table for key, table in module["ATTENTION"].items()}
     named |= {("GEGLU", key): table for key, table in module["GEGLU"].items()}
-    return named | {(name,): module[name] for name in ("LAYER_NORM", "BIAS_GELU", "MLM_CROSS_ENTROPY")}
+    return named | {(name,): module[name] for name in ("LAYER_NORM", "ROTARY", "BIAS_GELU", "MLM_CROSS_ENTROPY")}
 
 source = Path(_tiles.__file__).read_text()
 rows = ((77, Tile(64, 128, 4, 3)), (1 << 62, Tile(32, 64, 8, 2, 128)))
 paths = [subject.path for subject in subjects()]
-assert len(paths) == 16, paths
+assert len(paths) == 17, paths
 for path in paths:
     for architecture in ("sm_80", "sm_90", "sm_100", "default"):
         text = with_rows(source, path, architecture, rows)

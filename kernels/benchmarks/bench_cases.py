@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bert_kernels.attention import attention, attention_reference
 from bert_kernels.bias_gelu import bias_gelu
-from bert_kernels.geglu import geglu
 from bert_kernels.layer_norm import dropout_add_layer_norm, layer_norm
 
 DTYPE = torch.bfloat16
@@ -43,7 +42,7 @@ class Case:
     shape: str
     make: Callable[[], Inputs]
     providers: dict[str, Callable[[Inputs], Any]]
-    """What returns the output; of several outputs the first counts."""
+    """What returns the output, one tensor or several that all get a gradient."""
     forward: Work
     backward: Work
     priority: int = 1
@@ -148,7 +147,7 @@ def layer_norm_cases(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
     fused_compiled = compiled(_plain_dropout_add_layer_norm, dry_run=dry_run)
     liger = importable("liger_kernel.ops.layer_norm")
     apex = importable("apex.normalization")
-    for num_tokens, width in _token_shapes(dry_run):
+    for num_tokens, width in token_shapes(dry_run):
         size, shape = 2.0 * num_tokens * width, f"T={num_tokens} D={width}"
 
         def make(num_tokens: int = num_tokens, width: int = width) -> Inputs:
@@ -167,7 +166,7 @@ def layer_norm_cases(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
             plain["apex"] = lambda x: apex.fused_layer_norm.fused_layer_norm_affine(
                 x.tensors[0], *x.tensors[2:4], x.tensors[2].shape, EPS
             )
-        priority = _priority(num_tokens, width)
+        priority = priority_of(num_tokens, width)
         yield Case("layer_norm", f"plain {shape}", make, plain, Work(2 * size, 0), Work(3 * size, 0), priority + 1)
         fused: dict[str, Callable[[Inputs], Any]] = {
             "ours": lambda x: dropout_add_layer_norm(
@@ -180,13 +179,14 @@ def layer_norm_cases(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
         yield Case("layer_norm", f"dropout_add p=0.1 {shape}", make, fused, *work, priority)
 
 
-def _token_shapes(dry_run: bool) -> list[tuple[int, int]]:
+def token_shapes(dry_run: bool) -> list[tuple[int, int]]:
+    """Return (tokens, hidden size) of BERT-base and BERT-large."""
     if dry_run:
         return [(5, 32)]
     return [(num_tokens, width) for width in (768, 1024) for num_tokens in (2048, 8192, 32768, 65536)]
 
 
-def _priority(num_tokens: int, width: int) -> int:
+def priority_of(num_tokens: int, width: int) -> int:
     """BERT-large at the size that no cache holds comes first, then its usual size."""
     return {(32768, 1024): 0, (8192, 1024): 1}.get((num_tokens, width), 2)
 
@@ -202,7 +202,7 @@ def _plain_dropout_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, b
 def bias_gelu_cases(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
     """Yield gelu(x + bias) of the feed-forward layer's width, erf and tanh."""
     gelu_compiled = compiled(_plain_bias_gelu, dry_run=dry_run)
-    for num_tokens, width in _token_shapes(dry_run):
+    for num_tokens, width in token_shapes(dry_run):
         for kind in ("none", "tanh"):
 
             def make(num_tokens: int = num_tokens, width: int = width) -> Inputs:
@@ -214,35 +214,9 @@ def bias_gelu_cases(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
                 "torch compile": lambda x, kind=kind: gelu_compiled(*x.tensors, kind),
             }
             size, shape = 8.0 * num_tokens * width, f"{kind} T={num_tokens} F={4 * width}"
-            priority = _priority(num_tokens, width) + (kind == "tanh")
+            priority = priority_of(num_tokens, width) + (kind == "tanh")
             yield Case("bias_gelu", shape, make, providers, Work(2 * size, 0), Work(3 * size, 0), priority)
 
 
 def _plain_bias_gelu(x: Tensor, bias: Tensor, kind: str) -> Tensor:
     return F.gelu(x + bias, approximate=kind)
-
-
-def geglu_cases(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
-    """Yield gelu(a) * b of ModernBERT-large's width, without a bias as it has none."""
-    geglu_compiled = compiled(_plain_geglu, dry_run=dry_run)
-    liger = importable("liger_kernel.ops.geglu")
-    for num_tokens, width in [(5, 32)] if dry_run else [(8192, 2624), (32768, 2624)]:
-
-        def make(num_tokens: int = num_tokens, width: int = width) -> Inputs:
-            return Inputs((random(num_tokens, 2 * width, device=device),))
-
-        providers: dict[str, Callable[[Inputs], Any]] = {
-            "ours": lambda x: geglu(*x.tensors),
-            "torch eager": lambda x: _plain_geglu(*x.tensors),
-            "torch compile": lambda x: geglu_compiled(*x.tensors),
-        }
-        if liger is not None:
-            # Liger's is the tanh form, of two tensors.
-            providers["liger tanh"] = lambda x: liger.LigerGELUMulFunction.apply(*x.tensors[0].chunk(2, dim=-1))
-        size = 2.0 * num_tokens * width
-        yield Case("geglu", f"T={num_tokens} F={width}", make, providers, Work(3 * size, 0), Work(5 * size, 0), 2)
-
-
-def _plain_geglu(x: Tensor) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    return F.gelu(a) * b

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from bench_cases import EPS, Case, Inputs, random
 from bench_cases_ends import PADDED_VOCAB_SIZE, VOCAB_SIZE, lamb_cases
+from bench_cases_pre_norm import THETA
 from bench_harness import WIKIPEDIA_128, Work, lengths_of
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from bert_kernels.embedding import embedding_reference
 from bert_kernels.geglu import geglu_reference
 from bert_kernels.layer_norm import dropout_add_layer_norm_reference
 from bert_kernels.mlm_cross_entropy import mlm_cross_entropy_reference
+from bert_kernels.rotary import rotary_reference
 
 _WIDTH, _ROWS = 768, 2048
 _SIZE = 2.0 * _ROWS * _WIDTH
@@ -44,6 +46,14 @@ def _attention(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
     shape = f"N={len(lengths)} wikipedia H={heads} K={head_dim}"
     make = lambda: Inputs((random(sum(lengths), 3, heads, head_dim, device=device),))  # noqa: E731
     yield Case("attention", shape, make, providers, Work(4 * size, flops), Work(8 * size, 2.5 * flops))
+
+
+def _rotary(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
+    positions = torch.arange(_ROWS) % 512
+    make = lambda: Inputs((random(_ROWS, 3, _WIDTH // 64, 64, device=device),))  # noqa: E731
+    providers = {"ours": lambda x: rotary_reference(*x.tensors, positions, theta=THETA)}
+    shape = f"T={_ROWS} H={_WIDTH // 64} K=64"
+    yield Case("rotary", shape, make, providers, Work(4 * _SIZE, 0), Work(4 * _SIZE, 0))
 
 
 def _layer_norm(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
@@ -124,11 +134,12 @@ def _lamb(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
 
 
 CPU_OPS = {
-    "attention": _attention,
-    "layer_norm": _layer_norm,
-    "bias_gelu": _bias_gelu,
-    "geglu": _geglu,
-    "mlm_cross_entropy": _mlm_cross_entropy,
-    "embedding": _embedding,
-    "lamb": _lamb,
+    "attention": (_attention,),
+    "rotary": (_rotary,),
+    "layer_norm": (_layer_norm,),
+    "bias_gelu": (_bias_gelu,),
+    "geglu": (_geglu,),
+    "mlm_cross_entropy": (_mlm_cross_entropy,),
+    "embedding": (_embedding,),
+    "lamb": (_lamb,),
 }

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cases import Case, Inputs, attention_cases, bias_gelu_cases, geglu_cases, layer_norm_cases
+from bench_cases import Case, Inputs, attention_cases, bias_gelu_cases, layer_norm_cases
 from bench_cases_cpu import CPU_OPS
 from bench_cases_ends import embedding_cases, lamb_cases, mlm_cross_entropy_cases
+from bench_cases_pre_norm import geglu_cases, pre_norm_cases, rotary_cases
 from bench_harness import (
     RESULTS,
     Budget,
@@ -39,15 +40,17 @@ from bench_harness import (
     roofline_s,
     time_cold,
 )
+from torch import Tensor
 
 OPS = {
-    "attention": attention_cases,
-    "layer_norm": layer_norm_cases,
-    "bias_gelu": bias_gelu_cases,
-    "geglu": geglu_cases,
-    "mlm_cross_entropy": mlm_cross_entropy_cases,
-    "embedding": embedding_cases,
-    "lamb": lamb_cases,
+    "attention": (attention_cases,),
+    "rotary": (rotary_cases,),
+    "layer_norm": (layer_norm_cases, pre_norm_cases),
+    "bias_gelu": (bias_gelu_cases,),
+    "geglu": (geglu_cases,),
+    "mlm_cross_entropy": (mlm_cross_entropy_cases,),
+    "embedding": (embedding_cases,),
+    "lamb": (lamb_cases,),
 }
 # What a case may take, most of it torch.compile.
 _CASE_S = 30.0
@@ -61,22 +64,23 @@ def modes_of(
         yield "step", lambda: provider(inputs), case.forward
         return
     both = Work(*(a + b for a, b in zip(case.forward, case.backward, strict=True)))
-    out = provider(inputs)
-    out = out[0] if isinstance(out, tuple) else out
-    dout = torch.randn_like(out)
+    outs = _tensors(provider(inputs))
+    douts = [torch.randn_like(out) for out in outs]
     yield "forward", lambda: provider(inputs), case.forward
     yield (
         "backward",
-        lambda: torch.autograd.grad(out, inputs.tensors, dout, retain_graph=True, allow_unused=True),
+        lambda: torch.autograd.grad(outs, inputs.tensors, douts, retain_graph=True, allow_unused=True),
         case.backward,
     )
 
     def forward_and_backward() -> None:
-        result = provider(inputs)
-        result = result[0] if isinstance(result, tuple) else result
-        torch.autograd.grad(result, inputs.tensors, dout, allow_unused=True)
+        torch.autograd.grad(_tensors(provider(inputs)), inputs.tensors, douts, allow_unused=True)
 
     yield "both", forward_and_backward, both
+
+
+def _tensors(out: Any) -> tuple[Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
 
 
 @dataclass(frozen=True)
@@ -161,8 +165,9 @@ def main() -> int:
         print(f"not timed, because their tests fail: {', '.join(red)}", file=sys.stderr)
     known = recorded(path, facts, ("op", "shape", "provider"))
     bench = Bench(device, facts, measure_ceilings(device, dry_run=args.dry_run), budget, known, args.dry_run)
-    make = CPU_OPS if args.on_cpu else OPS
-    cases = [case for op in args.ops if op not in red for case in make[op](device, dry_run=args.dry_run)]
+    ops = [op for op in args.ops if op not in red]
+    makers = [maker for op in ops for maker in (CPU_OPS if args.on_cpu else OPS)[op]]
+    cases = [case for maker in makers for case in maker(device, dry_run=args.dry_run)]
     time_all(cases, bench, path)
     return 1 if red else 0
 

@@ -6,7 +6,7 @@ A case makes its tensors on the default device. There a GPU gets random numbers;
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from bert_kernels.geglu import geglu_backward, geglu_forward
 from bert_kernels.lamb_kernels import hyper_of_step, lamb_apply_triton, lamb_moments_triton
 from bert_kernels.layer_norm_kernels import LayerNormCall, layer_norm_backward, layer_norm_forward
 from bert_kernels.mlm_cross_entropy_kernels import replace_by_gradient
+from bert_kernels.rotary import rotary_turn
 
 NUM_TOKENS = 8192
 
@@ -63,11 +64,36 @@ def layer_norm_case(width: int, dropout_p: float | None, dtype: torch.dtype = to
         x, vector = numbers(NUM_TOKENS, width, dtype=dtype), numbers(width, dtype=dtype)
         residual, x_bias = (None, None) if dropout_p is None else (x, vector)
         call = LayerNormCall(x, residual, vector, x_bias, dropout_p or 0.0, torch.zeros(1, dtype=torch.int64), 0)
-        y, _, *statistics = layer_norm_forward(call, vector, 1e-12)
-        layer_norm_backward(call, (statistics[0], statistics[1]), y, has_bias=True)
+        y, _, mean, rstd = layer_norm_forward(call, vector, 1e-12)
+        layer_norm_backward(call, (mean, rstd), y, has_bias=True)
 
     op = "layer_norm" if dropout_p is None else f"dropout_add_layer_norm p={dropout_p}"
     return Case(f"{op} d={width} {str(dtype).removeprefix('torch.')}", run, multiplies=False)
+
+
+def pre_norm_case(width: int, dropout_p: float, *, has_biases: bool) -> Case:
+    """Return dropout_add_then_norm in bf16, with both biases or, as in ModernBERT, with the weight alone."""
+
+    def run() -> None:
+        x, weight = (numbers(*shape, dtype=torch.bfloat16) for shape in ((NUM_TOKENS, width), (width,)))
+        bias = weight if has_biases else None
+        call = LayerNormCall(x, x, weight, bias, dropout_p, torch.zeros(1, dtype=torch.int64), 0)
+        y, z, mean, rstd = layer_norm_forward(call, bias, 1e-5, returns_sum=True)
+        of_sum = replace(call, x_TD=z, residual_TD=None)
+        layer_norm_backward(of_sum, (mean, rstd), y, y, has_bias=has_biases)
+
+    kind = "" if has_biases else "weight only "
+    return Case(f"dropout_add_then_norm p={dropout_p} d={width} {kind}bfloat16", run, multiplies=False)
+
+
+def rotary_case(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """Return the turn of packed qkv with 12 heads; turning back is the same kernel with one sign changed."""
+
+    def run() -> None:
+        qkv, positions = numbers(NUM_TOKENS, 3, 12, head_dim, dtype=dtype), torch.arange(NUM_TOKENS)
+        rotary_turn(qkv, positions, 1e4, inverse=False)
+
+    return Case(f"rotary d={head_dim} {str(dtype).removeprefix('torch.')}", run, multiplies=False)
 
 
 def bias_gelu_case(width: int, approximate: str, dtype: torch.dtype = torch.bfloat16) -> Case:
@@ -139,6 +165,9 @@ def cases() -> list[Case]:
     attention += [attention_case(64, 512, 0.1, torch.float16), attention_case(64, 512, 0.1, torch.float32)]
     layer_norm = [layer_norm_case(width, p) for width in (768, 1024) for p in (None, 0.0, 0.1)]
     layer_norm += [layer_norm_case(width, 0.1) for width in (256, 512, 2048, 4096)]
+    layer_norm += [pre_norm_case(width, 0.0, has_biases=False) for width in (768, 1024)]
+    layer_norm.append(pre_norm_case(1024, 0.1, has_biases=True))
+    rotary = [rotary_case(64), rotary_case(128), rotary_case(64, torch.float32)]
     bias_gelu = [bias_gelu_case(width, kind) for width in (3072, 4096) for kind in ("none", "tanh")]
     bias_gelu.append(bias_gelu_case(4096, "none", torch.float32))
     geglu = [geglu_case(2624, kind, has_bias=has_bias) for kind in ("none", "tanh") for has_bias in (False, True)]
@@ -148,4 +177,4 @@ def cases() -> list[Case]:
     embedding = [embedding_case(width, p) for width in (768, 1024) for p in (0.0, 0.1)]
     embedding.append(embedding_case(1024, 0.1, torch.float32))
     lamb = [lamb_case(torch.bfloat16), lamb_case(torch.float32)]
-    return attention + layer_norm + bias_gelu + geglu + mlm + embedding + lamb
+    return attention + rotary + layer_norm + bias_gelu + geglu + mlm + embedding + lamb

@@ -15,6 +15,7 @@ from kernel_cases import (
     geglu_case,
     layer_norm_case,
     mlm_cross_entropy_case,
+    rotary_case,
 )
 
 from bert_kernels import _tiles
@@ -60,6 +61,7 @@ def subjects() -> list[Subject]:
     return [
         *attention,
         Subject(("LAYER_NORM",), ("layer_norm_fwd", "layer_norm_bwd"), layer_norm, _layer_norm_tiles),
+        Subject(("ROTARY",), ("rotary",), ((64, rotary_case(64)), (ANY_SIZE, rotary_case(128))), _rotary_tiles),
         Subject(("BIAS_GELU",), ("bias_gelu_fwd", "bias_gelu_bwd"), ((ANY_SIZE, bias_gelu_case(4096, "none")),), _rows),
         Subject(("GEGLU", "fwd"), ("geglu_fwd",), ((ANY_SIZE, geglu_case(2624, "none")),), _rows),
         Subject(("GEGLU", "bwd"), ("geglu_bwd",), ((ANY_SIZE, geglu_case(2624, "none", has_bias=True)),), _rows),
@@ -103,6 +105,11 @@ def _layer_norm_tiles(architecture: str, size: int) -> Iterator[Tile]:
     num_warps = {512: 2, 1024: 4, 2048: 8}.get(size, 16)
     for block_m, share in itertools.product((2, 4, 8), (1, 2, 4)):
         yield Tile(block_m, share * MULTIPROCESSORS[architecture], num_warps, 1)
+
+
+def _rotary_tiles(architecture: str, size: int) -> Iterator[Tile]:
+    for block_m, num_warps in itertools.product((4, 8, 16, 32, 64), (1, 2, 4, 8)):
+        yield Tile(block_m, 0, num_warps, 1)
 
 
 def _rows(architecture: str, size: int) -> Iterator[Tile]:
