@@ -20,8 +20,9 @@ from bert_kernels.embedding import embedding
 from bert_kernels.flat_shard import FlatShard, LambScalars, Segment, SegmentTable
 from bert_kernels.geglu import geglu
 from bert_kernels.lamb_kernels import hyper_of_step, lamb_apply_triton, lamb_moments_triton
-from bert_kernels.layer_norm import dropout_add_layer_norm, layer_norm
+from bert_kernels.layer_norm import dropout_add_layer_norm, dropout_add_then_norm, layer_norm
 from bert_kernels.mlm_cross_entropy import mlm_cross_entropy
+from bert_kernels.rotary import rotary
 
 # A window leaves some rows of a block without any key.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -39,14 +40,19 @@ def integers(limit: int, size: int) -> Tensor:
     return torch.randint(limit, (size,), generator=torch.Generator().manual_seed(limit)).to(DEVICE)
 
 
-def differentiated(op: Callable[..., Tensor], *tensors: Tensor) -> Run:
-    """Return a function that gives the output and the gradients of all tensors."""
+def differentiated(op: Callable[..., Tensor | tuple[Tensor, ...]], *tensors: Tensor) -> Run:
+    """Return a function that gives the outputs and the gradients of all tensors."""
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    dout = torch.randn_like(op(*leaves))
+
+    def outputs() -> tuple[Tensor, ...]:
+        out = op(*leaves)
+        return out if isinstance(out, tuple) else (out,)
+
+    douts = [torch.randn_like(out) for out in outputs()]
 
     def run() -> tuple[Tensor, ...]:
-        out = op(*leaves)
-        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+        outs = outputs()
+        return *(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, douts)
 
     return run
 
@@ -62,6 +68,16 @@ def layer_norm_run(rows: int, width: int) -> Run:
     return differentiated(
         lambda x, z, w, b, c: dropout_add_layer_norm(x, z, w, b, 1e-5, x_bias_D=c, **OPTIONS), *tensors
     )
+
+
+def pre_norm_run(rows: int, width: int) -> Run:
+    tensors = normal(rows, width), normal(rows, width, seed=1), normal(width)
+    return differentiated(lambda x, z, w: dropout_add_then_norm(x, z, w, None, 1e-5, **OPTIONS), *tensors)
+
+
+def rotary_run(tokens: int, heads: int, head_dim: int) -> Run:
+    positions = integers(8192, tokens)
+    return differentiated(lambda x: rotary(x, positions, theta=1e4), normal(tokens, 3, heads, head_dim))
 
 
 def plain_layer_norm_run(rows: int, width: int) -> Run:
@@ -101,7 +117,9 @@ SMALL: dict[str, Callable[[], Run]] = {
     "attention, long sequences": lambda: attention_run((130, 0, 1), 1, 64),
     "attention, window": lambda: attention_run((130, 3), 1, 20, window=5),
     "dropout_add_layer_norm": lambda: layer_norm_run(13, 300),
+    "dropout_add_then_norm": lambda: pre_norm_run(13, 300),
     "layer_norm": lambda: plain_layer_norm_run(13, 300),
+    "rotary": lambda: rotary_run(37, 2, 20),
     "bias_gelu": lambda: differentiated(bias_gelu, normal(17, 257), normal(257)),
     "geglu": lambda: differentiated(geglu, normal(17, 2 * 257), normal(2 * 257)),
     "mlm_cross_entropy, one block": lambda: loss_run(7, 37, 40, 16),
@@ -117,7 +135,9 @@ LARGE: dict[str, Callable[[], Run]] = {
     "attention, head dim 128": lambda: attention_run((512,) * 4, 12, 128),
     "attention, window": lambda: attention_run((512,) * 4, 12, 64, window=64),
     "dropout_add_layer_norm": lambda: layer_norm_run(8191, 768),
+    "dropout_add_then_norm": lambda: pre_norm_run(8191, 1024),
     "layer_norm": lambda: plain_layer_norm_run(8191, 1024),
+    "rotary": lambda: rotary_run(8191, 12, 64),
     "bias_gelu": lambda: differentiated(bias_gelu, normal(8191, 3072), normal(3072)),
     "geglu": lambda: differentiated(geglu, normal(8191, 2 * 2624), normal(2 * 2624)),
     "mlm_cross_entropy, one block": lambda: loss_run(1229, 30522, 30528, 768),
