@@ -13,6 +13,7 @@ from pathlib import Path
 from bert_ds.launch.command_line import USER_ERRORS, report_error
 from bert_ds.launch.launch_checks import CHECKS
 from bert_ds.launch.launcher import run_launcher
+from bert_ds.launch.launcher_log import RUNNER, logged_command
 
 TRAINING_VERBS = ("pretrain", "finetune", "score")
 """Verbs that run on every rank, through the DeepSpeed launcher."""
@@ -31,9 +32,8 @@ SINGLE_VERBS = (
 )
 """Verbs that run once, on one machine."""
 
-LAUNCHER = "deepspeed.launcher.runner"
 QUIET = ("--log_level", "warning")
-"""What the launcher says of every launch stands in the logs of the ranks; a --log_level of the user comes later."""
+"""What the launcher says of every launch stands in logs/launcher.log; a --log_level of the user comes later."""
 
 USAGE = """usage: bert-ds VERB [arguments]
        bert-ds pretrain [launcher arguments --] [arguments]
@@ -55,26 +55,12 @@ def verb_command(verb: str, arguments: list[str]) -> list[str]:
     split = arguments.index("--") if "--" in arguments else 0
     launcher_arguments = arguments[:split]
     script_arguments = arguments[split + 1 :] if "--" in arguments else arguments
-    return [sys.executable, "-m", LAUNCHER, *QUIET, *launcher_arguments, script, *script_arguments]
+    return [sys.executable, "-m", RUNNER, *QUIET, *launcher_arguments, script, *script_arguments]
 
 
 def script_of(verb: str) -> str:
     """Return the path of a verb's script."""
     return str(Path(__file__).resolve().parent / f"{verb}.py")
-
-
-def refused(verb: str, words: list[str]) -> int | None:
-    """Say what is wrong with a verb's command line and files, in a rank's words, and return the exit code.
-
-    Returns:
-        None where the launcher may start. A word that no verb knows and --help end this process.
-    """
-    sys.argv = [script_of(verb), *words]
-    try:
-        CHECKS[verb](words)
-    except USER_ERRORS as error:
-        return report_error(error)
-    return None
 
 
 def main() -> int:
@@ -89,9 +75,13 @@ def main() -> int:
         print(f"bert-ds: unknown verb {arguments[0]!r}\n{usage}", file=sys.stderr)
         return 2
     command = verb_command(verb, arguments[1:])
-    if LAUNCHER in command:
-        code = refused(verb, command[command.index(script_of(verb)) + 1 :])
-        return run_launcher(command) if code is None else code
+    if RUNNER in command:
+        sys.argv = command[command.index(script_of(verb)) :]  # what is wrong is said in a rank's words
+        try:
+            run_dir = CHECKS[verb](sys.argv[1:])
+        except USER_ERRORS as error:
+            return report_error(error)
+        return run_launcher(command if run_dir is None else logged_command(command, run_dir / "logs/launcher.log"))
     sys.stdout.flush()
     os.execv(command[0], command)
 

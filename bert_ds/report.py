@@ -8,6 +8,7 @@ norm, speed, evaluations and, with LAMB, the trust ratios and update norms of ev
 
 --require_below_unigram NATS ends with exit code 5 unless the last validation loss at [MASK] is that far below the
 cross-entropy of a model that knows only how frequent each piece is: a run above that line has not learned from context.
+Exit code 3 where there is no such figure, as in a run that an earlier version has finished; it says how to get one.
 """
 
 from __future__ import annotations

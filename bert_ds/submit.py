@@ -25,7 +25,7 @@ if __name__ == "__main__":  # a script run by path finds its package beside itse
 from bert_ds.basics.whole_files import write_json
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.job_config import JobConfig, parse_job_config
-from bert_ds.configuration.recipe.precision import planned
+from bert_ds.configuration.recipe.precision import planned, planned_on_gpus
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table
 from bert_ds.folders.kept_files import keeping_files
@@ -57,7 +57,9 @@ def main() -> int:
     run, ds = load_pair(args.run, args.deepspeed_config, overrides=args.set)
     job = parse_job_config(job_values(args, default_name=run.name))
     claim_run_folder(Path(job.run_dir))
-    plan = make_plan(run, ds, job.world_size)
+    plan = make_plan(run, ds, job.world_size)  # what is refused here would be refused at the launch
+    if job.gpus_per_node:
+        plan = make_plan(planned_on_gpus(run), ds, job.world_size)
     saved = candidates(Path(job.run_dir))
     held_bytes = sum(path.stat().st_size for folder in saved for path in folder.iterdir())
     problems = job_problems(job, plan, gpu_memory_bytes=memory_of(args), held_bytes=held_bytes)
@@ -65,6 +67,8 @@ def main() -> int:
         raise ConfigError("\n".join(problems))
     speed = speed_of(args, plan)
     rows = [*plan_table(plan), *job_rows(job, plan, speed=speed, done_steps=step_of(saved[0].name) if saved else 0)]
+    if plan.run is not run:
+        rows.insert(1, ("precision", "decided at the launch (planned for bf16, which auto is on a GPU)"))
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f"{name:<{width}}  {text}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from bert_ds import console
 from bert_ds.basics.ranks import Ranks
 from bert_ds.configuration.deepspeed_file.ds_config import load_ds_config
 from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.launch.launcher_log import logged_command
 from bert_ds.reporting.run_log import RunLog
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,10 +120,27 @@ def test_what_is_right_reaches_the_launcher_unchanged(
     code, started = start([words[0], "--num_gpus", "2", "--", *words[1:]], monkeypatch)
     script = str(ROOT / f"bert_ds/{words[0]}.py")
     quiet = ["--log_level", "warning", "--num_gpus", "2"]
+    run_dir = {"pretrain": folder / "runs/default", "finetune": folder / "runs/tiny"}.get(words[0])
+    logged = [] if run_dir is None else ["bert_ds.launch.launcher_log", str(run_dir / "logs/launcher.log")]
     assert (code, started) == (
         0,
-        [[sys.executable, "-m", "deepspeed.launcher.runner", *quiet, script, *words[1:]]],
+        [[sys.executable, "-m", *logged, "deepspeed.launcher.runner", *quiet, script, *words[1:]]],
     )
+
+
+def test_what_the_launcher_says_goes_into_its_log_and_its_warnings_to_the_terminal_too(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text("print('the rank speaks')")
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", *console.QUIET, "--num_gpus", "1", "rank.py"]
+    log = tmp_path / "run/logs/launcher.log"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests/light_launcher'}:{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        logged_command(runner, log), cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "the rank speaks" in done.stdout and "[INFO]" not in done.stdout + done.stderr
+    said = log.read_text()
+    assert "INFO cmd = " in said  # of the upper process, which starts the lower one
+    assert "INFO WORLD INFO DICT" in said and "spawned with command" in said and "exits successfully" in said
+    assert ("WARNING Unable to find hostfile" in said) == ("Unable to find hostfile" in done.stdout + done.stderr)
 
 
 def test_the_checks_need_no_torch() -> None:

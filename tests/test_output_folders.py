@@ -57,6 +57,7 @@ OUR_RUNS: dict[str, dict[str, str]] = {
         "logs/exits/srun.err": "srun: error",
         "logs/rank_0.out": "Traceback",
     },
+    "started by bert-ds": {"logs/launcher.log": "cmd = ..."},
     "refused at the lock": {"run.lock": '{"host": "a", "pid": 3}', "restarts.json": '{"action": "stop"}'},
     "locked on a full disk": {"run.lock": ""},
     "seeds": {"seed_1/task_config.json": TASK, "seed_1/run.lock": "", "seed_2/": "", "results.json": '{"seeds": [1]}'},

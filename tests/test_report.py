@@ -17,7 +17,7 @@ from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.reading.config_files import shipped_file
 from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, LambConfig
 from bert_ds.configuration.recipe.run_config import ConfigError
-from bert_ds.reporting.run_figures import draw_figures
+from bert_ds.reporting.run_figures import _evaluated_how, draw_figures
 from bert_ds.reporting.run_history import below_unigram, read_history, summary_lines
 from bert_ds.reporting.run_page import render_page
 from bert_ds.training.checkpoints.train_state import TrainState
@@ -148,9 +148,20 @@ def test_a_run_of_an_earlier_version_opens_and_its_flattering_mean_passes_no_bar
         "masked words of the validation text: loss 4.000 nats, the mean over 80/10/10 of an earlier version, which "
         "copying the kept pieces flatters"
     ]
-    assert [picture.name for picture in draw_figures(history)] == ["loss", "evaluation", "rates", "speed"]
-    with pytest.raises(DataError, match="mean over 80/10/10 of an earlier version, wanted loss_mlm_masked"):
-        below_unigram(history)
+    pictures = {picture.name: picture.caption for picture in draw_figures(history)}
+    assert list(pictures) == ["loss", "evaluation", "rates", "speed"]
+    assert "the mean over 80/10/10 of an earlier version" in pictures["evaluation"]
+    assert "This run has no figure at [MASK]" in pictures["evaluation"]
+    both = [*rows, logged("evaluation", 2, **EVALUATED)]
+    caption = _evaluated_how(read_history(written(tmp_path, *both)))
+    assert "What counts is the prediction at [MASK]. Evaluations without it are the mean over 80/10/10" in caption
+    assert _evaluated_how(read_history(written(tmp_path, *rows[:2], both[-1]))).endswith("the prediction at [MASK].")
+    written(tmp_path, *rows)
+    start = {**START, "data": {}}  # as versions before this one wrote it
+    for first in (START, start):
+        sentence = "mean over 80/10/10 of an earlier version, wanted loss_mlm_masked.*--resume auto evaluates"
+        with pytest.raises(DataError, match=sentence):
+            below_unigram(read_history(written(tmp_path, first, *rows[1:])))
 
 
 def test_the_figures_show_the_validation_loss_at_mask_and_not_the_mean(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -186,6 +187,21 @@ def test_the_speed_of_another_run_is_taken_per_rank(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     speed = speed_of_run(tmp_path, world_size=8)
     assert speed == Speed(1800.0, f"measured in {tmp_path} on 4 ranks, taken 2 times")
+
+
+def test_an_open_precision_is_planned_as_bf16_for_gpus_and_that_is_said(tmp_path: Path) -> None:
+    def rows(*options: object) -> dict[str, str]:
+        done = submit(tmp_path, "--dry_run", *options)
+        assert done.returncode == 0, done.stderr
+        return dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines() if "  " in line)
+
+    ds = write_json(tmp_path, "open.json", {"zero_optimization": {"stage": 2}})
+    places = ("--deepspeed_config", ds, "--set", "training.precision=auto", "--gpu", "H100", "--gpus_per_node")
+    on_gpus, on_cpus = rows(*places, 2), rows(*places, 0, "--tasks_per_node", 2)
+    bf16 = rows(*places, 2, "--set", "training.precision=bf16")
+    assert on_gpus.pop("precision") == "decided at the launch (planned for bf16, which auto is on a GPU)"
+    assert on_gpus == bf16
+    assert "precision decided at the launch (planned for fp32)" in on_cpus["run"] and "precision" not in on_cpus
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(59, "00:01 h"), (7260, "02:01 h"), (90000, "1-01:00 h")])

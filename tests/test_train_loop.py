@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +25,8 @@ from tiny_training import (
     tiny_services,
 )
 
-from bert_ds.basics.ranks import CheckpointError, DataError, DivergedError
-from bert_ds.reporting.run_log import read_metrics
+from bert_ds.basics.ranks import CheckpointError, DataError, DivergedError, Ranks
+from bert_ds.reporting.run_log import RunLog, read_metrics, read_rows
 from bert_ds.training.checkpoints.train_state import TrainState
 from bert_ds.training.loop.evaluation import Evaluation, evaluate
 from bert_ds.training.loop.train_loop import train
@@ -252,6 +253,9 @@ def test_the_run_is_evaluated_at_the_chosen_steps_and_at_its_end(tmp_path: Path)
     train(engine, step_batches(0, 0, 1), state=TrainState(), plan=plan, services=services)
     rows = read_metrics(tmp_path / "metrics.jsonl", "evaluation")
     assert [row["step"] for row in rows] == [2, 4, 5]
+    # A run that is finished is evaluated again: this is how one of an earlier version gets the figures of this one.
+    train(engine, iter(()), state=TrainState(step=5), plan=plan, services=services)
+    assert len([row for row in read_rows(tmp_path / "metrics.jsonl") if row["kind"] == "evaluation"]) == 4
 
 
 def test_an_evaluation_that_sees_nothing_more_to_gain_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
@@ -305,3 +309,19 @@ def test_the_values_of_a_step_reach_deepspeeds_own_monitors(tmp_path: Path) -> N
     train(tiny_engine(config), step_batches(0, 0, 1), state=TrainState(), plan=tiny_plan(2), services=services)
     lines = (tmp_path / "tiny/train_loss.csv").read_text().splitlines()
     assert len(lines) == 3
+
+
+def test_what_deepspeed_prints_of_its_memory_goes_to_the_rank_s_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    join_alone()
+    deepspeed = logging.getLogger("DeepSpeed")
+    level = deepspeed.level
+    log = RunLog(tmp_path, Ranks(0, 0, 1), total_steps=3)
+    try:
+        tiny_engine(ds_config(1, precision="bf16"))
+    finally:
+        log.close()
+        deepspeed.setLevel(level)
+    assert "Max_MA" not in capsys.readouterr().out
+    assert "Max_MA" in (tmp_path / "logs/rank_0.log").read_text()

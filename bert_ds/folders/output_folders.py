@@ -43,7 +43,7 @@ _PUT_FIRST: Mapping[str, Callable[[Any], bool]] = {
 }
 """What submit.py and a job script leave before a run starts: name, and what its JSON is. An empty file is one too."""
 _LOG_PUT_FIRST = r"slurm-[\w.-]*\d\.out"
-_LOGS_PUT_FIRST = r"rank_\d+\.out|exits(/(started|srun\.err|\.?rank_\d+(\.json)?))?"
+_LOGS_PUT_FIRST = r"rank_\d+\.out|launcher\.log|exits(/(started|srun\.err|\.?rank_\d+(\.json)?))?"
 _LAUNCHED = ("environment.json", "metrics.jsonl", "run.lock", "checkpoints/global_step*")
 """What a launch leaves beside its recipe: a folder with a recipe alone is where somebody keeps recipes."""
 _RESULTS = (

@@ -142,31 +142,34 @@ def task_folders(args: argparse.Namespace, task: TaskConfig) -> tuple[Path, dict
     return run_dir, {seed: run_dir / f"seed_{seed}" for seed in args.seeds or ()}
 
 
-def _check_pretrain(words: Words) -> None:
+def _check_pretrain(words: Words) -> Path | None:
     args = pretrain_arguments(words)
     checked_run(args)
     _refuse_foreign_runs([args.run_dir])
+    return args.run_dir
 
 
-def _check_finetune(words: Words) -> None:
+def _check_finetune(words: Words) -> Path | None:
     args = finetune_arguments(words)
     run_dir, seeds = task_folders(args, checked_task(args)[0])
     _refuse_foreign_runs([*seeds.values(), run_dir])
+    return run_dir
 
 
-def _check_score(words: Words) -> None:
+def _check_score(words: Words) -> Path | None:
     args = score_arguments(words)
     checked_scoring(args)
     if args.output is not None:
         refuse_foreign(args.output, foreign_in_results, wanted=WANTED_RESULTS)
+    return None
 
 
-CHECKS: dict[str, Callable[[Words], object]] = {
+CHECKS: dict[str, Callable[[Words], Path | None]] = {
     "pretrain": _check_pretrain,
     "finetune": _check_finetune,
     "score": _check_score,
 }
-"""Verb -> what refuses its command line, and the folder that it would write into."""
+"""Verb -> what refuses its command line, and the folder that it would write into; returns the run folder of a run."""
 
 
 def _refuse_foreign_runs(run_dirs: Iterable[Path]) -> None:

@@ -124,13 +124,15 @@ def below_unigram(history: RunHistory) -> float:
     Raises:
         DataError: the run has not come so far, or an earlier version wrote no loss at [MASK].
     """
-    if not history.evaluations or not math.isfinite(history.unigram):
-        raise DataError(f"{history.run_dir} holds no evaluation of masked words yet: wanted a run that has come so far")
-    if AT_MASK not in history.evaluations[-1]:
+    if history.evaluations and AT_MASK not in history.evaluations[-1]:
         raise DataError(
             f"{history.run_dir}/metrics.jsonl: the last evaluation has the mean over 80/10/10 of an earlier version, "
-            f"wanted {AT_MASK}: score.py --task masked_words measures the exported model"
+            f"wanted {AT_MASK}. The run is sound: pretrain.py --resume auto evaluates its newest checkpoint again, "
+            f"also where it is finished (make pretrain: without {history.run_dir}/DONE); score.py --task masked_words "
+            "measures its export"
         )
+    if not history.evaluations or not math.isfinite(history.unigram):
+        raise DataError(f"{history.run_dir} holds no evaluation of masked words yet: wanted a run that has come so far")
     return history.unigram - number(history.evaluations[-1][AT_MASK])
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -41,7 +46,8 @@ def make_engine(model: nn.Module, optimizer: Optimizer, ds_config: dict[str, Any
     names = parameter_names(model, optimizer)
     weights = _full_precision_weights(model, ds_config)
     guard = StepGuard(optimizer)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    with _prints_logged():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     require_names(engine)
     refuse_unsupported_settings(engine)
     share_replicated_work(optimizer, zero_stage=int(engine.zero_optimization_stage()))
@@ -64,6 +70,17 @@ def step_guard(engine: DeepSpeedEngine) -> StepGuard:
 def has_own_nan_guard(engine: DeepSpeedEngine) -> bool:
     """Whether DeepSpeed's optimizer wrapper drops a step with gradients that are not finite, on all ranks alike."""
     return engine.optimizer is not engine.basic_optimizer
+
+
+@contextmanager
+def _prints_logged() -> Iterator[None]:
+    """Let what DeepSpeed prints go where it logs: its bf16 optimizer prints the memory, whatever the level."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            yield
+        finally:
+            for line in filter(str.strip, printed.getvalue().splitlines()):
+                logging.getLogger("DeepSpeed").info(line.rstrip())
 
 
 def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:

@@ -24,7 +24,10 @@ def _replace() -> None:
         device_count=lambda: 2,
     )
     vars(accelerator)["get_accelerator"] = lambda: known
-    vars(utils).update(logger=logging.getLogger(), set_log_level_from_string=lambda level: None, get_numactl_cmd=None)
+    logger, terminal = logging.getLogger("DeepSpeed"), logging.StreamHandler(sys.stdout)
+    terminal.setLevel(logging.WARNING)
+    logger.addHandler(terminal)
+    vars(utils).update(logger=logger, set_log_level_from_string=lambda level: None, get_numactl_cmd=None)
     vars(autotuning)["Autotuner"] = None
     for module in (package, accelerator, utils, autotuning):
         sys.modules[module.__name__] = module

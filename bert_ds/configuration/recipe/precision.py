@@ -46,6 +46,11 @@ def planned(setting: PrecisionSetting) -> Precision:
     return "fp32" if setting == "auto" else setting
 
 
+def planned_on_gpus(run: Trained) -> Trained:
+    """Return the recipe as GPUs will train it, bf16 where the launch decides; the same where it does not."""
+    return with_precision(run, "bf16") if run.training.precision == "auto" else run
+
+
 def precision_text(setting: PrecisionSetting) -> str:
     """Return the setting as a table shows it."""
     return "precision decided at the launch (planned for fp32)" if setting == "auto" else setting
