@@ -23,6 +23,8 @@ from slurm_cluster import SlurmCluster, descendants
 ROOT = Path(__file__).resolve().parents[1]
 
 Way = Callable[[Sequence[str], int], list[tuple[list[str], dict[str, str]]]]
+UNSEEN = "before its first line"
+"""Of no rank that dies so has rank 0 heard: the launcher alone can tell."""
 MOMENTS = ("at the first import", "during the imports", "before the rendezvous", "in the rendezvous")
 SITECUSTOMIZE = """
 import os, signal, sys, threading, time
@@ -37,6 +39,10 @@ if rank == os.environ["FAULT_RANK"] and sys.argv[:1] != [""]:
             "before the rendezvous": "load_pair" in names,
             "in the rendezvous": "init_process_group" in names,
         }[os.environ["FAULT_MOMENT"]]
+    def die():
+        with open(os.environ["FAULT_TIME"], "w") as file:
+            file.write(repr(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
     def look():
         main = threading.main_thread().ident
         while True:
@@ -45,10 +51,10 @@ if rank == os.environ["FAULT_RANK"] and sys.argv[:1] != [""]:
                 frames.append(frame.f_code)
                 frame = frame.f_back
             if is_now(frames):
-                with open(os.environ["FAULT_TIME"], "w") as file:
-                    file.write(repr(time.time()))
-                os.kill(os.getpid(), signal.SIGKILL)
+                die()
             time.sleep(0.0005)
+    if os.environ["FAULT_MOMENT"] == "before its first line":
+        die()
     threading.Thread(target=look, daemon=True).start()
 """
 
@@ -117,11 +123,17 @@ def torchrun_nodes(verb: Sequence[str], world_size: int) -> list[tuple[list[str]
     return [([*words, f"--node-rank={node}", "--", *verb], {}) for node in range(world_size)]
 
 
-def srun(cluster: SlurmCluster) -> Way:
-    """A bare srun on two nodes, which by itself ends nobody."""
+def srun(cluster: SlurmCluster, *, ends_all: bool = False) -> Way:
+    """An srun on two nodes: one that by itself ends nobody, or as slurm/common.sh starts it."""
 
     def way(verb: Sequence[str], world_size: int) -> list[tuple[list[str], dict[str, str]]]:
-        words = ["srun", "--kill-on-bad-exit=0", f"--nodes={world_size}", f"--ntasks={world_size}", sys.executable]
+        words = [
+            "srun",
+            f"--kill-on-bad-exit={ends_all:d}",
+            f"--nodes={world_size}",
+            f"--ntasks={world_size}",
+            sys.executable,
+        ]
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         return [([*words, *verb], {"SLURM_CONF": cluster.environment["SLURM_CONF"], **place})]
 

@@ -13,6 +13,7 @@ import pytest
 import slurm_runs
 from slurm_cluster import SlurmCluster, cluster, processes_left
 from slurm_runs import STEPS, assert_ended_well, launches, log_of, submit, wait_for_step
+from start_faults import UNSEEN, die_at_start, srun
 from test_pretrain import losses, workshop
 
 pytestmark = pytest.mark.slurm
@@ -87,6 +88,15 @@ def test_a_rank_killed_with_9_is_restarted_inside_the_job(
     assert_ended_well(cluster, job, run_dir, finished_run)
     assert launches(run_dir) == 2
     assert cluster.job_fact(job, "Restarts") == "0"
+
+
+def test_a_rank_that_dies_before_it_is_seen_is_ended_by_srun_as_the_job_script_starts_it(
+    cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    assert "srun --kill-on-bad-exit=1 " in (ROOT / "slurm/common.sh").read_text()
+    verb = [str(ROOT / "bert_ds/pretrain.py"), "--deepspeed_config", "unread", "--run_dir", str(tmp_path / "run")]
+    found = die_at_start(tmp_path, srun(cluster, ends_all=True), verb, moment=UNSEEN, limit_s=60)
+    assert found.seconds < 30 and found.says == ""  # nobody has heard of it
 
 
 def test_a_rank_that_hangs_is_found_and_the_stacks_of_every_rank_are_in_the_logs(

@@ -7,6 +7,8 @@
 Without it the others wait half an hour for a rank that an import, a kill or a full memory has ended. A thread of each
 rank holds a connection to the `start_hub` in rank 0. A rank that is slow is waited for, and named every half minute;
 one that never comes ends the start after `limit_s`, because from here it looks like one that is still to be started.
+So does one that dies before its first line here, which its launcher alone sees: srun as slurm/common.sh starts it, and
+on one machine DeepSpeed's launcher and torchrun, end the others in seconds; over several machines theirs do not.
 Standard library only: it has to stand before anything heavy is imported.
 """
 
