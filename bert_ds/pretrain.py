@@ -36,8 +36,9 @@ from bert_ds.corpus.shards.shard_folder import MANIFEST
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.encoder.distillation import make_student
 from bert_ds.encoder.initial_weights import load_initial_weights
+from bert_ds.encoder.objectives.table import make_objectives
 from bert_ds.encoder.pretrained import check_tokenizer
-from bert_ds.encoder.pretraining_model import BertForPreTraining, plain_objectives
+from bert_ds.encoder.pretraining_model import BertForPreTraining
 from bert_ds.launch.command_line import run_main
 from bert_ds.launch.launch_checks import checked_run, pretrain_arguments
 from bert_ds.reporting.environment import write_environment
@@ -190,7 +191,7 @@ def build_model(plan: RunPlan, run_dir: Path) -> BertForPreTraining:
     run, distillation = plan.run, plan.run.distillation
     options: dict[str, Any] = {
         "kernels": run.training.kernels,
-        "objectives": plain_objectives(has_pair_head=plan.has_pair_head),
+        "objectives": make_objectives(run.objective_weights),
         "activation_checkpointing": plan.ds.activation_checkpointing,
         "init_seed": run.seed,
     }

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -119,9 +120,10 @@ def train(checkout: Path, run_dir: Path, case: Case, work: Path) -> None:
     settings |= {"evaluation.every_steps": MIDDLE, "checkpoints.every_steps": MIDDLE, "evaluation.num_examples": 256}
     words = [word for name, value in (settings | case.settings).items() for word in ("--set", f"{name}={value}")]
     words += ["--deepspeed_config", str(config), "--run_dir", str(run_dir), "--resume", "auto"]
-    call(
-        checkout, "-m", "deepspeed.launcher.runner", "--num_gpus", case.ranks, checkout / "bert_ds/pretrain.py", *words
-    )
+    with socket.socket() as free:  # the launcher's own port may be another run's
+        free.bind(("127.0.0.1", 0))
+        launcher = ("-m", "deepspeed.launcher.runner", "--num_gpus", case.ranks, "--master_port", free.getsockname()[1])
+    call(checkout, *launcher, checkout / "bert_ds/pretrain.py", *words)
 
 
 def call(checkout: Path, *words: object) -> None:

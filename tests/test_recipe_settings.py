@@ -91,6 +91,7 @@ ROUGH = {
 }
 """A run in which ripples of the loss count as spikes."""
 TAUGHT = {"distillation": {"teacher": "teacher"}}
+WEIGHED = [{"type": "masked_words", "weight": 0.5}, {"type": "sentence_pair", "weight": 2.0}]
 EMBEDDED = {
     "corpus": {"type": "embedded", "vocab_size": 400, "max_bytes": 1_000_000},
     "model.vocab_size": 400,
@@ -134,6 +135,8 @@ CHANGES = {
     "masking.word_segmenter": Change("word_list", WORDS, {"masking.word_list": "words.txt"}),
     "masking.word_list": Change("words2.txt", LISTED),
     "masking.max_predictions_per_seq": Change(1),
+    "objectives.0.type": Change("sentence_pair", {"objectives": WEIGHED}, {"objectives.1.type": "masked_words"}),
+    "objectives.0.weight": Change(0.25, {"objectives": WEIGHED}),
     **moments("adamw"),
     **moments("lamb"),
     **trust("lamb"),

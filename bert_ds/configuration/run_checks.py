@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from bert_ds.basics.input_gate import read_json, read_text, split_lines
 from bert_ds.configuration.reading.config_problems import Problem, describe
+from bert_ds.configuration.recipe.objective_config import objective_problems
 from bert_ds.configuration.recipe.run_config import (
     EmbeddedCorpus,
     ModelConfig,
@@ -45,6 +46,8 @@ def recipe_problems(run: RunConfig) -> list[Problem]:
         problems.append(Problem("model.type_vocab_size", text))
     if run.distillation is not None and run.distillation.init_layers is not None:
         problems += _init_layers_problems(run, run.distillation.init_layers)
+    pair, is_distilled = sequences.sentence_pair, run.distillation is not None
+    problems += objective_problems(run.objectives, sentence_pair=pair, is_distilled=is_distilled)
     predictions = run.masking.max_predictions_per_seq
     if predictions is not None and predictions > sequences.max_seq_length:
         text = f"{predictions} is more than sequences.max_seq_length {sequences.max_seq_length}"

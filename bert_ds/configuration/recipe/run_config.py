@@ -45,6 +45,7 @@ from bert_ds.configuration.recipe.corpus_config import (
     ShardSource,
 )
 from bert_ds.configuration.recipe.distillation_config import DistillationConfig
+from bert_ds.configuration.recipe.objective_config import ObjectiveConfig, objective_weights
 from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, LambConfig, OptimizerConfig
 from bert_ds.configuration.recipe.precision import PrecisionSetting
 from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
@@ -233,6 +234,8 @@ class RunConfig(Section):
     corpus: Annotated[EmbeddedCorpus | ShardCorpus, Field(discriminator="type")]
     sequences: SequenceConfig = SequenceConfig()
     masking: MaskingConfig = MaskingConfig()
+    objectives: tuple[ObjectiveConfig, ...] | None = None
+    """What is trained, each once; null: masked words and, where sequences.sentence_pair makes them, pairs, weight 1."""
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     training: TrainingConfig
@@ -246,6 +249,11 @@ class RunConfig(Section):
     def max_seq_length(self) -> int:
         """Tokens of the longest sequence."""
         return self.sequences.max_seq_length
+
+    @property
+    def objective_weights(self) -> dict[str, float]:
+        """Weight of each objective that is trained, by its type."""
+        return objective_weights(self.objectives, sentence_pair=self.sequences.sentence_pair)
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
