@@ -51,10 +51,16 @@ def _is_wrong(prefix: str, label: str, previous: tuple[str, str], *, scheme: Sch
 
 
 def _parts(tag: str, scheme: Scheme, *, where: str) -> tuple[str, str]:
+    parts = split_tag(tag, _PREFIXES[scheme])
+    if parts is None:
+        wanted = ", ".join(f"{letter}-TYPE" for letter in _PREFIXES[scheme])
+        raise DataError(f"{where}: found the tag {describe(tag)}, wanted O, {wanted} ({scheme})")
+    return parts
+
+
+def split_tag(tag: str, prefixes: Sequence[str]) -> tuple[str, str] | None:
+    """Return prefix and type of a tag, ("O", "") for "O"; None where it has none of the prefixes, or no type."""
     if tag == "O":
         return "O", ""
     prefix, dash, label = tag.partition("-")
-    if not dash or not label or prefix not in tuple(_PREFIXES[scheme]):
-        wanted = ", ".join(f"{letter}-TYPE" for letter in _PREFIXES[scheme])
-        raise DataError(f"{where}: found the tag {describe(tag)}, wanted O, {wanted} ({scheme})")
-    return prefix, label
+    return (prefix, label) if dash and label and prefix in tuple(prefixes) else None

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
+from bert_ds.downstream.rows.tag_schemes import split_tag
 from bert_ds.downstream.scores.metrics import class_figures
 
 Reading = Literal["BIO", "BIOES", "conlleval"]
@@ -130,13 +131,11 @@ def tag_figures(
 
 
 def _split(tag: str, reading: Reading) -> tuple[str, str]:
-    if tag == "O":
-        return "O", ""
-    prefix, dash, label = tag.partition("-")
-    if not dash or not label or prefix not in tuple(_PREFIXES[reading]):
+    parts = split_tag(tag, _PREFIXES[reading])
+    if parts is None:
         wanted = ", ".join(f"{letter}-TYPE" for letter in _PREFIXES[reading])
         raise ValueError(f"tag {tag!r} is not of the scheme {reading}: wanted O, {wanted}")
-    return prefix, label
+    return parts
 
 
 def _f1(num_right: int, num_predicted: int, num_gold: int) -> float:
