@@ -42,7 +42,7 @@ from bert_ds.downstream.kinds.trivial import trivial_figures
 from bert_ds.downstream.rows.task_batches import features_fingerprint, step_batches
 from bert_ds.downstream.scores.metrics import require_metrics
 from bert_ds.downstream.tuning.outcome import Outcome, conclude, write_summary
-from bert_ds.downstream.tuning.task_engine import BestStep, build_model, with_dropout
+from bert_ds.downstream.tuning.task_engine import EvaluationHistory, build_model, with_dropout
 from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
 from bert_ds.downstream.tuning.taught_model import load_teacher
 from bert_ds.encoder.pretrained import Pretrained, check_tokenizer, load_pretrained
@@ -54,7 +54,7 @@ from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.agreement import on_main_rank
 from bert_ds.training.checkpoints.checkpoint_loader import resume
 from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
-from bert_ds.training.checkpoints.train_state import TrainPlan, TrainState
+from bert_ds.training.checkpoints.train_state import LoopSettings, TrainState
 from bert_ds.training.engine import make_engine
 from bert_ds.training.launch.hang_watchdog import Heartbeat, watched_for_hangs
 from bert_ds.training.launch.launch_precision import Decision, decide_precision
@@ -143,17 +143,17 @@ def open_task(
 def finetune(task: TaskConfig, run_dir: Path, *, start: Start) -> int:
     """Run folder, engine, loop and outcome of one seed; a collective. Returns the exit code."""
     ranks, rows = start.ranks, start.rows
-    plan = trained_task(task, start.pretrained.config, num_sequences=len(rows.train.features))
-    split = checked_split(plan, start.ds, ranks.world_size)
-    plan = replace(plan, model=with_dropout(plan.model, task.dropout))
-    ds_config = resolve_ds_config(plan, start.ds, ranks.world_size, run_dir=str(run_dir))
+    trained = trained_task(task, start.pretrained.config, num_sequences=len(rows.train.features))
+    split = checked_split(trained, start.ds, ranks.world_size)
+    trained = replace(trained, model=with_dropout(trained.model, task.dropout))
+    ds_config = resolve_ds_config(trained, start.ds, ranks.world_size, run_dir=str(run_dir))
     enter_run_folder(run_dir, described(task, ds_config), resume=start.args.resume)
-    log = RunLog(run_dir, ranks, total_steps=plan.training.total_steps)
+    log = RunLog(run_dir, ranks, total_steps=trained.training.total_steps)
     start.decision.say(log.info)
     write_environment(run_dir, ranks, devices=[device_name()])
     on_main_rank(lambda: write_tokenizer(run_dir, start.tokenizer.save))
-    state, best = run_training(plan, ds_config, run_dir, split=split, start=start, log=log)
-    if state.step < plan.training.total_steps and not best.is_exhausted:
+    state, best = run_training(trained, ds_config, run_dir, split=split, start=start, log=log)
+    if state.step < trained.training.total_steps and not best.is_exhausted:
         return EXIT_RUN_AGAIN
     outcome = Outcome(task, rows, start.tokenizer, run_dir, start.pretrained.config, start.trivial)
     conclude(outcome, best.step, log=log)
@@ -168,18 +168,18 @@ def described(task: TaskConfig, ds_config: dict[str, Any]) -> dict[str, str]:
 
 
 def run_training(
-    plan: TrainedTask, ds_config: dict[str, Any], run_dir: Path, *, split: BatchSplit, start: Start, log: RunLog
-) -> tuple[TrainState, BestStep]:
+    trained: TrainedTask, ds_config: dict[str, Any], run_dir: Path, *, split: BatchSplit, start: Start, log: RunLog
+) -> tuple[TrainState, EvaluationHistory]:
     """Build the engine, resume if asked to, and train until the last step or until nothing more is gained."""
-    task, rows = plan.task, start.rows
-    engine = build_engine(plan, ds_config, start=start, log=log)
+    task, rows = trained.task, start.rows
+    engine = build_engine(trained, ds_config, start=start, log=log)
     settings = f"{task.seed} {task.training.train_batch_size} {start.tokenizer.fingerprint}"
     facts = {"data": features_fingerprint(rows.train.features, settings=settings)}
     state = None if start.args.resume == "never" else resume(engine, run_dir, name=None, facts=facts, log=log)
     if state is not None:
         describe_run(run_dir, described(task, ds_config))
     state = state or TrainState()
-    best = BestStep(engine, task, rows.validation, rows.labels, run_dir=run_dir, from_step=state.step)
+    best = EvaluationHistory(engine, task, rows.validation, rows.labels, run_dir=run_dir, from_step=state.step)
     policy = CheckpointPolicy(
         keep_last=task.checkpoints.keep_last,
         keep_every_steps=task.checkpoints.keep_every_steps,
@@ -204,7 +204,9 @@ def run_training(
             services.heartbeat, run_dir, ranks=start.ranks, limit_s=start.args.hang_limit, module=engine.module
         )
         with watched, start.stop.training():
-            train(engine, batches, state=state, plan=loop_plan(plan, len(rows.train.features)), services=services)
+            train(
+                engine, batches, state=state, loop=loop_settings(trained, len(rows.train.features)), services=services
+            )
     engine.destroy()
     return state, best
 
@@ -223,18 +225,18 @@ def training_batches(
     )
 
 
-def build_engine(plan: TrainedTask, ds_config: dict[str, Any], *, start: Start, log: RunLog) -> DeepSpeedEngine:
+def build_engine(trained: TrainedTask, ds_config: dict[str, Any], *, start: Start, log: RunLog) -> DeepSpeedEngine:
     """Make model and optimizer and hand them to DeepSpeed; a collective."""
     teacher = None
-    if plan.task.distillation is not None:
+    if trained.task.distillation is not None:
         teacher = load_teacher(
-            plan.task,
+            trained.task,
             start.rows.labels,
             vocab_size=start.tokenizer.vocab_size,
             fingerprint=start.tokenizer.fingerprint,
         )
     model, lr_scale_of = build_model(
-        plan,
+        trained,
         start.rows,
         tensors={} if start.args.random_weights else start.pretrained.tensors,
         teacher=teacher,
@@ -242,25 +244,25 @@ def build_engine(plan: TrainedTask, ds_config: dict[str, Any], *, start: Start, 
         say=log.info,
     )
     optimizer = make_optimizer(
-        plan.optimizer,
+        trained.optimizer,
         model.named_parameters(),
         facts=TensorFacts(model.no_decay_patterns, model.equal_parts, model.matrix_patterns),
-        kernels=plan.training.kernels,
+        kernels=trained.training.kernels,
         lr_scale_of=lr_scale_of,
     )
     return make_engine(model, optimizer, ds_config)
 
 
-def loop_plan(plan: TrainedTask, num_sequences: int) -> TrainPlan:
+def loop_settings(trained: TrainedTask, num_sequences: int) -> LoopSettings:
     """Return what the loop needs of the task."""
-    return TrainPlan(
-        total_steps=plan.training.total_steps,
-        seed=plan.task.seed,
-        peak_lr=plan.optimizer.lr,
-        schedule=plan.schedule,
-        log_every_steps=plan.training.log_every_steps,
-        evaluate_every_steps=plan.every_steps(plan.task.evaluation.every_epochs, num_sequences=num_sequences),
-        checkpoint_every_steps=plan.task.checkpoints.every_steps,
+    return LoopSettings(
+        total_steps=trained.training.total_steps,
+        seed=trained.task.seed,
+        peak_lr=trained.optimizer.lr,
+        schedule=trained.schedule,
+        log_every_steps=trained.training.log_every_steps,
+        evaluate_every_steps=trained.every_steps(trained.task.evaluation.every_epochs, num_sequences=num_sequences),
+        checkpoint_every_steps=trained.task.checkpoints.every_steps,
     )
 
 

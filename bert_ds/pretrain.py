@@ -48,7 +48,7 @@ from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint
 from bert_ds.training.checkpoints.checkpoint_loader import resume, roll_back
 from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
-from bert_ds.training.checkpoints.train_state import TrainPlan, TrainState
+from bert_ds.training.checkpoints.train_state import LoopSettings, TrainState
 from bert_ds.training.engine import make_engine
 from bert_ds.training.launch.hang_watchdog import Heartbeat, watched_for_hangs
 from bert_ds.training.launch.launch_precision import decide_precision
@@ -147,7 +147,7 @@ def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: Sto
     batches = training_batches(plan, data, ranks, start=state.step + state.passed_over)
     watched = watched_for_hangs(services.heartbeat, run_dir, ranks=ranks, limit_s=args.hang_limit, module=engine.module)
     with watched, stop.training():
-        train(engine, batches, state=state, plan=loop_plan(run), services=services)
+        train(engine, batches, state=state, loop=loop_settings(run), services=services)
     if state.step < run.training.total_steps:
         return EXIT_RUN_AGAIN
     on_main_rank(lambda: mark_done(run_dir, {"step": state.step}))
@@ -261,9 +261,9 @@ def source_facts(data: PretrainingData, step: int) -> dict[str, Any]:
     return {"sources": {name: count._asdict() for name, count in counts.items()}}
 
 
-def loop_plan(run: RunConfig) -> TrainPlan:
+def loop_settings(run: RunConfig) -> LoopSettings:
     """Return what the loop needs of the recipe."""
-    return TrainPlan(
+    return LoopSettings(
         total_steps=run.training.total_steps,
         seed=run.seed,
         peak_lr=run.optimizer.lr,

@@ -42,7 +42,7 @@ from bert_ds.corpus.text.documents import read_documents
 from bert_ds.corpus.text.sentences import split_sentences
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.downstream.rows.records import read_records
-from bert_ds.downstream.tuning.best_step import read_history as read_evaluations
+from bert_ds.downstream.tuning.evaluation_history import read_history as read_evaluations
 from bert_ds.encoder.hf_folder import load_hf_folder
 from bert_ds.reporting.run_history import read_history, summary_lines
 from bert_ds.reporting.run_overview import read_overview

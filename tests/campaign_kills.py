@@ -46,7 +46,7 @@ from tiny_training import (
     micro_batch,
     optimizer_digest,
     step_batches,
-    tiny_plan,
+    tiny_loop,
     tiny_services,
 )
 
@@ -122,9 +122,9 @@ def train_here(case: Case, run_dir: Path, *, rank: int, steps: int, step_s: floa
         settle=lambda wait: saver.settle(wait=wait),
         evaluate=lambda at: Evaluation(evaluate(engine, held_out)),
     )
-    plan = tiny_plan(steps, checkpoint_every_steps=2, evaluate_every_steps=5)
+    loop = tiny_loop(steps, checkpoint_every_steps=2, evaluate_every_steps=5)
     os.write(begun, b"x")
-    train(engine, batches(), state=state, plan=plan, services=services)
+    train(engine, batches(), state=state, loop=loop, services=services)
     digest = hashlib.sha256(full_weights(engine).numpy().tobytes() + optimizer_digest(engine).encode()).hexdigest()
     (run_dir / f"digest_{rank}").write_text(digest)
 

@@ -20,7 +20,7 @@ from tiny_training import (
     optimizer_digest,
     step_batches,
     tiny_engine,
-    tiny_plan,
+    tiny_loop,
     tiny_services,
 )
 
@@ -59,8 +59,8 @@ def one_bad_step(rank: int, world_size: int, folder: str) -> dict[str, Any]:
             batches = sick_batches(rank, 0, fault, {BAD_STEP} if rank == 1 else set())
             digests = []
             for last in (BAD_STEP - 1, BAD_STEP, BAD_STEP + 1):
-                plan = tiny_plan(20, max_steps=last, **GUARDED)
-                train(engine, batches, state=state, plan=plan, services=replace(services, save=lambda at: True))
+                loop = tiny_loop(20, max_steps=last, **GUARDED)
+                train(engine, batches, state=state, loop=loop, services=replace(services, save=lambda at: True))
                 digests.append((full_weights(engine).numpy().tobytes(), optimizer_digest(engine)))
             found[name] = (digests[0] == digests[1], digests[1] == digests[2], state.skipped_steps)
     return found
@@ -106,7 +106,7 @@ def test_looking_into_a_bad_step_changes_nothing_that_is_trained(tmp_path: Path)
         for skipped_before in (0, MAX_REPORTS):
             engine, services = tiny_engine(ds_config(stage, accumulation=2)), tiny_services(tmp_path, 0, 1)
             state = TrainState(skipped_steps=skipped_before)
-            train(engine, sick_batches(0, 0, "nan", {2}), state=state, plan=tiny_plan(4), services=services)
+            train(engine, sick_batches(0, 0, "nan", {2}), state=state, loop=tiny_loop(4), services=services)
             weights.append(full_weights(engine))
         assert torch.equal(*weights)
 
@@ -130,7 +130,7 @@ def run_sick(run_dir: Path, bad: set[int], *, steps: int, rank: int = 0, world_s
 
     services = replace(services, save=saver.save, settle=lambda wait: saver.settle(wait=wait), roll_back=go_back)
     how = {"checkpoint_every_steps": 2, "max_bad_steps": 3, "max_rollbacks": 2, "max_steps": steps}
-    train(engine, batches(state), state=state, plan=tiny_plan(12, **how), services=services)
+    train(engine, batches(state), state=state, loop=tiny_loop(12, **how), services=services)
     return engine, state
 
 
@@ -143,7 +143,7 @@ def test_after_bad_batches_in_a_row_the_run_goes_on_as_if_they_had_never_been_th
     engine, services = make_engine(model, optimizer, ds_config(2, accumulation=2)), tiny_services(tmp_path, 0, 1)
     batches = step_batches(0, 0, 2)
     sane = (micro_batches for number, micro_batches in enumerate(batches, start=1) if number not in (7, 8, 9))
-    train(engine, sane, state=TrainState(), plan=tiny_plan(12), services=services)
+    train(engine, sane, state=TrainState(), loop=tiny_loop(12), services=services)
     assert torch.equal(full_weights(sick), full_weights(engine))
     assert optimizer_digest(sick) == optimizer_digest(engine)
 

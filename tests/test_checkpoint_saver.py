@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from ranks_harness import run_ranks
-from tiny_training import FACTS, ds_config, join_alone, run_tiny, step_batches, tiny_engine, tiny_plan, tiny_services
+from tiny_training import FACTS, ds_config, join_alone, run_tiny, step_batches, tiny_engine, tiny_loop, tiny_services
 
 from bert_ds.basics.ranks import CheckpointError, Ranks
 from bert_ds.reporting.run_log import read_metrics
@@ -125,9 +125,9 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_end_waits_for_it
             yield micro_batches
 
     services = replace(services, save=saver.save, settle=lambda wait: saver.settle(wait=wait))
-    plan = tiny_plan(5, checkpoint_every_steps=2)
+    loop = tiny_loop(5, checkpoint_every_steps=2)
     try:
-        train(engine, batches(), state=TrainState(), plan=plan, services=services)
+        train(engine, batches(), state=TrainState(), loop=loop, services=services)
     finally:
         HELD.clear()
     assert (seen[3], seen[4]) == (None, None)
@@ -170,5 +170,5 @@ def test_a_last_save_that_fails_behind_the_training_fails_the_launch(tmp_path: P
     join_alone()
     with pytest.raises(CheckpointError, match="the last checkpoint, at step 2, could not be written"):
         train(
-            tiny_engine(ds_config(2)), step_batches(0, 0, 1), state=TrainState(), plan=tiny_plan(2), services=services
+            tiny_engine(ds_config(2)), step_batches(0, 0, 1), state=TrainState(), loop=tiny_loop(2), services=services
         )

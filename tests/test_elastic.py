@@ -21,7 +21,7 @@ from tiny_training import (
     full_weights,
     join_alone,
     step_batches,
-    tiny_plan,
+    tiny_loop,
     tiny_services,
 )
 
@@ -90,8 +90,8 @@ def run(folder: Path, kind: Kind, *, rank: int = 0, world_size: int = 1, steps: 
     save = replace(
         services, save=lambda at: save_checkpoint(engine, folder, state=at, policy=policy, log=log) is not None
     )
-    plan = tiny_plan(6, max_steps=steps)
-    train(engine, step_batches(state.step, rank, accumulation), state=state, plan=plan, services=save)
+    loop = tiny_loop(6, max_steps=steps)
+    train(engine, step_batches(state.step, rank, accumulation), state=state, loop=loop, services=save)
     log.close()
     return engine, state
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, SequenceConfig
-from bert_ds.corpus.batches.examples import Example, make_example, plan_examples
+from bert_ds.corpus.batches.examples import Example, choose_spans, make_example
 from bert_ds.corpus.batches.sentence_pairs import truncated_sizes
 from bert_ds.corpus.batches.sequences import ExampleTable, build_examples
 
@@ -35,7 +35,7 @@ def table_of(folder: Path, documents: Documents, config: SequenceConfig) -> Exam
 
 def all_examples(table: ExampleTable, *, epoch: int = 0, seed: int = 0) -> list[Example]:
     indices = np.arange(table.num_examples)
-    plan = plan_examples(table, indices, epochs=np.full_like(indices, epoch), source=0, seed=seed)
+    plan = choose_spans(table, indices, epochs=np.full_like(indices, epoch), source=0, seed=seed)
     return [make_example(plan, row) for row in indices.tolist()]
 
 
@@ -87,7 +87,7 @@ def test_a_segment_is_consecutive_text_of_one_document(
 def test_planned_lengths_are_the_lengths(tmp_path: Path, lengths: list[list[int]], config: SequenceConfig) -> None:
     table = table_of(tmp_path, counting_documents(lengths), config)
     indices = np.arange(table.num_examples)[::-1]
-    plan = plan_examples(table, indices, epochs=np.zeros_like(indices), source=0, seed=0)
+    plan = choose_spans(table, indices, epochs=np.zeros_like(indices), source=0, seed=0)
     assert plan.lengths.tolist() == [len(make_example(plan, row).input_ids) for row in range(len(indices))]
 
 
@@ -95,7 +95,7 @@ def test_planned_lengths_are_the_lengths(tmp_path: Path, lengths: list[list[int]
 def test_an_example_is_a_function_of_its_key(tmp_path: Path, sentence_pair: str) -> None:
     table = table_of(tmp_path, random_documents(10), SequenceConfig(max_seq_length=64, sentence_pair=sentence_pair))
     index = np.array([7])
-    (alone,) = [make_example(plan_examples(table, index, epochs=index * 0, source=0, seed=0), 0)]
+    (alone,) = [make_example(choose_spans(table, index, epochs=index * 0, source=0, seed=0), 0)]
     assert alone.input_ids.tolist() == all_examples(table)[7].input_ids.tolist()
     assert alone.key == (0, 0, 7)
 

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from bert_ds.configuration.recipe.optimizer_config import AdamWConfig
 from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
 from bert_ds.reporting.run_log import read_metrics
-from bert_ds.training.checkpoints.train_state import TrainPlan, TrainState
+from bert_ds.training.checkpoints.train_state import LoopSettings, TrainState
 from bert_ds.training.engine import make_engine
 from bert_ds.training.loop.train_loop import train
 from bert_ds.training.optimizers.factory import make_optimizer
@@ -67,7 +67,7 @@ def trained(rank: int, world_size: int, run_dir: str, stage: int) -> dict[str, A
     config = ds_config(stage, accumulation=accumulation, world_size=world_size) | {"gradient_clipping": SETTINGS.clip}
     engine = make_engine(model, make_optimizer(AdamWConfig(**given), model.named_parameters()), config)
     schedule = ScheduleConfig(type="cosine", warmup_steps=SETTINGS.warmup, min_lr_fraction=SETTINGS.final_share)
-    plan = TrainPlan(
+    loop = LoopSettings(
         SETTINGS.total_steps,
         SETTINGS.seed,
         SETTINGS.peak_lr,
@@ -79,7 +79,7 @@ def trained(rank: int, world_size: int, run_dir: str, stage: int) -> dict[str, A
     mine = slice(rank * accumulation, (rank + 1) * accumulation)
     batches: Iterator[Any] = (parts_of(step)[mine] for step in range(1, SETTINGS.total_steps + 1))
     services = tiny_services(Path(run_dir), rank, world_size)
-    train(engine, batches, state=TrainState(), plan=plan, services=services)
+    train(engine, batches, state=TrainState(), loop=loop, services=services)
     path = Path(run_dir) / "metrics.jsonl"
     rows = [read_metrics(path, kind) for kind in ("train", "skipped")] if rank == 0 else [[], []]
     return {"rows": rows, "seeds": model.seeds, "weights": full_weights(engine)}

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from fork_server import launch, plain_environment, rank_facts
 from test_restart import wait_until
-from tiny_training import ds_config, join_alone, micro_batch, step_batches, tiny_engine, tiny_plan, tiny_services
+from tiny_training import ds_config, join_alone, micro_batch, step_batches, tiny_engine, tiny_loop, tiny_services
 
 from bert_ds.basics.exit_record import read_exits
 from bert_ds.basics.ranks import Ranks
@@ -68,8 +68,8 @@ def train_until_it_hangs(kind: str, run_dir: Path) -> None:
         services = tiny_services(run_dir, rank, 2, heartbeat=heartbeat, save=sick_save if saving else None)
         with watched_for_hangs(heartbeat, run_dir, ranks=ranks, limit_s=LIMIT_S, module=engine.module):
             batches = sick_batches(kind, run_dir, rank)
-            plan = tiny_plan(9, checkpoint_every_steps=2 if saving else None)
-            train(engine, batches, state=TrainState(), plan=plan, services=services)
+            loop = tiny_loop(9, checkpoint_every_steps=2 if saving else None)
+            train(engine, batches, state=TrainState(), loop=loop, services=services)
 
 
 def launch_two(kind: str, run_dir: Path) -> tuple[tuple[int, ...], str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from ranks_harness import run_ranks
-from tiny_training import TinyModel, ds_config, step_batches, tiny_engine, tiny_plan, tiny_services
+from tiny_training import TinyModel, ds_config, step_batches, tiny_engine, tiny_loop, tiny_services
 
 from bert_ds.reporting.run_log import read_metrics, step_line
 from bert_ds.training.checkpoints.train_state import TrainState
@@ -35,8 +35,8 @@ def one_slow_rank(rank: int, world_size: int, folder: str) -> None:
     """Rank 0 computes slowly, rank 1 waits for its data."""
     engine = tiny_engine(ds_config(2, world_size=world_size), model=SlowModel() if rank == 0 else TinyModel())
     services = tiny_services(Path(folder), rank, world_size, rank_times=RankTimes(engine.module))
-    plan = tiny_plan(6, log_every_steps=3)
-    train(engine, slow_batches(rank), state=TrainState(), plan=plan, services=services)
+    loop = tiny_loop(6, log_every_steps=3)
+    train(engine, slow_batches(rank), state=TrainState(), loop=loop, services=services)
 
 
 def test_the_slow_rank_and_the_one_that_waits_for_data_are_in_the_row_and_the_line(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from forked_verbs import run_verb
-from tiny_training import TinyModel, ds_config, join_alone, step_batches, tiny_plan, tiny_services
+from tiny_training import TinyModel, ds_config, join_alone, step_batches, tiny_loop, tiny_services
 
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.reading.config_files import shipped_file
@@ -37,7 +37,7 @@ def trained(folder: Path, config: Any) -> Path:
     engine = make_engine(model, optimizer, ds_config(1, accumulation=2))
     services = tiny_services(folder, 0, 1)
     services.log.start(0, {})
-    train(engine, step_batches(0, 0, 2), state=TrainState(), plan=tiny_plan(6, log_every_steps=1), services=services)
+    train(engine, step_batches(0, 0, 2), state=TrainState(), loop=tiny_loop(6, log_every_steps=1), services=services)
     services.log.close()
     return folder
 

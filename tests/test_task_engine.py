@@ -19,7 +19,14 @@ from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.rows.features import Feature
 from bert_ds.downstream.rows.task_batches import features_fingerprint, step_batches
-from bert_ds.downstream.tuning.best_step import Measured, best_of, extended, is_exhausted, read_history, write_history
+from bert_ds.downstream.tuning.evaluation_history import (
+    Measured,
+    best_of,
+    extended,
+    is_exhausted,
+    read_history,
+    write_history,
+)
 from bert_ds.downstream.tuning.outcome import measure_side
 from bert_ds.downstream.tuning.task_engine import build_model, layer_lr_scale
 from bert_ds.downstream.tuning.task_rows import read_task

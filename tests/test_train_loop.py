@@ -21,7 +21,7 @@ from tiny_training import (
     micro_batch,
     step_batches,
     tiny_engine,
-    tiny_plan,
+    tiny_loop,
     tiny_services,
 )
 
@@ -42,7 +42,7 @@ def train_cut(rank: int, world_size: int, folder: str, accumulation: int) -> dic
         run_dir = Path(folder) / f"cut-{world_size}-{stage}"
         services = tiny_services(run_dir, rank, world_size)
         batches = step_batches(0, rank, accumulation)
-        train(engine, batches, state=TrainState(), plan=tiny_plan(4), services=services)
+        train(engine, batches, state=TrainState(), loop=tiny_loop(4), services=services)
         losses = [row["loss"] for row in read_metrics(run_dir / "metrics.jsonl")] if rank == 0 else []
         results[stage] = full_weights(engine).tolist(), losses
     return results
@@ -67,7 +67,7 @@ def nan_on_rank_1(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         batches = with_nan(step_batches(0, rank, 2), {2} if rank == 1 else set())
         state, weights = TrainState(), []
         for last in (1, 2, 3):
-            train(engine, batches, state=state, plan=tiny_plan(9, max_steps=last), services=services)
+            train(engine, batches, state=state, loop=tiny_loop(9, max_steps=last), services=services)
             weights.append(full_weights(engine))
         unchanged = torch.equal(weights[0], weights[1])
         results[f"{stage}-{precision}"] = (unchanged, not torch.equal(weights[1], weights[2]), state.skipped_steps)
@@ -87,12 +87,12 @@ def stop_and_diverge(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 
     saved: list[int] = []
     services = replace(services, save=lambda state: saved.append(state.step) is None)
-    stopped = train(engine, asking(step_batches(0, rank, 1)), state=TrainState(), plan=tiny_plan(9), services=services)
+    stopped = train(engine, asking(step_batches(0, rank, 1)), state=TrainState(), loop=tiny_loop(9), services=services)
     state, message = TrainState(), ""
     batches = with_nan(step_batches(0, rank, 1), {2, 3, 4, 5} if rank == 0 else set())
-    plan, services = tiny_plan(9, max_bad_steps=3), tiny_services(Path(folder) / "diverge", rank, world_size)
+    loop, services = tiny_loop(9, max_bad_steps=3), tiny_services(Path(folder) / "diverge", rank, world_size)
     try:
-        train(engine, batches, state=state, plan=plan, services=services)
+        train(engine, batches, state=state, loop=loop, services=services)
     except DivergedError as error:
         message = str(error)
     return {"stopped": stopped.step, "saved": saved, "diverged": (state.step, message)}
@@ -165,7 +165,7 @@ def test_a_stop_before_the_first_step_of_a_launch_says_what_is_saved(tmp_path: P
     services = tiny_services(tmp_path, 0, 1)
     services.stop.request("SIGTERM")
     batches = step_batches(step, 0, 1)
-    train(tiny_engine(ds_config(0)), batches, state=TrainState(step=step), plan=tiny_plan(9), services=services)
+    train(tiny_engine(ds_config(0)), batches, state=TrainState(step=step), loop=tiny_loop(9), services=services)
     services.log.close()
     assert f"asked to stop (SIGTERM), {said}" in (tmp_path / "logs/rank_0.log").read_text()
 
@@ -221,7 +221,7 @@ def test_an_infinite_loss_whose_gradients_are_finite_is_not_applied(stage: int, 
     engine = tiny_engine(ds_config(stage), model=OverflowingModel())
     before = full_weights(engine)
     services = tiny_services(tmp_path, 0, 1)
-    state = train(engine, step_batches(0, 0, 1), state=TrainState(), plan=tiny_plan(1), services=services)
+    state = train(engine, step_batches(0, 0, 1), state=TrainState(), loop=tiny_loop(1), services=services)
     assert state.skipped_steps == 1
     assert torch.equal(full_weights(engine), before)
 
@@ -233,14 +233,14 @@ def test_with_the_optimizer_on_the_cpu_training_goes_on_after_a_bad_step(stage: 
     config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     services = tiny_services(tmp_path, 0, 1)
     batches = with_nan(step_batches(0, 0, 2), {2})
-    state = train(tiny_engine(config), batches, state=TrainState(), plan=tiny_plan(4), services=services)
+    state = train(tiny_engine(config), batches, state=TrainState(), loop=tiny_loop(4), services=services)
     assert state.skipped_steps == 1
 
 
 def test_rows_are_written_at_the_first_the_last_and_every_nth_step(tmp_path: Path) -> None:
     engine, services = alone(tmp_path, row_facts=lambda step: {"examples": {"wiki": 2 * step}})
-    plan = tiny_plan(7, log_every_steps=3)
-    train(engine, step_batches(0, 0, 1), state=TrainState(), plan=plan, services=services)
+    loop = tiny_loop(7, log_every_steps=3)
+    train(engine, step_batches(0, 0, 1), state=TrainState(), loop=loop, services=services)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 3, 6, 7]
     assert rows[1]["examples"] == {"wiki": 6}
@@ -249,12 +249,12 @@ def test_rows_are_written_at_the_first_the_last_and_every_nth_step(tmp_path: Pat
 
 def test_the_run_is_evaluated_at_the_chosen_steps_and_at_its_end(tmp_path: Path) -> None:
     engine, services = alone_and_evaluated(tmp_path)
-    plan = tiny_plan(5, evaluate_every_steps=2)
-    train(engine, step_batches(0, 0, 1), state=TrainState(), plan=plan, services=services)
+    loop = tiny_loop(5, evaluate_every_steps=2)
+    train(engine, step_batches(0, 0, 1), state=TrainState(), loop=loop, services=services)
     rows = read_metrics(tmp_path / "metrics.jsonl", "evaluation")
     assert [row["step"] for row in rows] == [2, 4, 5]
     # A run that is finished is evaluated again: this is how one of an earlier version gets the figures of this one.
-    train(engine, iter(()), state=TrainState(step=5), plan=plan, services=services)
+    train(engine, iter(()), state=TrainState(step=5), loop=loop, services=services)
     assert len([row for row in read_rows(tmp_path / "metrics.jsonl") if row["kind"] == "evaluation"]) == 4
 
 
@@ -265,8 +265,8 @@ def test_an_evaluation_that_sees_nothing_more_to_gain_ends_the_run_with_a_checkp
         evaluate=lambda state: Evaluation({"score": 0.5}, stop=state.step == 4),
         save=lambda state: not saved.append(state.step),
     )
-    plan = tiny_plan(7, evaluate_every_steps=2, checkpoint_every_steps=3)
-    state = train(engine, step_batches(0, 0, 1), state=TrainState(), plan=plan, services=services)
+    loop = tiny_loop(7, evaluate_every_steps=2, checkpoint_every_steps=3)
+    state = train(engine, step_batches(0, 0, 1), state=TrainState(), loop=loop, services=services)
     assert (state.step, saved) == (4, [3, 4])
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl", "evaluation")] == [2, 4]
 
@@ -275,38 +275,38 @@ def test_evaluation_changes_nothing_that_is_trained(tmp_path: Path) -> None:
     losses = []
     for folder, made in (("with", alone_and_evaluated), ("without", alone)):
         engine, services = made(tmp_path / folder)
-        plan = tiny_plan(4, evaluate_every_steps=1)
-        train(engine, step_batches(0, 0, 1), state=TrainState(), plan=plan, services=services)
+        loop = tiny_loop(4, evaluate_every_steps=1)
+        train(engine, step_batches(0, 0, 1), state=TrainState(), loop=loop, services=services)
         losses.append([row["loss"] for row in read_metrics(tmp_path / folder / "metrics.jsonl")])
     assert losses[0] == losses[1]
 
 
 def test_examples_are_counted_from_the_global_batch(tmp_path: Path) -> None:
     engine, services = alone(tmp_path)
-    state = train(engine, step_batches(0, 0, 1), state=TrainState(), plan=tiny_plan(3), services=services)
+    state = train(engine, step_batches(0, 0, 1), state=TrainState(), loop=tiny_loop(3), services=services)
     assert (state.step, state.consumed_examples) == (3, 6)
 
 
 def test_a_periodic_save_that_fails_lets_training_go_on_and_the_last_one_does_not(tmp_path: Path) -> None:
     tried = []
     engine, services = alone(tmp_path, save=lambda state: bool(tried.append(state.step)))
-    plan = tiny_plan(5, checkpoint_every_steps=2)
+    loop = tiny_loop(5, checkpoint_every_steps=2)
     with pytest.raises(CheckpointError, match="the last checkpoint, at step 5"):
-        train(engine, step_batches(0, 0, 1), state=TrainState(), plan=plan, services=services)
+        train(engine, step_batches(0, 0, 1), state=TrainState(), loop=loop, services=services)
     assert tried == [2, 4, 5]
 
 
 def test_a_wrong_number_of_micro_batches_is_refused(tmp_path: Path) -> None:
     engine, services = alone(tmp_path)
     with pytest.raises(ValueError, match="3 micro-batches for a step, wanted 1"):
-        train(engine, step_batches(0, 0, 3), state=TrainState(), plan=tiny_plan(3), services=services)
+        train(engine, step_batches(0, 0, 3), state=TrainState(), loop=tiny_loop(3), services=services)
 
 
 def test_the_values_of_a_step_reach_deepspeeds_own_monitors(tmp_path: Path) -> None:
     join_alone()
     config = ds_config(1) | {"csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "tiny"}}
     services = tiny_services(tmp_path, 0, 1)
-    train(tiny_engine(config), step_batches(0, 0, 1), state=TrainState(), plan=tiny_plan(2), services=services)
+    train(tiny_engine(config), step_batches(0, 0, 1), state=TrainState(), loop=tiny_loop(2), services=services)
     lines = (tmp_path / "tiny/train_loss.csv").read_text().splitlines()
     assert len(lines) == 3
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from ranks_harness import run_ranks
-from tiny_training import TinyModel, ds_config, join_alone, step_batches, tiny_plan, tiny_services
+from tiny_training import TinyModel, ds_config, join_alone, step_batches, tiny_loop, tiny_services
 
 from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, LambConfig, LansConfig
 from bert_ds.reporting.run_log import read_metrics
@@ -26,8 +26,8 @@ def logged(folder: Path, config: Any, *, stage: int, rank: int = 0, world_size: 
     optimizer = make_optimizer(config(lr=1e-2, weight_decay=0.1), model.named_parameters())
     engine = make_engine(model, optimizer, ds_config(stage, accumulation=4 // world_size, world_size=world_size))
     services = tiny_services(folder, rank, world_size)
-    plan = tiny_plan(5, log_every_steps=3)
-    train(engine, step_batches(0, rank, 4 // world_size), state=TrainState(), plan=plan, services=services)
+    loop = tiny_loop(5, log_every_steps=3)
+    train(engine, step_batches(0, rank, 4 // world_size), state=TrainState(), loop=loop, services=services)
     return read_metrics(folder / "metrics.jsonl"), optimizer
 
 

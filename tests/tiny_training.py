@@ -19,7 +19,7 @@ from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
 from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.checkpoints.checkpoint_loader import resume
 from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
-from bert_ds.training.checkpoints.train_state import TrainPlan, TrainState
+from bert_ds.training.checkpoints.train_state import LoopSettings, TrainState
 from bert_ds.training.engine import make_engine
 from bert_ds.training.launch.process_group import leave_out_shared_memory_operator
 from bert_ds.training.launch.restart import StopRequest
@@ -146,11 +146,11 @@ def tiny_engine(config: dict[str, Any], *, model: nn.Module | None = None) -> An
     return make_engine(model, optimizer, config)
 
 
-def tiny_plan(total_steps: int, **changes: Any) -> TrainPlan:
-    """A plan with a constant rate that logs every step."""
+def tiny_loop(total_steps: int, **changes: Any) -> LoopSettings:
+    """Settings with a constant rate that logs every step."""
     schedule = ScheduleConfig(type="constant", warmup_steps=0)
     settings = {"seed": 3, "peak_lr": 1e-2, "schedule": schedule, "log_every_steps": 1, **changes}
-    return TrainPlan(total_steps=total_steps, **settings)
+    return LoopSettings(total_steps=total_steps, **settings)
 
 
 def join_alone() -> None:
@@ -220,8 +220,8 @@ def run_tiny(
     saver = CheckpointSaver(engine, run_dir, policy=policy, log=log)
     log.start(state.step, {})
     batches = step_batches(state.step, ranks.rank, config["gradient_accumulation_steps"])
-    plan = tiny_plan(total_steps, checkpoint_every_steps=save_every, max_steps=steps)
+    loop = tiny_loop(total_steps, checkpoint_every_steps=save_every, max_steps=steps)
     services = replace(services, save=saver.save, settle=lambda wait: saver.settle(wait=wait))
-    train(engine, batches, state=state, plan=plan, services=services)
+    train(engine, batches, state=state, loop=loop, services=services)
     log.close()
     return engine, state

@@ -1,4 +1,4 @@
-"""The plan of a batch that draws from several sources: exact lengths first, tokens only where they are needed."""
+"""What a batch consists of that draws from several sources: exact lengths first, tokens only where they are needed."""
 
 from __future__ import annotations
 
@@ -9,33 +9,35 @@ import numpy as np
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.corpus.batches.collate import collate, grouped_by_kind
 from bert_ds.corpus.batches.evaluation_masks import EvaluationMasker
-from bert_ds.corpus.batches.examples import Plan, make_example, plan_examples, token_places
+from bert_ds.corpus.batches.examples import ExampleSpans, choose_spans, make_example, token_places
 from bert_ds.corpus.batches.mlm_masking import Masker
 from bert_ds.corpus.batches.sequences import ExampleTable
 
 
-class BatchPlan:
+class BatchExamples:
     """What the examples of a batch consist of, grouped by source.
 
     Attributes:
-        plans: one plan per source that occurs, by source number.
+        by_source: the examples of every source that occurs, by its number.
         lengths: int64 [n], tokens of every example with its special tokens.
     """
 
     def __init__(self, tables: Sequence[ExampleTable], triples: np.ndarray, *, seed: int) -> None:
-        """Plan examples.
+        """Decide what the examples consist of.
 
         Args:
             tables: the examples of every source.
             triples: int64 [n, 3], n >= 1: (source, epoch, example).
             seed: of the run.
         """
-        self.plans: dict[int, Plan] = {}
+        self.by_source: dict[int, ExampleSpans] = {}
         for source in np.unique(triples[:, 0]).tolist():
             rows = triples[triples[:, 0] == source]
-            self.plans[source] = plan_examples(tables[source], rows[:, 2], epochs=rows[:, 1], source=source, seed=seed)
-        self._places = [(plan, row) for plan in self.plans.values() for row in range(len(plan.lengths))]
-        self.lengths = np.concatenate([plan.lengths for plan in self.plans.values()])
+            self.by_source[source] = choose_spans(
+                tables[source], rows[:, 2], epochs=rows[:, 1], source=source, seed=seed
+            )
+        self._places = [(chosen, row) for chosen in self.by_source.values() for row in range(len(chosen.lengths))]
+        self.lengths = np.concatenate([chosen.lengths for chosen in self.by_source.values()])
 
     def pack(self, rows: np.ndarray, masker: Masker) -> MicroBatch:
         """Read, mask and pack the examples at some rows of the batch, at least one."""

@@ -1,7 +1,7 @@
 """Examples as the encoder reads them: `[CLS] a [SEP]`, `[CLS] a [SEP] b [SEP]`, made anew in every epoch.
 
-A plan says for a whole batch at once which token ranges an example joins, so that exact lengths are known before a
-token is read; `make_example` then reads the tokens. Every decision is keyed by (seed, source, epoch, example).
+`choose_spans` says for a whole batch at once which token ranges an example joins, so that exact lengths are known
+before a token is read; `make_example` then reads the tokens. Every decision is keyed by (seed, source, epoch, example).
 How the segments of a pair are chosen: `sentence_pairs`.
 """
 
@@ -46,7 +46,7 @@ class Spans(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExampleSpans:
     """What n examples of one source consist of."""
 
     table: ExampleTable
@@ -68,7 +68,9 @@ class Plan:
         return np.searchsorted(self.spans.owners, np.arange(len(self.keys) + 1))
 
 
-def plan_examples(table: ExampleTable, indices: np.ndarray, *, epochs: np.ndarray, source: int, seed: int) -> Plan:
+def choose_spans(
+    table: ExampleTable, indices: np.ndarray, *, epochs: np.ndarray, source: int, seed: int
+) -> ExampleSpans:
     """Decide the segments of some examples.
 
     Args:
@@ -79,7 +81,7 @@ def plan_examples(table: ExampleTable, indices: np.ndarray, *, epochs: np.ndarra
         seed: of the run.
 
     Returns:
-        The plan of these n examples, in this order.
+        What these n examples consist of, in this order.
     """
     indices, epochs = np.asarray(indices, dtype=np.int64), np.asarray(epochs, dtype=np.int64)
 
@@ -89,7 +91,7 @@ def plan_examples(table: ExampleTable, indices: np.ndarray, *, epochs: np.ndarra
     first, last = table.example_units[indices], table.example_units[indices + 1]
     match table.config.sentence_pair:
         case "none":
-            spans, labels = _plan_text(table, first, last), np.full(len(indices), IGNORE_INDEX, dtype=np.int64)
+            spans, labels = _text_spans(table, first, last), np.full(len(indices), IGNORE_INDEX, dtype=np.int64)
         case "sop":
             pairs, labels = order_pairs(table, first, last, bits=bits)
             spans = _pair_spans(pairs)
@@ -97,41 +99,41 @@ def plan_examples(table: ExampleTable, indices: np.ndarray, *, epochs: np.ndarra
             pairs, labels = next_sentence_pairs(table, first, last, bits=bits)
             spans = _pair_spans(pairs)
     keys = np.stack([np.full_like(indices, source), epochs, indices], axis=1)
-    return Plan(table, keys, spans, labels)
+    return ExampleSpans(table, keys, spans, labels)
 
 
-def make_example(plan: Plan, row: int) -> Example:
-    """Read the tokens of one planned example and put the special tokens around them."""
-    split = plan.table.split
+def make_example(chosen: ExampleSpans, row: int) -> Example:
+    """Read the tokens of one example and put the special tokens around them."""
+    split = chosen.table.split
     special = split.special_ids
-    input_ids = np.empty(plan.lengths[row], dtype=np.int32)
+    input_ids = np.empty(chosen.lengths[row], dtype=np.int32)
     token_type_ids = np.zeros(len(input_ids), dtype=np.int8)
     input_ids[0] = special.cls
     at = 1
-    for span in range(plan.first_spans[row], plan.first_spans[row + 1]):
-        start, stop = int(plan.spans.starts[span]), int(plan.spans.stops[span])
+    for span in range(chosen.first_spans[row], chosen.first_spans[row + 1]):
+        start, stop = int(chosen.spans.starts[span]), int(chosen.spans.stops[span])
         end = at + stop - start
         input_ids[at:end] = split.tokens(start, stop)
         input_ids[end] = special.sep
-        if plan.spans.types[span]:
+        if chosen.spans.types[span]:
             token_type_ids[at : end + 1] = 1
         at = end + 1
-    source, epoch, index = plan.keys[row].tolist()
-    return Example(input_ids, token_type_ids, int(plan.pair_labels[row]), (source, epoch, index))
+    source, epoch, index = chosen.keys[row].tolist()
+    return Example(input_ids, token_type_ids, int(chosen.pair_labels[row]), (source, epoch, index))
 
 
-def token_places(plan: Plan, row: int) -> np.ndarray:
-    """Return the place in the split of every token of one planned example, int64 [n]; -1 for a special token."""
-    places = np.full(plan.lengths[row], -1, dtype=np.int64)
+def token_places(chosen: ExampleSpans, row: int) -> np.ndarray:
+    """Return the place in the split of every token of one example, int64 [n]; -1 for a special token."""
+    places = np.full(chosen.lengths[row], -1, dtype=np.int64)
     at = 1
-    for span in range(plan.first_spans[row], plan.first_spans[row + 1]):
-        start, stop = int(plan.spans.starts[span]), int(plan.spans.stops[span])
+    for span in range(chosen.first_spans[row], chosen.first_spans[row + 1]):
+        start, stop = int(chosen.spans.starts[span]), int(chosen.spans.stops[span])
         places[at : at + stop - start] = np.arange(start, stop)
         at += stop - start + 1
     return places
 
 
-def _plan_text(table: ExampleTable, first: np.ndarray, last: np.ndarray) -> Spans:
+def _text_spans(table: ExampleTable, first: np.ndarray, last: np.ndarray) -> Spans:
     """One range per document that the run touches: one, unless examples cross documents."""
     documents = table.document_units
     inner = np.searchsorted(documents, first, side="right")

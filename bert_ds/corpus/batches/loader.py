@@ -29,8 +29,8 @@ from bert_ds.basics.processes import held_back_stop_signals
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, MaskingConfig, SequenceConfig
+from bert_ds.corpus.batches.batch_examples import BatchExamples
 from bert_ds.corpus.batches.batch_order import Mixture, balance, deal, global_batch
-from bert_ds.corpus.batches.batch_plan import BatchPlan
 from bert_ds.corpus.batches.collate import collate
 from bert_ds.corpus.batches.evaluation_masks import EvaluationMasker, split_key
 from bert_ds.corpus.batches.mlm_masking import MaskedExample, Masker
@@ -128,7 +128,7 @@ class PretrainingData:
         Args:
             num_parts: ranks x micro-steps that a global batch is dealt to.
         """
-        steps = [self._plan(step).lengths for step in range(_SAMPLED_STEPS)]
+        steps = [self._examples(step).lengths for step in range(_SAMPLED_STEPS)]
         mean_length = float(np.concatenate(steps).mean())
         fullest = max(balance(lengths, deal(lengths, num_parts=num_parts)) for lengths in steps)
         return {
@@ -195,17 +195,17 @@ class PretrainingData:
             raise DataError(f"{count} validation examples are too few for {world_size} ranks: wanted one for each")
         mixture = Mixture(tuple(table.num_examples for table in tables), (1.0,) * len(tables))
         count = min(count, num_batches * world_size * batch_size)
-        plan = BatchPlan(
+        examples = BatchExamples(
             tables,
             global_batch(0, seed=_EVALUATION_SEED, mixture=mixture, train_batch_size=count),
             seed=_EVALUATION_SEED,
         )
-        parts = deal(plan.lengths, num_parts=num_batches * world_size)
+        parts = deal(examples.lengths, num_parts=num_batches * world_size)
         special = self._tokenizer.special_ids
         masker = EvaluationMasker(vocab_size=self._tokenizer.vocab_size, special_ids=special, mask_id=special.mask)
         keys = np.array([split_key(table.split) for table in tables], dtype=np.uint64)
         own = range(rank * num_batches, (rank + 1) * num_batches)
-        return (plan.pack_held_out(np.flatnonzero(parts == part), masker, keys=keys) for part in own)
+        return (examples.pack_held_out(np.flatnonzero(parts == part), masker, keys=keys) for part in own)
 
     def unigram_cross_entropy(self, num_examples: int, *, batch_size: int, world_size: int) -> float:
         """Cross-entropy in nats of all ranks' evaluated targets at [MASK] under the training text's frequencies."""
@@ -239,20 +239,20 @@ class PretrainingData:
         """Examples and tokens of each source in steps first_step to last_step - 1, over all ranks."""
         totals = np.zeros((len(self.names), 2), dtype=np.int64)
         for step in range(first_step, last_step):
-            for source, plan in self._plan(step).plans.items():
-                totals[source] += len(plan.lengths), plan.lengths.sum()
+            for source, chosen in self._examples(step).by_source.items():
+                totals[source] += len(chosen.lengths), chosen.lengths.sum()
         return {name: SourceCount(*row) for name, row in zip(self.names, totals.tolist(), strict=True)}
 
     def rank_batches(self, step: int, *, rank: int, split: BatchSplit) -> list[MicroBatch]:
         """The micro-batches of one rank in one step."""
-        plan = self._plan(step)
-        parts = deal(plan.lengths, num_parts=split.num_parts)
-        return [plan.pack(np.flatnonzero(parts == part), self._masker) for part in split.parts_of(rank)]
+        examples = self._examples(step)
+        parts = deal(examples.lengths, num_parts=split.num_parts)
+        return [examples.pack(np.flatnonzero(parts == part), self._masker) for part in split.parts_of(rank)]
 
-    def _plan(self, step: int) -> BatchPlan:
+    def _examples(self, step: int) -> BatchExamples:
         seed, size = self._settings.seed, self._settings.train_batch_size
         triples = global_batch(step, seed=seed, mixture=self.mixture, train_batch_size=size)
-        return BatchPlan(self._tables, triples, seed=seed)
+        return BatchExamples(self._tables, triples, seed=seed)
 
     @cached_property
     def _validation_tables(self) -> list[ExampleTable]:

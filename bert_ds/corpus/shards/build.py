@@ -21,7 +21,7 @@ from bert_ds.corpus.shards.build_folder import (
     nothing_left_of_nothing,
     only_builder,
     refuse_foreign_files,
-    refuse_other_plan,
+    refuse_other_build,
 )
 from bert_ds.corpus.shards.encode_documents import Batch, Encoder, encode_in_order
 from bert_ds.corpus.shards.segments import (
@@ -98,19 +98,19 @@ def build_shards(
     if not (folder / MANIFEST).is_file():  # a finished build may lie where nobody can write any more
         claim_build_folder(folder)
     tokenizer = load_tokenizer(tokenizer_folder)
-    plan = _empty_manifest(text_input, tokenizer, settings)
+    intended = _empty_manifest(text_input, tokenizer, settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with only_builder(folder):
             if (folder / MANIFEST).is_file():
-                return _reuse(folder, plan)
-            enter(folder, plan)
+                return _reuse(folder, intended)
+            enter(folder, intended)
             with nothing_left_of_nothing(folder):
-                records = finished_segments(folder, plan)
+                records = finished_segments(folder, intended)
                 batches = _batches(text_input, records[-1].position if records else Position(0, 0))
                 results = encode_in_order(batches, Encoder(tokenizer, settings.validation_fraction), workers=workers)
                 records += _write_segments(folder, len(records), results, settings, tokenizer, report)
-                return _finish(folder, plan, records, tokenizer)
+                return _finish(folder, intended, records, tokenizer)
     except OSError as error:
         raise DataError(f"{error.filename or folder} cannot be written: {error.strerror or error}") from None
 
@@ -137,8 +137,8 @@ def _empty_manifest(text_input: TextInput, tokenizer: WordPieceTokenizer, settin
     )
 
 
-def _reuse(folder: Path, plan: Manifest) -> Manifest:
-    refuse_other_plan(folder, plan, read_manifest(folder).model_dump())
+def _reuse(folder: Path, intended: Manifest) -> Manifest:
+    refuse_other_build(folder, intended, read_manifest(folder).model_dump())
     manifest = verify_shards(folder, "sizes")
     kept = {f"{shard.name}.{kind}" for s in manifest.splits.values() for shard in s.shards for kind in shard.files}
     refuse_foreign_files(folder, finished=kept)
@@ -191,9 +191,9 @@ def _write_segments(
     return records
 
 
-def _finish(folder: Path, plan: Manifest, records: list[SegmentRecord], tokenizer: WordPieceTokenizer) -> Manifest:
+def _finish(folder: Path, intended: Manifest, records: list[SegmentRecord], tokenizer: WordPieceTokenizer) -> Manifest:
     splits = {split: _sum_of(records, split) for split in SPLITS}
-    manifest = plan.model_copy(update={"splits": splits})
+    manifest = intended.model_copy(update={"splits": splits})
     try:
         _refuse_too_little(manifest)
     except DataError:
@@ -204,7 +204,7 @@ def _finish(folder: Path, plan: Manifest, records: list[SegmentRecord], tokenize
         sync(path)
     sync(folder / TOKENIZER_FOLDER)
     write_durably(folder / MANIFEST, manifest.model_dump())
-    return _reuse(folder, plan)
+    return _reuse(folder, intended)
 
 
 def _sum_of(records: list[SegmentRecord], split: Split) -> SplitRecord:

@@ -35,7 +35,7 @@ def refuse_foreign_files(folder: Path, *, finished: set[str]) -> None:
         ConfigError: with the name; nothing was changed.
     """
     foreign = foreign_file(folder, finished=finished)
-    if foreign is None and os.path.lexists(folder / _BUILDING) and _unfinished_plan(folder) is None:
+    if foreign is None and os.path.lexists(folder / _BUILDING) and _unfinished_build(folder) is None:
         foreign = _BUILDING
     if foreign is not None:
         raise ConfigError(foreign_text(folder, foreign, wanted=_WANTED))
@@ -59,14 +59,14 @@ def only_builder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def enter(folder: Path, plan: Manifest) -> None:
+def enter(folder: Path, intended: Manifest) -> None:
     """Say what is built here; a build of something else that has finished nothing yet is forgotten."""
-    found = _unfinished_plan(folder)
+    found = _unfinished_build(folder)
     if found is not None and has_finished_segments(folder):
-        refuse_other_plan(folder, plan, found)
-    elif found != plan.model_dump():
+        refuse_other_build(folder, intended, found)
+    elif found != intended.model_dump():
         remove_our_files(folder, except_for={_BUILDING})
-        write_durably(folder / _BUILDING, plan.model_dump())
+        write_durably(folder / _BUILDING, intended.model_dump())
 
 
 @contextmanager
@@ -80,9 +80,9 @@ def nothing_left_of_nothing(folder: Path) -> Iterator[None]:
         raise
 
 
-def refuse_other_plan(folder: Path, plan: Manifest, found: dict[str, Any]) -> None:
-    """Raise ConfigError naming the first setting in which what is built there differs from the plan."""
-    for name, wanted in plan.model_dump().items():
+def refuse_other_build(folder: Path, intended: Manifest, found: dict[str, Any]) -> None:
+    """Raise ConfigError naming the first setting in which what is built there differs from what is to be built."""
+    for name, wanted in intended.model_dump().items():
         if name != "splits" and found.get(name) != wanted:
             raise ConfigError(
                 f"output {folder} was built with other settings: {name} is {_short(found.get(name))} there and "
@@ -92,21 +92,21 @@ def refuse_other_plan(folder: Path, plan: Manifest, found: dict[str, Any]) -> No
 
 def _foreign_entry(folder: Path) -> str | None:
     """Return the first name in a folder that no build has entered, or that none has written; None where all is ours."""
-    if _unfinished_plan(folder) is not None:
+    if _unfinished_build(folder) is not None:
         return foreign_file(folder)
     if os.path.lexists(folder / _BUILDING):
         return _BUILDING
     name = first_entry(folder)
-    return None if name == f"{_BUILDING}.partial" and _is_cut_plan(folder / name) else name
+    return None if name == f"{_BUILDING}.partial" and _is_cut_manifest(folder / name) else name
 
 
-def _is_cut_plan(path: Path) -> bool:
-    """Whether a file is the beginning of what `write_durably` writes of a plan."""
+def _is_cut_manifest(path: Path) -> bool:
+    """Whether a file is the beginning of what `write_durably` writes of a manifest without shards."""
     found = read_bytes(path) if path.is_file() and not path.is_symlink() else None
     return found is not None and found[: len(_PLAN_BEGINS)] == _PLAN_BEGINS[: len(found)]
 
 
-def _unfinished_plan(folder: Path) -> dict[str, Any] | None:
+def _unfinished_build(folder: Path) -> dict[str, Any] | None:
     """Return what building.json says is built in a folder, None where it is not of a build."""
     try:
         return Manifest.model_validate_json(read_bytes(folder / _BUILDING)).model_dump()

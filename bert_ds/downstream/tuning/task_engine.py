@@ -14,7 +14,14 @@ from bert_ds.configuration.task.task_config import FreezeConfig, TaskConfig, Tra
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.kinds.task_model import TaskModel
 from bert_ds.downstream.rows.examples import Labels
-from bert_ds.downstream.tuning.best_step import Measured, best_of, extended, is_exhausted, read_history, write_history
+from bert_ds.downstream.tuning.evaluation_history import (
+    Measured,
+    best_of,
+    extended,
+    is_exhausted,
+    read_history,
+    write_history,
+)
 from bert_ds.downstream.tuning.outcome import measure_side
 from bert_ds.downstream.tuning.task_folder import make_task_model
 from bert_ds.downstream.tuning.task_rows import Side, TaskRows, balanced_weights
@@ -31,7 +38,7 @@ def with_dropout(config: ModelConfig, dropout: float) -> ModelConfig:
 
 
 def build_model(
-    plan: TrainedTask,
+    trained: TrainedTask,
     rows: TaskRows,
     *,
     tensors: Mapping[str, Tensor],
@@ -42,14 +49,14 @@ def build_model(
     """Return the model at its start, partly frozen where the task asks for it, and the factors of the learning rate.
 
     Args:
-        plan: the task and the network.
+        trained: the task and the network.
         rows: of the task.
         tensors: of the pre-trained encoder; {} starts from random weights.
         teacher: of the task, where it names one.
         activation_checkpointing: recompute each layer in the backward pass.
         say: takes the names of what starts from random weights or is frozen.
     """
-    task = plan.task
+    task = trained.task
     weights = None
     if task.class_weights == "balanced":
         name = next(iter(rows.labels))
@@ -59,7 +66,7 @@ def build_model(
         make = partial(TaughtTaskModel, teacher=teacher, settings=task.distillation)
     model = make_task_model(
         KINDS[task.kind],
-        plan.model,
+        trained.model,
         rows.labels,
         kernels=task.training.kernels,
         class_weights=weights,
@@ -75,7 +82,7 @@ def build_model(
         say(f"frozen: {frozen:,} weights")
     if task.layerwise_lr_decay == 1.0:
         return model, None
-    return model, lambda name: layer_lr_scale(name, plan.model.num_hidden_layers, task.layerwise_lr_decay)
+    return model, lambda name: layer_lr_scale(name, trained.model.num_hidden_layers, task.layerwise_lr_decay)
 
 
 def freeze(model: nn.Module, settings: FreezeConfig) -> int:
@@ -102,7 +109,7 @@ def layer_lr_scale(name: str, num_layers: int, decay: float) -> float:
     return 1.0
 
 
-class BestStep:
+class EvaluationHistory:
     """The evaluations of a run: they decide which step is kept and when there is nothing more to gain."""
 
     def __init__(

@@ -71,7 +71,7 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class TrainPlan:
+class LoopSettings:
     """What the loop is asked to do."""
 
     total_steps: int

@@ -15,7 +15,7 @@ from deepspeed import DeepSpeedEngine
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import CheckpointError, DivergedError
 from bert_ds.reporting.run_log import RunLog
-from bert_ds.training.checkpoints.train_state import TrainPlan, TrainState
+from bert_ds.training.checkpoints.train_state import LoopSettings, TrainState
 from bert_ds.training.launch.hang_watchdog import Heartbeat
 from bert_ds.training.launch.restart import StopRequest
 from bert_ds.training.loop.bad_steps import gradient_report, trouble_folder, write_report
@@ -70,50 +70,50 @@ def train(
     batches: Iterator[Sequence[MicroBatch]],
     *,
     state: TrainState,
-    plan: TrainPlan,
+    loop: LoopSettings,
     services: Services,
 ) -> TrainState:
-    """Train from the state's step to the plan's last, or until a rank is asked to stop; a collective.
+    """Train from the state's step to the loop's last, or until a rank is asked to stop; a collective.
 
     An evaluation may end the run too, before its last step: the state is saved there like at the end. A step whose loss
-    or gradients are not finite, or whose loss spikes, leaves the weights alone; after plan.max_bad_steps of them in a
+    or gradients are not finite, or whose loss spikes, leaves the weights alone; after loop.max_bad_steps of them in a
     row the run goes back to its newest checkpoint and on with the batches that it has not seen.
 
     Args:
         engine: from `make_engine`.
         batches: yields this rank's micro-batches of one step, starting after the state's step; never ends early.
-        state: advanced in place and returned; `state.step == plan.total_steps` says that the run is complete.
+        state: advanced in place and returned; `state.step == loop.total_steps` says that the run is complete.
 
     Raises:
         DivergedError: too many bad steps in a row, and the run cannot go back (again).
         CheckpointError: the checkpoint at the end, or at a requested stop, could not be written.
     """
     engine.train()
-    saved_step, evaluated_step, guard = state.step, -1, _guard(engine, state, plan=plan)
-    while state.step < plan.last_step:
-        step = _take_one(engine, batches, state=state, plan=plan, services=services, guard=guard)
+    saved_step, evaluated_step, guard = state.step, -1, _guard(engine, state, loop=loop)
+    while state.step < loop.last_step:
+        step = _take_one(engine, batches, state=state, loop=loop, services=services, guard=guard)
         if step is None:
             reason = services.stop.reason or "on another rank"
             services.log.info(f"asked to stop ({reason}), {_what_is_saved(state.step, saved_step)}")
             break
         if not step.applied:
-            _look_into(engine, step, state=state, plan=plan, services=services, guard=guard)
-            if state.bad_streak >= plan.max_bad_steps:
-                batches = _go_back(step, state=state, plan=plan, services=services)
-                saved_step, guard = state.step, _guard(engine, state, plan=plan)
+            _look_into(engine, step, state=state, loop=loop, services=services, guard=guard)
+            if state.bad_streak >= loop.max_bad_steps:
+                batches = _go_back(step, state=state, loop=loop, services=services)
+                saved_step, guard = state.step, _guard(engine, state, loop=loop)
                 continue
-        elif step.number % plan.log_every_steps == 0 or step.number in (1, plan.last_step):
-            _log_step(engine, step, plan=plan, services=services)
+        elif step.number % loop.log_every_steps == 0 or step.number in (1, loop.last_step):
+            _log_step(engine, step, loop=loop, services=services)
         services.settle(False)
         found = Evaluation({})
-        if _is_due(state.step, plan.evaluate_every_steps):
+        if _is_due(state.step, loop.evaluate_every_steps):
             found, evaluated_step = _evaluate(engine, state, services=services), state.step
-        if found.save or (_is_due(state.step, plan.checkpoint_every_steps) and not state.bad_streak):
+        if found.save or (_is_due(state.step, loop.checkpoint_every_steps) and not state.bad_streak):
             saved_step = _save(state, services=services, must=False, guard=guard)
         if found.stop:
-            services.log.info(f"nothing more to gain: the run ends at step {state.step} of {plan.total_steps}")
+            services.log.info(f"nothing more to gain: the run ends at step {state.step} of {loop.total_steps}")
             break
-    if state.step == plan.total_steps and evaluated_step != state.step:
+    if state.step == loop.total_steps and evaluated_step != state.step:
         _evaluate(engine, state, services=services)
     services.heartbeat.enter("checkpoint", step=state.step, patient=True)
     if not services.settle(True) or saved_step != state.step:
@@ -126,7 +126,7 @@ def _take_one(
     batches: Iterator[Sequence[MicroBatch]],
     *,
     state: TrainState,
-    plan: TrainPlan,
+    loop: LoopSettings,
     services: Services,
     guard: LossGuard | None,
 ) -> Step | None:
@@ -140,12 +140,12 @@ def _take_one(
     totals = agree_on_totals(micro_batches, data_wait_s=data_wait_s, stop=services.stop.requested)
     if totals.stop:
         return None
-    lr = learning_rate(number, peak=plan.peak_lr, schedule=plan.schedule, total_steps=plan.total_steps)
+    lr = learning_rate(number, peak=loop.peak_lr, schedule=loop.schedule, total_steps=loop.total_steps)
     set_learning_rate(engine.optimizer, lr)
     heart.enter("forward and backward", step=number)
-    warmed_up = number > plan.schedule.num_warmup_steps(plan.total_steps)
+    warmed_up = number > loop.schedule.num_warmup_steps(loop.total_steps)
     judge = Judge(guard, armed=warmed_up) if guard else None
-    sums = forward_backward(engine, micro_batches, counts=totals.counts, seed=plan.seed, step=number, judge=judge)
+    sums = forward_backward(engine, micro_batches, counts=totals.counts, seed=loop.seed, step=number, judge=judge)
     heart.enter("optimizer", step=number)
     applied, grad_norm = take_step(engine)
     state.advance(applied, examples=engine.train_batch_size())
@@ -155,7 +155,7 @@ def _take_one(
     return Step(number, lr, totals, sums, applied, grad_norm, micro_batches)
 
 
-def _log_step(engine: DeepSpeedEngine, step: Step, *, plan: TrainPlan, services: Services) -> None:
+def _log_step(engine: DeepSpeedEngine, step: Step, *, loop: LoopSettings, services: Services) -> None:
     """Write the row of a step; its losses are this step's, over all ranks."""
     means = named_means(engine.module.terms, sum_of_ranks(step.sums), counts=step.totals.counts)
     row = {
@@ -163,7 +163,7 @@ def _log_step(engine: DeepSpeedEngine, step: Step, *, plan: TrainPlan, services:
         "lr": step.lr,
         "grad_norm": float(step.grad_norm),  # host sync: once per logged step
         "num_tokens": step.totals.num_tokens,
-        **services.throughput.report(steps_left=plan.total_steps - step.number),
+        **services.throughput.report(steps_left=loop.total_steps - step.number),
         **(services.rank_times.report() if services.rank_times else {}),
     }
     if services.log.is_main:
@@ -173,11 +173,11 @@ def _log_step(engine: DeepSpeedEngine, step: Step, *, plan: TrainPlan, services:
     _write_monitor(engine, "train", {**means, "grad_norm": row["grad_norm"], "tokens_per_s": row["tokens_per_s"]})
 
 
-def _guard(engine: DeepSpeedEngine, state: TrainState, *, plan: TrainPlan) -> LossGuard | None:
+def _guard(engine: DeepSpeedEngine, state: TrainState, *, loop: LoopSettings) -> LossGuard | None:
     """Return a guard that knows the losses up to the state, or None where no spike is to be skipped."""
-    if plan.spike_sigmas is None:
+    if loop.spike_sigmas is None:
         return None
-    return LossGuard(plan.spike_sigmas, plan.spike_window, recent=state.recent_losses, device=engine.device)
+    return LossGuard(loop.spike_sigmas, loop.spike_window, recent=state.recent_losses, device=engine.device)
 
 
 def _look_into(
@@ -185,7 +185,7 @@ def _look_into(
     step: Step,
     *,
     state: TrainState,
-    plan: TrainPlan,
+    loop: LoopSettings,
     services: Services,
     guard: LossGuard | None,
 ) -> None:
@@ -200,7 +200,7 @@ def _look_into(
         state.bad_streak = 0  # fp16 looks for its loss scale by overflowing; its own lower bound ends a futile search
     if state.bad_streak == 1 and state.skipped_steps <= MAX_REPORTS:
         report = gradient_report(
-            engine, step.micro_batches, counts=step.totals.counts, seed=plan.seed, step=step.number
+            engine, step.micro_batches, counts=step.totals.counts, seed=loop.seed, step=step.number
         )
         folder = trouble_folder(services.log.run_dir, step.number)
         batch = step.number + state.passed_over
@@ -208,12 +208,14 @@ def _look_into(
         services.log.info(f"tensors and examples of step {step.number} are in {folder}")
 
 
-def _go_back(step: Step, *, state: TrainState, plan: TrainPlan, services: Services) -> Iterator[Sequence[MicroBatch]]:
+def _go_back(
+    step: Step, *, state: TrainState, loop: LoopSettings, services: Services
+) -> Iterator[Sequence[MicroBatch]]:
     """Return to the newest checkpoint and give the batches after those seen so far."""
     bad = f"{state.bad_streak} steps in a row, up to step {step.number}, had a loss or gradients that"
-    bad += " are not finite or spike" if plan.spike_sigmas is not None else " are not finite"
+    bad += " are not finite or spike" if loop.spike_sigmas is not None else " are not finite"
     first = trouble_folder(services.log.run_dir, step.number - state.bad_streak + 1)
-    if state.rollbacks >= plan.max_rollbacks:
+    if state.rollbacks >= loop.max_rollbacks:
         again = f" after going back {state.rollbacks} times" if state.rollbacks else ""
         raise DivergedError(f"{bad}{again}: look at {first}, the learning rate and the data")
     services.heartbeat.enter("checkpoint", step=state.step, patient=True)

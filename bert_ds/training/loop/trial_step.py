@@ -18,7 +18,7 @@ from bert_ds.training.loop.step_loss import step_loss
 from bert_ds.training.loop.train_step import agree_on_totals, forward_backward, sum_of_ranks, take_step
 
 
-class Probe(NamedTuple):
+class TrialStep(NamedTuple):
     """What one step on the longest possible batch took; the worst of all ranks."""
 
     peak_bytes: int
@@ -30,7 +30,7 @@ class Probe(NamedTuple):
     """Weighted loss of the step."""
 
 
-def probe_longest(engine: DeepSpeedEngine, batch: MicroBatch) -> Probe:
+def probe_longest(engine: DeepSpeedEngine, batch: MicroBatch) -> TrialStep:
     """Take one whole optimizer step with every micro-batch equal to `batch`; a collective.
 
     The optimizer state exists afterwards, so the peak is that of training. The weights have changed: the engine is for
@@ -46,7 +46,7 @@ def probe_longest(engine: DeepSpeedEngine, batch: MicroBatch) -> Probe:
     take_step(engine)
     seconds = max_over_ranks(time.perf_counter() - begun)
     loss = named_means(engine.module.terms, sums, counts=totals.counts)["loss"]
-    return Probe(int(max_over_ranks(_peak_bytes(engine.device))), seconds, totals.num_tokens, loss)
+    return TrialStep(int(max_over_ranks(_peak_bytes(engine.device))), seconds, totals.num_tokens, loss)
 
 
 def fits_in_memory(engine: DeepSpeedEngine, batch: MicroBatch) -> bool:
