@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OWNER = """
 import sys, time
 from pathlib import Path
-from bert_ds.training import run_lock
+from bert_ds.training.launch import run_lock
 from bert_ds.training.launch.run_lock import lock_run_folder
 lock_run_folder(Path(sys.argv[1]), patience_s=0)
 print("held", flush=True)
