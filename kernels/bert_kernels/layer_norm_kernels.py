@@ -21,20 +21,16 @@ from bert_kernels.dropout_mask import keep_hidden_tile, keep_scale, keep_thresho
 def _load_z(  # type: ignore[no-untyped-def]
     x_ptr, residual_ptr, x_bias_ptr, seed_ptr, first_row, offs, mask, offs_d, keep_scale, site,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_X_BIAS: tl.constexpr, THRESHOLD: tl.constexpr, IS_SUM: tl.constexpr,
+    HAS_X_BIAS: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
-    """Return z = residual + dropout(x + x_bias) in fp32 and the keep mask, for rows from first_row on.
-
-    With IS_SUM x already is z.
-    """
+    """Return z = residual + dropout(x + x_bias) in fp32 and the keep mask, for rows from first_row on."""
     z = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if HAS_X_BIAS and not IS_SUM:
+    if HAS_X_BIAS:
         z += tl.load(x_bias_ptr + offs_d, mask=offs_d < WIDTH, other=0.0).to(tl.float32)[None, :]
     keep = mask
     if THRESHOLD < 256:
         keep = keep_hidden_tile(tl.load(seed_ptr), first_row, site, THRESHOLD, BLOCK_M, BLOCK_D)
-        if not IS_SUM:
-            z = tl.where(keep, z * keep_scale, 0.0)
+        z = tl.where(keep, z * keep_scale, 0.0)
     if HAS_RESIDUAL:
         z += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     return z, keep
@@ -55,7 +51,7 @@ def _layer_norm_fwd_kernel(  # type: ignore[no-untyped-def]
     offs = first_row * WIDTH + (tl.arange(0, BLOCK_M)[:, None] * WIDTH + offs_d[None, :])
     z, _keep = _load_z(
         x_ptr, residual_ptr, x_bias_ptr, seed_ptr, first_row, offs, mask, offs_d, keep_scale, site,
-        WIDTH, BLOCK_M, BLOCK_D, HAS_RESIDUAL, HAS_X_BIAS, THRESHOLD, False,
+        WIDTH, BLOCK_M, BLOCK_D, HAS_RESIDUAL, HAS_X_BIAS, THRESHOLD,
     )  # fmt: skip
     if RETURNS_SUM:
         # What is normalised is the sum as it is stored: backward and the next layer read that one.
@@ -83,6 +79,9 @@ def _layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
     HAS_X_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, THRESHOLD: tl.constexpr, RETURNS_SUM: tl.constexpr,
     CPU_BF16: tl.constexpr,
 ):  # fmt: skip
+    # A returned sum is read as it is, and the mask is drawn where dx needs it.
+    ADDS_X_BIAS: tl.constexpr = HAS_X_BIAS and not RETURNS_SUM
+    DROPS_X: tl.constexpr = 256 if RETURNS_SUM else THRESHOLD
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < WIDTH
     weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
@@ -96,7 +95,7 @@ def _layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
         offs = first_row * WIDTH + (tl.arange(0, BLOCK_M)[:, None] * WIDTH + offs_d[None, :])
         z, keep = _load_z(
             x_ptr, residual_ptr, x_bias_ptr, seed_ptr, first_row, offs, mask, offs_d, keep_scale, site,
-            WIDTH, BLOCK_M, BLOCK_D, HAS_RESIDUAL, HAS_X_BIAS, THRESHOLD, RETURNS_SUM,
+            WIDTH, BLOCK_M, BLOCK_D, HAS_RESIDUAL, ADDS_X_BIAS, DROPS_X,
         )  # fmt: skip
         dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)
@@ -114,6 +113,8 @@ def _layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
             dz += tl.load(dsum_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         tl.store(dz_ptr + offs, as_operand(dz, dz_ptr.dtype.element_ty, CPU_BF16), mask=mask)
         if THRESHOLD < 256:
+            if RETURNS_SUM:
+                keep = keep_hidden_tile(tl.load(seed_ptr), first_row, site, THRESHOLD, BLOCK_M, BLOCK_D)
             dz = tl.where(keep, dz * keep_scale, 0.0)
             tl.store(dx_ptr + offs, as_operand(dz, dz_ptr.dtype.element_ty, CPU_BF16), mask=mask)
         if HAS_X_BIAS:
