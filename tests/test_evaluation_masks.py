@@ -121,6 +121,17 @@ def test_the_key_is_of_the_pieces_and_not_of_how_they_are_cut_into_shards(tmp_pa
     assert text_key(long, 10**9) == text_key(long[:KEYED_PIECES], 10**9)
 
 
+def test_each_source_has_the_targets_of_its_own_text(shards: Path, tmp_path: Path) -> None:
+    pieces = [[[piece + 1000 for piece in sentence] for sentence in document] for document in HELD_OUT[:9]]
+    other = write_shards(tmp_path / "other", pieces, pieces, tokenizer=tiny_tokenizer(1600))
+    alone = [fates(held_out(folder, RECIPES[0]))[0] for folder in (shards, other)]
+    settings = DataSettings(SequenceConfig(**RECIPES[0][0]), MaskingConfig(), 0, 8)
+    sources = [Source(shards, "one"), Source(other, "two")]
+    data = PretrainingData(sources, shards / "tokenizer", settings=settings)
+    together = fates(list(data.evaluation_batches(10**6, batch_size=8, rank=0, world_size=1)))[0]
+    assert together == alone[0] | alone[1]
+
+
 def test_the_targets_of_a_batch_lie_kind_by_kind(shards: Path) -> None:
     counts: Counter[str] = Counter()
     for batch in held_out(shards, RECIPES[0]):

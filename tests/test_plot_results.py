@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from forked_verbs import run_verb
+
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "kernels/benchmarks"
 FACTS = {"time": "2020-01-02", "gpu": "made up", "torch": "1", "triton": "2", "commit": "abc"}
@@ -43,9 +45,7 @@ def made_up(folder: Path) -> Path:
 
 
 def plot(results: Path, readme: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "kernels", BENCHMARKS)))}
-    command = [sys.executable, str(BENCHMARKS / "plot_results.py"), "--results", str(results), "--readme", str(readme)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return run_verb(BENCHMARKS / "plot_results.py", "--results", results, "--readme", readme)
 
 
 def test_rows_become_pictures_and_a_table_of_bars_between_the_marks(tmp_path: Path) -> None:

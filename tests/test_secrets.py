@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from corpus_fixtures import random_documents, write_shards
+from forked_verbs import run_verb
 
 ROOT = Path(__file__).resolve().parents[1]
 CANARIES = {
@@ -41,6 +42,8 @@ SPREAD = {"zero_optimization": {"stage": 1}, "csv_monitor": {"enabled": True}, "
 
 
 def start(*command: object) -> subprocess.CompletedProcess[str]:
+    if command[0] != "-m":
+        return run_verb(ROOT / str(command[0]), *command[1:], env=CANARIES)
     environment = {**os.environ, **CANARIES, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     words = [sys.executable, *map(str, command)]
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
