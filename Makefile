@@ -40,10 +40,10 @@ pretrain: env
 	@$(BIN)/python bert_ds/show_masks.py --model $(RUN_DIR)/hf
 
 test: env-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 15 -m "not campaign and not gpu and not slurm"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15 -m "not campaign and not gpu and not slurm"
 
 test-fast: env-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not campaign and not gpu and not slurm and not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not campaign and not gpu and not slurm and not slow"
 
 test-slurm: env-dev
 	@$(BIN)/python tests/slurm_cluster.py

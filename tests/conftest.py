@@ -27,6 +27,23 @@ SLOW = (
     "test_hf_onnx",
 )
 """Beginnings of files that interpret kernels or train for long in this process."""
+LONGEST = (
+    "test_lamb_zero",
+    "test_muon_zero",
+    "test_recipe_settings",
+    "test_task_settings",
+    "test_checkpoints",
+    "test_storms",
+    "test_benchmarks",
+    "test_kernel_embedding",
+    "test_hang_watchdog",
+    "test_elastic",
+    "test_pretrain",
+    "test_slurm_scripts",
+    "test_kernel_aot",
+    "test_killed_runs",
+)
+"""Files that begin first, so that two workers end at about the same time; a worker takes whole files."""
 STARTERS = ("run_verb", "run_ranks", "subprocess", "make_workshop", "must")
 """Names by which a test module starts processes."""
 
@@ -37,6 +54,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     assert module is not None
     if module.name.startswith(SLOW) or any(hasattr(module.obj, name) for name in STARTERS):
         item.add_marker("slow")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; the others keep their order."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

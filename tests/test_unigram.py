@@ -22,3 +22,9 @@ def test_the_floor_is_the_mean_surprise_at_mask_under_smoothed_training_counts(t
     total = 6 + split.vocab_size
     expected = -(math.log(5 / total) + math.log(1 / total)) / 2
     assert unigram_cross_entropy(piece_counts([split]), [batch]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_pieces_of_every_source_count(tmp_path: Path) -> None:
+    first, second = open_train(tmp_path / "one", [[[5, 5, 6]]]), open_train(tmp_path / "two", [[[6, 9]]])
+    counts = piece_counts([first, second])
+    assert (counts[[5, 6, 9]].tolist(), int(counts.sum())) == ([2, 2, 1], 5)

@@ -22,7 +22,6 @@ import bert_ds.pretrain
 from bert_ds.basics.ranks import Ranks
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.recipe import optimizer_config
-from bert_ds.configuration.recipe.distillation_config import DistillationConfig
 from bert_ds.configuration.run_plan import RunPlan, make_plan
 from bert_ds.corpus.batches.loader import PretrainingData
 from bert_ds.encoder.pretraining_model import BertForPreTraining
@@ -117,14 +116,6 @@ def test_every_option_of_a_launch_is_read_by_the_verb(verb: ModuleType) -> None:
     options = set(vars(parser.parse_args([]))) - {"deepspeed", "local_rank"}
     assert options >= {"resume", "hang_limit", "start_limit", "preflight"}
     assert options <= set(re.findall(r"\bargs\.(\w+)", inspect.getsource(verb)))
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.2])
-def test_hidden_states_are_counted_where_they_have_a_weight(weight: float, opened: Opened) -> None:
-    taught = DistillationConfig(teacher="teacher", hidden_weight=weight)
-    run, batch = opened.plan.run.model_copy(update={"distillation": taught}), opened.data.longest_batch(2)
-    counts = bert_ds.pretrain.counted(run, batch).loss_counts
-    assert counts == (*batch.loss_counts, batch.loss_counts[0], batch.num_tokens if weight else 0.0)
 
 
 class Taken:
