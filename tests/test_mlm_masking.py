@@ -231,3 +231,12 @@ def test_a_tokenizer_that_keeps_chinese_words_whole_is_refused() -> None:
 
 def chinese_config(segmenter: str, word_list: str | None = None) -> MaskingConfig:
     return MaskingConfig(whole_word_mask=True, word_segmenter=segmenter, word_list=word_list)
+
+
+def test_random_pieces_come_from_the_whole_vocabulary() -> None:
+    config = MaskingConfig(mlm_probability=0.5, mask_token_fraction=0.4, random_token_fraction=0.3)
+    masked = mask([text(500, index) for index in range(8)], config)
+    shown = np.concatenate([one.input_ids[one.positions] for one in masked])
+    others = shown[(shown != MASK) & (shown != np.concatenate([one.labels for one in masked]))]
+    assert len(others) > 400
+    assert np.percentile(others, [10, 50, 90]) == pytest.approx([105, 500, 900], abs=60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from config_cases import RECIPE, changed, write_json
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.recipe.run_config import ConfigError, ModelConfig
 from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table, size_text
-from bert_ds.configuration.run_size import count_parameters
+from bert_ds.configuration.run_size import count_parameters, flops_per_token, kept_checkpoints, teacher_flops_per_token
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ModelConfig(pad_vocab_size_to_multiple_of=1)
@@ -297,3 +298,20 @@ def test_the_table_of_a_run_worked_out_by_hand(tmp_path: Path) -> None:
     shown = rows["memory at stage 0"]
     assert f"weights {size_text(4 * number)}, gradients {size_text(4 * number)}" in shown
     assert f"optimizer {size_text(8 * number)}" in shown and shown.endswith("<- this run")
+
+
+def test_a_teacher_computes_forward_alone_and_takes_its_place_in_the_memory(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    assert teacher_flops_per_token(plan.run.model, plan.run, 100.0) * 3 == pytest.approx(
+        flops_per_token(plan.run, 100.0)
+    )
+    taught = replace(plan, teacher=plan.run.model)
+    assert taught.memory().weights > plan.memory().weights
+    assert taught.flops_per_token(100.0) == pytest.approx(plan.flops_per_token(100.0) * 4 / 3)
+
+
+def test_the_disk_holds_the_kept_checkpoints_and_the_one_that_is_written(tmp_path: Path) -> None:
+    often = changed(RECIPE, "checkpoints", {"every_steps": 1, "keep_last": 2})
+    plan = plan_of(tmp_path, changed(often, "training.total_steps", 10))
+    assert kept_checkpoints(plan.run) == 3
+    assert plan.disk_bytes == 3 * plan.checkpoint_bytes
