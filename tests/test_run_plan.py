@@ -13,7 +13,7 @@ from config_cases import RECIPE, changed, write_json
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.recipe.run_config import ConfigError, ModelConfig
 from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table, size_text
-from bert_ds.configuration.run_size import count_parameters, flops_per_token, kept_checkpoints, teacher_flops_per_token
+from bert_ds.configuration.run_size import count_parameters, flops_per_token, teacher_flops_per_token
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ModelConfig(pad_vocab_size_to_multiple_of=1)
@@ -310,8 +310,7 @@ def test_a_teacher_computes_forward_alone_and_takes_its_place_in_the_memory(tmp_
     assert taught.flops_per_token(100.0) == pytest.approx(plan.flops_per_token(100.0) * 4 / 3)
 
 
-def test_the_disk_holds_the_kept_checkpoints_and_the_one_that_is_written(tmp_path: Path) -> None:
-    often = changed(RECIPE, "checkpoints", {"every_steps": 1, "keep_last": 2})
-    plan = plan_of(tmp_path, changed(often, "training.total_steps", 10))
-    assert kept_checkpoints(plan.run) == 3
-    assert plan.disk_bytes == 3 * plan.checkpoint_bytes
+def test_a_secondary_partition_that_does_not_divide_the_ranks_is_refused(tmp_path: Path) -> None:
+    deepspeed = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
+    found = problems_of(tmp_path, deepspeed=deepspeed, world_size=3)
+    assert "zero_optimization.zero_hpz_partition_size: 2 does not divide 3 ranks" in found
