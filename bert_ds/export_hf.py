@@ -20,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig, load_run_config
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
-from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, write_hf_folder
+from bert_ds.encoder.hf_folder import model_card_text, special_ids, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, share_unseen_segments, to_hf
 from bert_ds.encoder.hf_onnx import ONNX_FILE, write_onnx
 from bert_ds.encoder.hf_verify import verify_export
@@ -60,7 +60,7 @@ def export(run_dir: Path, name: str | None, folder: Path, *, shown: Path) -> str
     sentence_pair = run.sequences.sentence_pair
     if sentence_pair == "none":
         state_dict = share_unseen_segments(state_dict)
-    config = hf_config(run.model, sentence_pair=sentence_pair, pad_token_id=pad_token_id(tokenizer))
+    config = hf_config(run.model, sentence_pair=sentence_pair, special_ids=special_ids(tokenizer))
     # So that a task notices when the folder's tokenizer is exchanged for another of the same size.
     config["tokenizer_fingerprint"] = load_tokenizer(tokenizer).fingerprint
     write_hf_folder(

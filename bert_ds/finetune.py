@@ -42,9 +42,10 @@ from bert_ds.downstream.kinds.trivial import trivial_figures
 from bert_ds.downstream.rows.task_batches import features_fingerprint, step_batches
 from bert_ds.downstream.scores.metrics import require_metrics
 from bert_ds.downstream.tuning.outcome import Outcome, conclude, write_summary
-from bert_ds.downstream.tuning.task_engine import EvaluationHistory, build_model, with_dropout
+from bert_ds.downstream.tuning.task_engine import EvaluationHistory, build_model
 from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
 from bert_ds.downstream.tuning.taught_model import load_teacher
+from bert_ds.encoder.families.table import weight_patterns
 from bert_ds.encoder.pretrained import Pretrained, check_tokenizer, load_pretrained
 from bert_ds.folders.output_folders import open_run_folder
 from bert_ds.launch.command_line import run_main
@@ -145,7 +146,7 @@ def finetune(task: TaskConfig, run_dir: Path, *, start: Start) -> int:
     ranks, rows = start.ranks, start.rows
     trained = trained_task(task, start.pretrained.config, num_sequences=len(rows.train.features))
     split = checked_split(trained, start.ds, ranks.world_size)
-    trained = replace(trained, model=with_dropout(trained.model, task.dropout))
+    trained = replace(trained, model=trained.model.with_dropout(task.dropout))
     ds_config = resolve_ds_config(trained, start.ds, ranks.world_size, run_dir=str(run_dir))
     enter_run_folder(run_dir, described(task, ds_config), resume=start.args.resume)
     log = RunLog(run_dir, ranks, total_steps=trained.training.total_steps)
@@ -246,7 +247,7 @@ def build_engine(trained: TrainedTask, ds_config: dict[str, Any], *, start: Star
     optimizer = make_optimizer(
         trained.optimizer,
         model.named_parameters(),
-        facts=TensorFacts(model.no_decay_patterns, model.equal_parts, model.matrix_patterns),
+        facts=TensorFacts(*weight_patterns(model.config)),
         kernels=trained.training.kernels,
         lr_scale_of=lr_scale_of,
     )

@@ -35,6 +35,7 @@ from bert_ds.corpus.shards.embedded import CorpusFolders, build_embedded, embedd
 from bert_ds.corpus.shards.shard_folder import MANIFEST
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.encoder.distillation import make_student
+from bert_ds.encoder.families.table import weight_patterns
 from bert_ds.encoder.initial_weights import load_initial_weights
 from bert_ds.encoder.objectives.table import make_objectives
 from bert_ds.encoder.pretrained import check_tokenizer
@@ -180,7 +181,7 @@ def build_engine(plan: RunPlan, ds_config: dict[str, Any], run_dir: Path) -> Dee
     optimizer = make_optimizer(
         run.optimizer,
         model.named_parameters(),
-        facts=TensorFacts(model.no_decay_patterns, model.equal_parts, model.matrix_patterns),
+        facts=TensorFacts(*weight_patterns(model.config)),
         kernels=run.training.kernels,
     )
     return make_engine(model, optimizer, ds_config)

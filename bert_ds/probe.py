@@ -10,6 +10,7 @@ Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,6 @@ from bert_ds.downstream.untrained.probing import (
     majority_accuracy,
     probe_layers,
 )
-from bert_ds.encoder.modeling_bert import BertEncoder
 from bert_ds.encoder.pretrained import check_tokenizer, load_pretrained, make_encoder
 from bert_ds.folders.kept_files import keeping_files
 from bert_ds.folders.output_folders import open_results_folder
@@ -65,7 +65,7 @@ def main() -> None:
     report(task, found, output=args.output)
 
 
-def probe_encoder(encoder: BertEncoder, task: TaskConfig, rows: TaskRows, *, limit: int) -> list[Probe]:
+def probe_encoder(encoder: Any, task: TaskConfig, rows: TaskRows, *, limit: int) -> list[Probe]:
     """Return the probes of every layer of an encoder."""
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     train, held_out = (

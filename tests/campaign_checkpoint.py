@@ -26,8 +26,9 @@ from campaign_rows import add_row
 from tiny_training import ds_config, join_alone
 
 from bert_ds.basics.ranks import Ranks
+from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.configuration.recipe.optimizer_config import AdamWConfig
-from bert_ds.configuration.recipe.run_config import ModelConfig
+from bert_ds.encoder.families.table import weight_patterns
 from bert_ds.encoder.pretraining_model import BertForPreTraining
 from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint
@@ -42,9 +43,9 @@ RESULTS = Path(__file__).parent / "results/checkpoint.jsonl"
 
 def base_engine() -> Any:
     """An engine over BERT-base whose optimizer has taken a step, so that all of its state exists."""
-    model = BertForPreTraining(ModelConfig(), kernels="torch", has_pair_head=True, init_seed=1)
+    model = BertForPreTraining(BertConfig(), kernels="torch", has_pair_head=True, init_seed=1)
     optimizer = make_optimizer(
-        AdamWConfig(lr=1e-4), model.named_parameters(), facts=TensorFacts(model.no_decay_patterns)
+        AdamWConfig(lr=1e-4), model.named_parameters(), facts=TensorFacts(weight_patterns(model.config)[0])
     )
     engine = make_engine(model, optimizer, ds_config(2, precision="bf16"))
     for parameter in engine.optimizer.single_partition_of_fp32_groups:

@@ -103,7 +103,7 @@ def train_with_trainer(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     import transformers
 
-    from bert_ds.configuration.recipe.run_config import ModelConfig
+    from bert_ds.configuration.families.bert import BertConfig
     from bert_ds.configuration.task.task_config import load_task, trained_task
     from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
     from bert_ds.downstream.scores.metrics import class_figures
@@ -112,7 +112,7 @@ def train_with_trainer(args: argparse.Namespace) -> dict[str, Any]:
     (name,), (seed,) = args.tasks, args.seeds
     task = load_task(name, args.set, data=args.data)
     rows = read_task(task, load_tokenizer(args.model), say=print)
-    plan = trained_task(task, ModelConfig(), num_sequences=len(rows.train.features))
+    plan = trained_task(task, BertConfig(), num_sequences=len(rows.train.features))
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         args.model,
         num_labels=len(rows.labels["label"]),

@@ -235,7 +235,9 @@ def evaluate_peer(model: torch.nn.Module, data: PretrainingData, run: RunConfig)
 
 
 def _peer_model(shape: str, run: RunConfig) -> torch.nn.Module:
-    config = transformers.BertConfig(**hf_config(run.model, sentence_pair="nsp" if shape == "pairs" else "none"))
+    config = transformers.BertConfig(
+        **hf_config(run.model, sentence_pair="nsp" if shape == "pairs" else "none", special_ids={"pad": 0})
+    )
     kind = transformers.BertForPreTraining if shape == "pairs" else transformers.BertForMaskedLM
     return kind(config)
 

@@ -11,7 +11,7 @@ from encoder_cases import small_config, spread_weights
 
 from bert_ds.configuration.task.task_config import TaskConfig, load_task
 from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
-from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, write_hf_folder
+from bert_ds.encoder.hf_folder import model_card_text, special_ids, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
 from bert_ds.encoder.pretraining_model import BertForPreTraining
 
@@ -59,7 +59,7 @@ def write_tiny_export(folder: Path, *, has_pair_head: bool = True, fingerprint: 
     model = BertForPreTraining(CONFIG, has_pair_head=has_pair_head)
     spread_weights(model, CONFIG, scale=0.05)
     objective = "nsp" if has_pair_head else "none"
-    config = hf_config(CONFIG, sentence_pair=objective, pad_token_id=pad_token_id(tokenizer))
+    config = hf_config(CONFIG, sentence_pair=objective, special_ids=special_ids(tokenizer))
     write_hf_folder(
         folder,
         config=config if fingerprint is None else {**config, "tokenizer_fingerprint": fingerprint},

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, ModelConfig
+from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
 
 
-def small_config(**changes: Any) -> ModelConfig:
+def small_config(**changes: Any) -> BertConfig:
     """A two-layer BERT of odd sizes without dropout; any field can be changed."""
     fields = dict(
         vocab_size=101,
@@ -24,10 +25,10 @@ def small_config(**changes: Any) -> ModelConfig:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    return ModelConfig(**{**fields, **changes})
+    return BertConfig(**{**fields, **changes})
 
 
-def spread_weights(model: nn.Module, config: ModelConfig, seed: int = 0, scale: float = 0.2) -> None:
+def spread_weights(model: nn.Module, config: BertConfig, seed: int = 0, scale: float = 0.2) -> None:
     """Move every weight, bias and LayerNorm off its initial value, so that no two places can be mistaken."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -38,7 +39,7 @@ def spread_weights(model: nn.Module, config: ModelConfig, seed: int = 0, scale: 
             parameter.add_(noise)
 
 
-def packed_inputs(config: ModelConfig, lengths: Sequence[int], *, masked: int = 3, seed: int = 0) -> dict[str, Any]:
+def packed_inputs(config: BertConfig, lengths: Sequence[int], *, masked: int = 3, seed: int = 0) -> dict[str, Any]:
     """Keyword arguments of BertForPreTraining.forward for sequences of these lengths, `masked` labels in all."""
     generator = torch.Generator().manual_seed(seed)
     num_tokens = sum(lengths)

@@ -8,7 +8,7 @@ from encoder_cases import small_config, spread_weights
 from torch import Tensor
 
 from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
-from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, write_hf_folder
+from bert_ds.encoder.hf_folder import model_card_text, special_ids, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
 from bert_ds.encoder.pretraining_model import BertForPreTraining
 
@@ -36,7 +36,7 @@ def export(folder: Path, tokenizer: Path, state_dict: dict[str, Tensor], sentenc
     folder.mkdir(exist_ok=True)
     write_hf_folder(
         folder,
-        config=hf_config(CONFIG, sentence_pair=sentence_pair, pad_token_id=pad_token_id(tokenizer)),
+        config=hf_config(CONFIG, sentence_pair=sentence_pair, special_ids=special_ids(tokenizer)),
         tensors=to_hf(state_dict, CONFIG),
         tokenizer=tokenizer,
         model_card=model_card_text("small", {"steps": 3}),

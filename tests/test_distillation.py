@@ -14,9 +14,10 @@ from encoder_cases import encoder_inputs, packed_inputs, small_config, spread_we
 from test_pretrain import ROOT, make_workshop, pretrain_command, run
 
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
-from bert_ds.configuration.recipe.run_config import ConfigError, DistillationConfig, ModelConfig
+from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.configuration.recipe.run_config import ConfigError, DistillationConfig
 from bert_ds.configuration.run_plan import make_plan
-from bert_ds.encoder.hf_folder import model_card_text, pad_token_id, write_hf_folder
+from bert_ds.encoder.hf_folder import model_card_text, special_ids, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
 from bert_ds.encoder.initial_weights import start_from_layers
 from bert_ds.encoder.objectives.distillation import TaughtWords
@@ -28,13 +29,13 @@ from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 SETTINGS = DistillationConfig(teacher="t", temperature=1.7, mlm_weight=0.5, soft_weight=3.0, hidden_weight=0.7)
 
 
-def model_of(config: ModelConfig, *, seed: int) -> BertForPreTraining:
+def model_of(config: BertConfig, *, seed: int) -> BertForPreTraining:
     model = BertForPreTraining(config, kernels="torch")
     spread_weights(model, config, seed=seed)
     return model
 
 
-def student_of(config: ModelConfig, teacher: BertForPreTraining) -> BertForPreTraining:
+def student_of(config: BertConfig, teacher: BertForPreTraining) -> BertForPreTraining:
     student = BertForPreTraining(config, kernels="torch", objectives=(TaughtWords(teacher, SETTINGS), SentencePair()))
     spread_weights(student, config, seed=1)
     return student
@@ -113,11 +114,11 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small text with its tokenizer and shards, a teacher, and a recipe that is taught by it."""
     folder = make_workshop(tmp_path_factory.mktemp("distillation"))
     recipe = json.loads((folder / "recipe.json").read_text())
-    config = ModelConfig(**{**recipe["model"], "num_hidden_layers": 4})
+    config = BertConfig(**{**recipe["model"], "num_hidden_layers": 4})
     (folder / "teacher").mkdir()
     write_hf_folder(
         folder / "teacher",
-        config=hf_config(config, sentence_pair="none", pad_token_id=pad_token_id(folder / "tokenizer")),
+        config=hf_config(config, sentence_pair="none", special_ids=special_ids(folder / "tokenizer")),
         tensors=to_hf(_without_pair_head(config).state_dict(), config),
         tokenizer=folder / "tokenizer",
         model_card=model_card_text("teacher", {}),
@@ -129,7 +130,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _without_pair_head(config: ModelConfig) -> BertForPreTraining:
+def _without_pair_head(config: BertConfig) -> BertForPreTraining:
     model = BertForPreTraining(config, has_pair_head=False)
     spread_weights(model, config, seed=9, scale=0.1)
     return model

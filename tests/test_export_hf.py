@@ -32,7 +32,8 @@ from bert_ds.configuration.recipe.run_config import (
     TrainingConfig,
     dump_run_config,
 )
-from bert_ds.encoder.hf_folder import load_hf_folder, pad_token_id
+from bert_ds.encoder.families.table import weight_patterns
+from bert_ds.encoder.hf_folder import load_hf_folder, special_ids
 from bert_ds.encoder.hf_mapping import to_hf
 from bert_ds.encoder.hf_verify import verify_export
 from bert_ds.encoder.pretraining_model import BertForPreTraining
@@ -170,7 +171,7 @@ def test_weights_that_are_not_finite_are_never_exported(tmp_path: Path, tokenize
 
 def test_a_tokenizer_folder_without_its_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"vocab.txt has no piece \[PAD\]"):
-        pad_token_id(tmp_path)
+        special_ids(tmp_path)
 
 
 def _saved_run(
@@ -192,7 +193,7 @@ def _saved_run(
     model = BertForPreTraining(CONFIG, kernels="torch", has_pair_head=sentence_pair != "none")
     spread_weights(model, CONFIG)
     optimizer = make_optimizer(
-        run.optimizer, model.named_parameters(), facts=TensorFacts(BertForPreTraining.no_decay_patterns)
+        run.optimizer, model.named_parameters(), facts=TensorFacts(weight_patterns(model.config)[0])
     )
     engine = make_engine(model, optimizer, ds_config(stage, precision=precision))
     engine.backward(engine(**packed_inputs(CONFIG, [5, 9]))[0].sum())

@@ -9,23 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bert_ds.basics.ranks import CheckpointError
-from bert_ds.configuration.recipe.run_config import ConfigError, ModelConfig
+from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.encoder.hf_mapping import from_hf, hf_config, model_config_from_hf, to_hf
 from bert_ds.encoder.pretraining_model import BertForPreTraining
 
 CONFIG = small_config()
 
 
-def _state_dict(config: ModelConfig, *, has_pair_head: bool = True, seed: int = 0) -> dict[str, torch.Tensor]:
+def _state_dict(config: BertConfig, *, has_pair_head: bool = True, seed: int = 0) -> dict[str, torch.Tensor]:
     model = BertForPreTraining(config, has_pair_head=has_pair_head)
     spread_weights(model, config, seed)
     return model.state_dict()
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> ModelConfig:
+def configs(draw: st.DrawFn) -> BertConfig:
     heads = draw(st.integers(1, 4))
-    return ModelConfig(
+    return BertConfig(
         vocab_size=draw(st.integers(8, 70)),
         pad_vocab_size_to_multiple_of=draw(st.sampled_from([1, 8, 64])),
         hidden_size=heads * draw(st.integers(1, 5)),
@@ -42,7 +43,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
 
 @settings(max_examples=30, deadline=None)
 @given(configs(), st.booleans(), st.integers(0, 99))
-def test_to_hf_then_from_hf_is_the_identity(config: ModelConfig, has_pair_head: bool, seed: int) -> None:
+def test_to_hf_then_from_hf_is_the_identity(config: BertConfig, has_pair_head: bool, seed: int) -> None:
     state_dict = _state_dict(config, has_pair_head=has_pair_head, seed=seed)
     back = from_hf(to_hf(state_dict, config), config, has_pair_head=has_pair_head)
     assert list(back) == list(state_dict)
@@ -51,8 +52,8 @@ def test_to_hf_then_from_hf_is_the_identity(config: ModelConfig, has_pair_head: 
 
 @settings(max_examples=30, deadline=None)
 @given(configs(), st.sampled_from(["nsp", "sop", "none"]))
-def test_the_model_section_survives_config_json(config: ModelConfig, sentence_pair: str) -> None:
-    facts = hf_config(config, sentence_pair=sentence_pair)
+def test_the_model_section_survives_config_json(config: BertConfig, sentence_pair: str) -> None:
+    facts = hf_config(config, sentence_pair=sentence_pair, special_ids={"pad": 0})
     multiple = config.pad_vocab_size_to_multiple_of
     assert model_config_from_hf(facts, pad_vocab_size_to_multiple_of=multiple) == config
 
@@ -165,7 +166,7 @@ def test_a_missing_pair_head_is_refused_when_the_run_has_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "roberta"}, "model_type is 'roberta', wanted 'bert'"),
+        ({"model_type": "roberta"}, "model_type is 'roberta', wanted \"bert\""),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key', wanted 'absolute'"),
         ({"is_decoder": True}, "is_decoder is True, wanted False"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False, wanted True"),
@@ -175,6 +176,6 @@ def test_a_missing_pair_head_is_refused_when_the_run_has_one() -> None:
     ],
 )
 def test_a_config_json_that_this_model_cannot_be_is_refused(changes: dict, message: str) -> None:
-    facts = {**hf_config(CONFIG, sentence_pair="nsp"), "_name_or_path": "somewhere", **changes}
+    facts = {**hf_config(CONFIG, sentence_pair="nsp", special_ids={"pad": 0}), "_name_or_path": "somewhere", **changes}
     with pytest.raises(ConfigError, match=re.escape(message)):
         model_config_from_hf(facts)

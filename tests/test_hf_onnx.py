@@ -105,9 +105,9 @@ def test_a_pooler_is_there_where_its_weights_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("architectures", "found"), [(["RobertaForMaskedLM"], "Roberta"), (None, "missing")])
 def test_a_folder_of_another_architecture_is_refused(tmp_path: Path, architectures: object, found: str) -> None:
-    facts = {"model_type": "roberta", "architectures": architectures}
+    facts = {"model_type": "bert", "architectures": architectures}
     (tmp_path / "config.json").write_text(json.dumps(facts))
-    with pytest.raises(ConfigError, match=f"architectures is .*{found}.*, wanted one of BertModel"):
+    with pytest.raises(ConfigError, match=f"architectures is .*{found}.*, wanted one of BertForMaskedLM"):
         write_onnx(tmp_path, tmp_path)
 
 

@@ -20,14 +20,15 @@ from lamb_runs import Case, quiet_deepspeed, run_cases
 from ranks_harness import run_ranks
 from test_lamb_zero import FP16, GRAD_ACCUM_FP32, SHADOWS
 
-from bert_ds.configuration.recipe.run_config import ModelConfig
+from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.encoder.families.table import weight_patterns
 from bert_ds.encoder.pretraining_model import BertForPreTraining
 from bert_ds.training.optimizers.lamb import Lamb
 from bert_ds.training.optimizers.zero_limits import universal_checkpoint_blockers
 
 pytestmark = pytest.mark.campaign
 
-REAL = ModelConfig(
+REAL = BertConfig(
     vocab_size=101,
     pad_vocab_size_to_multiple_of=1,
     hidden_size=24,
@@ -165,7 +166,7 @@ def train_real_bert(rank: int, world_size: int, stages: list[int]) -> list[dict[
         }
         # eps far above the rounding noise that is all the gradient a key bias has.
         optimizer = Lamb(model.named_parameters(), lr=1e-2, eps=1e-3, weight_decay_of=decays.__getitem__)
-        optimizer.declare_parts(BertForPreTraining.equal_parts)
+        optimizer.declare_parts(weight_patterns(BertConfig())[1])
         engine = None
         if stage >= 0:
             config = {

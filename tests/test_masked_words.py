@@ -31,6 +31,7 @@ from bert_ds.corpus.text.input_files import find_input_files
 from bert_ds.corpus.text.text_input import FileInput
 from bert_ds.downstream.untrained.masked_lm import open_masked_lm, open_with_transformers
 from bert_ds.downstream.untrained.masked_words import masked_word_figures, score_masked_words
+from bert_ds.encoder.families.table import weight_patterns
 from bert_ds.encoder.pretrained import load_masked_lm
 from bert_ds.launch.launch_checks import checked_scoring, score_arguments
 from bert_ds.training.engine import make_engine
@@ -84,7 +85,7 @@ def test_pre_training_and_score_agree_on_the_same_text(workshop: Workshop) -> No
     )
     join_alone()
     model = load_masked_lm(workshop.model, kernels="torch")
-    facts = TensorFacts(model.no_decay_patterns)
+    facts = TensorFacts(weight_patterns(model.config)[0])
     optimizer = make_optimizer(AdamWConfig(lr=1e-3), model.named_parameters(), facts=facts)
     engine = make_engine(model, optimizer, ds_config(2))
     wanted = evaluate(engine, data.evaluation_batches(10**6, batch_size=16, rank=0, world_size=1))

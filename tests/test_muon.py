@@ -15,11 +15,12 @@ from tiny_training import TinyModel, ds_config, join_alone
 from torch import nn
 
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
+from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.configuration.recipe.optimizer_config import MuonConfig
-from bert_ds.configuration.recipe.run_config import ConfigError, ModelConfig, load_run_config
+from bert_ds.configuration.recipe.run_config import ConfigError, load_run_config
 from bert_ds.configuration.run_plan import make_plan, plan_table
 from bert_ds.configuration.run_size import optimizer_flops
-from bert_ds.downstream.kinds.task_model import TaskModel
+from bert_ds.encoder.families.table import weight_patterns
 from bert_ds.encoder.pretraining_model import BertForPreTraining
 from bert_ds.training.engine import make_engine
 from bert_ds.training.optimizers.factory import make_optimizer
@@ -172,13 +173,10 @@ def test_the_engine_lets_it_share_the_work_where_every_rank_holds_everything() -
         assert (optimizer.replicas is not None) == (stage == 0)
 
 
-@pytest.mark.parametrize("model", [BertForPreTraining, TaskModel])
-def test_the_matrices_are_those_of_the_layers(model: Any) -> None:
-    config = ModelConfig(
-        vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40
-    )
+def test_the_matrices_are_those_of_the_layers() -> None:
+    config = BertConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40)
     bert = BertForPreTraining(config, kernels="torch")
-    facts = TensorFacts(model.no_decay_patterns, model.equal_parts, model.matrix_patterns)
+    facts = TensorFacts(*weight_patterns(config))
     optimizer: Any = make_optimizer(MuonConfig(lr=1e-3), bert.named_parameters(), facts=facts)
     layer = {
         **{f"attention.qkv_weight.{part}": (24, 24) for part in ("query", "key", "value")},

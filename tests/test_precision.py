@@ -12,8 +12,9 @@ from config_cases import DEEPSPEED, RECIPE, changed, write_json
 from ranks_harness import run_ranks
 
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair, resolve_ds_config
+from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.configuration.recipe.precision import Precision, decided, planned
-from bert_ds.configuration.recipe.run_config import ConfigError, ModelConfig, RunConfig, load_run_config
+from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig, load_run_config
 from bert_ds.configuration.run_plan import make_plan, plan_table
 from bert_ds.configuration.task.task_config import load_task
 from bert_ds.training.checkpoints.checkpoint_folder import write_manifest
@@ -22,7 +23,7 @@ from bert_ds.training.launch.launch_precision import GemmRates, decide_precision
 
 ROOT = Path(__file__).resolve().parents[1]
 AUTO = changed(RECIPE, "training.precision", "auto")
-SHAPE = ModelConfig(hidden_size=32, num_attention_heads=2, intermediate_size=64)
+SHAPE = BertConfig(hidden_size=32, num_attention_heads=2, intermediate_size=64)
 
 
 def pair_of(folder: Path, deepspeed: Any, recipe: Any = AUTO) -> RunConfig:
@@ -123,14 +124,14 @@ class FakeGpu:
         return "cuda"
 
 
-def never(model: ModelConfig) -> GemmRates:
+def never(model: BertConfig) -> GemmRates:
     raise AssertionError("something was timed")
 
 
 def decide(rank: int, world_size: int, old: Path, new: Path) -> dict[str, Any]:
     """Worker: what comes out of every way to a decision."""
 
-    def bf16_on_rank_0(model: ModelConfig) -> GemmRates:
+    def bf16_on_rank_0(model: BertConfig) -> GemmRates:
         assert rank == 0, "a rank other than 0 timed something"
         return GemmRates(10e9, 20e9)
 

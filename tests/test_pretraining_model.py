@@ -12,7 +12,8 @@ import transformers
 from encoder_cases import encoder_inputs, packed_inputs, padded_inputs, small_config, spread_weights
 from ranks_harness import run_ranks
 
-from bert_ds.configuration.recipe.run_config import ModelConfig
+from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.encoder.families.table import weight_patterns
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
 from bert_ds.encoder.pretraining_model import BertForPreTraining
 
@@ -35,11 +36,11 @@ BY_TRITON = [
 
 
 def _pair_of_models(
-    config: ModelConfig, has_pair_head: bool, kernels: str
+    config: BertConfig, has_pair_head: bool, kernels: str
 ) -> tuple[BertForPreTraining, transformers.PreTrainedModel]:
     ours = BertForPreTraining(config, kernels=kernels, has_pair_head=has_pair_head).eval()
     spread_weights(ours, config)
-    facts = hf_config(config, sentence_pair="nsp" if has_pair_head else "none")
+    facts = hf_config(config, sentence_pair="nsp" if has_pair_head else "none", special_ids={"pad": 0})
     kind = getattr(transformers, facts["architectures"][0])
     theirs = kind._from_config(transformers.BertConfig(**facts), attn_implementation="eager").eval()
     left = theirs.load_state_dict(to_hf(ours.state_dict(), config), strict=False)
@@ -173,7 +174,7 @@ def test_padding_rows_of_the_vocabulary_are_never_predicted_and_get_no_gradient(
 def test_the_no_decay_patterns_are_the_biases_and_layer_norms() -> None:
     model = BertForPreTraining(small_config())
     for name, parameter in model.named_parameters():
-        matched = any(fnmatchcase(name, pattern) for pattern in BertForPreTraining.no_decay_patterns)
+        matched = any(fnmatchcase(name, pattern) for pattern in weight_patterns(BertConfig())[0])
         assert matched == (parameter.dim() == 1), name
 
 

@@ -22,7 +22,7 @@ from bert_ds.downstream.untrained.probing import (
     majority_accuracy,
     probe_layers,
 )
-from bert_ds.encoder.modeling_bert import BertEncoder
+from bert_ds.encoder.families.bert import BertEncoder
 from bert_ds.encoder.pretrained import load_pretrained, make_encoder
 from bert_ds.folders.output_folders import open_results_folder
 

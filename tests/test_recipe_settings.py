@@ -45,6 +45,7 @@ RECIPE: dict[str, Any] = {
 REASONS = {
     "$schema": "for editors",
     "format": "has one value",
+    "model.type": "has one value",
     "name": "a label: it stands in run_config.json and in the model card of the export",
     "training.kernels": "the same figures by other means: test_kernels_in_training",
     "training.num_workers": "the same batches by other processes: test_loader",
@@ -115,6 +116,7 @@ CHANGES = {
     "model.type_vocab_size": Change(3),
     "model.layer_norm_eps": Change(1e-2),
     "model.initializer_range": Change(0.03),
+    "model.norm_position": Change("pre"),
     "corpus:embedded.type": Change("shards", EMBEDDED, {"corpus": RECIPE["corpus"], "model.vocab_size": 64}),
     "corpus:embedded.vocab_size": Change(300, EMBEDDED, {"model.vocab_size": 300}),
     "corpus:embedded.lowercase": Change(False, EMBEDDED),

@@ -11,13 +11,14 @@ import pytest
 from config_cases import RECIPE, changed, write_json
 
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
-from bert_ds.configuration.recipe.run_config import ConfigError, ModelConfig
+from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table, size_text
-from bert_ds.configuration.run_size import count_parameters, flops_per_token, teacher_flops_per_token
+from bert_ds.configuration.run_size import flops_per_token, teacher_flops_per_token
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = ModelConfig(pad_vocab_size_to_multiple_of=1)
-LARGE = ModelConfig(
+BASE = BertConfig(pad_vocab_size_to_multiple_of=1)
+LARGE = BertConfig(
     hidden_size=1024,
     num_hidden_layers=24,
     num_attention_heads=16,
@@ -46,15 +47,15 @@ def shipped(recipe: str, deepspeed: str, *, world_size: int) -> RunPlan:
     ("model", "has_pair_head", "number"),
     [(BASE, False, 109_514_298), (BASE, True, 110_106_428), (LARGE, False, 335_174_458), (LARGE, True, 336_226_108)],
 )
-def test_parameters_are_those_of_hugging_face(model: ModelConfig, has_pair_head: bool, number: int) -> None:
-    assert count_parameters(model, has_pair_head=has_pair_head) == number
+def test_parameters_are_those_of_hugging_face(model: BertConfig, has_pair_head: bool, number: int) -> None:
+    assert model.count_parameters(has_pair_head=has_pair_head) == number
 
 
 @pytest.mark.parametrize("has_pair_head", [True, False])
 def test_parameters_are_those_of_the_model_that_is_built(has_pair_head: bool) -> None:
     from bert_ds.encoder.pretraining_model import BertForPreTraining
 
-    config = ModelConfig(
+    config = BertConfig(
         vocab_size=61,
         hidden_size=24,
         num_hidden_layers=3,
@@ -64,7 +65,7 @@ def test_parameters_are_those_of_the_model_that_is_built(has_pair_head: bool) ->
     )
     model = BertForPreTraining(config, kernels="torch", has_pair_head=has_pair_head)
     built = sum(parameter.numel() for parameter in model.parameters())
-    assert count_parameters(config, has_pair_head=has_pair_head) == built
+    assert config.count_parameters(has_pair_head=has_pair_head) == built
 
 
 @pytest.mark.parametrize(

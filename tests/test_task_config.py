@@ -11,7 +11,8 @@ from config_cases import launched
 from downstream_cases import review_task, task_of
 
 from bert_ds.configuration.deepspeed_file.ds_config import load_ds_config, resolve_ds_config
-from bert_ds.configuration.recipe.run_config import ConfigError, ModelConfig
+from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.task.task_config import dump_task, load_task, trained_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,7 +116,7 @@ def test_a_truncated_file_is_no_task(tmp_path: Path) -> None:
 
 def test_epochs_become_steps_and_the_deepspeed_file_gets_the_batch(tmp_path: Path) -> None:
     task = launched(load_task(review_task(tmp_path, training={"epochs": 2.5, "train_batch_size": 8})))
-    plan = trained_task(task, ModelConfig(vocab_size=100), num_sequences=50)
+    plan = trained_task(task, BertConfig(vocab_size=100), num_sequences=50)
     assert plan.training.total_steps == 16
     assert plan.every_steps(1.0, num_sequences=50) == 7
     effective = resolve_ds_config(plan, load_ds_config(ROOT / "ds_configs/zero2.json"), 2)

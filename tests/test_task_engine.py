@@ -30,6 +30,7 @@ from bert_ds.downstream.tuning.evaluation_history import (
 from bert_ds.downstream.tuning.outcome import measure_side
 from bert_ds.downstream.tuning.task_engine import build_model, layer_lr_scale
 from bert_ds.downstream.tuning.task_rows import read_task
+from bert_ds.encoder.families.table import weight_patterns
 from bert_ds.encoder.pretrained import check_tokenizer, load_pretrained
 from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.checkpoints.checkpoint_loader import CheckpointPolicy, save_checkpoint
@@ -65,7 +66,7 @@ def _train(
     optimizer = make_optimizer(
         plan.optimizer,
         model.named_parameters(),
-        facts=TensorFacts(model.no_decay_patterns, model.equal_parts, model.matrix_patterns),
+        facts=TensorFacts(*weight_patterns(model.config)),
         lr_scale_of=rates,
     )
     engine = make_engine(model, optimizer, ds_config(stage, precision=precision, accumulation=2, world_size=world_size))

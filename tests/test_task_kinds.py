@@ -25,7 +25,7 @@ from bert_ds.configuration.task.task_kinds import KIND_FACTS, WORD_METRICS
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer, load_tokenizer
 from bert_ds.downstream.kinds.kind import Prediction
 from bert_ds.downstream.kinds.table import KINDS, UNTRAINED
-from bert_ds.downstream.kinds.task_model import TaskModel
+from bert_ds.downstream.kinds.task_model import TaskModel, role_of
 from bert_ds.downstream.rows.task_batch import pack
 from bert_ds.downstream.tuning.outcome import Measurement, measure_side
 from bert_ds.downstream.tuning.task_folder import TaskFacts, make_task_model, read_task_folder, write_task_folder
@@ -178,7 +178,7 @@ def test_the_loss_is_that_of_transformers(
     case = Case(kind, tmp_path, tokenizer)
     folder = case.exported(tmp_path / "hf", tiny_export)
     (form,) = case.kind.hf_forms
-    theirs = getattr(transformers, form.architecture).from_pretrained(folder).eval()
+    theirs = getattr(transformers, role_of(case.model.config, form.role).architecture).from_pretrained(folder).eval()
     features = case.rows.train.features
     batch = pack(features, counts=case.kind.count_targets(features))
     ours, _ = case.model(**batch.model_inputs())

@@ -20,7 +20,6 @@ from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.kinds.task_model import TaskModel
 from bert_ds.downstream.rows.task_batch import pack
-from bert_ds.downstream.tuning.task_engine import with_dropout
 from bert_ds.downstream.tuning.task_folder import make_task_model
 from bert_ds.downstream.tuning.task_rows import read_task
 from bert_ds.downstream.tuning.taught_model import TaughtTaskModel
@@ -32,7 +31,7 @@ SETTINGS = TaskDistillationConfig(teacher="t", temperature=1.5, label_weight=0.5
 
 def model_of(kind: str, labels: dict[str, tuple[str, ...]], *, seed: int, **options: Any) -> TaskModel:
     """A small model whose head is large enough that its scores differ."""
-    model = make_task_model(KINDS[kind], with_dropout(CONFIG, 0.0), labels, kernels="torch", init_seed=seed, **options)
+    model = make_task_model(KINDS[kind], CONFIG.with_dropout(0.0), labels, kernels="torch", init_seed=seed, **options)
     with torch.no_grad():
         model.head.classifier.weight.mul_(20.0)
     return model

@@ -13,22 +13,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from bert_ds.basics.input_gate import read_json, read_text, split_lines
-from bert_ds.configuration.reading.config_problems import Problem, describe
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.families.table import HF_FAMILIES, described
+from bert_ds.configuration.reading.config_problems import Problem, describe, one_of
 from bert_ds.configuration.recipe.objective_config import objective_problems
-from bert_ds.configuration.recipe.run_config import (
-    EmbeddedCorpus,
-    ModelConfig,
-    RunConfig,
-    ScheduleConfig,
-    ShardCorpus,
-    TrainedRun,
-)
-
-MODEL_SIZES = (
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"),
-    *("max_position_embeddings", "type_vocab_size"),
-)
-"""What must be equal for weights of another model to fit."""
+from bert_ds.configuration.recipe.run_config import EmbeddedCorpus, RunConfig, ScheduleConfig, ShardCorpus, TrainedRun
 
 
 def recipe_problems(run: RunConfig) -> list[Problem]:
@@ -41,8 +30,11 @@ def recipe_problems(run: RunConfig) -> list[Problem]:
     if isinstance(run.corpus, EmbeddedCorpus) and run.corpus.vocab_size != model.vocab_size:
         text = f"{run.corpus.vocab_size} differs from model.vocab_size {model.vocab_size}"
         problems.append(Problem("corpus.vocab_size", text))
-    if sequences.sentence_pair != "none" and model.type_vocab_size < 2:
-        text = f'{model.type_vocab_size} segment is too few for sentence_pair "{sequences.sentence_pair}", wanted 2'
+    if sequences.sentence_pair != "none" and model.num_segments == 0:
+        text = f'"{sequences.sentence_pair}" wants segments, which {model.family} does not tell apart: wanted "none"'
+        problems.append(Problem("sequences.sentence_pair", text))
+    if sequences.sentence_pair != "none" and model.num_segments == 1:
+        text = f'1 segment is too few for sentence_pair "{sequences.sentence_pair}", wanted 2'
         problems.append(Problem("model.type_vocab_size", text))
     if run.distillation is not None and run.distillation.init_layers is not None:
         problems += _init_layers_problems(run, run.distillation.init_layers)
@@ -147,18 +139,21 @@ def named_files(run: RunConfig) -> tuple[list[Problem], list[str]]:
     return problems + _fingerprint_problems(run.corpus), missing
 
 
-def teacher_model(run: RunConfig) -> ModelConfig | None:
+def teacher_model(run: RunConfig) -> EncoderConfig | None:
     """Return the shape of the model that teaches; None where there is none, or where it is not here."""
     return folder_model(Path(run.distillation.teacher)) if run.distillation is not None else None
 
 
-def folder_model(folder: Path) -> ModelConfig | None:
+def folder_model(folder: Path) -> EncoderConfig | None:
     """Return the shape of the model of a Hugging Face folder; None where there is none, or it is no BERT's."""
     content = _read_json(folder / "config.json")
     if not isinstance(content, dict):
         return None
+    found = described(content)
+    if found is None:
+        return None
     try:
-        return ModelConfig(**{name: content[name] for name in MODEL_SIZES if name in content})
+        return found.config(**{name: found.given[name] for name in found.config.SIZES if name in found.given})
     except ValidationError:
         return None
 
@@ -194,9 +189,13 @@ def _teacher_problem(folder: Path, run: RunConfig) -> str | None:
         return f"{folder} holds no config.json: wanted an exported model, for example the hf/ of a run"
     distillation = run.distillation
     assert distillation is not None
+    if (found := described(content)) is None:
+        return _no_family(content)
     equal = ["vocab_size"]
     if distillation.init_layers is not None:
-        equal = [name for name in MODEL_SIZES if name != "num_hidden_layers"]
+        if found.config is not type(run.model):
+            return f"init_layers takes layers of a teacher of another family than {run.model.family}"
+        equal = [name for name in run.model.SIZES if name != "num_hidden_layers"]
     elif distillation.hidden_weight:
         equal.append("hidden_size")
     wrong = [
@@ -258,18 +257,29 @@ def _fingerprint_problems(corpus: EmbeddedCorpus | ShardCorpus) -> list[Problem]
     ]
 
 
-def _weights_problem(folder: Path, model: ModelConfig) -> str | None:
+def _weights_problem(folder: Path, model: EncoderConfig) -> str | None:
     """Say what keeps the weights of a Hugging Face folder or of a run from fitting."""
     content = _read_json(folder / "run_config.json")
     content = content.get("model") if isinstance(content, dict) else _read_json(folder / "config.json")
     if not isinstance(content, dict):
         return f"{folder} holds neither config.json nor run_config.json"
+    if (found := described(content)) is None:
+        return _no_family(content)
+    if found.config is not type(model):
+        name = found.config.model_fields["type"].default
+        return f'the weights are of the family "{name}", model.type is "{model.family}"'
+    fixed = dict.fromkeys(name for settings in model.HF_TYPES.values() for name in settings)
     wrong = [
-        f"{name} {describe(content[name])} (here {getattr(model, name)})"
-        for name in MODEL_SIZES
-        if name in content and content[name] != getattr(model, name)
+        f"{name} {describe(found.given[name])} (here {getattr(model, name)})"
+        for name in (*model.SIZES, *fixed)
+        if name in found.given and found.given[name] != getattr(model, name)
     ]
     return f"the weights have {', '.join(wrong)}" if wrong else None
+
+
+def _no_family(content: dict[str, Any]) -> str:
+    """Say that a config.json is of no family that we have."""
+    return f"model_type is {describe(content.get('model_type'))}, wanted {one_of(HF_FAMILIES)}"
 
 
 def _read_json(path: Path) -> Any:

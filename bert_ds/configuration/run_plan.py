@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from bert_ds.basics.ranks import LAUNCHER_PATIENCE_S
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.deepspeed_file.ds_config import DsConfig, pair_problems
+from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.configuration.reading.config_problems import Problem
 from bert_ds.configuration.recipe.precision import planned, precision_text
-from bert_ds.configuration.recipe.run_config import ModelConfig, RunConfig
+from bert_ds.configuration.recipe.run_config import RunConfig
 from bert_ds.configuration.run_checks import (
     corpus_tokens,
     named_files,
@@ -27,7 +28,6 @@ from bert_ds.configuration.run_size import (
     MemoryEstimate,
     activation_bytes,
     checkpoint_bytes,
-    count_parameters,
     flops_per_token,
     kept_checkpoints,
     memory_estimate,
@@ -48,7 +48,7 @@ class RunPlan:
     """What works and may not be meant."""
     corpus_tokens: int | None = None
     """Tokens of one epoch, where the shards are there."""
-    teacher: ModelConfig | None = None
+    teacher: EncoderConfig | None = None
     """Shape of the model that teaches, where there is one and its folder is there."""
 
     @property
@@ -94,7 +94,7 @@ class RunPlan:
     @property
     def num_parameters(self) -> int:
         """Trainable parameters, padded vocabulary rows included."""
-        return count_parameters(self.run.model, has_pair_head=self.has_pair_head)
+        return self.run.model.count_parameters(has_pair_head=self.has_pair_head)
 
     def flops_per_token(self, mean_length: float) -> float:
         """FLOPs of forward and backward per token that is no padding, for sequences of this mean length.
@@ -107,7 +107,7 @@ class RunPlan:
     @property
     def num_teacher_parameters(self) -> int:
         """Weights of the teacher that are used, 0 without one."""
-        return 0 if self.teacher is None else count_parameters(self.teacher, has_pair_head=False)
+        return 0 if self.teacher is None else self.teacher.count_parameters(has_pair_head=False)
 
     def tokens_per_step(self, mean_length: float) -> float:
         """Tokens of a step for examples of this mean length."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.recipe.precision import Precision, planned
-from bert_ds.configuration.recipe.run_config import ModelConfig, RunConfig
+from bert_ds.configuration.recipe.run_config import RunConfig
 
 FLOPS_SOURCE = (
     "6 per matrix weight and token for forward and backward (Kaplan et al. 2020, arXiv 2001.08361), 12 L D S for "
@@ -39,22 +40,6 @@ class MemoryEstimate(NamedTuple):
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def count_parameters(model: ModelConfig, *, has_pair_head: bool) -> int:
-    """Return the trainable parameters, padded vocabulary rows included; the decoder is tied and counts once.
-
-    Args:
-        model: sizes.
-        has_pair_head: with pooler and two-class head, that is, with a sentence pair objective.
-    """
-    hidden, inner, vocab = model.hidden_size, model.intermediate_size, model.padded_vocab_size
-    embeddings = (vocab + model.max_position_embeddings + model.type_vocab_size) * hidden + 2 * hidden
-    attention = 4 * (hidden * hidden + hidden) + 2 * hidden
-    feed_forward = 2 * hidden * inner + inner + hidden + 2 * hidden
-    mlm_head = hidden * hidden + hidden + 2 * hidden + vocab
-    pair_head = hidden * hidden + hidden + 2 * hidden + 2 if has_pair_head else 0
-    return embeddings + model.num_hidden_layers * (attention + feed_forward) + mlm_head + pair_head
-
-
 def flops_per_token(run: RunConfig, mean_length: float) -> float:
     """Return FLOPs of forward and backward per token that is no padding: FLOPS_SOURCE.
 
@@ -65,36 +50,33 @@ def flops_per_token(run: RunConfig, mean_length: float) -> float:
     return _model_flops(run.model, run, mean_length)
 
 
-def teacher_flops_per_token(teacher: ModelConfig, run: RunConfig, mean_length: float) -> float:
+def teacher_flops_per_token(teacher: EncoderConfig, run: RunConfig, mean_length: float) -> float:
     """Return FLOPs of the forward pass of a model that teaches: a third of forward and backward."""
     return _model_flops(teacher, run, mean_length) / 3
 
 
-def _model_flops(model: ModelConfig, run: RunConfig, mean_length: float) -> float:
+def _model_flops(model: EncoderConfig, run: RunConfig, mean_length: float) -> float:
     masking = run.masking
     hidden, layers = model.hidden_size, model.num_hidden_layers
-    layer_weights = 4 * hidden * hidden + 2 * hidden * model.intermediate_size
+    layer_weights = sum(rows * columns for rows, columns in model.layer_matrices())
     predictions = masking.mlm_probability * mean_length
     if masking.max_predictions_per_seq is not None:
         predictions = min(predictions, masking.max_predictions_per_seq)
-    per_prediction = 6 * (hidden * hidden + model.padded_vocab_size * hidden)
+    per_prediction = 6 * model.word_head_weights()
     pooler = 6 * (hidden * hidden + 2 * hidden) if run.sequences.sentence_pair != "none" else 0
-    encoder = 6 * layers * layer_weights + 12 * layers * hidden * mean_length
+    encoder = 6 * layers * layer_weights + 12 * hidden * model.attended_tokens(mean_length)
     return encoder + (per_prediction * predictions + pooler) / mean_length
 
 
 def optimizer_flops(run: RunConfig) -> int:
     """Return the FLOPs of a step's matrix products in the optimizer, over all ranks together; 0 where it has none."""
-    hidden, inner = run.model.hidden_size, run.model.intermediate_size
-    of_layer = [(hidden, hidden)] * 4 + [(inner, hidden), (hidden, inner)]
-    return run.model.num_hidden_layers * run.optimizer.matrix_flops(of_layer)
+    return run.model.num_hidden_layers * run.optimizer.matrix_flops(run.model.layer_matrices())
 
 
 def activation_bytes(run: RunConfig, micro_batch_size: int, *, recompute: bool) -> int:
-    """Estimate what the forward pass keeps: T (8 D + 2 F) values per layer and T mlm_probability V logits.
+    """Estimate what the forward pass keeps: T `kept_values` per layer and T mlm_probability V logits.
 
-    8 D: input, q, k, v, attention output, sum and output of the first LayerNorm, sum of the second; 2 F: before and
-    after GELU. Dropout masks are computed again, not kept. The torch attention keeps T H S scores twice as well.
+    Dropout masks are computed again, not kept. The torch attention keeps T H S scores twice as well.
 
     Args:
         run: the recipe.
@@ -103,7 +85,7 @@ def activation_bytes(run: RunConfig, micro_batch_size: int, *, recompute: bool) 
     """
     model, width = run.model, _BYTES[planned(run.training.precision)]
     tokens = micro_batch_size * run.sequences.max_seq_length
-    layer = tokens * (8 * model.hidden_size + 2 * model.intermediate_size)
+    layer = tokens * model.kept_values()
     if run.training.kernels == "torch":
         layer += 2 * tokens * model.num_attention_heads * run.sequences.max_seq_length
     kept = tokens * model.hidden_size * model.num_hidden_layers + layer
@@ -129,7 +111,7 @@ def memory_estimate(
         activations: bytes of `activation_bytes`.
         num_fixed: parameters of a teacher, which every rank holds whole.
     """
-    number = count_parameters(run.model, has_pair_head=run.sequences.sentence_pair != "none")
+    number = run.model.count_parameters(has_pair_head=run.sequences.sentence_pair != "none")
     width = _BYTES[planned(run.training.precision)]
     shard = -(-number // world_size)
     low = width == 2
@@ -149,7 +131,7 @@ def memory_estimate(
 
 def checkpoint_bytes(run: RunConfig, *, stage: int) -> int:
     """Estimate one checkpoint of all ranks: weights in the training precision, fp32 master and moments."""
-    number = count_parameters(run.model, has_pair_head=run.sequences.sentence_pair != "none")
+    number = run.model.count_parameters(has_pair_head=run.sequences.sentence_pair != "none")
     width = _BYTES[planned(run.training.precision)]
     master = 4 if width == 2 or stage > 0 else 0
     weights = 0 if stage == 3 else width

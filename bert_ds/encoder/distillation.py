@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.recipe.distillation_config import DistillationConfig
-from bert_ds.configuration.recipe.run_config import ModelConfig
 from bert_ds.encoder.initial_weights import start_from_layers
 from bert_ds.encoder.objectives.distillation import TaughtWords
 from bert_ds.encoder.objectives.masked_words import MaskedWords
@@ -17,7 +17,7 @@ from bert_ds.encoder.pretraining_model import BertForPreTraining
 
 
 def make_student(
-    config: ModelConfig,
+    config: EncoderConfig,
     settings: DistillationConfig,
     *,
     kernels: str,

@@ -17,7 +17,8 @@ from bert_ds.basics import input_gate
 from bert_ds.basics.input_gate import open_regular, read_text, refuse_link_out
 from bert_ds.basics.ranks import CheckpointError, DataError
 from bert_ds.basics.tensor_files import load_tensor_file
-from bert_ds.configuration.recipe.run_config import ConfigError, ModelConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.encoder.hf_mapping import model_config_from_hf
 
 _TOKENIZER_KEYS = (
@@ -38,7 +39,7 @@ _WEIGHT_FILES = (
 class HfModel(NamedTuple):
     """A Hugging Face folder as read: our model section, and its tensors under the names they have in the file."""
 
-    config: ModelConfig
+    config: EncoderConfig
     tensors: dict[str, Tensor]
 
 
@@ -138,13 +139,14 @@ def harmless_config(found: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in _CODE_KEYS and not name.startswith("_")}
 
 
-def pad_token_id(tokenizer: Path) -> int:
-    """Return the id of [PAD], read from a tokenizer folder's vocab.txt; DataError when it has none."""
+def special_ids(tokenizer: Path) -> dict[str, int]:
+    """Return the ids of "pad", "cls" and "sep", read from a tokenizer folder's vocab.txt; DataError without one."""
     path = tokenizer / "vocab.txt"
     pieces = read_text(path, error=DataError).split("\n") if path.exists() else []
-    if "[PAD]" not in pieces:
-        raise DataError(f"{path} has no piece [PAD]: wanted the vocabulary of a BERT tokenizer")
-    return pieces.index("[PAD]")
+    for piece in ("[PAD]", "[CLS]", "[SEP]"):
+        if piece not in pieces:
+            raise DataError(f"{path} has no piece {piece}: wanted the vocabulary of a BERT tokenizer")
+    return {name: pieces.index(f"[{name.upper()}]") for name in ("pad", "cls", "sep")}
 
 
 def model_card_text(name: str, facts: Mapping[str, object]) -> str:

@@ -7,6 +7,7 @@ config.json are copied beside it, so that the folder is all a server needs.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import warnings
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.encoder.families.family import RoleName
+from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.hf_folder import (
     copy_member,
     harmless_config,
@@ -25,21 +28,15 @@ from bert_ds.encoder.hf_folder import (
     read_json,
     write_json,
 )
+from bert_ds.encoder.hf_mapping import model_config_from_hf, modern_names
 from bert_ds.folders.replaced_folders import write_export_manifest
 
 MAX_RELATIVE_DIFFERENCE = 1e-4
 ONNX_FILE = "model.onnx"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "special_tokens_map.json")
-_ARCHITECTURES = (
-    "BertModel",
-    "BertForMaskedLM",
-    "BertForPreTraining",
-    "BertForSequenceClassification",
-    "BertForTokenClassification",
-    "BertForQuestionAnswering",
-)
-_POOLER = ("pooler.dense.weight", "pooler.dense.bias")
+_NOT_TRACED: tuple[RoleName, ...] = ("multiple choice",)
+"""Its inputs have one more dimension, the number of choices."""
 
 
 class OnnxCheck(NamedTuple):
@@ -95,12 +92,16 @@ def load_to_trace(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json: wanted an exported or fine-tuned Hugging Face folder")
     architectures = read_json(folder / "config.json").get("architectures") or ["missing"]
-    if architectures[0] not in _ARCHITECTURES:
-        raise ConfigError(
-            f"{folder}/config.json: architectures is {architectures}, wanted one of {', '.join(_ARCHITECTURES)}"
-        )
-    options = {"add_pooling_layer": False} if architectures[0] == "BertModel" and not _has_pooler(folder) else {}
-    model, report = getattr(transformers, architectures[0]).from_pretrained(
+    config = model_config_from_hf(harmless_config(read_json(folder / "config.json")))
+    roles = family_of(config).roles(config)
+    known = {role.architecture: name for name, role in roles.items() if name not in _NOT_TRACED}
+    if architectures[0] not in known:
+        raise ConfigError(f"{folder}/config.json: architectures is {architectures}, wanted one of {', '.join(known)}")
+    model_class = getattr(transformers, architectures[0])
+    lacks_front = known[architectures[0]] == "encoder" and not _has_front(folder)
+    has_choice = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    options = {"add_pooling_layer": False} if lacks_front and has_choice else {}
+    model, report = model_class.from_pretrained(
         folder, output_loading_info=True, local_files_only=True, dtype=torch.float32, **options
     )
     if report["missing_keys"] or report["mismatched_keys"]:
@@ -135,9 +136,13 @@ def verify_onnx(model: Any, path: Path) -> OnnxCheck:
     return check
 
 
-def _has_pooler(folder: Path) -> bool:
+def _has_front(folder: Path) -> bool:
     """Whether there are weights of a pooler; sentence embeddings have none, and transformers would make up noise."""
-    return any(name.endswith(_POOLER) for name in load_hf_folder(folder).tensors)
+    source = load_hf_folder(folder)
+    family, tensors = family_of(source.config), modern_names(source.tensors, source.config)
+    without = {row.name for row in family.encoder_rows(source.config, has_front=False)}
+    front = [row for row in family.encoder_rows(source.config, has_front=True) if row.name not in without]
+    return any(name in tensors for row in front for name in row.hf_names)
 
 
 def _export(model: Any, path: Path) -> None:
@@ -167,19 +172,22 @@ class _Outputs(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            self.model(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids).values()
-        )
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return tuple(self.model(input_ids=input_ids, attention_mask=attention_mask, **segments).values())
 
 
 def _random_inputs(config: Any, batch_size: int, length: int) -> dict[str, Tensor]:
-    """Return ids, mask and segments of sequences of which all but the first are padded."""
+    """Return ids, mask and segments, where there are any, of sequences of which all but the first are padded."""
     generator = torch.Generator().manual_seed(batch_size)
     lengths_N = torch.tensor([max(1, length - 3 * index) for index in range(batch_size)])
     shape = (batch_size, length)
-    return {
+    inputs = {
         "input_ids": torch.randint(config.vocab_size, shape, generator=generator),
         "attention_mask": (torch.arange(length) < lengths_N[:, None]).long(),
-        "token_type_ids": torch.randint(config.type_vocab_size, shape, generator=generator),
     }
+    if num_segments := getattr(config, "type_vocab_size", 0):
+        inputs["token_type_ids"] = torch.randint(num_segments, shape, generator=generator)
+    return inputs

@@ -6,6 +6,7 @@ loaded again by transformers, and its tensors, its settings, its scores and its 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from bert_ds.basics.ranks import CheckpointError
-from bert_ds.configuration.recipe.run_config import ModelConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.hf_folder import read_json, refuse_broken_tensors
 from bert_ds.encoder.hf_mapping import from_hf, model_config_from_hf
 from bert_ds.encoder.pretraining_model import BertForPreTraining
@@ -39,7 +41,7 @@ class ExportCheck(NamedTuple):
 
 
 def verify_export(
-    folder: Path, config: ModelConfig, *, state_dict: Mapping[str, Tensor], tokenizer: Path | None = None
+    folder: Path, config: EncoderConfig, *, state_dict: Mapping[str, Tensor], tokenizer: Path | None = None
 ) -> ExportCheck:
     """Load the folder with transformers, offline, and compare it with the model it was made of.
 
@@ -58,7 +60,8 @@ def verify_export(
         different = [key for key, value in config.model_dump().items() if getattr(exported, key) != value]
         raise CheckpointError(f"{folder}/config.json differs from the run in {', '.join(different)}")
     has_pair_head = "seq_relationship.weight" in state_dict
-    theirs = load_with_transformers(folder, "BertForPreTraining" if has_pair_head else "BertForMaskedLM")
+    role = family_of(config).roles(config)["pre-training" if has_pair_head else "masked words"]
+    theirs = load_with_transformers(folder, role.architecture)
     refuse_broken_tensors(theirs.state_dict(), where=f"{folder}, as transformers loads it")
     loaded = from_hf(theirs.state_dict(), config, has_pair_head=has_pair_head)
     changed = [name for name, tensor in state_dict.items() if not torch.equal(loaded[name], tensor.float().cpu())]
@@ -89,15 +92,16 @@ def load_with_transformers(folder: Path, architecture: str) -> Any:
     architectures = read_json(folder / "config.json").get("architectures")
     if architectures != [architecture]:
         raise CheckpointError(f"{folder}/config.json: architectures is {architectures}, wanted {[architecture]}")
-    options = {"add_pooling_layer": False} if architecture == "BertModel" else {}
+    model_class = getattr(transformers, architecture)
+    has_choice = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     try:
-        model, report = getattr(transformers, architecture).from_pretrained(
+        model, report = model_class.from_pretrained(
             folder,
             output_loading_info=True,
             local_files_only=True,
             dtype=torch.float32,
             attn_implementation="eager",
-            **options,
+            **({"add_pooling_layer": False} if has_choice else {}),
         )
     except (RuntimeError, OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error
@@ -116,16 +120,19 @@ class ProbeSequences(NamedTuple):
     """Arguments of our encoder, [T]."""
 
 
-def probe_sequences(config: ModelConfig) -> ProbeSequences:
+def probe_sequences(config: EncoderConfig) -> ProbeSequences:
     """Return the sequences on which scores are compared."""
-    longest = config.max_position_embeddings
+    longest = min(config.max_position_embeddings, config.longest_probe)
     lengths = [longest, 1, -(-longest // 2), -(-longest // 3)]
     generator = torch.Generator().manual_seed(0)
     mask_NS = torch.arange(longest) < torch.tensor(lengths)[:, None]
     ids_NS = torch.randint(config.vocab_size, mask_NS.shape, generator=generator) * mask_NS
-    types_NS = torch.randint(config.type_vocab_size, mask_NS.shape, generator=generator) * mask_NS
+    types_NS = torch.randint(max(1, config.num_segments), mask_NS.shape, generator=generator) * mask_NS
+    padded = {"input_ids": ids_NS, "token_type_ids": types_NS, "attention_mask": mask_NS.long()}
+    if not config.num_segments:
+        del padded["token_type_ids"]
     return ProbeSequences(
-        {"input_ids": ids_NS, "token_type_ids": types_NS, "attention_mask": mask_NS.long()},
+        padded,
         {
             "input_ids_T": ids_NS[mask_NS],
             "token_type_ids_T": types_NS[mask_NS],
@@ -150,7 +157,7 @@ def _compare_scores(ours: BertForPreTraining, theirs: Any) -> ExportCheck:
     return ExportCheck(max(differences), max(b.abs().max().item() for _, b in pairs))
 
 
-def verify_tokenizer(folder: Path, config: ModelConfig, tokenizer: Path, *, max_length: int | None = None) -> None:
+def verify_tokenizer(folder: Path, config: EncoderConfig, tokenizer: Path, *, max_length: int | None = None) -> None:
     """Raise CheckpointError unless AutoTokenizer gives the ids of the training tokenizer and cuts to max_length.
 
     None is all that the model has positions for.

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from bert_ds.basics.ranks import CheckpointError, DataError
-from bert_ds.configuration.recipe.run_config import ModelConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.fused_ops import fused_ops
 from bert_ds.encoder.hf_folder import load_hf_folder, read_json
 from bert_ds.encoder.hf_mapping import encoder_from_hf, from_hf, modern_names
-from bert_ds.encoder.modeling_bert import BertEncoder, initialise_weights
 from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.tensor_rows import TensorRow
 
 
 class Pretrained(NamedTuple):
     """What a task starts from."""
 
-    config: ModelConfig
+    config: EncoderConfig
     tensors: dict[str, Tensor]
     """Our names, all of them under "bert."; with the pooler where the folder has one."""
     unused: tuple[str, ...]
@@ -50,19 +51,24 @@ def load_masked_lm(
             damaged, unknown or of another shape.
     """
     source = load_hf_folder(folder, pad_vocab_size_to_multiple_of=pad_vocab_size_to_multiple_of)
-    tensors = modern_names(source.tensors)
-    if "cls.predictions.bias" not in tensors:
+    tensors, family = modern_names(source.tensors, source.config), family_of(source.config)
+    if not _holds(tensors, family.word_head_rows(source.config)):
         raise CheckpointError(f"{folder} has no masked-word head: wanted a pre-trained model, not a fine-tuned one")
-    has_pair_head = "cls.seq_relationship.weight" in tensors
+    has_pair_head = _holds(tensors, family.pair_head_rows(source.config))
     model = BertForPreTraining(source.config, kernels=kernels, has_pair_head=has_pair_head)
     model.load_state_dict(from_hf(tensors, source.config, has_pair_head=has_pair_head))
     return model.eval()
 
 
+def _holds(tensors: Mapping[str, Tensor], rows: Iterable[TensorRow]) -> bool:
+    """Whether any tensor of a table is there."""
+    return any(name in tensors for row in rows for name in row.hf_names)
+
+
 def make_encoder(
-    config: ModelConfig, tensors: Mapping[str, Tensor] | None, *, kernels: str = "auto", init_seed: int = 0
-) -> BertEncoder:
-    """Return an encoder without a pooler, in evaluation mode on the CPU.
+    config: EncoderConfig, tensors: Mapping[str, Tensor] | None, *, kernels: str = "auto", init_seed: int = 0
+) -> nn.Module:
+    """Return an encoder without its front, in evaluation mode on the CPU.
 
     Args:
         config: its shape.
@@ -70,9 +76,10 @@ def make_encoder(
         kernels: see `fused_ops`.
         init_seed: of the random weights.
     """
-    encoder = BertEncoder(config, fused_ops(kernels), has_pooler=False)
+    family = family_of(config)
+    encoder = family.make_encoder(config, fused_ops(kernels), has_front=False)
     if tensors is None:
-        initialise_weights(encoder, config, seed=init_seed)
+        family.initialise(encoder, config, seed=init_seed)
     else:
         own = encoder.state_dict()
         encoder.load_state_dict({name: tensors[f"bert.{name}"] for name in own})
@@ -104,18 +111,20 @@ def check_tokenizer(folder: Path, *, vocab_size: int, fingerprint: str) -> None:
         )
 
 
-def start_from(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+def start_from(model: Any, tensors: Mapping[str, Tensor]) -> list[str]:
     """Copy pre-trained tensors into a model and return the names of its weights that keep their initial values.
 
-    A pooler that the model does not have is left out.
+    A front (a pooler) that the model does not have is left out.
 
     Raises:
-        CheckpointError: a weight of the encoder other than the pooler's has no tensor.
+        CheckpointError: a weight of the encoder other than its front's has no tensor.
     """
     own = model.state_dict()
     used = {name: tensor for name, tensor in tensors.items() if name in own}
     fresh = [name for name in own if name not in used]
-    missing = [name for name in fresh if name.startswith("bert.") and not name.startswith("bert.pooler.")]
+    family = family_of(model.config)
+    needed = {row.name for row in family.encoder_rows(model.config, has_front=False)}
+    missing = [name for name in fresh if name in needed]
     if missing:
         raise CheckpointError(f"the pre-trained folder has no {', '.join(missing)}")
     model.load_state_dict({**own, **used})

@@ -1,6 +1,6 @@
 """An encoder with its pre-training heads: those of masked words, sentence pairs, or whatever objectives there are.
 
-Letters as in `modeling_bert.py`.
+Letters as in `families/bert.py`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_ds.configuration.recipe.run_config import ModelConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.fused_ops import fused_ops
-from bert_ds.encoder.modeling_bert import BertEncoder, initialise_weights
-from bert_ds.encoder.objectives.masked_words import MaskedWordHead, MaskedWords
+from bert_ds.encoder.objectives.masked_words import MaskedWords
 from bert_ds.encoder.objectives.objective import Objective, Seen, ordered_terms, stacked
 from bert_ds.encoder.objectives.sentence_pair import SentencePair, pair_logits
+from bert_ds.encoder.word_head import MaskedWordHead
 
 
 class Logits(NamedTuple):
@@ -41,15 +42,12 @@ class BertForPreTraining(nn.Module):
         objectives: what it is trained on, masked words among them.
     """
 
-    no_decay_patterns = ("*bias", "*layer_norm_weight")
-    equal_parts = {"*qkv_weight": ("query", "key", "value"), "*qkv_bias": ("query", "key", "value")}
-    matrix_patterns = BertEncoder.matrix_patterns
     predictions: MaskedWordHead
     """Brought by the objective of masked words."""
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: EncoderConfig,
         *,
         kernels: str = "auto",
         has_pair_head: bool = True,
@@ -58,17 +56,19 @@ class BertForPreTraining(nn.Module):
         objectives: Sequence[Objective] | None = None,
     ) -> None:
         super().__init__()
-        ops = fused_ops(kernels)
+        ops, family = fused_ops(kernels), family_of(config)
         self.config = config
         self.objectives = tuple(plain_objectives(has_pair_head=has_pair_head) if objectives is None else objectives)
         self.terms = ordered_terms(self.objectives)
         self.has_pair_head = any(isinstance(objective, SentencePair) for objective in self.objectives)
-        has_pooler = any(objective.needs_pooler for objective in self.objectives)
-        self.bert = BertEncoder(config, ops, has_pooler=has_pooler, activation_checkpointing=activation_checkpointing)
+        has_front = any(objective.needs_front for objective in self.objectives)
+        self.bert = family.make_encoder(
+            config, ops, has_front=has_front, activation_checkpointing=activation_checkpointing
+        )
         for objective in self.objectives:
             for name, head in objective.heads(config, ops).items():
                 self.add_module(name, head)
-        initialise_weights(self, config, seed=init_seed)
+        family.initialise(self, config, seed=init_seed)
 
     def forward(
         self,
@@ -110,8 +110,8 @@ class BertForPreTraining(nn.Module):
             stream: the other arguments of `BertEncoder.forward`.
         """
         hidden_TD = self.bert(cu_seqlens=cu_seqlens, **stream)
-        transformed_PD = self.predictions.transform(hidden_TD.index_select(0, masked_positions_P))
-        logits_PV = F.linear(transformed_PD, self.bert.embeddings.word_weight, self.predictions.bias)
+        hidden_PD = hidden_TD.index_select(0, masked_positions_P)
+        logits_PV = F.linear(*self.predictions.decoder(hidden_PD, self.bert.embeddings.word_weight))
         pair_N2 = pair_logits(self, hidden_TD, cu_seqlens) if self.has_pair_head else None
         return Logits(logits_PV[:, : self.config.vocab_size], pair_N2)
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from bert_ds.configuration.deepspeed_file.ds_agreement import settled
 from bert_ds.configuration.deepspeed_file.ds_config import DsConfig, load_ds_config, load_pair, pair_problems
+from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.configuration.reading.config_problems import Problem
-from bert_ds.configuration.recipe.run_config import ConfigError, ModelConfig, RunConfig
+from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig
 from bert_ds.configuration.run_plan import require_files
 from bert_ds.configuration.task.task_config import TaskConfig, load_task, trained_task
 from bert_ds.configuration.task.task_kinds import KIND_FACTS
@@ -197,7 +198,7 @@ def _raise(messages: Sequence[str]) -> None:
 
 def _disagreements(task: TaskConfig, ds: DsConfig) -> list[Problem]:
     """Return what the DeepSpeed file says against the task, as far as model and rows do not matter."""
-    plan = trained_task(task, ModelConfig(), num_sequences=1)
+    plan = trained_task(task, BertConfig(), num_sequences=1)
     later = ("scheduler", "vocabulary_size", "activation_checkpointing")
     return [problem for problem in pair_problems(plan, ds) if not problem.path.startswith(later)]
 

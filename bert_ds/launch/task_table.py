@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.deepspeed_file.ds_config import DsConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.recipe.precision import precision_text
 from bert_ds.configuration.recipe.run_config import (
     ConfigError,
     EmbeddedCorpus,
     MaskingConfig,
-    ModelConfig,
     RunConfig,
     SequenceConfig,
 )
@@ -71,7 +72,7 @@ def rows_left(task: TaskConfig, num_rows: int) -> int:
     return max(1, min(kept, task.data.max_train_rows or kept))
 
 
-def _shape(model: Path) -> ModelConfig:
+def _shape(model: Path) -> EncoderConfig:
     folders = [model, *sorted(path.parent for path in model.glob("*/config.json"))]
     found = next((shape for shape in map(folder_model, folders) if shape is not None), None)
     if found is None:
@@ -92,7 +93,7 @@ def _of_the_same_size(run: TrainedTask, ds: DsConfig, split: BatchSplit) -> RunP
     """Return a pre-training of this encoder, batch and optimizer; its word head stands for the head of the task."""
     recipe = RunConfig(
         name=run.task.name,
-        model=run.model,
+        model=cast(Any, run.model),  # of any family
         corpus=EmbeddedCorpus(vocab_size=max(8, run.model.vocab_size)),
         sequences=SequenceConfig(max_seq_length=run.max_seq_length, sentence_pair="none"),
         masking=MaskingConfig(mlm_probability=1e-9),  # a task has no scores over the vocabulary

@@ -10,14 +10,15 @@ import torch
 from bench_harness import HALF_FULL_512, WIKIPEDIA_128, WIKIPEDIA_512, lengths_of
 from torch import Tensor, nn
 
-from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, ModelConfig
+from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
 from bert_ds.encoder.pretraining_model import BertForPreTraining
 
 MODELS = {
-    "large": ModelConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
-    "base": ModelConfig(),
+    "large": BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+    "base": BertConfig(),
 }
-TINY = ModelConfig(
+TINY = BertConfig(
     vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
     max_position_embeddings=32,
 )  # fmt: skip
@@ -45,7 +46,7 @@ class Batch:
         return len(self.packed["targets"]["masked_labels"])
 
 
-def make_batch(lengths: list[int], config: ModelConfig, device: torch.device) -> Batch:
+def make_batch(lengths: list[int], config: BertConfig, device: torch.device) -> Batch:
     """Return random words of a vocabulary, 15 % of them to be predicted."""
     longest, num_tokens = max(lengths), sum(lengths)
     inside = torch.arange(longest) < torch.tensor(lengths)[:, None]
@@ -72,7 +73,7 @@ def make_batch(lengths: list[int], config: ModelConfig, device: torch.device) ->
     return Batch(lengths, on_device[0] | {"max_seqlen": longest, "targets": on_device[2]}, on_device[1])
 
 
-def make_model(provider: str, config: ModelConfig, device: torch.device) -> nn.Module:
+def make_model(provider: str, config: BertConfig, device: torch.device) -> nn.Module:
     """Return the model of a provider in bf16, in training mode."""
     if provider.startswith("ours"):
         model: nn.Module = BertForPreTraining(config, kernels="triton")
@@ -87,7 +88,7 @@ def make_model(provider: str, config: ModelConfig, device: torch.device) -> nn.M
     return model.to(device, torch.bfloat16).train()
 
 
-def flops_per_token(config: ModelConfig, batch: Batch) -> float:
+def flops_per_token(config: BertConfig, batch: Batch) -> float:
     """Return the FLOPs of forward and backward per token, by the formula above."""
     width, layers, num_tokens = config.hidden_size, config.num_hidden_layers, sum(batch.lengths)
     dense = 6.0 * layers * (4 * width**2 + 2 * width * config.intermediate_size)

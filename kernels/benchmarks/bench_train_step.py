@@ -38,7 +38,7 @@ from bench_ops import OPS
 from bench_step_cases import BATCHES, MODELS, TINY, Batch, flops_per_token, make_batch, make_model
 from torch import nn
 
-from bert_ds.configuration.recipe.run_config import ModelConfig
+from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.training.loop.throughput import peak_flops
 
 # In order of importance, and the most seconds that each may take, most of them torch.compile.
@@ -166,7 +166,7 @@ def measure(
     )
 
 
-def _measure_provider(provider: str, config: ModelConfig, batch: Batch, *, dry_run: bool) -> tuple[float, int, str]:
+def _measure_provider(provider: str, config: BertConfig, batch: Batch, *, dry_run: bool) -> tuple[float, int, str]:
     """Return (seconds per step, peak memory, shares); what one provider allocates is gone before the next."""
     device = batch.packed["input_ids_T"].device
     torch._dynamo.reset()

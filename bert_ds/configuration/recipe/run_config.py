@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.families.table import ModelSection
 from bert_ds.configuration.reading.config_files import (
     ConfigError,
     ConfigFile,
@@ -28,13 +30,11 @@ from bert_ds.configuration.reading.config_files import (
 )
 from bert_ds.configuration.reading.config_problems import section_problems
 from bert_ds.configuration.reading.config_section import (
-    DropoutProbability,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Section,
-    Size,
 )
 from bert_ds.configuration.recipe.corpus_config import (
     IGNORE_INDEX,
@@ -60,7 +60,6 @@ __all__ = [
     "EvaluationConfig",
     "LambConfig",
     "MaskingConfig",
-    "ModelConfig",
     "RecoveryConfig",
     "RunConfig",
     "ScheduleConfig",
@@ -80,56 +79,6 @@ RECIPE_PATHS = (
     "$schema",
 )
 """Settings that name a file or folder; `*` stands for every item of a list."""
-
-
-class ModelConfig(Section):
-    """The BERT encoder, in Hugging Face's spelling; the defaults are BERT-base uncased."""
-
-    vocab_size: Annotated[int, Field(ge=8, le=2**24)] = 30522
-    """Number of word pieces of the tokenizer, without padding rows."""
-    pad_vocab_size_to_multiple_of: Size = 64
-    """Rows of the word embedding are padded to this multiple for tensor cores; the export cuts them off."""
-    hidden_size: Size = 768
-    """Width of the residual stream."""
-    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)] = 12
-    """Number of transformer layers."""
-    num_attention_heads: Size = 12
-    """Number of attention heads; divides hidden_size."""
-    intermediate_size: Size = 3072
-    """Width of the feed-forward layer."""
-    hidden_act: Literal["gelu", "gelu_new"] = "gelu"
-    """"gelu" is the published erf form, "gelu_new" the tanh approximation."""
-    hidden_dropout_prob: DropoutProbability = 0.1
-    """Dropout after the embeddings and after both dense blocks of a layer."""
-    attention_probs_dropout_prob: DropoutProbability = 0.1
-    """Dropout of the attention probabilities."""
-    max_position_embeddings: Size = 512
-    """Longest sequence in tokens."""
-    type_vocab_size: Size = 2
-    """Number of segment ids."""
-    layer_norm_eps: PositiveFloat = 1e-12
-    """Epsilon inside the square root of every LayerNorm."""
-    initializer_range: PositiveFloat = 0.02
-    """Standard deviation of the normal initialisation of every weight matrix."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        return self
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the word embedding: vocab_size rounded up to pad_vocab_size_to_multiple_of."""
-        multiple = self.pad_vocab_size_to_multiple_of
-        return -(-self.vocab_size // multiple) * multiple
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
 
 
 class TrainingConfig(Section):
@@ -192,7 +141,7 @@ class TrainedRun(Protocol):
     """What a DeepSpeed file has to agree with, whatever is trained: a recipe, or a task with its number of steps."""
 
     @property
-    def model(self) -> ModelConfig:
+    def model(self) -> EncoderConfig:
         """Shape of the network."""
         ...
 
@@ -230,7 +179,7 @@ class RunConfig(Section):
     """Seed of initialisation, data order, masks and dropout."""
     init_from: Annotated[str, Field(min_length=1)] | None = None
     """Folder of an exported or Hugging Face BERT, or of a run, whose weights start this run."""
-    model: ModelConfig
+    model: ModelSection
     corpus: Annotated[EmbeddedCorpus | ShardCorpus, Field(discriminator="type")]
     sequences: SequenceConfig = SequenceConfig()
     masking: MaskingConfig = MaskingConfig()

@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
+from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.reading.config_files import (
     ConfigError,
     ConfigFile,
@@ -32,7 +33,7 @@ from bert_ds.configuration.reading.config_files import (
 from bert_ds.configuration.reading.config_problems import Problem, did_you_mean, found_wanted, one_of, section_problems
 from bert_ds.configuration.reading.config_section import DropoutProbability, Section, Size
 from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, OptimizerConfig
-from bert_ds.configuration.recipe.run_config import CheckpointConfig, ModelConfig, TrainingConfig
+from bert_ds.configuration.recipe.run_config import CheckpointConfig, TrainingConfig
 from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
 from bert_ds.configuration.task.task_data_config import TaskDataConfig, file_problems
 from bert_ds.configuration.task.task_kinds import ENTITY_METRICS, KIND_FACTS, WORD_METRICS, KindName
@@ -122,7 +123,7 @@ class TrainedTask:
     """A task with its number of steps and its network: what the DeepSpeed file has to agree with."""
 
     task: TaskConfig
-    model: ModelConfig
+    model: EncoderConfig
     training: TrainingConfig
 
     @property
@@ -147,7 +148,7 @@ class TrainedTask:
         return math.ceil(epochs * num_sequences / self.training.train_batch_size)
 
 
-def trained_task(task: TaskConfig, model: ModelConfig, *, num_sequences: int) -> TrainedTask:
+def trained_task(task: TaskConfig, model: EncoderConfig, *, num_sequences: int) -> TrainedTask:
     """Return the task as it will be trained on num_sequences training sequences."""
     settings = task.training
     steps = settings.total_steps

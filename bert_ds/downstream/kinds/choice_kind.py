@@ -106,9 +106,8 @@ MULTIPLE_CHOICE = Kind(
     trivial=trivial_choices,
     hf_forms=(
         HfForm(
-            "BertForMultipleChoice",
-            has_pooler=True,
-            head_names={f"head.classifier.{kind}": f"classifier.{kind}" for kind in ("weight", "bias")},
+            "multiple choice",
+            classifier="head.classifier",
             labels_name=None,
         ),
     ),

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from bert_ds.basics.loss_term import LossTerm
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
 from bert_ds.downstream.kinds.task_model import HeadInput, HeadOutput
+from bert_ds.encoder.blocks import mean_rows
+from bert_ds.encoder.families.family import RoleName
 
 TEMPERATURE = 0.05
 """Contrastive loss: cosines are divided by this, which is sentence-transformers' scale of 20."""
@@ -27,7 +29,7 @@ class EmbeddingHead(nn.Module):
     rank looks at its own.
     """
 
-    needs_pooler = False
+    roles: tuple[RoleName, ...] = ("encoder",)
     terms = (LossTerm("pair", count="pair"),)
 
     def forward(self, stream: HeadInput, targets: Mapping[str, Tensor]) -> HeadOutput:
@@ -35,7 +37,7 @@ class EmbeddingHead(nn.Module):
 
         A pair of which the partner is IGNORE_INDEX need not be found; its second sentence is there to be told apart.
         """
-        vectors_ND = mean_of_tokens(stream.hidden_TD, stream.cu_seqlens)
+        vectors_ND = mean_rows(stream.token_TD, stream.cu_seqlens)
         scores = {"vectors": vectors_ND}
         none = vectors_ND.new_zeros(0)
         if not targets:
@@ -49,13 +51,3 @@ class EmbeddingHead(nn.Module):
         labels_F = torch.where(targets["partner"] == IGNORE_INDEX, IGNORE_INDEX, own_F)
         loss = F.cross_entropy(cosines_FF, labels_F, ignore_index=IGNORE_INDEX, reduction="sum")
         return HeadOutput(loss[None], none, scores)
-
-
-def mean_of_tokens(hidden_TD: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Return the mean over the tokens of each sequence, fp32 [N, D]."""
-    lengths_N = cu_seqlens.diff()
-    sequence_T = torch.repeat_interleave(
-        torch.arange(len(lengths_N), device=hidden_TD.device), lengths_N, output_size=len(hidden_TD)
-    )
-    sums_ND = hidden_TD.new_zeros(len(lengths_N), hidden_TD.shape[1], dtype=torch.float32)
-    return sums_ND.index_add(0, sequence_T, hidden_TD.float()) / lengths_N[:, None]

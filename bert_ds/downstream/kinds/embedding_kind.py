@@ -10,7 +10,8 @@ import numpy as np
 from torch import nn
 
 from bert_ds.basics.ranks import DataError
-from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, ModelConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
 from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.downstream.kinds.embedding_head import EmbeddingHead
 from bert_ds.downstream.kinds.kind import HeadContext, HfForm, Kind, Prediction, count_labelled
@@ -22,7 +23,7 @@ from bert_ds.downstream.rows.records import Record
 from bert_ds.downstream.scores.metrics import correlations
 
 
-def sentence_transformers_files(config: ModelConfig, max_seq_length: int) -> dict[str, str]:
+def sentence_transformers_files(config: EncoderConfig, max_seq_length: int) -> dict[str, str]:
     """Return what makes a Hugging Face folder one of sentence-transformers: file name -> text.
 
     These are the names that every release reads; newer ones write other names themselves. The model has no pooler, so
@@ -118,9 +119,7 @@ SENTENCE_EMBEDDING = Kind(
     trivial=trivial_scores,
     hf_forms=(
         HfForm(
-            "BertModel",
-            has_pooler=False,
-            head_names={},
+            "encoder",
             labels_name=None,
             scores="vectors",
             extra_files=sentence_transformers_files,

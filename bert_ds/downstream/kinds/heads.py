@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_ds.basics.loss_term import LossTerm
-from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, ModelConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
 from bert_ds.downstream.kinds.task_model import HeadInput, HeadOutput, head_site
+from bert_ds.encoder.families.family import RoleName
 from bert_ds.encoder.fused_ops import FusedOps
 
 Objective = Literal["one_of", "any_of", "number"]
@@ -24,9 +26,9 @@ Objective = Literal["one_of", "any_of", "number"]
 class Projection(nn.Module):
     """Dropout, then one score per label."""
 
-    def __init__(self, config: ModelConfig, num_labels: int, *, ops: FusedOps, site: int) -> None:
+    def __init__(self, config: EncoderConfig, num_labels: int, *, ops: FusedOps, site: int) -> None:
         super().__init__()
-        self.ops, self.site, self.dropout_prob = ops, site, config.hidden_dropout_prob
+        self.ops, self.site, self.dropout_prob = ops, site, config.classifier_dropout_prob
         self.weight = nn.Parameter(torch.empty(num_labels, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(num_labels))
 
@@ -39,7 +41,7 @@ class Projection(nn.Module):
 
 
 class SequenceHead(nn.Module):
-    """Scores of whole sequences from the pooled [CLS]: one label of several, any of them, or a number.
+    """Scores of whole sequences: one label of several, any of them, or a number.
 
     Args:
         config: shape and dropout.
@@ -49,11 +51,11 @@ class SequenceHead(nn.Module):
         class_weights: one_of only: weight of each label in the loss.
     """
 
-    needs_pooler = True
+    roles: tuple[RoleName, ...] = ("sequence classification",)
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: EncoderConfig,
         num_labels: int,
         *,
         objective: Objective,
@@ -69,19 +71,19 @@ class SequenceHead(nn.Module):
 
     def forward(self, stream: HeadInput, targets: Mapping[str, Tensor]) -> HeadOutput:
         """Compare with targets["label"]: int64 [N], or fp32 [N, L] for any_of and number."""
-        assert stream.pooled_ND is not None
-        scores_NL = self.classifier(stream.pooled_ND, stream.dropout_seed)
+        assert stream.sequence_ND is not None
+        scores_NL = self.classifier(stream.sequence_ND, stream.dropout_seed)
         return _compared(scores_NL, targets.get("label"), self.objective, self.class_weights, name="scores")
 
 
 class TokenHead(nn.Module):
     """A tag for every token; the first piece of a word is the one that has a target."""
 
-    needs_pooler = False
+    roles: tuple[RoleName, ...] = ("token tags",)
     terms = (LossTerm("tag", count="tag", metric="tag_correct"),)
 
     def __init__(
-        self, config: ModelConfig, num_labels: int, *, ops: FusedOps, class_weights: Sequence[float] | None = None
+        self, config: EncoderConfig, num_labels: int, *, ops: FusedOps, class_weights: Sequence[float] | None = None
     ) -> None:
         super().__init__()
         self.class_weights = class_weights
@@ -89,20 +91,20 @@ class TokenHead(nn.Module):
 
     def forward(self, stream: HeadInput, targets: Mapping[str, Tensor]) -> HeadOutput:
         """Compare with targets["tag"], int64 [T]."""
-        scores_TL = self.classifier(stream.hidden_TD, stream.dropout_seed)
+        scores_TL = self.classifier(stream.token_TD, stream.dropout_seed)
         return _compared(scores_TL, targets.get("tag"), "one_of", self.class_weights, name="token_scores")
 
 
 class IntentSlotHead(nn.Module):
     """One label for the sequence and a tag for every token, over one encoder (Chen et al. 2019, arXiv 1902.10909)."""
 
-    needs_pooler = True
+    roles: tuple[RoleName, ...] = ("sequence classification", "token tags")
     terms = (
         LossTerm("intent", count="intent", metric="intent_correct"),
         LossTerm("tag", count="tag", metric="tag_correct"),
     )
 
-    def __init__(self, config: ModelConfig, *, num_intents: int, num_tags: int, ops: FusedOps) -> None:
+    def __init__(self, config: EncoderConfig, *, num_intents: int, num_tags: int, ops: FusedOps) -> None:
         super().__init__()
         site = head_site(config)
         self.intent_classifier = Projection(config, num_intents, ops=ops, site=site)
@@ -110,9 +112,9 @@ class IntentSlotHead(nn.Module):
 
     def forward(self, stream: HeadInput, targets: Mapping[str, Tensor]) -> HeadOutput:
         """Compare with targets["intent"], int64 [N], and targets["tag"], int64 [T]."""
-        assert stream.pooled_ND is not None
-        scores_NL = self.intent_classifier(stream.pooled_ND, stream.dropout_seed)
-        scores_TL = self.tag_classifier(stream.hidden_TD, stream.dropout_seed)
+        assert stream.sequence_ND is not None
+        scores_NL = self.intent_classifier(stream.sequence_ND, stream.dropout_seed)
+        scores_TL = self.tag_classifier(stream.token_TD, stream.dropout_seed)
         intent = _compared(scores_NL, targets.get("intent"), "one_of", None, name="scores")
         tags = _compared(scores_TL, targets.get("tag"), "one_of", None, name="token_scores")
         return HeadOutput(
@@ -125,17 +127,17 @@ class IntentSlotHead(nn.Module):
 class ChoiceHead(nn.Module):
     """One score per choice; each choice is a sequence of its own, and those of a question compete in a softmax."""
 
-    needs_pooler = True
+    roles: tuple[RoleName, ...] = ("multiple choice",)
     terms = (LossTerm("choice", count="choice", metric="choice_correct"),)
 
-    def __init__(self, config: ModelConfig, *, ops: FusedOps) -> None:
+    def __init__(self, config: EncoderConfig, *, ops: FusedOps) -> None:
         super().__init__()
         self.classifier = Projection(config, 1, ops=ops, site=head_site(config))
 
     def forward(self, stream: HeadInput, targets: Mapping[str, Tensor]) -> HeadOutput:
         """Compare with targets["choice"], int64 [Q]; targets["num_choices"], int64 [Q], cuts the N sequences."""
-        assert stream.pooled_ND is not None
-        scores_N = self.classifier(stream.pooled_ND, stream.dropout_seed).squeeze(1)
+        assert stream.sequence_ND is not None
+        scores_N = self.classifier(stream.sequence_ND, stream.dropout_seed).squeeze(1)
         if "choice" not in targets:
             zero = scores_N.sum()[None] * 0.0
             return HeadOutput(zero, zero, {"scores": scores_N})

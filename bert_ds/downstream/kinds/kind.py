@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
-from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, ModelConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
 from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.downstream.rows.examples import Example, Labels, Say
 from bert_ds.downstream.rows.features import Feature, FeatureContext
 from bert_ds.downstream.rows.records import Record
+from bert_ds.encoder.families.family import RoleName
 from bert_ds.encoder.fused_ops import FusedOps
 
 
@@ -28,7 +30,7 @@ class Prediction(NamedTuple):
 class HeadContext(NamedTuple):
     """What making a head needs."""
 
-    config: ModelConfig
+    config: EncoderConfig
     """Shape of the encoder, with the dropout of the task."""
     labels: Labels
     ops: FusedOps
@@ -39,11 +41,10 @@ class HeadContext(NamedTuple):
 class HfForm(NamedTuple):
     """A class of transformers that a fine-tuned model can be loaded as."""
 
-    architecture: str
-    """As in "BertForSequenceClassification"."""
-    has_pooler: bool
-    head_names: Mapping[str, str]
-    """Our name of a tensor of the head -> theirs."""
+    role: RoleName
+    """Which of a family's classes."""
+    classifier: str = ""
+    """Our name of the module that is its linear layer on top; "" where there is none."""
     labels_name: str | None = "label"
     """Which of the task's labels its ids stand for; None where there are none."""
     facts: Mapping[str, Any] = {}
@@ -54,7 +55,7 @@ class HfForm(NamedTuple):
     """Below the folder of the model: "." unless one model is several of theirs."""
     pipeline: str = ""
     """Its task in `transformers.pipeline`; "" where there is none."""
-    extra_files: Callable[[ModelConfig, int], Mapping[str, str]] = lambda config, max_seq_length: {}
+    extra_files: Callable[[EncoderConfig, int], Mapping[str, str]] = lambda config, max_seq_length: {}
     """What other libraries want in the folder, from the encoder and the task's longest sequence: file name -> text."""
 
 

@@ -211,7 +211,7 @@ def _prediction_files(examples: Sequence[Example], predictions: Sequence[Predict
 
 
 def _head(context: HeadContext) -> nn.Module:
-    return SpanHead(context.config)
+    return SpanHead(context.config, ops=context.ops)
 
 
 QUESTION_ANSWERING = Kind(
@@ -228,9 +228,8 @@ QUESTION_ANSWERING = Kind(
     trivial=trivial_answers,
     hf_forms=(
         HfForm(
-            "BertForQuestionAnswering",
-            has_pooler=False,
-            head_names={"head.weight": "qa_outputs.weight", "head.bias": "qa_outputs.bias"},
+            "question answering",
+            classifier="head",
             labels_name=None,
             facts={"id2label": {"0": "start", "1": "end"}, "label2id": {"start": 0, "end": 1}},
             scores="token_scores",

@@ -12,18 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_ds.basics.loss_term import LossTerm
-from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, ModelConfig
-from bert_ds.downstream.kinds.task_model import HeadInput, HeadOutput
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
+from bert_ds.downstream.kinds.task_model import HeadInput, HeadOutput, head_site, role_of
+from bert_ds.encoder.families.family import RoleName
+from bert_ds.encoder.fused_ops import FusedOps
 
 
 class SpanHead(nn.Module):
-    """Two scores per token, of the begin and of the end, without dropout, as BertForQuestionAnswering has them."""
+    """Two scores per token, of the begin and of the end; with dropout in front where the family's class has it."""
 
-    needs_pooler = False
+    roles: tuple[RoleName, ...] = ("question answering",)
     terms = (LossTerm("span", count="span", metric="span_correct"),)
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: EncoderConfig, *, ops: FusedOps) -> None:
         super().__init__()
+        drops = role_of(config, "question answering").has_dropout
+        self.ops, self.site = ops, head_site(config)
+        self.dropout_prob = config.classifier_dropout_prob if drops else 0.0
         self.weight = nn.Parameter(torch.empty(2, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(2))
 
@@ -32,7 +38,13 @@ class SpanHead(nn.Module):
 
         The loss is the mean of the two cross-entropies. A span is correct when no token beats its begin nor its end.
         """
-        scores_T2 = F.linear(stream.hidden_TD, self.weight, self.bias).float()
+        dropped_TD = self.ops.dropout(
+            stream.token_TD,
+            dropout_p=self.dropout_prob if self.training else 0.0,
+            dropout_seed=stream.dropout_seed,
+            site=self.site,
+        )
+        scores_T2 = F.linear(dropped_TD, self.weight, self.bias).float()
         scores = {"token_scores": scores_T2}
         if "span" not in targets:
             zero = scores_T2.sum()[None] * 0.0

@@ -246,12 +246,12 @@ def _slot_head(context: HeadContext) -> nn.Module:
 
 
 def _form(part: str, *, labels_name: str) -> HfForm:
-    names = {f"head.{part}.{kind}": f"classifier.{kind}" for kind in ("weight", "bias")}
+    name = f"head.{part}"
     if labels_name == "intent":
         facts = {"problem_type": "single_label_classification"}
-        form = HfForm("BertForSequenceClassification", True, names, labels_name, facts)
+        form = HfForm("sequence classification", name, labels_name, facts)
         return form._replace(folder="intent", pipeline="text-classification")
-    form = HfForm("BertForTokenClassification", False, names, labels_name)
+    form = HfForm("token tags", name, labels_name)
     return form._replace(scores="token_scores", pipeline="token-classification")
 
 

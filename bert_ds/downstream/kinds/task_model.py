@@ -1,4 +1,4 @@
-"""An encoder with the head of a task. Letters as in `encoder/modeling_bert.py`."""
+"""An encoder with the head of a task. Letters as in `encoder/families/bert.py`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from bert_ds.basics.loss_term import LossTerm
-from bert_ds.configuration.recipe.run_config import ModelConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.encoder.families.family import SEQUENCE_ROLES, Role, RoleName
+from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.fused_ops import FusedOps
-from bert_ds.encoder.modeling_bert import EMBEDDING_SITE, SITES_PER_LAYER, BertEncoder, initialise_weights
 
 
 class HeadOutput(NamedTuple):
@@ -28,7 +29,8 @@ class Head(Protocol):
     """What `TaskModel` and the training loop need of the head of a task, which is a module that owns its weights."""
 
     terms: tuple[LossTerm, ...]
-    needs_pooler: bool
+    roles: tuple[RoleName, ...]
+    """What it does, in the words of `Family.roles`."""
 
     def __call__(self, stream: HeadInput, targets: Mapping[str, Tensor]) -> HeadOutput:
         """Return loss sums, metric sums and scores."""
@@ -38,9 +40,10 @@ class Head(Protocol):
 class HeadInput(NamedTuple):
     """What a head gets of the encoder."""
 
-    hidden_TD: Tensor
-    pooled_ND: Tensor | None
-    """Of [CLS]; None for a head that needs none."""
+    token_TD: Tensor
+    """Of every token."""
+    sequence_ND: Tensor | None
+    """Of every sequence; None for a head that has no role with one."""
     cu_seqlens: Tensor
     dropout_seed: Tensor | None
     """None outside of training."""
@@ -57,13 +60,9 @@ class TaskModel(nn.Module):
         init_seed: seed of the weights that no pre-trained folder brings.
     """
 
-    no_decay_patterns = ("*bias", "*layer_norm_weight")
-    equal_parts = {"*qkv_weight": ("query", "key", "value"), "*qkv_bias": ("query", "key", "value")}
-    matrix_patterns = BertEncoder.matrix_patterns
-
     def __init__(
         self,
-        config: ModelConfig,
+        config: EncoderConfig,
         head: Any,
         *,
         ops: FusedOps,
@@ -73,11 +72,16 @@ class TaskModel(nn.Module):
         super().__init__()
         self.config = config
         self.terms = head.terms
-        self.bert = BertEncoder(
-            config, ops, has_pooler=head.needs_pooler, activation_checkpointing=activation_checkpointing
+        family = family_of(config)
+        roles = {name: family.roles(config)[name] for name in head.roles}
+        self._reads_sequences = any(name in SEQUENCE_ROLES for name in roles)
+        self._tokens_pass_front = any(role.reads_front for name, role in roles.items() if name not in SEQUENCE_ROLES)
+        has_front = any(role.reads_front for role in roles.values())
+        self.bert = family.make_encoder(
+            config, ops, has_front=has_front, activation_checkpointing=activation_checkpointing
         )
         self.head = head
-        initialise_weights(self, config, seed=init_seed)
+        family.initialise(self, config, seed=init_seed)
 
     def forward(
         self,
@@ -106,12 +110,18 @@ class TaskModel(nn.Module):
             max_seqlen=max_seqlen,
             dropout_seed=dropout_seed,
         )
-        pooled_ND = None if self.bert.pooler is None else self.bert.pooler(hidden_TD, cu_seqlens)
-        found: HeadOutput = self.head(HeadInput(hidden_TD, pooled_ND, cu_seqlens, dropout_seed), targets)
+        sequence_ND = self.bert.sequence_rows(hidden_TD, cu_seqlens) if self._reads_sequences else None
+        token_TD = self.bert.token_rows(hidden_TD) if self._tokens_pass_front else hidden_TD
+        found: HeadOutput = self.head(HeadInput(token_TD, sequence_ND, cu_seqlens, dropout_seed), targets)
         sums = found.loss_sums_L, found.metric_sums_M.detach()
         return (*sums, found.scores) if with_scores else sums
 
 
-def head_site(config: ModelConfig) -> int:
+def head_site(config: EncoderConfig) -> int:
     """Return the number of the first dropout mask that no layer of the encoder uses."""
-    return EMBEDDING_SITE + 1 + SITES_PER_LAYER * config.num_hidden_layers
+    return family_of(config).first_free_site(config)
+
+
+def role_of(config: EncoderConfig, name: RoleName) -> Role:
+    """Return how transformers' class of an encoder's family plays a role."""
+    return family_of(config).roles(config)[name]

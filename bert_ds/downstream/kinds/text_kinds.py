@@ -171,9 +171,8 @@ def _head(context: HeadContext, *, objective: Objective) -> nn.Module:
 
 
 _FORM = HfForm(
-    "BertForSequenceClassification",
-    has_pooler=True,
-    head_names={"head.classifier.weight": "classifier.weight", "head.classifier.bias": "classifier.bias"},
+    "sequence classification",
+    classifier="head.classifier",
     facts={"problem_type": "single_label_classification"},
     pipeline="text-classification",
 )

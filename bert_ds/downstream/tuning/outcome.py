@@ -11,7 +11,7 @@ import torch
 
 from bert_ds.basics.ranks import CheckpointError, DataError
 from bert_ds.basics.whole_files import write_json
-from bert_ds.configuration.recipe.run_config import ModelConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
 from bert_ds.downstream.kinds.kind import Prediction
@@ -48,7 +48,7 @@ class Outcome(NamedTuple):
     rows: TaskRows
     tokenizer: WordPieceTokenizer
     run_dir: Path
-    config: ModelConfig
+    config: EncoderConfig
     """Shape of the encoder, as it was pre-trained."""
     trivial: dict[str, float] | None = None
     """Metrics of the trivial method on the validation rows, where they were asked for."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bert_ds.configuration.recipe.run_config import ModelConfig
 from bert_ds.configuration.task.task_config import FreezeConfig, TaskConfig, TrainedTask
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.kinds.task_model import TaskModel
@@ -30,11 +29,6 @@ from bert_ds.encoder.pretrained import start_from
 from bert_ds.training.agreement import on_main_rank
 from bert_ds.training.checkpoints.train_state import TrainState
 from bert_ds.training.loop.evaluation import Evaluation
-
-
-def with_dropout(config: ModelConfig, dropout: float) -> ModelConfig:
-    """Return the shape of an encoder with another dropout."""
-    return config.model_copy(update={"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout})
 
 
 def build_model(

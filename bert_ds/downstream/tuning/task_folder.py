@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from bert_ds.basics.ranks import CheckpointError, DataError
-from bert_ds.configuration.recipe.run_config import ModelConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.downstream.kinds.kind import HeadContext, HfForm, Kind
 from bert_ds.downstream.kinds.table import KINDS
-from bert_ds.downstream.kinds.task_model import TaskModel
+from bert_ds.downstream.kinds.task_model import TaskModel, role_of
 from bert_ds.downstream.rows.examples import Labels
+from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.fused_ops import fused_ops
-from bert_ds.encoder.hf_folder import load_hf_folder, pad_token_id, read_json, write_hf_folder
-from bert_ds.encoder.hf_mapping import TensorRow, encoder_rows, hf_config, modern_names, rows_from_hf, rows_to_hf
+from bert_ds.encoder.hf_folder import load_hf_folder, read_json, special_ids, write_hf_folder
+from bert_ds.encoder.hf_mapping import hf_config, modern_names
 from bert_ds.encoder.hf_verify import (
     MAX_RELATIVE_DIFFERENCE,
     ExportCheck,
@@ -25,6 +26,7 @@ from bert_ds.encoder.hf_verify import (
     probe_sequences,
     verify_tokenizer,
 )
+from bert_ds.encoder.tensor_rows import TensorRow, rows_from_hf, rows_to_hf
 from bert_ds.folders.replaced_folders import replaced_export
 
 
@@ -43,7 +45,7 @@ class TaskFacts(NamedTuple):
 
 def make_task_model(
     kind: Kind,
-    config: ModelConfig,
+    config: EncoderConfig,
     labels: Labels,
     *,
     kernels: str,
@@ -94,7 +96,7 @@ def write_task_folder(output: Path, model: TaskModel, *, facts: TaskFacts, token
                 config=_config(form, model.config, facts, tokenizer),
                 tensors=rows_to_hf(used, table),
                 tokenizer=tokenizer,
-                model_card=_model_card(form, facts),
+                model_card=_model_card(form, facts, architecture=role_of(model.config, form.role).architecture),
                 max_length=facts.max_seq_length,
             )
             for name, text in form.extra_files(model.config, facts.max_seq_length).items():
@@ -116,16 +118,17 @@ def read_task_folder(folder: Path, kind: Kind, *, kernels: str) -> tuple[TaskMod
     sources = []
     for form in kind.hf_forms:
         source, content = load_hf_folder(folder / form.folder), read_json(folder / form.folder / "config.json")
-        if content.get("architectures") != [form.architecture]:
+        wanted = [role_of(source.config, form.role).architecture]
+        if content.get("architectures") != wanted:
             found = content.get("architectures")
-            raise CheckpointError(f"{folder}: architectures is {found}, wanted {[form.architecture]} for this task")
+            raise CheckpointError(f"{folder}: architectures is {found}, wanted {wanted} for this task")
         if form.labels_name is not None:
             labels[form.labels_name] = _labels(folder, content)
         sources.append(source)
     model = make_task_model(kind, sources[0].config, labels, kernels=kernels)
     state: dict[str, Tensor] = {}
     for form, source in zip(kind.hf_forms, sources, strict=True):
-        state.update(rows_from_hf(modern_names(source.tensors), _form_rows(form, model)))
+        state.update(rows_from_hf(modern_names(source.tensors, source.config), _form_rows(form, model)))
     model.load_state_dict(state)
     return model.eval(), labels
 
@@ -137,18 +140,22 @@ def tokenizer_folder(folder: Path, kind: Kind) -> Path:
 
 def _form_rows(form: HfForm, model: TaskModel) -> list[TensorRow]:
     """Return the tensors of a form: the encoder's and those of its part of the head."""
+    config = model.config
+    role = role_of(config, form.role)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    head = [TensorRow(ours, shapes[ours], (theirs,), shapes[ours][0]) for ours, theirs in form.head_names.items()]
-    return [*encoder_rows(model.config, has_pooler=form.has_pooler), *head]
+    names = {f"{form.classifier}.{kind}": f"{role.classifier}.{kind}" for kind in ("weight", "bias")}
+    head = [TensorRow(ours, shapes[ours], (theirs,), shapes[ours][0]) for ours, theirs in names.items()]
+    encoder = family_of(config).encoder_rows(config, has_front=role.reads_front)
+    return [*encoder, *(head if form.classifier else [])]
 
 
-def _config(form: HfForm, config: ModelConfig, facts: TaskFacts, tokenizer: Path) -> dict[str, Any]:
-    content = hf_config(config, sentence_pair="none", pad_token_id=pad_token_id(tokenizer))
+def _config(form: HfForm, config: EncoderConfig, facts: TaskFacts, tokenizer: Path) -> dict[str, Any]:
+    content = hf_config(config, sentence_pair="none", special_ids=special_ids(tokenizer))
     del content["sentence_pair_objective"]
     names = facts.labels[form.labels_name] if form.labels_name is not None else ("LABEL_0",)
     return {
         **content,
-        "architectures": [form.architecture],
+        "architectures": [role_of(config, form.role).architecture],
         "id2label": {str(index): name for index, name in enumerate(names)},
         "label2id": {name: index for index, name in enumerate(names)},
         **form.facts,
@@ -168,18 +175,18 @@ def _labels(folder: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
 @torch.no_grad()
 def _verify(folder: Path, form: HfForm, model: TaskModel) -> ExportCheck:
     """Compare our scores with those of transformers' model of the folder."""
-    theirs = load_with_transformers(folder, form.architecture)
+    theirs = load_with_transformers(folder, role_of(model.config, form.role).architecture)
     probe = probe_sequences(model.config)
     mask_NS = probe.padded["attention_mask"].bool()
     *_, scores = model.eval()(**probe.packed, targets={}, with_scores=True)
     found = scores[form.scores]
-    if form.architecture == "BertForMultipleChoice":
+    if form.role == "multiple choice":
         answer = theirs(**{name: tensor[:, None] for name, tensor in probe.padded.items()})
     else:
         answer = theirs(**probe.padded)
-    if form.architecture == "BertForQuestionAnswering":
+    if form.role == "question answering":
         wanted = torch.stack([answer.start_logits, answer.end_logits], dim=-1)
-    elif form.architecture == "BertModel":
+    elif form.role == "encoder":
         kept_NS1 = probe.padded["attention_mask"][..., None]
         wanted = (answer.last_hidden_state * kept_NS1).sum(dim=1) / kept_NS1.sum(dim=1)
     else:
@@ -194,9 +201,9 @@ def _verify(folder: Path, form: HfForm, model: TaskModel) -> ExportCheck:
     return check
 
 
-def _model_card(form: HfForm, facts: TaskFacts) -> str:
+def _model_card(form: HfForm, facts: TaskFacts, *, architecture: str) -> str:
     rows = [f"| {name} | {value} |" for name, value in facts.figures.items()]
-    load = f"{form.architecture}.from_pretrained"
+    load = f"{architecture}.from_pretrained"
     if form.pipeline:
         load = f'pipeline("{form.pipeline}", model='
     lines = [

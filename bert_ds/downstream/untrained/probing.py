@@ -26,7 +26,6 @@ from bert_ds.configuration.task.task_kinds import KIND_FACTS
 from bert_ds.downstream.rows.features import Feature
 from bert_ds.downstream.rows.task_batch import pack
 from bert_ds.downstream.scores.metrics import class_figures
-from bert_ds.encoder.modeling_bert import BertEncoder
 
 _TOLERANCE = 1e-3
 _MAX_ITERATIONS = 500
@@ -102,7 +101,7 @@ def majority_accuracy(train: ProbeRows, held_out: ProbeRows) -> float:
 
 @torch.no_grad()
 def layer_vectors(
-    encoder: BertEncoder, features: Sequence[Feature], *, kind: str, batch_size: int, limit: int, seed: int
+    encoder: Any, features: Sequence[Feature], *, kind: str, batch_size: int, limit: int, seed: int
 ) -> ProbeRows:
     """Run features through an encoder and return the vectors of every layer.
 
@@ -147,7 +146,7 @@ def _words(feature: Feature, places: np.ndarray) -> list[np.ndarray]:
     return [feature.input_ids[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
-def _hidden_states(encoder: BertEncoder, features: Sequence[Feature]) -> Iterator[tuple[Feature, np.ndarray]]:
+def _hidden_states(encoder: Any, features: Sequence[Feature]) -> Iterator[tuple[Feature, np.ndarray]]:
     """Yield each feature with what every layer makes of its tokens, fp32 [L + 1, T, D]."""
     outputs: list[Tensor] = []
     modules = (encoder.embeddings, *encoder.layer)

@@ -7,7 +7,7 @@ makes of them in "[CLS] word [SEP]". Cosine, then Spearman's rank correlation wi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 from bert_ds.basics.ranks import DataError
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
 from bert_ds.downstream.rows.features import encode_text
-from bert_ds.encoder.modeling_bert import BertEncoder
 
 _WORDS_PER_BATCH = 512
 
@@ -37,7 +36,7 @@ class WordVectors(NamedTuple):
 
 
 @torch.no_grad()
-def word_vectors(encoder: BertEncoder, tokenizer: WordPieceTokenizer, words: Sequence[str]) -> WordVectors:
+def word_vectors(encoder: Any, tokenizer: WordPieceTokenizer, words: Sequence[str]) -> WordVectors:
     """Return both vectors of each word.
 
     Raises:
@@ -72,7 +71,7 @@ def _cosine(left: np.ndarray, right: np.ndarray) -> float:
     return float(left @ right / (np.linalg.norm(left) * np.linalg.norm(right)))
 
 
-def _hidden(encoder: BertEncoder, tokenizer: WordPieceTokenizer, pieces: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
+def _hidden(encoder: Any, tokenizer: WordPieceTokenizer, pieces: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
     """Return the last hidden states of "[CLS] word [SEP]" for each word."""
     special = tokenizer.special_ids
     device = encoder.embeddings.word_weight.device

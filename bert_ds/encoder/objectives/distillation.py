@@ -6,12 +6,13 @@ Beside the masked words the student is told what the teacher makes of the same i
     hidden  1 - cos(student, teacher) of the last hidden states, summed over all T tokens
 
 The teacher is no submodule of the student: it is not trained, not sharded and in no checkpoint, and every rank holds it
-whole, in the dtype of the student. Letters as in `encoder/modeling_bert.py`.
+whole, in the dtype of the student. Letters as in `encoder/families/bert.py`.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from bert_ds.basics.loss_term import LossTerm
 from bert_ds.configuration.recipe.distillation_config import DistillationConfig
-from bert_ds.configuration.recipe.run_config import ModelConfig
-from bert_ds.encoder.fused_ops import FusedOps
-from bert_ds.encoder.objectives.masked_words import MaskedWordHead, MaskedWords, tied_decoder
+from bert_ds.encoder.objectives.masked_words import MaskedWords, tied_decoder
 from bert_ds.encoder.objectives.objective import Seen, Sums
+from bert_ds.encoder.word_head import Decoder
 
 _ROWS_AT_ONCE = 512
 """Masked tokens whose (rows, V) scores exist at a time, in forward and in backward."""
-
-
-class Decoder(NamedTuple):
-    """What word scores are made of: transformed_PD weight_VD^T + bias_V."""
-
-    transformed_PD: Tensor
-    weight_VD: Tensor
-    bias_V: Tensor
 
 
 class Teacher:
@@ -57,8 +49,7 @@ class Teacher:
     @torch.no_grad()
     def decoder(self, hidden_PD: Tensor) -> Decoder:
         """Return what gives the scores of masked tokens."""
-        head = self._model.predictions
-        return Decoder(head.transform(hidden_PD), self._model.bert.embeddings.word_weight, head.bias)
+        return self._model.predictions.decoder(hidden_PD, self._model.bert.embeddings.word_weight)
 
 
 class TaughtWords(MaskedWords):
@@ -77,46 +68,27 @@ class TaughtWords(MaskedWords):
         if settings.hidden_weight:
             self.terms += (LossTerm("hidden", count="tokens", weight=settings.hidden_weight),)
 
-    def heads(self, config: ModelConfig, ops: FusedOps) -> dict[str, nn.Module]:
-        """Return the masked-word head, which compares its scores with the teacher's."""
-        return {"predictions": TaughtWordHead(config, ops)}
-
     def sums(self, model: Any, seen: Seen) -> Sums:
         """See `Objective.sums`; the teacher drops nothing."""
         positions_P = seen.targets["masked_positions"]
         taught_TD = self.teacher.hidden_states(seen.hidden_TD, **{**seen.stream, "dropout_seed": None})
+        also = partial(
+            soft_target_loss,
+            teacher=self.teacher.decoder(taught_TD.index_select(0, positions_P)),
+            vocab_size=model.config.vocab_size,
+            temperature=self.temperature,
+        )
         loss, num_correct, soft_loss = model.predictions(
             seen.hidden_TD.index_select(0, positions_P),
             seen.targets["masked_labels"],
             tied_decoder(model),
             kind_counts=seen.kind_counts,
-            teacher=self.teacher.decoder(taught_TD.index_select(0, positions_P)),
-            temperature=self.temperature,
+            also=also,
         )
         losses = {"mlm": loss, "soft": soft_loss}
         if len(self.terms) > 2:
             losses["hidden"] = angle_loss(seen.hidden_TD, taught_TD)
         return Sums(losses, {"mlm_correct": num_correct})
-
-
-class TaughtWordHead(MaskedWordHead):
-    """The masked-word head, which also compares its scores with the teacher's."""
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden_PD: Tensor,
-        labels_P: Tensor,
-        word_weight_VD: Tensor,
-        *,
-        kind_counts: tuple[int, ...],
-        teacher: Decoder,
-        temperature: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return sum of cross-entropies and number of right predictions, see `word_sums`, and the soft loss sum."""
-        transformed_PD = self.transform(hidden_PD)
-        loss, num_correct = self.word_sums(transformed_PD, labels_P, word_weight_VD, kind_counts)
-        own = Decoder(transformed_PD, word_weight_VD, self.bias)
-        return loss, num_correct, soft_target_loss(own, teacher, vocab_size=self.vocab_size, temperature=temperature)
 
 
 def angle_loss(hidden_TD: Tensor, taught_TD: Tensor) -> Tensor:

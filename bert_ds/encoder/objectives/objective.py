@@ -1,6 +1,6 @@
 """What a pre-training objective is. One more objective is one more file here.
 
-Letters as in `encoder/modeling_bert.py`.
+Letters as in `encoder/families/bert.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_ds.basics.loss_term import LossTerm
-from bert_ds.configuration.recipe.run_config import ModelConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.encoder.fused_ops import FusedOps
 
 
@@ -64,11 +64,11 @@ class Objective(Protocol):
         ...
 
     @property
-    def needs_pooler(self) -> bool:
+    def needs_front(self) -> bool:
         """Whether the encoder has to bring the pooled [CLS]."""
         ...
 
-    def heads(self, config: ModelConfig, ops: FusedOps) -> dict[str, nn.Module]:
+    def heads(self, config: EncoderConfig, ops: FusedOps) -> dict[str, nn.Module]:
         """Return the modules that it adds to a model, by the names that they have in its state dict."""
         ...
 

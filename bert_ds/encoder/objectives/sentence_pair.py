@@ -1,19 +1,20 @@
 """Sentence pairs: whether the second is the next one (NSP, arXiv 1810.04805), or whether both are in order (SOP).
 
 The order of two segments is ALBERT's objective (Lan et al. 2020, arXiv 1909.11942). Both are one classifier over the
-pooled [CLS]; which of them it learns, the corpus says. Letters as in `encoder/modeling_bert.py`.
+pooled [CLS]; which of them it learns, the corpus says. Letters as in `encoder/families/bert.py`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_ds.basics.loss_term import LossTerm
-from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, ModelConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
+from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.fused_ops import FusedOps
 from bert_ds.encoder.objectives.objective import Seen, Sums
 
@@ -25,14 +26,16 @@ class SentencePair:
         weight: of the loss.
     """
 
-    needs_pooler = True
+    needs_front = True
 
     def __init__(self, weight: float = 1.0) -> None:
         self.terms = (LossTerm("pair", count="sentence_pair", metric="pair_correct", weight=weight),)
 
-    def heads(self, config: ModelConfig, ops: FusedOps) -> dict[str, nn.Module]:
+    def heads(self, config: EncoderConfig, ops: FusedOps) -> dict[str, nn.Module]:
         """Return the classifier."""
-        return {"seq_relationship": PairHead(config)}
+        pair_head = family_of(config).pair_head
+        assert pair_head is not None, "refused where the recipe is read"
+        return {"seq_relationship": pair_head(config)}
 
     def sums(self, model: Any, seen: Seen) -> Sums:
         """See `Objective.sums`."""
@@ -42,19 +45,6 @@ class SentencePair:
         return Sums({"pair": loss}, {"pair_correct": (logits_N2.argmax(dim=-1) == labels_N).sum().float()})
 
 
-class PairHead(nn.Module):
-    """Two scores from the pooled [CLS]: index 0 means is next (NSP) or in order (SOP), as Hugging Face has it."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(2, config.hidden_size))
-        self.bias = nn.Parameter(torch.empty(2))
-
-    def forward(self, pooled_ND: Tensor) -> Tensor:
-        """Return logits_N2."""
-        return F.linear(pooled_ND, self.weight, self.bias)
-
-
 def pair_logits(model: Any, hidden_TD: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Return logits_N2 of a model that has pooler and classifier."""
-    return model.seq_relationship(model.bert.pooler(hidden_TD, cu_seqlens))
+    """Return logits_N2 of a model that has the classifier."""
+    return model.seq_relationship(model.bert.sequence_rows(hidden_TD, cu_seqlens))

@@ -16,8 +16,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from bert_ds.basics.ranks import CheckpointError
+from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.recipe.precision import Precision, PrecisionSetting
-from bert_ds.configuration.recipe.run_config import ModelConfig
 from bert_ds.training.agreement import on_main_rank
 from bert_ds.training.checkpoints.checkpoint_folder import candidates, read_manifest
 
@@ -53,10 +53,10 @@ class Decision(NamedTuple):
 
 def decide_precision(
     setting: PrecisionSetting,
-    model: ModelConfig,
+    model: EncoderConfig,
     *,
     earlier: Sequence[Path] = (),
-    measure: Callable[[ModelConfig], GemmRates] | None = None,
+    measure: Callable[[EncoderConfig], GemmRates] | None = None,
 ) -> Decision:
     """Return what the run computes in, equal on all ranks; a collective.
 
@@ -71,7 +71,7 @@ def decide_precision(
     return Decision(*on_main_rank(lambda: _decide(model, earlier=earlier, measure=measure or gemm_rates)))
 
 
-def gemm_rates(model: ModelConfig) -> GemmRates:
+def gemm_rates(model: EncoderConfig) -> GemmRates:
     """Time the product of a feed-forward layer, [512, hidden] x [hidden, intermediate], on this process' threads.
 
     Both precisions take turns, so that a busy moment of the machine meets both; of each the best time counts.
@@ -119,7 +119,7 @@ def earlier_precision(run_dir: Path) -> tuple[Precision, Path] | None:
 
 
 def _decide(
-    model: ModelConfig, *, earlier: Sequence[Path], measure: Callable[[ModelConfig], GemmRates]
+    model: EncoderConfig, *, earlier: Sequence[Path], measure: Callable[[EncoderConfig], GemmRates]
 ) -> tuple[Precision, str]:
     for run_dir in earlier:
         if (found := earlier_precision(run_dir)) is not None:

@@ -1,0 +1,90 @@
+"""BERT (Devlin et al. 2019, arXiv 1810.04805), and with LayerNorm in front Megatron's form of it (arXiv 1909.08053)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.reading.config_section import DropoutProbability, PositiveFloat, Size
+
+
+class BertConfig(EncoderConfig):
+    """The BERT encoder, in Hugging Face's spelling; the defaults are BERT-base uncased."""
+
+    HF_TYPES = {"bert": {"norm_position": "post"}, "megatron-bert": {"norm_position": "pre"}}
+    SIZES = (*EncoderConfig.SIZES, "max_position_embeddings", "type_vocab_size")
+
+    type: Literal["bert"] = "bert"
+    """Family of the encoder."""
+    vocab_size: Annotated[int, Field(ge=8, le=2**24)] = 30522
+    """Number of word pieces of the tokenizer, without padding rows."""
+    hidden_size: Size = 768
+    """Width of the residual stream."""
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)] = 12
+    """Number of transformer layers."""
+    num_attention_heads: Size = 12
+    """Number of attention heads; divides hidden_size."""
+    intermediate_size: Size = 3072
+    """Width of the feed-forward layer."""
+    hidden_act: Literal["gelu", "gelu_new"] = "gelu"
+    """"gelu" is the published erf form, "gelu_new" the tanh approximation."""
+    hidden_dropout_prob: DropoutProbability = 0.1
+    """Dropout after the embeddings and after both dense blocks of a layer."""
+    attention_probs_dropout_prob: DropoutProbability = 0.1
+    """Dropout of the attention probabilities."""
+    max_position_embeddings: Size = 512
+    """Longest sequence in tokens."""
+    type_vocab_size: Size = 2
+    """Number of segment ids."""
+    layer_norm_eps: PositiveFloat = 1e-12
+    """Epsilon inside the square root of every LayerNorm."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of the normal initialisation of every weight matrix."""
+    norm_position: Literal["post", "pre"] = "post"
+    """LayerNorm behind each block, as published, or in front of it and once at the end: transformers' MegatronBert."""
+
+    @property
+    def family(self) -> str:
+        """ "bert"."""
+        return self.type
+
+    @property
+    def num_segments(self) -> int:
+        """Number of segment ids."""
+        return self.type_vocab_size
+
+    @property
+    def classifier_dropout_prob(self) -> float:
+        """That of the hidden states."""
+        return self.hidden_dropout_prob
+
+    def with_dropout(self, probability: float) -> BertConfig:
+        """Return the settings with another dropout of hidden states and attention probabilities."""
+        return self.model_copy(update={"hidden_dropout_prob": probability, "attention_probs_dropout_prob": probability})
+
+    def count_parameters(self, *, has_pair_head: bool) -> int:
+        """Return the trainable parameters; the decoder is tied and counts once.
+
+        Args:
+            has_pair_head: with pooler and two-class head, that is, with a sentence pair objective.
+        """
+        hidden, inner, vocab = self.hidden_size, self.intermediate_size, self.padded_vocab_size
+        # Of the embeddings behind the sum, or of the last layer: one LayerNorm either way.
+        embeddings = (vocab + self.max_position_embeddings + self.type_vocab_size) * hidden + 2 * hidden
+        attention = 4 * (hidden * hidden + hidden) + 2 * hidden
+        feed_forward = 2 * hidden * inner + inner + hidden + 2 * hidden
+        mlm_head = hidden * hidden + hidden + 2 * hidden + vocab
+        pair_head = hidden * hidden + hidden + 2 * hidden + 2 if has_pair_head else 0
+        return embeddings + self.num_hidden_layers * (attention + feed_forward) + mlm_head + pair_head
+
+    def layer_matrices(self) -> list[tuple[int, int]]:
+        """Return query, key, value, output and the two of the feed-forward block."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        return [(hidden, hidden)] * 4 + [(inner, hidden), (hidden, inner)]
+
+    def kept_values(self) -> int:
+        """Return 8 D + 2 F: input, q, k, v, attention output, sum and output of the first LayerNorm, sum of the second;
+        before and after GELU."""
+        return 8 * self.hidden_size + 2 * self.intermediate_size

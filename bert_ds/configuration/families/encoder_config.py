@@ -1,0 +1,109 @@
+"""What every family of encoders says of itself in a recipe. Standard library and pydantic only.
+
+Names are Hugging Face's. Letters: D hidden size, F intermediate size, L layers, V padded vocabulary, S tokens of a
+sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from bert_ds.configuration.reading.config_section import PositiveFloat, Section, Size
+
+
+class EncoderConfig(Section):
+    """Base of the families' settings; never a section of a recipe itself."""
+
+    HF_TYPES: ClassVar[Mapping[str, Mapping[str, Any]]]
+    """Each `model_type` of config.json that is of this family -> the settings that it stands for."""
+    SIZES: ClassVar[tuple[str, ...]] = (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"),
+    )
+    """Settings, of the same name in config.json, that must be equal for weights of another model to fit."""
+
+    vocab_size: Annotated[int, Field(ge=8, le=2**24)]
+    """Number of word pieces of the tokenizer, without padding rows."""
+    pad_vocab_size_to_multiple_of: Size = 64
+    """Rows of the word embedding are padded to this multiple for tensor cores; the export cuts them off."""
+    hidden_size: Size
+    """Width of the residual stream."""
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)]
+    """Number of transformer layers."""
+    num_attention_heads: Size
+    """Number of attention heads; divides hidden_size."""
+    intermediate_size: Size
+    """Width of the feed-forward layer."""
+    max_position_embeddings: Size
+    """Longest sequence in tokens."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of the initialisation of weight matrices."""
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        return self
+
+    @property
+    def family(self) -> str:
+        """Name of the family, the `type` of the section."""
+        raise NotImplementedError
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the word embedding: vocab_size rounded up to pad_vocab_size_to_multiple_of."""
+        multiple = self.pad_vocab_size_to_multiple_of
+        return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_segments(self) -> int:
+        """How many segments of a sequence the network tells apart; 0 where it knows of none."""
+        return 0
+
+    @property
+    def longest_probe(self) -> int:
+        """Tokens of the longest sequence on which an export is compared, whatever positions there are."""
+        return 512
+
+    @property
+    def classifier_dropout_prob(self) -> float:
+        """Dropout in front of a task's classifier."""
+        raise NotImplementedError
+
+    def with_dropout(self, probability: float) -> Self:
+        """Return the settings with another dropout in all places that fine-tuning changes; 0 switches it off."""
+        raise NotImplementedError
+
+    def count_parameters(self, *, has_pair_head: bool) -> int:
+        """Return the trainable parameters of pre-training, padded rows of the vocabulary included.
+
+        Args:
+            has_pair_head: with a two-class head over pairs of sentences and what it stands on.
+        """
+        raise NotImplementedError
+
+    def layer_matrices(self) -> list[tuple[int, int]]:
+        """Return rows and columns of the matrices of one layer, each as an optimizer may treat it whole."""
+        raise NotImplementedError
+
+    def attended_tokens(self, length: float) -> float:
+        """Return how many keys a token sees in a sequence of `length` tokens, summed over all layers."""
+        return self.num_hidden_layers * length
+
+    def word_head_weights(self) -> int:
+        """Return the matrix weights that a predicted word passes: D D and V D."""
+        return self.hidden_size * self.hidden_size + self.padded_vocab_size * self.hidden_size
+
+    def kept_values(self) -> int:
+        """Estimate the values per token and layer that the backward pass needs."""
+        raise NotImplementedError

@@ -1,0 +1,34 @@
+"""The families that the `model` section of a recipe may be of, told apart by its `type`: a row each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+
+ModelSection = BertConfig
+"""What a recipe may hold."""
+
+FAMILY_CONFIGS: dict[str, type[EncoderConfig]] = {"bert": BertConfig}
+"""By the type that a recipe names; without one it is "bert"."""
+
+HF_FAMILIES = {model_type: name for name, config in FAMILY_CONFIGS.items() for model_type in config.HF_TYPES}
+"""`model_type` of config.json -> family."""
+
+
+class Described(NamedTuple):
+    """What a config.json or the model section of a recipe says of its family."""
+
+    config: type[EncoderConfig]
+    given: Mapping[str, Any]
+    """Its settings, with those that its `model_type` stands for."""
+
+
+def described(content: Mapping[str, Any]) -> Described | None:
+    """Return the family of a config.json, or of a recipe's model section; None where it is of none."""
+    model_type = content.get("model_type")
+    name = HF_FAMILIES.get(str(model_type)) if "model_type" in content else content.get("type", "bert")
+    config = FAMILY_CONFIGS.get(str(name))
+    return None if config is None else Described(config, {**content, **config.HF_TYPES.get(str(model_type), {})})

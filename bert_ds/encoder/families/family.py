@@ -1,0 +1,74 @@
+"""What the rest of the project asks of a family of encoders: a row of `table`.
+
+Every family's encoder is called `bert` in a model, has `embeddings` and a list `layer`, and its weights are named after
+them: layer-wise rates, frozen layers and a student's first layers go by these names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from bert_ds.encoder.tensor_rows import TensorRow
+
+RoleName = Literal[
+    "masked words",
+    "pre-training",
+    "encoder",
+    "sequence classification",
+    "token tags",
+    "question answering",
+    "multiple choice",
+]
+SEQUENCE_ROLES: tuple[RoleName, ...] = ("sequence classification", "multiple choice")
+"""Roles whose head reads a row per sequence; the others read one per token."""
+
+
+class Role(NamedTuple):
+    """How a class of transformers plays a role."""
+
+    architecture: str
+    """Its name."""
+    classifier: str = ""
+    """Its name of the linear layer on top; "" where there is none."""
+    reads_front: bool = False
+    """Whether the family's front (a pooler, a prediction head) lies between the encoder and that layer."""
+    has_dropout: bool = True
+    """Whether there is dropout in front of that layer."""
+
+
+class Family(NamedTuple):
+    """A family of encoders; `config` is always of its own settings."""
+
+    make_encoder: Callable[..., Any]
+    """(config, ops, has_front=, activation_checkpointing=) -> token ids to hidden states, with `sequence_rows` and
+    `token_rows`, see `bert.BertEncoder`."""
+    word_head: Callable[..., Any]
+    """(config, ops) -> the masked-word head."""
+    pair_head: Callable[..., Any] | None
+    """(config) -> two classes from the rows of sequences; None where nothing tells the segments of a pair apart."""
+    initialise: Callable[..., None]
+    """(module, config, seed=) fills every parameter."""
+    no_decay_patterns: Callable[[Any], tuple[str, ...]]
+    """`fnmatch` patterns of the names of weights without decay."""
+    equal_parts: Callable[[Any], Mapping[str, Sequence[str]]]
+    """Patterns of tensors that hold several weights of one size side by side -> names of these."""
+    matrix_patterns: tuple[str, ...]
+    """Weights of the layers, which an optimizer may treat as matrices."""
+    roles: Callable[[Any], Mapping[RoleName, Role]]
+    encoder_rows: Callable[..., Iterator[TensorRow]]
+    """(config, has_front=) -> every tensor of the encoder, in the model's order."""
+    word_head_rows: Callable[[Any], Iterator[TensorRow]]
+    pair_head_rows: Callable[[Any], Iterator[TensorRow]]
+    hf_head_prefixes: tuple[str, ...]
+    """How names begin of what stands on top of an encoder in transformers' classes, its front left out."""
+    hf_settings: Callable[[Any, Mapping[str, int]], dict[str, Any]]
+    """(config, ids of "pad", "cls", "sep") -> content of config.json without `architectures`."""
+    from_hf_settings: Callable[[Mapping[str, Any]], tuple[dict[str, Any], list[str]]]
+    """Content of config.json -> our settings, and a line for each that this family cannot be."""
+    modern_names: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    """Hugging Face's tensors under today's names, without buffers and without a tied decoder."""
+    first_free_site: Callable[[Any], int]
+    """Number of the first dropout mask that the encoder does not use."""
