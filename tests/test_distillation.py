@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from bert_ds.configuration.run_plan import make_plan
 from bert_ds.encoder.hf_folder import model_card_text, special_ids, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
 from bert_ds.encoder.initial_weights import start_from_layers
-from bert_ds.encoder.objectives.distillation import TaughtWords
-from bert_ds.encoder.objectives.sentence_pair import SentencePair
+from bert_ds.encoder.objectives.distillation import TaughtWords, angle_loss, soft_target_loss
+from bert_ds.encoder.objectives.sentence_pair import SentencePair, pair_logits
 from bert_ds.encoder.pretraining_model import BertForPreTraining
 from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
@@ -72,6 +73,35 @@ def test_all_four_terms_and_their_gradients_are_those_of_the_formulas() -> None:
     (hard.sum() + 0.3 * soft + 0.2 * hidden).backward()
     for name, parameter in plain.named_parameters():
         assert torch.allclose(found[name], parameter.grad, rtol=1e-3, atol=1e-3), name
+
+
+def test_the_gradients_are_to_the_bit_those_of_words_then_pairs_then_hidden_states() -> None:
+    config = small_config()
+    teacher = model_of(small_config(num_hidden_layers=3), seed=9)
+    batch = packed_inputs(config, [37, 20, 11], masked=15)
+    targets, stream = batch["targets"], encoder_inputs(batch)
+    student, plain = student_of(config, teacher), student_of(config, teacher)
+    sums, _ = student(**batch)
+    hidden_TD = plain.bert(**stream)
+    asked = plain.objectives[0].teacher
+    taught_TD = asked.hidden_states(hidden_TD, **stream, dropout_seed=None)
+    places, labels = targets["masked_positions"], targets["masked_labels"]
+    also = partial(
+        soft_target_loss,
+        teacher=asked.decoder(taught_TD.index_select(0, places)),
+        vocab_size=config.vocab_size,
+        temperature=SETTINGS.temperature,
+    )
+    words = plain.bert.embeddings.word_weight
+    mlm, _, soft = plain.predictions(hidden_TD.index_select(0, places), labels, words, also=also)
+    logits_N2 = pair_logits(plain, hidden_TD, batch["cu_seqlens"])
+    pair = F.cross_entropy(logits_N2, targets["pair_labels"], reduction="sum")
+    wanted = torch.stack((mlm, pair, soft, angle_loss(hidden_TD, taught_TD)))
+    assert torch.equal(sums, wanted)
+    for losses in (sums, wanted):
+        (losses * torch.tensor([0.03, 0.5, 0.2, 0.01])).sum().backward()
+    for (name, one), other in zip(student.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad), name
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it() -> None:

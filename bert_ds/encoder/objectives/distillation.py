@@ -87,7 +87,9 @@ class TaughtWords(MaskedWords):
         )
         losses = {"mlm": loss, "soft": soft_loss}
         if len(self.terms) > 2:
-            losses["hidden"] = angle_loss(seen.hidden_TD, taught_TD)
+            # A node of its own sums the cosine's gradients before those of other objectives are added: the last bits
+            # then do not depend on whether those come before it or behind it.
+            losses["hidden"] = angle_loss(seen.hidden_TD.view_as(seen.hidden_TD), taught_TD)
         return Sums(losses, {"mlm_correct": num_correct})
 
 
