@@ -71,7 +71,7 @@ def test_without_the_guard_building_that_engine_does_change_them() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_first_step_of_training_is_step_1_at_every_stage(stage: int, precision: str) -> None:
     engine, _ = engine_and_start(AdamWConfig, stage, precision)
-    forward_backward(engine, [micro_batch(1, 0)], counts=[10.0, 4.0], seed=0, step=1)
+    forward_backward(engine, [micro_batch(1, 0)], counts=micro_batch(1, 0).counts, seed=0, step=1)
     applied, _ = take_step(engine)
     assert applied
     assert state_steps(engine) == {1.0}
@@ -82,7 +82,7 @@ def test_the_learning_rate_reaches_the_optimizer_at_every_stage(stage: int) -> N
     engine, _ = engine_and_start(AdamWConfig, stage, "fp32")
     before = full_weights(engine)
     set_learning_rate(engine.optimizer, 0.0)
-    forward_backward(engine, [micro_batch(1, 0)], counts=[10.0, 4.0], seed=0, step=1)
+    forward_backward(engine, [micro_batch(1, 0)], counts=micro_batch(1, 0).counts, seed=0, step=1)
     take_step(engine)
     assert torch.equal(full_weights(engine), before)
 
