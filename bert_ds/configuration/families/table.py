@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Discriminator, Tag
 
 from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.families.modernbert import ModernBertConfig
 
-ModelSection = BertConfig
+
+def _family(section: Any) -> str | None:
+    """Return the tag of a section: its type, "bert" where it is left out."""
+    found = section.get("type", "bert") if isinstance(section, Mapping) else getattr(section, "type", "bert")
+    return found if isinstance(found, str) else ""
+
+
+ModelSection = Annotated[
+    Annotated[BertConfig, Tag("bert")] | Annotated[ModernBertConfig, Tag("modernbert")], Discriminator(_family)
+]
 """What a recipe may hold."""
 
-FAMILY_CONFIGS: dict[str, type[EncoderConfig]] = {"bert": BertConfig}
+FAMILY_CONFIGS: dict[str, type[EncoderConfig]] = {"bert": BertConfig, "modernbert": ModernBertConfig}
 """By the type that a recipe names; without one it is "bert"."""
 
 HF_FAMILIES = {model_type: name for name, config in FAMILY_CONFIGS.items() for model_type in config.HF_TYPES}

@@ -1,0 +1,129 @@
+"""Every family beside transformers: scores, gradients, names, settings, number of parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from family_cases import FORMS, SPECIAL_IDS, disturbed, ragged, settings_of
+
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.encoder.families.table import family_of, weight_patterns
+from bert_ds.encoder.hf_mapping import from_hf, hf_config, model_config_from_hf, to_hf
+from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.training.optimizers.param_groups import without_decay
+
+EVERY_FORM = pytest.mark.parametrize("config", FORMS.values(), ids=FORMS.keys())
+
+
+def ours_of(config: EncoderConfig) -> BertForPreTraining:
+    model = BertForPreTraining(config, kernels="torch", has_pair_head=False)
+    return disturbed(model).double().eval()  # type: ignore[return-value]
+
+
+def theirs_of(ours: BertForPreTraining) -> Any:
+    """Transformers' model of masked words with the same weights, all of them named by our table."""
+    config = ours.config
+    model = getattr(transformers, family_of(config).roles(config)["masked words"].architecture)(settings_of(config))
+    model = model.double().eval()
+    missing, unexpected = model.load_state_dict(to_hf(ours.state_dict(), config), strict=False)
+    assert unexpected == []
+    assert all("decoder" in name or "position_ids" in name for name in missing), missing
+    model.tie_weights()
+    return model
+
+
+@EVERY_FORM
+def test_scores_and_every_gradient_are_those_of_transformers(config: EncoderConfig) -> None:
+    ours = ours_of(config)
+    theirs = theirs_of(ours)
+    padded, packed = ragged(config)
+    mask_NS = padded["attention_mask"].bool()
+    places_P = torch.arange(1, int(mask_NS.sum()), 2)
+    labels_P = packed["input_ids_T"].flip(0)[places_P]
+    scores = theirs(**padded).logits[mask_NS]
+    F.cross_entropy(scores[places_P], labels_P, reduction="sum").backward()
+    targets = {"masked_positions": places_P, "masked_labels": labels_P}
+    loss_sums_L, _ = ours(**packed, targets=targets)
+    loss_sums_L[0].backward()
+    found = ours.logits(**packed, masked_positions_P=torch.arange(len(scores))).mlm_PV
+    assert (found - scores).abs().max() <= 1e-6 * scores.abs().max()
+    gradients = to_hf({name: weight.grad for name, weight in ours.named_parameters()}, config)
+    wanted = {name: weight.grad for name, weight in theirs.named_parameters()}
+    assert set(gradients) - {"cls.predictions.bias"} == set(wanted) - {
+        "cls.predictions.bias",
+        "cls.predictions.decoder.bias",
+    }
+    for name, gradient in gradients.items():
+        other = wanted.get(name, wanted.get("cls.predictions.decoder.bias"))
+        assert (gradient - other).norm() <= 1e-5 * other.norm() + 1e-12, name
+
+
+@EVERY_FORM
+def test_a_sequence_does_not_depend_on_its_neighbours_nor_on_padding(config: EncoderConfig) -> None:
+    ours = ours_of(config)
+    _, packed = ragged(config)
+    together = ours.bert(**packed)
+    for index, (begin, end) in enumerate(zip(packed["cu_seqlens"], packed["cu_seqlens"][1:], strict=False)):
+        alone = {name: tensor[begin:end] for name, tensor in packed.items() if name.endswith("_T")}
+        lengths = {"cu_seqlens": torch.tensor([0, end - begin]).int(), "max_seqlen": int(end - begin)}
+        assert torch.allclose(ours.bert(**alone, **lengths), together[begin:end], atol=1e-9), index
+
+
+@EVERY_FORM
+def test_names_and_settings_are_the_same_both_ways(config: EncoderConfig) -> None:
+    ours = ours_of(config)
+    back = from_hf(theirs_of(ours).state_dict(), config, has_pair_head=False)
+    assert back.keys() == ours.state_dict().keys()
+    assert all(torch.equal(back[name], weight) for name, weight in ours.state_dict().items())
+    content = hf_config(config, sentence_pair="none", special_ids=SPECIAL_IDS)
+    again = model_config_from_hf(content)
+    theirs = model_config_from_hf(settings_of(config).to_dict() | {"model_type": content["model_type"]})
+    for found in (again, theirs):
+        assert found.model_dump(exclude={"layer_types", "global_attn_every_n_layers"}) == config.model_dump(
+            exclude={"layer_types", "global_attn_every_n_layers"}
+        )
+        assert getattr(found, "has_window", None) == getattr(config, "has_window", None)
+
+
+@EVERY_FORM
+def test_the_number_of_parameters_is_known_without_the_model(config: EncoderConfig) -> None:
+    model = BertForPreTraining(config, kernels="torch", has_pair_head=False)
+    assert config.count_parameters(has_pair_head=False) == sum(weight.numel() for weight in model.parameters())
+
+
+@EVERY_FORM
+def test_an_optimizer_is_told_of_every_weight(config: EncoderConfig) -> None:
+    """Every pattern matches; what is not decayed is a vector; a layer's matrices are those that are counted."""
+    model = BertForPreTraining(config, kernels="torch", has_pair_head=False)
+    no_decay, equal_parts, matrices = weight_patterns(config)
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    assert {name for name, shape in shapes.items() if len(shape) == 1} == without_decay(list(shapes), no_decay)
+    found = []
+    for pattern in matrices:
+        name = pattern.replace("*", "bert.layer.1")
+        parts = next((parts for key, parts in equal_parts.items() if name.endswith(key[1:])), ("",))
+        found += [(shapes[name][0] // len(parts), shapes[name][1])] * len(parts)
+    assert sorted(found) == sorted(config.layer_matrices())
+
+
+@EVERY_FORM
+def test_recomputed_layers_give_the_same_bits_with_dropout(config: EncoderConfig) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = BertForPreTraining(
+            config.with_dropout(0.2), kernels="torch", has_pair_head=False, activation_checkpointing=recompute
+        )
+        _, packed = ragged(config)
+        places = torch.arange(0, 60, 3)
+        targets = {"masked_positions": places, "masked_labels": packed["input_ids_T"][places]}
+        seed = torch.tensor([7])
+        loss_sums_L, _ = model.train()(**packed, targets=targets, dropout_seed=seed)
+        loss_sums_L.sum().backward()
+        gradients.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
+        with pytest.raises(ValueError, match="dropout_seed is None"):
+            model(**packed, targets=targets)
+    assert all(torch.equal(gradients[0][name], gradient) for name, gradient in gradients[1].items())
