@@ -30,10 +30,11 @@ def pair_of(folder: Path, deepspeed: Any, recipe: Any = AUTO) -> RunConfig:
     return load_pair(write_json(folder, "run.json", recipe), write_json(folder, "ds.json", deepspeed))[0]
 
 
-def test_auto_is_the_default_of_recipes_and_tasks_and_of_the_embedded_default_alone() -> None:
+def test_auto_is_the_default_of_recipes_and_tasks_and_of_the_shipped_ones_for_a_cpu_alone() -> None:
     recipes = {path.stem: load_run_config(path) for path in (ROOT / "ds_configs/recipes").glob("*.json")}
-    assert {name for name, run in recipes.items() if run.training.precision != "bf16"} == {"embedded_default"}
-    assert recipes["embedded_default"].training.precision == "auto"
+    small = {"embedded_default", "modernbert_small"}
+    assert {name for name, run in recipes.items() if run.training.precision != "bf16"} == small
+    assert {recipes[name].training.precision for name in small} == {"auto"}
     tasks = [load_task(path.stem) for path in (ROOT / "ds_configs/tasks").glob("*.json")]
     assert {task.training.precision for task in tasks} == {"auto"}
 

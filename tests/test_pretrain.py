@@ -114,6 +114,25 @@ def test_everything_in_a_run_folder_follows_the_umask(finished_run: Path) -> Non
     assert modes == {0o666 & ~mask}
 
 
+def test_the_small_modernbert_learns(workshop: Path, tmp_path: Path) -> None:
+    corpus = {
+        "type": "shards",
+        "sources": [{"path": str(workshop / "shards")}],
+        "tokenizer": str(workshop / "tokenizer"),
+    }
+    settings = {"corpus": json.dumps(corpus), "model.vocab_size": 120, "evaluation.every_steps": "null"}
+    settings |= {"training.total_steps": 20, "training.train_batch_size": 8, "training.log_every_steps": 1}
+    settings |= {"schedule.warmup_steps": 4, "sequences.max_seq_length": 96, "evaluation.num_examples": 8}
+    files = ("--run", ROOT / "ds_configs/recipes/modernbert_small.json", "--run_dir", tmp_path / "run")
+    changes = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    finished = run(ROOT / "bert_ds/pretrain.py", *files, "--deepspeed_config", ROOT / "ds_configs/zero2.json", *changes)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    made = json.loads((tmp_path / "run/run_config.json").read_text())["model"]
+    assert (made["type"], made["num_hidden_layers"], made["hidden_size"]) == ("modernbert", 4, 256)
+    found = [loss for _, loss in losses(tmp_path / "run")]
+    assert len(found) == 20 and max(found[-4:]) < found[0] - 0.5, found
+
+
 def test_a_step_can_be_replayed_alone_and_shows_its_examples_and_gradients(workshop: Path, finished_run: Path) -> None:
     before = (finished_run / "metrics.jsonl").read_text()
     # In a machine without bf16 instructions, where a new run would compute in fp32, the run keeps its precision.

@@ -29,6 +29,7 @@ def test_the_promised_files_are_shipped() -> None:
     assert [path.stem for path in RECIPES] == [
         *("bert_base_muon", "bert_base_phase1", "bert_base_phase2", "bert_base_zh", "bert_large_phase1"),
         *("bert_large_phase2", "bert_original", "bert_original_phase2", "distilbert_base", "embedded_default"),
+        *("modernbert_base_phase1", "modernbert_base_phase2", "modernbert_small"),
     ]
 
 
@@ -80,6 +81,25 @@ def test_the_published_lamb_recipe_is_followed() -> None:
     run = load_run_config(ROOT / "ds_configs/recipes/bert_large_phase2.json")
     assert (run.training.train_batch_size, run.training.total_steps, run.optimizer.lr) == (32_768, 1_563, 4e-3)
     assert (run.sequences.max_seq_length, run.masking.max_predictions_per_seq, run.schedule.power) == (512, 80, 0.5)
+
+
+def test_the_published_phases_of_modernbert_are_followed() -> None:
+    """Tokens, rates and shapes of its yamls; the decay of the weights is 1e-5 a step there, whatever the rate."""
+    first, second = (load_run_config(ROOT / f"ds_configs/recipes/modernbert_base_phase{k}.json") for k in (1, 2))
+    changed = {"max_position_embeddings": 8192, "global_rope_theta": 160_000.0}
+    assert second.init_from == str(ROOT / "runs" / first.name)
+    assert second.model == first.model.model_copy(update=changed)
+    assert (first.model.max_position_embeddings, first.model.global_rope_theta) == (1024, 10_000.0)
+    assert first.model.count_parameters(has_pair_head=False) == 149_655_232
+    for run, tokens, length, batch, rate in (
+        (first, 1.719e12, 1024, 4608, 8e-4),
+        (second, 300e9, 8192, 576, 3e-4),
+    ):
+        assert (run.max_seq_length, run.training.train_batch_size, run.optimizer.lr) == (length, batch, rate)
+        assert abs(run.training.total_steps * batch * length / tokens - 1) < 1e-5
+        assert run.optimizer.weight_decay * rate == pytest.approx(1e-5, rel=2e-3)  # type: ignore[union-attr]
+    assert first.schedule.num_warmup_steps(first.training.total_steps) * 4608 * 1024 == pytest.approx(3e9, rel=1e-3)
+    assert second.schedule.decay_fraction * 300e9 == pytest.approx(50e9, rel=1e-3)
 
 
 def test_a_shipped_file_is_found_in_a_checkout() -> None:
