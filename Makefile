@@ -11,7 +11,8 @@
 # make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, muon-curves, shards and peer (each wants
 #                 TEXT=folder of text), lamb, muon, kernels, configs, fuzz, deepspeed (the newest release instead of the
 #                 pinned one), kills, storms, folders, start, checkpoint, damage (wants root, for a small disk in memory),
-#                 slurm, downstream (wants DATA=folder of the data sets), hf-trainer (DATA and MODEL=pre-trained folder)
+#                 slurm, modules-of-a-step, downstream (wants DATA=folder of the data sets), hf-trainer (DATA and
+#                 MODEL=pre-trained folder)
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
 
 SHELL := /bin/bash
@@ -24,7 +25,7 @@ DEEPSPEED_CONFIG := ds_configs/zero2.json
 .PHONY: pretrain test test-fast test-slurm check format env env-dev clean bench-gpu
 .PHONY: campaign-kills campaign-folders campaign-storms campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-peer campaign-lamb campaign-muon campaign-kernels campaign-configs campaign-fuzz campaign-slurm
-.PHONY: campaign-start bench-cpu test-gpu sanitize-gpu
+.PHONY: campaign-start campaign-modules-of-a-step bench-cpu test-gpu sanitize-gpu
 
 env:
 	@.ci/make_env.sh
@@ -122,6 +123,9 @@ campaign-damage: env-dev
 
 campaign-folders: env-dev
 	$(BIN)/python tests/campaign_folders.py
+
+campaign-modules-of-a-step: env-dev
+	$(BIN)/python tests/campaign_modules_of_a_step.py
 
 campaign-checkpoint: env-dev
 	$(BIN)/python tests/campaign_checkpoint.py
