@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +61,9 @@ FORMS: dict[str, EncoderConfig] = {
 }
 """One form of each family is enough for what does not depend on its settings: see FAMILIES."""
 FAMILIES = {name: config for name, config in FORMS.items() if "," not in name}
+WIRED = {name: FORMS[name] for name in (*FAMILIES, "bert, pre-norm")}
+"""What a user may do with an encoder is tested for each of these: one of each class of transformers."""
+EVERY_FAMILY = pytest.mark.parametrize("config", WIRED.values(), ids=WIRED.keys())
 
 
 def disturbed(model: nn.Module, *, seed: int = 0) -> nn.Module:
@@ -73,6 +77,11 @@ def disturbed(model: nn.Module, *, seed: int = 0) -> nn.Module:
                 noise[config.vocab_size :] = 0.0
             parameter += (0.3 if parameter.dim() == 1 else 0.15) * noise
     return model
+
+
+def of_size(config: EncoderConfig, **changes: Any) -> EncoderConfig:
+    """Return the settings with other values, checked."""
+    return type(config)(**{**config.model_dump(), **changes})
 
 
 def settings_of(config: EncoderConfig) -> Any:

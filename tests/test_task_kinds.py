@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from downstream_cases import CONFIG, review_rows, task_of, write_lines
+from downstream_cases import CONFIG, review_rows, task_of, write_lines, write_task
 from encoder_cases import spread_weights
 from tiny_training import join_alone
 
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
-from bert_ds.configuration.task.task_config import TaskConfig
+from bert_ds.configuration.task.task_config import TaskConfig, load_task
 from bert_ds.configuration.task.task_kinds import KIND_FACTS, WORD_METRICS
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer, load_tokenizer
 from bert_ds.downstream.kinds.kind import Prediction
@@ -65,15 +65,19 @@ SETTINGS: dict[str, tuple[list[str], dict[str, Any]]] = {
 }
 
 
+def write_kind(kind: str, folder: Path, **settings: Any) -> Path:
+    """Write the file and the task of a kind and return the latter."""
+    lines, data = SETTINGS[kind]
+    write_lines(folder / "train", lines)
+    return write_task(folder, {"kind": kind, "data": {**data, "drop_overlap": False}, **settings})
+
+
 class Case:
     """A kind with its rows and a model of random weights."""
 
     def __init__(self, kind: str, folder: Path, tokenizer: WordPieceTokenizer, **settings: Any) -> None:
-        lines, data = SETTINGS[kind]
-        write_lines(folder / "train", lines)
         self.said: list[str] = []
-        data = {**data, "drop_overlap": False}
-        self.task: TaskConfig = task_of(folder, {"kind": kind, "data": data, **settings})
+        self.task: TaskConfig = load_task(write_kind(kind, folder, **settings))
         self.kind = KINDS[kind]
         self.rows: TaskRows = read_task(self.task, tokenizer, say=self.said.append)
         self.model: TaskModel = make_task_model(self.kind, CONFIG, self.rows.labels, kernels="torch")

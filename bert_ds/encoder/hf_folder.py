@@ -122,8 +122,12 @@ def write_hf_folder(
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it for its owner alone
     for name in ("tokenizer.json", "vocab.txt"):
         copy_member(tokenizer / name, folder / name)
-    # Without these two, transformers makes no [CLS] and [SEP], or lets 600 tokens run into an index error.
-    facts = {"tokenizer_class": "BertTokenizer", "model_max_length": max_length or config["max_position_embeddings"]}
+    # Without these, transformers makes no [CLS] and [SEP], or lets 600 tokens run into an index error.
+    facts = {
+        "tokenizer_class": "BertTokenizer",
+        "model_max_length": max_length or config["max_position_embeddings"],
+        "model_input_names": _input_names(config),
+    }
     kept = harmless_tokenizer_facts(read_json(tokenizer / "tokenizer_config.json"))
     write_json(folder / "tokenizer_config.json", {**kept, **facts})
     (folder / "README.md").write_text(model_card, encoding="utf-8")
@@ -197,6 +201,12 @@ def copy_member(source: Path, target: Path) -> None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file as the exports have them."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _input_names(config: Mapping[str, Any]) -> list[str]:
+    """Return what a tokenizer gives; without the last name it gives segments to a model that takes none."""
+    segments = ["token_type_ids"] if model_config_from_hf(config).num_segments else []
+    return ["input_ids", *segments, "attention_mask"]
 
 
 def _weight_parts(path: Path) -> list[Path]:

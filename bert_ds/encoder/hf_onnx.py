@@ -7,7 +7,6 @@ config.json are copied beside it, so that the folder is all a server needs.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import logging
 import warnings
 from pathlib import Path
@@ -72,7 +71,8 @@ def write_onnx(folder: Path, output: Path) -> OnnxCheck:
             copy_member(folder / name, output / name)
     if (folder / "tokenizer_config.json").exists():
         found = read_json(folder / "tokenizer_config.json")
-        own = {name: found[name] for name in found if name in ("tokenizer_class", "model_max_length")}
+        kept = ("tokenizer_class", "model_max_length", "model_input_names")
+        own = {name: found[name] for name in found if name in kept}
         write_json(output / "tokenizer_config.json", {**harmless_tokenizer_facts(found), **own})
     facts = {"file": ONNX_FILE, "max_difference": check.max_difference}
     write_json(output / "config.json", {**harmless_config(read_json(folder / "config.json")), "onnx": facts})
@@ -98,9 +98,9 @@ def load_to_trace(folder: Path) -> Any:
     if architectures[0] not in known:
         raise ConfigError(f"{folder}/config.json: architectures is {architectures}, wanted one of {', '.join(known)}")
     model_class = getattr(transformers, architectures[0])
-    lacks_front = known[architectures[0]] == "encoder" and not _has_front(folder)
-    has_choice = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
-    options = {"add_pooling_layer": False} if lacks_front and has_choice else {}
+    options = roles[known[architectures[0]]].without_front
+    if options and _has_front(folder):
+        options = {}
     model, report = model_class.from_pretrained(
         folder, output_loading_info=True, local_files_only=True, dtype=torch.float32, **options
     )

@@ -6,7 +6,6 @@ loaded again by transformers, and its tensors, its settings, its scores and its 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.encoder.families.family import Role
 from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.hf_folder import read_json, refuse_broken_tensors
 from bert_ds.encoder.hf_mapping import from_hf, model_config_from_hf
@@ -61,7 +61,7 @@ def verify_export(
         raise CheckpointError(f"{folder}/config.json differs from the run in {', '.join(different)}")
     has_pair_head = "seq_relationship.weight" in state_dict
     role = family_of(config).roles(config)["pre-training" if has_pair_head else "masked words"]
-    theirs = load_with_transformers(folder, role.architecture)
+    theirs = load_with_transformers(folder, role)
     refuse_broken_tensors(theirs.state_dict(), where=f"{folder}, as transformers loads it")
     loaded = from_hf(theirs.state_dict(), config, has_pair_head=has_pair_head)
     changed = [name for name, tensor in state_dict.items() if not torch.equal(loaded[name], tensor.float().cpu())]
@@ -80,7 +80,7 @@ def verify_export(
     return check
 
 
-def load_with_transformers(folder: Path, architecture: str) -> Any:
+def load_with_transformers(folder: Path, role: Role) -> Any:
     """Return transformers' model of a folder, offline; anything missing, unexpected or misshapen is refused.
 
     Raises:
@@ -90,18 +90,16 @@ def load_with_transformers(folder: Path, architecture: str) -> Any:
     import transformers
 
     architectures = read_json(folder / "config.json").get("architectures")
-    if architectures != [architecture]:
-        raise CheckpointError(f"{folder}/config.json: architectures is {architectures}, wanted {[architecture]}")
-    model_class = getattr(transformers, architecture)
-    has_choice = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    if architectures != [role.architecture]:
+        raise CheckpointError(f"{folder}/config.json: architectures is {architectures}, wanted {[role.architecture]}")
     try:
-        model, report = model_class.from_pretrained(
+        model, report = getattr(transformers, role.architecture).from_pretrained(
             folder,
             output_loading_info=True,
             local_files_only=True,
             dtype=torch.float32,
             attn_implementation="eager",
-            **({"add_pooling_layer": False} if has_choice else {}),
+            **role.without_front,
         )
     except (RuntimeError, OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {error}") from error

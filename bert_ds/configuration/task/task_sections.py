@@ -24,7 +24,7 @@ class FreezeConfig(Section):
     layers: NonNegativeInt = 0
     """The first layers of the encoder."""
     encoder: bool = False
-    """The embeddings and all layers: only pooler and head are trained."""
+    """The embeddings, all layers and the LayerNorm behind them: only what heads read through and head are trained."""
 
 
 class TaskTrainingConfig(Section):

@@ -15,6 +15,7 @@ from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
 from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.downstream.kinds.embedding_head import EmbeddingHead
 from bert_ds.downstream.kinds.kind import HeadContext, HfForm, Kind, Prediction, count_labelled
+from bert_ds.downstream.kinds.task_model import role_of
 from bert_ds.downstream.kinds.text_kinds import index_file, pair_text
 from bert_ds.downstream.kinds.trivial import trivial_scores
 from bert_ds.downstream.rows.examples import Example, Labels, id_of, score_of, texts_of
@@ -26,7 +27,7 @@ from bert_ds.downstream.scores.metrics import correlations
 def sentence_transformers_files(config: EncoderConfig, max_seq_length: int) -> dict[str, str]:
     """Return what makes a Hugging Face folder one of sentence-transformers: file name -> text.
 
-    These are the names that every release reads; newer ones write other names themselves. The model has no pooler, so
+    These are the names that every release reads; newer ones write other names themselves. The model has no front, so
     transformers is told not to make one up.
     """
     modules = [
@@ -38,7 +39,7 @@ def sentence_transformers_files(config: EncoderConfig, max_seq_length: int) -> d
         "sentence_bert_config.json": {
             "max_seq_length": max_seq_length,
             "do_lower_case": False,
-            "model_args": {"add_pooling_layer": False},
+            "model_args": dict(role_of(config, "encoder").without_front),
         },
         "1_Pooling/config.json": {"word_embedding_dimension": config.hidden_size, "pooling_mode_mean_tokens": True},
         "config_sentence_transformers.json": {"similarity_fn_name": "cosine"},

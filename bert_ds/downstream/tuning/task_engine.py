@@ -83,7 +83,7 @@ def freeze(model: nn.Module, settings: FreezeConfig) -> int:
     """Take the gradient from the frozen weights of a model and return how many numbers they are."""
     prefixes = ["bert.embeddings."] if settings.embeddings or settings.encoder else []
     prefixes += [f"bert.layer.{layer}." for layer in range(settings.layers)]
-    prefixes += ["bert.layer."] if settings.encoder else []
+    prefixes += ["bert.layer.", "bert.final_norm."] if settings.encoder else []
     frozen = [p for name, p in model.named_parameters() if prefixes and name.startswith(tuple(prefixes))]
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -93,13 +93,15 @@ def freeze(model: nn.Module, settings: FreezeConfig) -> int:
 def layer_lr_scale(name: str, num_layers: int, decay: float) -> float:
     """Return the factor of the learning rate of a weight: decay to the number of layers above it, plus one.
 
-    Head and pooler have 1, the top layer decay, the embeddings decay ** (num_layers + 1) (Howard and Ruder 2018,
-    arXiv 1801.06146; for BERT Sun et al. 2019, arXiv 1905.05583).
+    Head and pooler have 1, the top layer and the LayerNorm behind it decay, the embeddings decay ** (num_layers + 1)
+    (Howard and Ruder 2018, arXiv 1801.06146; for BERT Sun et al. 2019, arXiv 1905.05583).
     """
     if name.startswith("bert.embeddings."):
         return decay ** (num_layers + 1)
     if name.startswith("bert.layer."):
         return decay ** (num_layers - int(name.split(".")[2]))
+    if name.startswith("bert.final_norm."):
+        return decay
     return 1.0
 
 

@@ -143,10 +143,11 @@ def _form_rows(form: HfForm, model: TaskModel) -> list[TensorRow]:
     config = model.config
     role = role_of(config, form.role)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    encoder = list(family_of(config).encoder_rows(config, has_front=role.reads_front))
+    if not form.classifier:
+        return encoder
     names = {f"{form.classifier}.{kind}": f"{role.classifier}.{kind}" for kind in ("weight", "bias")}
-    head = [TensorRow(ours, shapes[ours], (theirs,), shapes[ours][0]) for ours, theirs in names.items()]
-    encoder = family_of(config).encoder_rows(config, has_front=role.reads_front)
-    return [*encoder, *(head if form.classifier else [])]
+    return encoder + [TensorRow(ours, shapes[ours], (theirs,), shapes[ours][0]) for ours, theirs in names.items()]
 
 
 def _config(form: HfForm, config: EncoderConfig, facts: TaskFacts, tokenizer: Path) -> dict[str, Any]:
@@ -175,7 +176,7 @@ def _labels(folder: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
 @torch.no_grad()
 def _verify(folder: Path, form: HfForm, model: TaskModel) -> ExportCheck:
     """Compare our scores with those of transformers' model of the folder."""
-    theirs = load_with_transformers(folder, role_of(model.config, form.role).architecture)
+    theirs = load_with_transformers(folder, role_of(model.config, form.role))
     probe = probe_sequences(model.config)
     mask_NS = probe.padded["attention_mask"].bool()
     *_, scores = model.eval()(**probe.packed, targets={}, with_scores=True)

@@ -487,7 +487,7 @@ def _roles(config: BertConfig) -> dict[RoleName, Role]:
     return {
         "masked words": Role(f"{name}ForMaskedLM"),
         "pre-training": Role(f"{name}ForPreTraining"),
-        "encoder": Role(f"{name}Model"),
+        "encoder": Role(f"{name}Model", without_front={"add_pooling_layer": False}),
         "sequence classification": Role(f"{name}ForSequenceClassification", "classifier", reads_front=True),
         "token tags": Role(f"{name}ForTokenClassification", "classifier"),
         "question answering": Role(f"{name}ForQuestionAnswering", "qa_outputs", has_dropout=False),

@@ -1,7 +1,7 @@
 """What the rest of the project asks of a family of encoders: a row of `table`.
 
-Every family's encoder is called `bert` in a model, has `embeddings` and a list `layer`, and its weights are named after
-them: layer-wise rates, frozen layers and a student's first layers go by these names.
+Every family's encoder is called `bert` in a model, has `embeddings`, a list `layer` and perhaps a `final_norm`, and its
+weights are named after them: layer-wise rates, frozen layers and a student's first layers go by these names.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Role(NamedTuple):
     """Whether the family's front (a pooler, a prediction head) lies between the encoder and that layer."""
     has_dropout: bool = True
     """Whether there is dropout in front of that layer."""
+    without_front: Mapping[str, Any] = {}
+    """Arguments that keep the class from making up a front which the weights do not have."""
 
 
 class Family(NamedTuple):
