@@ -80,7 +80,7 @@ def test_the_order_of_a_list_changes_nothing_and_its_weights_are_those_of_the_te
 class Reversed:
     """Tells pieces from their places: the encoder sees each stream turned round, beside what others show it."""
 
-    needs_pooler = False
+    needs_front = False
     terms = (LossTerm("first", count="tokens"), LossTerm("turned", count="tokens", metric="seen", weight=50.0))
 
     def heads(self, config: Any, ops: Any) -> dict[str, nn.Module]:
