@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ import transformers
 from family_cases import FORMS, SPECIAL_IDS, disturbed, ragged, settings_of
 
 from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.encoder.families import table as family_table
+from bert_ds.encoder.families.bert import BERT
 from bert_ds.encoder.families.table import family_of, weight_patterns
 from bert_ds.encoder.hf_mapping import from_hf, hf_config, model_config_from_hf, to_hf
 from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.tensor_rows import TensorRow
 from bert_ds.training.optimizers.param_groups import without_decay
 
 EVERY_FORM = pytest.mark.parametrize("config", FORMS.values(), ids=FORMS.keys())
@@ -87,6 +91,23 @@ def test_names_and_settings_are_the_same_both_ways(config: EncoderConfig) -> Non
             exclude={"layer_types", "global_attn_every_n_layers"}
         )
         assert getattr(found, "has_window", None) == getattr(config, "has_window", None)
+
+
+def test_a_front_of_any_name_is_left_out_where_no_pairs_are_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    def renamed(config: EncoderConfig, *, has_front: bool) -> Iterator[TensorRow]:
+        for row in BERT.encoder_rows(config, has_front=has_front):
+            yield row._replace(hf_names=tuple(name.replace("bert.", "other.") for name in row.hf_names))
+
+    row = BERT._replace(encoder_rows=renamed, modern_names=lambda tensors: dict(tensors))
+    monkeypatch.setitem(family_table.FAMILIES, "bert", row)
+    with_pairs = BertForPreTraining(FORMS["bert"], kernels="torch")
+    tensors = to_hf(with_pairs.state_dict(), FORMS["bert"])
+    assert "other.pooler.dense.weight" in tensors
+    found = from_hf(tensors, FORMS["bert"], has_pair_head=False)
+    assert set(with_pairs.state_dict()) - set(found) == {
+        *("bert.pooler.dense_weight", "bert.pooler.dense_bias"),
+        *("seq_relationship.weight", "seq_relationship.bias"),
+    }
 
 
 @EVERY_FORM

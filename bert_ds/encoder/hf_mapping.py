@@ -17,8 +17,6 @@ from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.encoder.families.table import FAMILIES, family_of
 from bert_ds.encoder.tensor_rows import TensorRow, rows_from_hf, rows_to_hf
 
-_PAIR_ONLY = ("bert.pooler.", "cls.seq_relationship.")
-
 
 def to_hf(state_dict: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
     """Return Hugging Face's tensors of the state dict of a pre-training model of ours.
@@ -47,14 +45,15 @@ def share_unseen_segments(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]
 def from_hf(tensors: Mapping[str, Tensor], config: EncoderConfig, *, has_pair_head: bool) -> dict[str, Tensor]:
     """Return our state dict of Hugging Face's tensors, padding the vocabulary with zero rows.
 
-    Old names are understood. Pooler and pair classifier are dropped when the run has no pair head.
+    Old names are understood. The front and the pair classifier are dropped when the run has no pair head.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, of another shape, or the decoder is not the word embedding.
     """
     tensors = modern_names(tensors, config)
     if not has_pair_head:
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PAIR_ONLY)}
+        dropped = _hf_names(config, has_pair_head=True) - _hf_names(config, has_pair_head=False)
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
     return rows_from_hf(tensors, list(_rows(config, has_pair_head=has_pair_head)))
 
 
@@ -143,3 +142,7 @@ def _rows(config: EncoderConfig, *, has_pair_head: bool) -> Iterator[TensorRow]:
     yield from family.word_head_rows(config)
     if has_pair_head:
         yield from family.pair_head_rows(config)
+
+
+def _hf_names(config: EncoderConfig, *, has_pair_head: bool) -> set[str]:
+    return {name for row in _rows(config, has_pair_head=has_pair_head) for name in row.hf_names}
