@@ -6,6 +6,7 @@ A problem stops the run; a warning is something that works and that the user may
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,10 +153,14 @@ def folder_model(folder: Path) -> EncoderConfig | None:
     found = described(content)
     if found is None:
         return None
-    try:
-        return found.config(**{name: found.given[name] for name in found.config.SIZES if name in found.given})
-    except ValidationError:
-        return None
+    # With all that a plan may count, or where a setting is none of ours with the sizes alone.
+    for names in (found.config.model_fields, found.config.SIZES):
+        try:
+            given = {name: found.given[name] for name in names if name in found.given}
+            return found.config.model_validate_json(json.dumps(given))
+        except ValidationError:
+            continue
+    return None
 
 
 def corpus_tokens(run: RunConfig) -> int | None:

@@ -53,7 +53,7 @@ def write_onnx(folder: Path, output: Path) -> OnnxCheck:
         output: where to; see `replaced_export`.
 
     Returns:
-        What comparing both on random batches, from one token to the longest sequence, has shown.
+        What comparing both on random batches, from one token to the longest probe of the family, has shown.
 
     Raises:
         ConfigError: a package of the extra "onnx" is missing, or config.json names another architecture than
@@ -65,7 +65,7 @@ def write_onnx(folder: Path, output: Path) -> OnnxCheck:
         raise ConfigError(f"{', '.join(missing)} not installed: --onnx wants pip install {' '.join(_PACKAGES)}")
     model = load_to_trace(folder)
     _export(model, output / ONNX_FILE)
-    check = verify_onnx(model, output / ONNX_FILE)
+    check = verify_onnx(model, output / ONNX_FILE, longest=_longest_probe(folder))
     for name in _TOKENIZER_FILES:
         if (folder / name).exists():
             copy_member(folder / name, output / name)
@@ -109,13 +109,18 @@ def load_to_trace(folder: Path) -> Any:
     return model.eval()
 
 
-def verify_onnx(model: Any, path: Path) -> OnnxCheck:
-    """Run a transformers model and an ONNX file on the same batches; CheckpointError when they differ."""
+def verify_onnx(model: Any, path: Path, *, longest: int) -> OnnxCheck:
+    """Run a transformers model and an ONNX file on the same batches; CheckpointError when they differ.
+
+    Args:
+        model: in evaluation mode.
+        path: of the file.
+        longest: tokens of the longest sequence.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    longest = model.config.max_position_embeddings
     differences, scales = [], []
     for batch_size, length in ((1, 1), (1, longest), (3, -(-longest // 2))):
         inputs = _random_inputs(model.config, batch_size, length)
@@ -134,6 +139,12 @@ def verify_onnx(model: Any, path: Path) -> OnnxCheck:
             f"wanted at most {MAX_RELATIVE_DIFFERENCE} of the largest score {check.scale:.3e}"
         )
     return check
+
+
+def _longest_probe(folder: Path) -> int:
+    """Return how long the longest sequence is that is tried; thousands of tokens would take the memory of a server."""
+    config = model_config_from_hf(harmless_config(read_json(folder / "config.json")))
+    return min(config.max_position_embeddings, config.longest_probe)
 
 
 def _has_front(folder: Path) -> bool:

@@ -1,7 +1,7 @@
 """Folders with a masked-word head, ours and any other family's, behind one face: pieces, marks, sums over targets.
 
-A BERT runs in this project's model. What that model or its tokenizer is not, transformers opens: local files alone, no
-code of the folder's, and a fast tokenizer.
+What is of a family of this project and has a WordPiece tokenizer runs in this project's model. The others transformers
+opens: local files alone, no code of the folder's, and a fast tokenizer.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bert_ds.basics.loss_term import metric_names
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import CheckpointError, DataError
+from bert_ds.configuration.families.table import HF_FAMILIES
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.corpus.text.sentences import split_sentences
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
@@ -62,7 +63,7 @@ def open_masked_lm(folder: Path, *, kernels: str, device: str) -> MaskedLm:
     """
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json: wanted a Hugging Face folder")
-    if read_json(folder / "config.json").get("model_type") == "bert" and _has_word_pieces(folder):
+    if read_json(folder / "config.json").get("model_type") in HF_FAMILIES and _has_word_pieces(folder):
         return _ours(folder, kernels=kernels, device=device)
     return open_with_transformers(folder, device=device)
 
@@ -88,7 +89,7 @@ def _ours(folder: Path, *, kernels: str, device: str) -> MaskedLm:
         return metric_sums_M[len(metric_names(model.terms)) :].double().cpu()
 
     return MaskedLm(
-        name="this project's BERT",
+        name=f"this project's {model.config.family}",
         encode=encode,
         fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,

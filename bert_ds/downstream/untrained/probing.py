@@ -149,14 +149,18 @@ def _words(feature: Feature, places: np.ndarray) -> list[np.ndarray]:
 def _hidden_states(encoder: Any, features: Sequence[Feature]) -> Iterator[tuple[Feature, np.ndarray]]:
     """Yield each feature with what every layer makes of its tokens, fp32 [L + 1, T, D]."""
     outputs: list[Tensor] = []
-    modules = (encoder.embeddings, *encoder.layer)
-    hooks = [
-        module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output)) for module in modules
-    ]
+
+    def keep(_module: Any, _inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+        # A layer that adds its last block only where the next one begins gives what is added, and what it is added to.
+        outputs.append(output if isinstance(output, Tensor) else output[0] + output[1])
+
+    hooks = [module.register_forward_hook(keep) for module in (encoder.embeddings, *encoder.layer)]
     batch = pack([feature._replace(targets={}) for feature in features], counts={})
     stream: dict[str, Any] = batch.to(encoder.embeddings.word_weight.device).model_inputs()
     del stream["targets"]
-    encoder(stream.pop("input_ids_T"), stream.pop("token_type_ids_T"), **stream)
+    # The last layer's is what heads are given, behind the LayerNorm that may be there.
+    last_TD = encoder(stream.pop("input_ids_T"), stream.pop("token_type_ids_T"), **stream)
+    outputs[-1] = last_TD
     for hook in hooks:
         hook.remove()
     hidden_LTD = torch.stack(outputs).float().cpu().numpy()
