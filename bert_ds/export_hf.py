@@ -103,6 +103,7 @@ def _arguments() -> argparse.Namespace:
 def _facts(run: RunConfig, checkpoint: Path, metrics: Path) -> dict[str, object]:
     """What the model card says of the run; no paths, which are nobody else's business."""
     state = read_manifest(checkpoint)["state"]
+    has_unseen = run.sequences.sentence_pair == "none" and run.model.num_segments > 1
     return {
         "steps": f"{state['step']} of {run.training.total_steps} planned",
         "examples seen": state["consumed_examples"],
@@ -110,7 +111,7 @@ def _facts(run: RunConfig, checkpoint: Path, metrics: Path) -> dict[str, object]
         "examples per step": run.training.train_batch_size,
         "longest sequence in training": run.sequences.max_seq_length,
         "sentence pair objective": run.sequences.sentence_pair,
-        **({"segments": "trained on one; the others are equal to it"} if run.sequences.sentence_pair == "none" else {}),
+        **({"segments": "trained on one; the others are equal to it"} if has_unseen else {}),
         "masked share of the tokens": run.masking.mlm_probability,
         "whole words masked": run.masking.whole_word_mask,
         "optimizer": f"{run.optimizer.type}, peak learning rate {run.optimizer.lr:g}",

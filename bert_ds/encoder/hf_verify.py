@@ -56,8 +56,9 @@ def verify_export(
     """
     facts = read_json(folder / "config.json")
     exported = model_config_from_hf(facts, pad_vocab_size_to_multiple_of=config.pad_vocab_size_to_multiple_of)
-    if exported != config:
-        different = [key for key, value in config.model_dump().items() if getattr(exported, key) != value]
+    found, wanted = exported.spelled_out(), config.spelled_out()
+    if found != wanted:
+        different = [key for key, value in wanted.model_dump().items() if getattr(found, key) != value]
         raise CheckpointError(f"{folder}/config.json differs from the run in {', '.join(different)}")
     has_pair_head = "seq_relationship.weight" in state_dict
     role = family_of(config).roles(config)["pre-training" if has_pair_head else "masked words"]

@@ -65,6 +65,10 @@ class EncoderConfig(Section):
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
+    def spelled_out(self) -> Self:
+        """Return the settings in one spelling, where the same encoder can be said in several."""
+        return self
+
     @property
     def num_segments(self) -> int:
         """How many segments of a sequence the network tells apart; 0 where it knows of none."""

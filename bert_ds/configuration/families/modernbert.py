@@ -105,6 +105,12 @@ class ModernBertConfig(EncoderConfig):
             return tuple(kind == "sliding_attention" for kind in self.layer_types)
         return tuple(layer % self.global_attn_every_n_layers != 0 for layer in range(self.num_hidden_layers))
 
+    def spelled_out(self) -> ModernBertConfig:
+        """Return the settings with the type of every layer, and without the number that it may follow from."""
+        kinds = tuple("sliding_attention" if has_window else "full_attention" for has_window in self.has_window)
+        fixed = {"layer_types": kinds, "global_attn_every_n_layers": 3}
+        return self.model_copy(update=fixed)
+
     @property
     def longest_probe(self) -> int:
         """Two windows and some, so that a probe crosses their edges."""
