@@ -6,7 +6,6 @@ Letters as in `encoder/families/bert.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from itertools import chain, zip_longest
 from typing import Any, NamedTuple, Protocol
 
@@ -33,14 +32,17 @@ class Seen:
     ) -> None:
         self._encoder = encoder
         self.stream, self.targets, self.kind_counts = stream, targets, kind_counts
+        self._hidden_TD: Tensor | None = None
 
-    @cached_property
+    @property
     def hidden_TD(self) -> Tensor:
         """What the encoder makes of the stream as it is, computed when it is first asked for.
 
         An objective that shows the encoder other pieces calls `model.bert` with a stream of its own.
         """
-        return self._encoder(**self.stream)
+        if self._hidden_TD is None:  # a cached property takes a lock, which torch.compile cannot see through
+            self._hidden_TD = self._encoder(**self.stream)
+        return self._hidden_TD
 
 
 class Sums(NamedTuple):
