@@ -45,7 +45,7 @@ def main() -> None:
     }
     seconds = {kind: statistics.median(row["step_s"] for row in rows) for kind, rows in screened.items()}
     for kind, rows in screened.items():
-        best = min(rows, key=lambda row: row["mlm_masked_loss"])
+        best = min(rows, key=lambda row: row["loss_mlm_masked"])
         fitting = round(NUM_STEPS * seconds["adamw"] / seconds[kind])
         for seed in SEEDS:
             row_of(arguments.work, "same steps", kind, best["lr"], seed, NUM_STEPS)
@@ -81,7 +81,7 @@ def row_of(work: Path, what: str, kind: str, lr: float, seed: int, steps: int) -
     evaluation = [row for row in log if row["kind"] == "evaluation"][-1]
     training = read_metrics(run_dir / "metrics.jsonl")[2:]
     per_step = [row["num_tokens"] / row["tokens_per_s"] for row in training]
-    facts = {name: evaluation[name] for name in ("mlm_masked_loss", "mlm_masked_accuracy", "mlm_masked_targets")}
+    facts = {name: evaluation[name] for name in ("loss_mlm_masked", "mlm_masked_accuracy", "mlm_masked_targets")}
     unigram = next(row["data"]["unigram_cross_entropy"] for row in log if row["kind"] == "start")
     machine = {"amx": torch.cpu._is_amx_tile_supported(), "cores": os.cpu_count(), "commit": _commit()}
     row = {**wanted, **facts, "unigram": unigram, "step_s": statistics.median(per_step), **machine}
@@ -100,7 +100,7 @@ def print_table() -> None:
             if row["what"] == what:
                 groups.setdefault((row["optimizer"], row["lr"], row["steps"]), []).append(row)
         for (kind, lr, steps), of_group in groups.items():
-            losses = [row["mlm_masked_loss"] for row in of_group]
+            losses = [row["loss_mlm_masked"] for row in of_group]
             spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
             step_s = statistics.median(row["step_s"] for row in of_group)
             print(f"| {kind} | {lr} | {steps} | {statistics.mean(losses):.3f}{spread} | {len(losses)} | {step_s:.3f} |")
