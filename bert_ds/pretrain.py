@@ -112,7 +112,7 @@ def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: Sto
     policy = CheckpointPolicy(
         keep_last=run.checkpoints.keep_last,
         keep_every_steps=run.checkpoints.keep_every_steps,
-        facts={"data": data.fingerprint},
+        facts={"data": data.fingerprint, "family": run.model.family},
         asynchronous=run.checkpoints.asynchronous,
     )
 

@@ -129,10 +129,13 @@ def model_config_from_hf(content: Mapping[str, Any], *, pad_vocab_size_to_multip
         multiple = pad_vocab_size_to_multiple_of
         return FAMILY_CONFIGS[name](**settings, **fixed, pad_vocab_size_to_multiple_of=multiple)
     except ValidationError as error:
-        found = "; ".join(
-            f"{'.'.join(map(str, e['loc']))} is {repr(e['input'])[:60]}: {e['msg'][:300]}" for e in error.errors()
-        )
-        raise ConfigError(f"config.json: {found}") from None
+        raise ConfigError(f"config.json: {'; '.join(map(_problem, error.errors()))}") from None
+
+
+def _problem(item: Mapping[str, Any]) -> str:
+    """Say what pydantic has found, in one setting or between several."""
+    said = item["msg"].removeprefix("Value error, ")[:300]
+    return f"{'.'.join(map(str, item['loc']))} is {repr(item['input'])[:60]}: {said}" if item["loc"] else said
 
 
 def _rows(config: EncoderConfig, *, has_pair_head: bool) -> Iterator[TensorRow]:

@@ -101,7 +101,7 @@ def section_problems(error: ValidationError, model: type[BaseModel]) -> list[Pro
             continue  # items that are wrong themselves were left out of the count
         path, section = _locate(item["loc"], model)
         is_unknown = item["type"] == "extra_forbidden" and len(problems) < MAX_PROBLEMS
-        hint = _hint(path[-1], section, model) if is_unknown else ""
+        hint = _hint(path, section, model) if is_unknown else ""
         problems.append(_problem(item, path, hint))
     return problems
 
@@ -186,19 +186,33 @@ def _wanted(kind: str, context: dict[str, Any], message: str) -> str:
     return re.sub(r"^(Input|Value|String|Tuple|List) should (be )?", "", message)
 
 
-def _hint(key: str, section: Any, model: type[BaseModel]) -> str:
+def _hint(path: list[str], section: Any, model: type[BaseModel]) -> str:
+    key = path[-1]
     if key in ELSEWHERE:
         return f"; {ELSEWHERE[key]}"
     here = [field.alias or name for one in _models_in(section) for name, field in one.model_fields.items()]
     near = did_you_mean(key, here)
     if near:
         return near
+    if owners := _owners(path, model):
+        return f"; it belongs to type {one_of(owners)}"
     everywhere = dict(_all_settings(model, ""))
     close = difflib.get_close_matches(key[:100], list(everywhere), n=1, cutoff=0.8)
     if not close:
         return f"; known here: {', '.join(here)}"
-    path = everywhere[close[0]]
-    return f"; did you mean {describe(path)}{'' if '.' in path else ' at the top of the file'}?"
+    found = everywhere[close[0]]
+    return f"; did you mean {describe(found)}{'' if '.' in found else ' at the top of the file'}?"
+
+
+def _owners(path: list[str], model: type[BaseModel]) -> list[str]:
+    """Return the types of a section that have such a setting."""
+    forms = [model]
+    for part in path[:-1]:
+        if not part.isdigit():
+            fields = [form.model_fields.get(_field_name(form, part)) for form in forms]
+            forms = [inner for field in fields if field is not None for inner in _models_in(field.annotation)]
+    owners = [form for form in forms if {_field_name(form, path[-1]), "type"} <= set(form.model_fields)]
+    return [str(form.model_fields["type"].default) for form in owners]
 
 
 def _all_settings(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:

@@ -290,6 +290,12 @@ _WORDS = "model.embeddings.tok_embeddings.weight"
 _DECODER = "decoder.weight"
 _LAYER_TYPES = {False: "full_attention", True: "sliding_attention"}
 _THETAS = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
+_REFUSED = {
+    "rope_scaling": "none",
+    "sliding_window": "local_attention, twice as much",
+    "head_dim": "hidden_size over num_attention_heads",
+}
+"""What transformers would compute with, though its ModernBERTs do not say it."""
 _NOT_WRITTEN = ("type", "pad_vocab_size_to_multiple_of", "layer_types", "global_attn_every_n_layers")
 
 
@@ -384,20 +390,23 @@ def from_hf_settings(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
     """Return our settings of a config.json of transformers 4 or 5, and what this encoder cannot be."""
     names = [name for name in ModernBertConfig.model_fields if name not in _NOT_WRITTEN]
     settings = {name: content[name] for name in names if name in content}
-    if content.get("layer_types") is not None:
-        settings["layer_types"] = tuple(content["layer_types"])
+    if (kinds := content.get("layer_types")) is not None:
+        settings["layer_types"] = tuple(kinds) if isinstance(kinds, list) else kinds
     elif "global_attn_every_n_layers" in content:
         settings["global_attn_every_n_layers"] = content["global_attn_every_n_layers"]
-    problems = []
+    problems = [f"{name} is set, wanted {wanted}" for name, wanted in _REFUSED.items() if content.get(name) is not None]
     ropes = content.get("rope_parameters") or {}
+    if not isinstance(ropes, Mapping) or not all(isinstance(rope or {}, Mapping) for rope in ropes.values()):
+        return settings, [*problems, f"rope_parameters is {repr(ropes)[:60]}, wanted an object of objects"]
+    problems += [f"rope_parameters.{name} is no type of layer" for name in ropes if name not in _THETAS]
     for kind, theta in _THETAS.items():
-        rope = ropes.get(kind) if isinstance(ropes, Mapping) else None
-        if rope is not None:
-            if (found := rope.get("rope_type", "default")) != "default":
-                problems.append(f'rope_parameters.{kind}.rope_type is {found!r}, wanted "default"')
-            settings[theta] = rope.get("rope_theta", settings.get(theta, ModernBertConfig.model_fields[theta].default))
-    if content.get("rope_scaling"):
-        problems.append("rope_scaling is set, wanted none")
+        rope = ropes.get(kind) or {}
+        if (found := rope.get("rope_type", rope.get("type", "default"))) != "default":
+            problems.append(f'rope_parameters.{kind}.rope_type is {repr(found)[:60]}, wanted "default"')
+        elif others := set(rope) - {"rope_type", "type", "rope_theta"}:
+            problems.append(f"rope_parameters.{kind} has {', '.join(sorted(map(str, others)))[:60]}, wanted rope_theta")
+        if "rope_theta" in rope:
+            settings[theta] = rope["rope_theta"]
     return {**settings, "type": "modernbert"}, problems
 
 

@@ -166,10 +166,9 @@ def _refuse_foreign(
         if manifest[name] != value:
             raise CheckpointError(f"{path} was saved with {name} {manifest[name]}, this run has {name} {value}")
     for name, value in facts.items():
-        if manifest["facts"].get(name) != value:
-            raise CheckpointError(
-                f"{path} was saved with {name} {manifest['facts'].get(name)}, this run has {name} {value}"
-            )
+        # What an earlier version did not write is not known to differ.
+        if (found := manifest["facts"].get(name, value)) != value:
+            raise CheckpointError(f"{path} was saved with {name} {found}, this run has {name} {value}")
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""Settings of transformers' classes that this project reads or refuses by name, and windows at every length."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from family_cases import FORMS, SPECIAL_IDS, disturbed, of_size, ragged, settings_of
+
+from bert_ds.configuration.families.modernbert import ModernBertConfig
+from bert_ds.encoder.hf_mapping import hf_config, model_config_from_hf, to_hf
+from bert_ds.encoder.pretraining_model import BertForPreTraining
+
+OTHERS: dict[str, Any] = {
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 80,
+    "initializer_range": 0.03,
+    "initializer_cutoff_factor": 3.0,
+    "norm_eps": 1e-4,
+    "norm_bias": True,
+    "attention_bias": True,
+    "attention_dropout": 0.1,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 50.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 60.0},
+    },
+    "local_attention": 12,
+    "embedding_dropout": 0.1,
+    "mlp_bias": True,
+    "mlp_dropout": 0.1,
+    "decoder_bias": False,
+    "classifier_pooling": "mean",
+    "classifier_dropout": 0.1,
+    "classifier_bias": True,
+    "classifier_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": False,
+}
+"""Another value of every field that makes another model."""
+REASONS = {
+    **dict.fromkeys(
+        ("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id"),
+        "of the tokenizer, written by the export; no score depends on it",
+    ),
+    "deterministic_flash_attn": "how transformers' own kernel adds up",
+    "sparse_prediction": "of transformers' loss alone: scores are of every token without labels",
+    "sparse_pred_ignore_index": "see sparse_prediction",
+}
+LENGTHS = tuple(range(1, 201))
+
+
+def test_every_field_of_transformers_is_read_written_or_without_an_effect() -> None:
+    inherited = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
+    fields = {field.name for field in dataclasses.fields(transformers.ModernBertConfig)}
+    assert fields - inherited == OTHERS.keys() | REASONS.keys()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_field_of_transformers_is_read_and_written(name: str) -> None:
+    base = settings_of(FORMS["modernbert"]).to_dict()
+    if name == "num_hidden_layers":
+        base["layer_types"] = None
+    before = model_config_from_hf(base)
+    found = model_config_from_hf({**base, name: OTHERS[name]})
+    assert found.spelled_out() != before.spelled_out()
+    written = hf_config(found, sentence_pair="none", special_ids=SPECIAL_IDS)
+    assert written[name] == OTHERS[name]
+    read = transformers.ModernBertConfig.from_dict(written).to_dict()
+    assert read[name] == OTHERS[name]
+    assert model_config_from_hf(read).spelled_out() == found.spelled_out()
+
+
+def test_the_names_of_transformers_4_say_the_same() -> None:
+    written = hf_config(FORMS["modernbert, untied"], sentence_pair="none", special_ids=SPECIAL_IDS)
+    older = {name: value for name, value in written.items() if name not in ("layer_types", "rope_parameters")}
+    assert (older["global_attn_every_n_layers"], older["global_rope_theta"], older["local_rope_theta"]) == (2, 500, 80)
+    assert model_config_from_hf(older).spelled_out() == FORMS["modernbert, untied"].spelled_out()
+
+
+@pytest.mark.parametrize("local_attention", [128, 37])
+def test_every_length_up_to_both_sides_of_the_window_has_the_scores_of_transformers(local_attention: int) -> None:
+    config = of_size(FORMS["modernbert"], local_attention=local_attention, max_position_embeddings=256)
+    assert isinstance(config, ModernBertConfig) and config.window in (64, 18)
+    ours = disturbed(BertForPreTraining(config, kernels="torch", has_pair_head=False)).double().eval()
+    theirs = transformers.ModernBertForMaskedLM(settings_of(config)).double().eval()
+    theirs.load_state_dict(to_hf(ours.state_dict(), config), strict=False)
+    theirs.tie_weights()
+    for first in range(0, len(LENGTHS), 40):
+        padded, packed = ragged(config, LENGTHS[first : first + 40])
+        mask_NS = padded["attention_mask"].bool()
+        with torch.no_grad():
+            wanted = theirs(**padded).logits[mask_NS]
+            found = ours.logits(**packed, masked_positions_P=torch.arange(len(wanted))).mlm_PV
+        assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+    narrower = of_size(config, local_attention=local_attention - 2)
+    other = disturbed(BertForPreTraining(narrower, kernels="torch", has_pair_head=False)).double().eval()
+    other.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        differs = other.logits(**packed, masked_positions_P=torch.arange(len(wanted))).mlm_PV - wanted
+    assert differs.abs().max() > 1e-3 * wanted.abs().max()
