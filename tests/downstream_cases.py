@@ -9,6 +9,7 @@ from typing import Any
 
 from encoder_cases import small_config, spread_weights
 
+from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.task.task_config import TaskConfig, load_task
 from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
 from bert_ds.encoder.hf_folder import model_card_text, special_ids, write_hf_folder
@@ -51,19 +52,21 @@ PIECES = [
 CONFIG = small_config(vocab_size=len(PIECES), hidden_size=32, max_position_embeddings=48)
 
 
-def write_tiny_export(folder: Path, *, has_pair_head: bool = True, fingerprint: str | None = None) -> Path:
-    """Write a folder as export_hf.py does, of a two-layer BERT that has learned nothing, and return it."""
+def write_tiny_export(
+    folder: Path, *, has_pair_head: bool = True, fingerprint: str | None = None, encoder: EncoderConfig = CONFIG
+) -> Path:
+    """Write a folder as export_hf.py does, of an encoder that has learned nothing, and return it."""
     tokenizer = folder.with_name("tokenizer")
     WordPieceTokenizer(PIECES, TextRules()).save(tokenizer)
     folder.mkdir()
-    model = BertForPreTraining(CONFIG, has_pair_head=has_pair_head)
-    spread_weights(model, CONFIG, scale=0.05)
+    model = BertForPreTraining(encoder, has_pair_head=has_pair_head)
+    spread_weights(model, encoder, scale=0.05)
     objective = "nsp" if has_pair_head else "none"
-    config = hf_config(CONFIG, sentence_pair=objective, special_ids=special_ids(tokenizer))
+    config = hf_config(encoder, sentence_pair=objective, special_ids=special_ids(tokenizer))
     write_hf_folder(
         folder,
         config=config if fingerprint is None else {**config, "tokenizer_fingerprint": fingerprint},
-        tensors=to_hf(model.state_dict(), CONFIG),
+        tensors=to_hf(model.state_dict(), encoder),
         tokenizer=tokenizer,
         model_card=model_card_text("tiny", {"steps": 0}),
     )

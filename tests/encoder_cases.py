@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
 
 
@@ -28,13 +29,13 @@ def small_config(**changes: Any) -> BertConfig:
     return BertConfig(**{**fields, **changes})
 
 
-def spread_weights(model: nn.Module, config: BertConfig, seed: int = 0, scale: float = 0.2) -> None:
+def spread_weights(model: nn.Module, config: EncoderConfig, seed: int = 0, scale: float = 0.2) -> None:
     """Move every weight, bias and LayerNorm off its initial value, so that no two places can be mistaken."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * scale
-            if name.endswith("word_weight") or name == "predictions.bias":
+            if name.endswith(("word_weight", "decoder_weight")) or name == "predictions.bias":
                 noise[config.vocab_size :] = 0.0
             parameter.add_(noise)
 

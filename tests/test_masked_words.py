@@ -91,7 +91,7 @@ def test_pre_training_and_score_agree_on_the_same_text(workshop: Workshop) -> No
     wanted = evaluate(engine, data.evaluation_batches(10**6, batch_size=16, rank=0, world_size=1))
     wanted["unigram_cross_entropy"] = data.unigram_cross_entropy(10**6, batch_size=16, world_size=1)
     of_text, said = scored(workshop.model, workshop.held_out, train=workshop.train)
-    assert said[0].startswith("this project's BERT, sequences of 48 tokens; ")
+    assert said[0].startswith("this project's bert, sequences of 48 tokens; ")
     of_shards, more_said = scored(workshop.model, workshop.shards, train=workshop.shards)
     assert more_said[1] == "no nats_per_character: shards hold pieces and no characters"
     assert wanted["mlm_masked_targets"] > 200

@@ -1,0 +1,80 @@
+"""Every family's runs: the same curve at each ZeRO stage and number of ranks, resumed to the bit, exported."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_cases import WIRED, of_size
+from family_runs import STEPS, TOKENIZER, Run, losses, run_folder, train_all, write_inputs
+from ranks_harness import run_ranks
+
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.encoder.hf_folder import load_hf_folder
+from bert_ds.encoder.hf_mapping import from_hf
+from bert_ds.export_hf import export
+from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
+
+STAGES = (0, 1, 2, 3)
+PLAIN = [Run(f"zero{stage}", stage) for stage in STAGES]
+MUON = Run("muon", 2, optimizer="muon")
+WHOLE = [Run(f"whole{stage}", stage, dropout=0.1, recompute=True) for stage in STAGES]
+RESUMED = [Run(f"resumed{stage}", stage, dropout=0.1, resumes=f"whole{stage}") for stage in STAGES]
+RUNS = {1: [PLAIN[0], PLAIN[2], Run("muon", 0, optimizer="muon"), PLAIN[1], PLAIN[3]]}
+RUNS[2] = [PLAIN[0], MUON, *PLAIN[1:], *WHOLE, *RESUMED]
+
+
+@pytest.fixture(scope="module", params=WIRED)
+def trained(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[EncoderConfig, Path]:
+    """A family with the folder of its runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = of_size(WIRED[request.param], vocab_size=TOKENIZER.vocab_size)
+    write_inputs(folder, config)
+    for world_size, runs in RUNS.items():
+        run_ranks(train_all, world_size, folder, runs)
+    return config, folder
+
+
+def test_every_stage_on_one_and_two_ranks_is_one_curve(trained: tuple[EncoderConfig, Path]) -> None:
+    _, folder = trained
+    wanted = losses(run_folder(folder, 1, PLAIN[0]))
+    assert len(wanted) == STEPS and wanted[-1] < wanted[0] - 0.03
+    for world_size in (1, 2):
+        for run in PLAIN:
+            assert losses(run_folder(folder, world_size, run)) == pytest.approx(wanted, rel=2e-5), run
+    muon = [losses(run_folder(folder, world_size, MUON)) for world_size in (1, 2)]
+    assert muon[0] == pytest.approx(muon[1], rel=2e-5) and muon[0] != pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_run_without_recomputed_layers_goes_on_from_one_with_them_to_the_same_bits(
+    trained: tuple[EncoderConfig, Path],
+) -> None:
+    _, folder = trained
+    for whole, resumed in zip(WHOLE, RESUMED, strict=True):
+        ends = [
+            load_fp32_state_dict(run_folder(folder, 2, run) / f"checkpoints/global_step{STEPS}")
+            for run in (whole, resumed)
+        ]
+        assert all(torch.equal(ends[1][name], weight) for name, weight in ends[0].items()), whole
+        curves = [losses(run_folder(folder, 2, run)) for run in (whole, resumed)]
+        assert curves[0] == curves[1] != losses(run_folder(folder, 2, PLAIN[whole.stage]))
+
+
+def test_a_checkpoint_of_every_stage_is_exported(trained: tuple[EncoderConfig, Path]) -> None:
+    config, folder = trained
+    for run in PLAIN:
+        run_dir, output = run_folder(folder, 2, run), folder / f"exported{run.stage}"
+        output.mkdir()
+        assert "tokenizer equal" in export(run_dir, None, output, shown=output)
+        weights = load_fp32_state_dict(run_dir / f"checkpoints/global_step{STEPS}")
+        found = from_hf(load_hf_folder(output).tensors, config, has_pair_head=False)
+        shared = [name for name in weights if "token_type" not in name]
+        assert all(torch.equal(found[name], weights[name]) for name in shared)
+        said = (output / "README.md").read_text()
+        assert ("trained on one; the others are equal to it" in said) == (config.num_segments > 1)
