@@ -134,9 +134,10 @@ def time_steps(rank: int, world_size: int) -> dict[str, float]:
         times = []
         while len(times) < NUM_WARM_STEPS + NUM_TIMED_STEPS:
             engine.backward(engine(torch.zeros(())))
+            is_last = engine.is_gradient_accumulation_boundary()  # of the step that is about to be taken
             start = time.process_time()
             engine.step()
-            if engine.is_gradient_accumulation_boundary():
+            if is_last:
                 times.append(time.process_time() - start)
         spent[kind] = statistics.median(times[NUM_WARM_STEPS:])
         engine.destroy()

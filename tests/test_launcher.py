@@ -188,3 +188,15 @@ def test_a_verb_that_trains_nothing_takes_the_place_of_bert_ds() -> None:
     command = [sys.executable, "-c", code, "check_run", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert shown.stdout.strip().endswith("check_run.py")
+
+
+def test_a_signal_in_the_interpreters_own_end_leaves_the_exit_code(tmp_path: Path) -> None:
+    code = BERT_DS.replace("sys.exit(", "code = (") + (
+        "import os, signal\n"
+        "for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):\n"
+        "    os.kill(os.getpid(), number)\n"
+        "assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN\n"  # a handler would end before the interpreter
+        "sys.exit(code)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, "import sys; sys.exit(4)"], cwd=tmp_path, capture_output=True)
+    assert (ended.returncode, ended.stderr) == (4, b"")

@@ -45,6 +45,8 @@ def run_launcher(command: list[str]) -> int:
             signal.signal(number, launch.on_signal)
         signal.signal(signal.SIGQUIT, launch.on_signal)
         code = launch.run()
+        for number in stop_signals_heard():
+            signal.signal(number, signal.SIG_IGN)  # the interpreter's end would put back what dies of them
         if launch.is_killed:
             return 128 + signal.SIGQUIT
         return _exit_code(code, [record.code for record in read_exits(Path(records)).values()], asked=launch.is_asked)
