@@ -175,7 +175,10 @@ def run_training(
     task, rows = trained.task, start.rows
     engine = build_engine(trained, ds_config, start=start, log=log)
     settings = f"{task.seed} {task.training.train_batch_size} {start.tokenizer.fingerprint}"
-    facts = {"data": features_fingerprint(rows.train.features, settings=settings)}
+    facts = {
+        "data": features_fingerprint(rows.train.features, settings=settings),
+        "family": trained.model.family,
+    }
     state = None if start.args.resume == "never" else resume(engine, run_dir, name=None, facts=facts, log=log)
     if state is not None:
         describe_run(run_dir, described(task, ds_config))

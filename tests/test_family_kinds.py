@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from downstream_cases import PIECES
+from downstream_cases import PIECES, review_task, write_tiny_export
 from encoder_cases import spread_weights
 from family_cases import EVERY_FAMILY, of_size
+from forked_verbs import run_verb
 from sentence_transformers import SentenceTransformer
 from test_embedding_kind import pair_task
 from test_qa_kind import qa_task, write_questions
@@ -33,6 +34,10 @@ from bert_ds.downstream.tuning.outcome import measure_side
 from bert_ds.downstream.tuning.task_engine import freeze, layer_lr_scale
 from bert_ds.downstream.tuning.task_folder import TaskFacts, make_task_model, read_task_folder, write_task_folder
 from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
+from bert_ds.encoder.pretrained import load_pretrained
+from bert_ds.reporting.run_log import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def task_file(kind: str, folder: Path) -> Path:
@@ -108,6 +113,27 @@ def check_opened(kind: str, predictions: Any, rows: TaskRows, folder: Path) -> N
             for texts, found in zip(pairs, predictions, strict=True):
                 tags = [one["entity"] for one in open_form(" ".join(texts)) if not one["word"].startswith("##")]
                 assert tags == list(found.value[1] if kind == "intent_slot" else found.value)
+
+
+@EVERY_FAMILY
+def test_the_verb_fine_tunes_at_stage_3_and_a_student_learns_from_what_it_made(
+    config: EncoderConfig, tmp_path: Path
+) -> None:
+    encoder = of_size(config, vocab_size=len(PIECES))
+    model = write_tiny_export(tmp_path / "export", has_pair_head=False, encoder=encoder)
+    task = review_task(tmp_path / "task", rows=16, training={"epochs": 1, "train_batch_size": 8, "precision": "fp32"})
+    files = ("--task", task, "--model", model, "--deepspeed_config", ROOT / "ds_configs/zero3.json")
+    slower = ("--set=layerwise_lr_decay=0.5", "--set=freeze.layers=1")
+    taught = (f"--set=distillation.teacher={tmp_path / 'teacher/hf'}",)
+    for name, settings in (("teacher", slower), ("student", taught)):
+        done = run_verb(ROOT / "bert_ds/finetune.py", *files, "--run_dir", tmp_path / name, *settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+        read, _ = read_task_folder(tmp_path / name / "hf", KINDS["classification"], kernels="torch")
+        begun = load_pretrained(model).tensors
+        moved = {key for key, weight in read.state_dict().items() if key in begun and not weight.equal(begun[key])}
+        assert any(key.startswith("bert.layer.1.") for key in moved)
+        assert any(key.startswith("bert.layer.0.") for key in moved) == (name == "student")
+    assert any(row.get("loss_soft") for row in read_metrics(tmp_path / "student/metrics.jsonl"))
 
 
 @EVERY_FAMILY

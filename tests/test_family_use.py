@@ -21,7 +21,7 @@ from downstream_cases import PIECES, task_of, write_lines, write_tiny_export
 from family_cases import EVERY_FAMILY, WIRED, of_size
 from test_probing import encoder_of, read, tag_task
 
-from bert_ds import check_run, show_masks
+from bert_ds import check_run, show_masks, submit
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.run_checks import folder_model
@@ -144,6 +144,11 @@ def test_a_plan_counts_what_is_trained(
     monkeypatch.setattr(sys, "argv", ["check_run.py", *files])
     check_run.main()
     assert f"{plan.num_parameters:,}" in capsys.readouterr().out
+    job = ["--run_dir", str(tmp_path / "run"), "--nodes", "1", "--gpus_per_node", "1", "--time", "1:00:00", "--dry_run"]
+    monkeypatch.setattr(sys, "argv", ["submit.py", *files, *job])
+    assert submit.main() == 0
+    said = capsys.readouterr().out
+    assert f"{plan.num_parameters:,}" in said and "sbatch" in said
 
 
 def test_a_plan_knows_the_whole_model_of_a_folder(pretrained: Path) -> None:
