@@ -43,7 +43,7 @@ TEXTS = ("the film is very dull.", "we saw it in london and paris", "中文")
 @pytest.fixture(scope="module", params=WIRED)
 def pretrained(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a pre-trained model."""
-    config = of_size(WIRED[request.param], vocab_size=len(PIECES))
+    config = of_size(WIRED[request.param], vocab_size=len(PIECES), num_hidden_layers=2)
     return write_tiny_export(tmp_path_factory.mktemp("pretrained") / "hf", has_pair_head=False, encoder=config)
 
 
