@@ -39,7 +39,7 @@ from bert_ds.encoder.families.table import weight_patterns
 from bert_ds.encoder.initial_weights import load_initial_weights
 from bert_ds.encoder.objectives.table import make_objectives
 from bert_ds.encoder.pretrained import check_tokenizer
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.launch.command_line import run_main
 from bert_ds.launch.launch_checks import checked_run, pretrain_arguments
 from bert_ds.reporting.environment import write_environment
@@ -187,7 +187,7 @@ def build_engine(plan: RunPlan, ds_config: dict[str, Any], run_dir: Path) -> Dee
     return make_engine(model, optimizer, ds_config)
 
 
-def build_model(plan: RunPlan, run_dir: Path) -> BertForPreTraining:
+def build_model(plan: RunPlan, run_dir: Path) -> PretrainingModel:
     """Make the model, with its teacher where the recipe names one."""
     run, distillation = plan.run, plan.run.distillation
     options: dict[str, Any] = {
@@ -197,7 +197,7 @@ def build_model(plan: RunPlan, run_dir: Path) -> BertForPreTraining:
         "init_seed": run.seed,
     }
     if distillation is None:
-        return BertForPreTraining(run.model, **options)
+        return PretrainingModel(run.model, **options)
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     check_tokenizer(Path(distillation.teacher), vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
     return make_student(run.model, distillation, **options)

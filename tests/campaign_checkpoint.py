@@ -29,7 +29,7 @@ from bert_ds.basics.ranks import Ranks
 from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.configuration.recipe.optimizer_config import AdamWConfig
 from bert_ds.encoder.families.table import weight_patterns
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint
 from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
@@ -43,7 +43,7 @@ RESULTS = Path(__file__).parent / "results/checkpoint.jsonl"
 
 def base_engine() -> Any:
     """An engine over BERT-base whose optimizer has taken a step, so that all of its state exists."""
-    model = BertForPreTraining(BertConfig(), kernels="torch", has_pair_head=True, init_seed=1)
+    model = PretrainingModel(BertConfig(), kernels="torch", has_pair_head=True, init_seed=1)
     optimizer = make_optimizer(
         AdamWConfig(lr=1e-4), model.named_parameters(), facts=TensorFacts(weight_patterns(model.config)[0])
     )

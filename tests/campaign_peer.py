@@ -34,7 +34,7 @@ from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, RunConfig, load_run_config
 from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
 from bert_ds.encoder.hf_mapping import from_hf, hf_config
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests/results/peer.jsonl"
@@ -223,7 +223,7 @@ def pad(packed: MicroBatch) -> dict[str, torch.Tensor]:
 def evaluate_peer(model: torch.nn.Module, data: PretrainingData, run: RunConfig) -> tuple[float, float]:
     """Return loss and accuracy at [MASK] of a peer's weights in our model, on our validation batches, in fp32."""
     has_pair_head = hasattr(model, "cls") and hasattr(model.cls, "seq_relationship")
-    ours = BertForPreTraining(run.model, kernels="torch", has_pair_head=has_pair_head)
+    ours = PretrainingModel(run.model, kernels="torch", has_pair_head=has_pair_head)
     ours.load_state_dict(from_hf(model.state_dict(), run.model, has_pair_head=has_pair_head))
     ours.eval()
     loss = correct = count = 0.0

@@ -14,7 +14,7 @@ from bert_ds.configuration.task.task_config import TaskConfig, load_task
 from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
 from bert_ds.encoder.hf_folder import model_card_text, special_ids, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 
 GOOD = ("lovely", "great", "charming", "superb", "moving")
 BAD = ("dull", "awful", "tedious", "clumsy", "boring")
@@ -59,7 +59,7 @@ def write_tiny_export(
     tokenizer = folder.with_name("tokenizer")
     WordPieceTokenizer(PIECES, TextRules()).save(tokenizer)
     folder.mkdir()
-    model = BertForPreTraining(encoder, has_pair_head=has_pair_head)
+    model = PretrainingModel(encoder, has_pair_head=has_pair_head)
     spread_weights(model, encoder, scale=0.05)
     objective = "nsp" if has_pair_head else "none"
     config = hf_config(encoder, sentence_pair=objective, special_ids=special_ids(tokenizer))

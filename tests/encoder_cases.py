@@ -41,7 +41,7 @@ def spread_weights(model: nn.Module, config: EncoderConfig, seed: int = 0, scale
 
 
 def packed_inputs(config: BertConfig, lengths: Sequence[int], *, masked: int = 3, seed: int = 0) -> dict[str, Any]:
-    """Keyword arguments of BertForPreTraining.forward for sequences of these lengths, `masked` labels in all."""
+    """Keyword arguments of PretrainingModel.forward for sequences of these lengths, `masked` labels in all."""
     generator = torch.Generator().manual_seed(seed)
     num_tokens = sum(lengths)
     starts = torch.tensor([0, *lengths]).cumsum(0)

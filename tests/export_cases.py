@@ -10,7 +10,7 @@ from torch import Tensor
 from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
 from bert_ds.encoder.hf_folder import model_card_text, special_ids, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PIECES = [*SPECIAL_PIECES, *LETTERS, *(f"##{letter}" for letter in LETTERS), ".", ",", "中", "文", "the", "##ing"]
@@ -26,7 +26,7 @@ def write_tokenizer(folder: Path) -> Path:
 
 def spread_state_dict(*, has_pair_head: bool = True) -> dict[str, Tensor]:
     """The small model's weights, none of them where it started."""
-    model = BertForPreTraining(CONFIG, has_pair_head=has_pair_head)
+    model = PretrainingModel(CONFIG, has_pair_head=has_pair_head)
     spread_weights(model, CONFIG)
     return model.state_dict()
 

@@ -7,13 +7,13 @@ from encoder_cases import encoder_inputs, packed_inputs, small_config, spread_we
 
 from bert_ds.encoder.families.bert import BertEncoder, BertLayer, initialise_weights
 from bert_ds.encoder.fused_ops import fused_ops
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_kernels.dropout_mask import ATTENTION, HIDDEN, keep_mask_reference
 
 SEED = torch.tensor([1234567])
 
 
-def _gradients(model: BertForPreTraining, batch: dict, seed: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def _gradients(model: PretrainingModel, batch: dict, seed: torch.Tensor | None) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model(**batch, dropout_seed=seed)[0].sum().backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -21,7 +21,7 @@ def _gradients(model: BertForPreTraining, batch: dict, seed: torch.Tensor | None
 
 def test_a_sequence_is_encoded_the_same_alone_and_packed_between_others() -> None:
     config = small_config()
-    model = BertForPreTraining(config, kernels="torch").eval()
+    model = PretrainingModel(config, kernels="torch").eval()
     spread_weights(model, config)
     together = packed_inputs(config, [5, 7, 1, 9])
     alone = {name: together[name][5:12] for name in ("input_ids_T", "token_type_ids_T", "position_ids_T")}
@@ -33,7 +33,7 @@ def test_a_sequence_is_encoded_the_same_alone_and_packed_between_others() -> Non
 
 def test_empty_sequences_change_nothing() -> None:
     config = small_config()
-    model = BertForPreTraining(config, kernels="torch").eval()
+    model = PretrainingModel(config, kernels="torch").eval()
     spread_weights(model, config)
     with torch.no_grad():
         plain = model.bert(**encoder_inputs(packed_inputs(config, [4, 6])))
@@ -43,7 +43,7 @@ def test_empty_sequences_change_nothing() -> None:
 
 def test_initial_weights_are_as_published() -> None:
     config = small_config(hidden_size=96, vocab_size=500, initializer_range=0.05)
-    model = BertForPreTraining(config, kernels="torch")
+    model = PretrainingModel(config, kernels="torch")
     for name, parameter in model.named_parameters():
         if name.endswith("layer_norm_weight"):
             assert (parameter == 1.0).all(), name
@@ -59,16 +59,16 @@ def test_initial_weights_are_as_published() -> None:
 def test_initial_weights_depend_on_the_seed_only() -> None:
     config = small_config()
     torch.manual_seed(1)
-    first = BertForPreTraining(config, init_seed=7).state_dict()
+    first = PretrainingModel(config, init_seed=7).state_dict()
     torch.manual_seed(2)
-    second = BertForPreTraining(config, init_seed=7).state_dict()
+    second = PretrainingModel(config, init_seed=7).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = BertForPreTraining(config, init_seed=8).state_dict()
+    other = PretrainingModel(config, init_seed=8).state_dict()
     assert not torch.equal(first["bert.embeddings.word_weight"], other["bert.embeddings.word_weight"])
 
 
 def test_partitioned_parameters_are_not_initialised_in_vain() -> None:
-    model = BertForPreTraining(small_config())
+    model = PretrainingModel(small_config())
     model.predictions.bias.ds_id = 0
     with pytest.raises(ValueError, match=r"built under deepspeed.zero.Init"):
         initialise_weights(model, small_config(), seed=0)
@@ -76,8 +76,8 @@ def test_partitioned_parameters_are_not_initialised_in_vain() -> None:
 
 def test_the_pair_head_does_not_change_the_initial_encoder() -> None:
     config = small_config()
-    with_pair = BertForPreTraining(config, has_pair_head=True).state_dict()
-    without = BertForPreTraining(config, has_pair_head=False).state_dict()
+    with_pair = PretrainingModel(config, has_pair_head=True).state_dict()
+    without = PretrainingModel(config, has_pair_head=False).state_dict()
     name = "bert.layer.1.feed_forward.output_weight"
     assert torch.equal(with_pair[name], without[name])
 
@@ -86,14 +86,14 @@ def test_no_global_random_state_is_used() -> None:
     config = small_config(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    model = BertForPreTraining(config, kernels="torch").train()
+    model = PretrainingModel(config, kernels="torch").train()
     model(**packed_inputs(config, [5, 9]), dropout_seed=SEED)[0].sum().backward()
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_dropout_is_off_in_evaluation_mode() -> None:
     config = small_config(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
-    model = BertForPreTraining(config, kernels="torch").eval()
+    model = PretrainingModel(config, kernels="torch").eval()
     batch = encoder_inputs(packed_inputs(config, [5, 9]))
     with torch.no_grad():
         assert torch.equal(model.bert(**batch), model.bert(**batch, dropout_seed=SEED))
@@ -101,14 +101,14 @@ def test_dropout_is_off_in_evaluation_mode() -> None:
 
 def test_training_with_dropout_and_no_seed_is_refused() -> None:
     config = small_config(hidden_dropout_prob=0.1)
-    model = BertForPreTraining(config, kernels="torch").train()
+    model = PretrainingModel(config, kernels="torch").train()
     with pytest.raises(ValueError, match="dropout_seed is None"):
         model(**packed_inputs(config, [5, 9]))
 
 
 def test_dropout_depends_on_the_seed_only() -> None:
     config = small_config(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
-    model = BertForPreTraining(config, kernels="torch").train()
+    model = PretrainingModel(config, kernels="torch").train()
     batch = encoder_inputs(packed_inputs(config, [5, 9]))
     with torch.no_grad():
         first, second = model.bert(**batch, dropout_seed=SEED), model.bert(**batch, dropout_seed=SEED)
@@ -158,8 +158,8 @@ def test_a_layer_drops_where_the_paper_does() -> None:
 def test_activation_checkpointing_gives_the_same_gradients_with_dropout() -> None:
     config = small_config(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
     batch = packed_inputs(config, [5, 1, 9])
-    plain = BertForPreTraining(config, kernels="torch").train()
-    saving = BertForPreTraining(config, kernels="torch", activation_checkpointing=True).train()
+    plain = PretrainingModel(config, kernels="torch").train()
+    saving = PretrainingModel(config, kernels="torch", activation_checkpointing=True).train()
     wanted, found = _gradients(plain, batch, SEED), _gradients(saving, batch, SEED)
     assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
 
@@ -169,7 +169,7 @@ def test_activation_checkpointing_keeps_fewer_tensors() -> None:
     batch = packed_inputs(config, [5, 9])
 
     def saved_bytes(activation_checkpointing: bool) -> int:
-        model = BertForPreTraining(config, kernels="torch", activation_checkpointing=activation_checkpointing).train()
+        model = PretrainingModel(config, kernels="torch", activation_checkpointing=activation_checkpointing).train()
         sizes: list[int] = []
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t)
         with hooks:
@@ -182,7 +182,7 @@ def test_activation_checkpointing_keeps_fewer_tensors() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_parameters_give_low_precision_hidden_states_near_fp32(dtype: torch.dtype) -> None:
     config = small_config()
-    model = BertForPreTraining(config, kernels="torch").eval()
+    model = PretrainingModel(config, kernels="torch").eval()
     batch = encoder_inputs(packed_inputs(config, [5, 9]))
     with torch.no_grad():
         truth = model.bert(**batch)

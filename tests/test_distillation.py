@@ -23,21 +23,21 @@ from bert_ds.encoder.hf_mapping import hf_config, to_hf
 from bert_ds.encoder.initial_weights import start_from_layers
 from bert_ds.encoder.objectives.distillation import TaughtWords, angle_loss, soft_target_loss
 from bert_ds.encoder.objectives.sentence_pair import SentencePair, pair_logits
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 
 SETTINGS = DistillationConfig(teacher="t", temperature=1.7, mlm_weight=0.5, soft_weight=3.0, hidden_weight=0.7)
 
 
-def model_of(config: BertConfig, *, seed: int) -> BertForPreTraining:
-    model = BertForPreTraining(config, kernels="torch")
+def model_of(config: BertConfig, *, seed: int) -> PretrainingModel:
+    model = PretrainingModel(config, kernels="torch")
     spread_weights(model, config, seed=seed)
     return model
 
 
-def student_of(config: BertConfig, teacher: BertForPreTraining) -> BertForPreTraining:
-    student = BertForPreTraining(config, kernels="torch", objectives=(TaughtWords(teacher, SETTINGS), SentencePair()))
+def student_of(config: BertConfig, teacher: PretrainingModel) -> PretrainingModel:
+    student = PretrainingModel(config, kernels="torch", objectives=(TaughtWords(teacher, SETTINGS), SentencePair()))
     spread_weights(student, config, seed=1)
     return student
 
@@ -59,7 +59,7 @@ def test_all_four_terms_and_their_gradients_are_those_of_the_formulas() -> None:
     hidden_TD, taught_TD = (model.bert(**encoder_inputs(batch)) for model in (plain, teacher))
     places, labels = batch["targets"]["masked_positions"], slice(0, config.vocab_size)
 
-    def log_p(model: BertForPreTraining, hidden: torch.Tensor) -> torch.Tensor:
+    def log_p(model: PretrainingModel, hidden: torch.Tensor) -> torch.Tensor:
         transformed = model.predictions.transform(hidden[places])
         scores = F.linear(transformed, model.bert.embeddings.word_weight[labels], model.predictions.bias[labels])
         return (scores / SETTINGS.temperature).log_softmax(-1)
@@ -117,7 +117,7 @@ def test_the_teacher_is_no_part_of_the_model() -> None:
     teacher = model_of(config, seed=9)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     student = student_of(config, teacher)
-    assert set(student.state_dict()) == set(BertForPreTraining(config).state_dict())
+    assert set(student.state_dict()) == set(PretrainingModel(config).state_dict())
     student.train()
     asked = student.objectives[0].teacher
     batch = packed_inputs(config, [9, 20])
@@ -131,7 +131,7 @@ def test_the_teacher_is_no_part_of_the_model() -> None:
 
 def test_layers_are_taken_from_the_teacher_in_the_order_that_is_asked_for() -> None:
     teacher = model_of(small_config(num_hidden_layers=4), seed=9)
-    student = BertForPreTraining(small_config(num_hidden_layers=2))
+    student = PretrainingModel(small_config(num_hidden_layers=2))
     start_from_layers(student, teacher, (3, 1))
     own, theirs = student.state_dict(), teacher.state_dict()
     for name, tensor in own.items():
@@ -160,8 +160,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _without_pair_head(config: BertConfig) -> BertForPreTraining:
-    model = BertForPreTraining(config, has_pair_head=False)
+def _without_pair_head(config: BertConfig) -> PretrainingModel:
+    model = PretrainingModel(config, has_pair_head=False)
     spread_weights(model, config, seed=9, scale=0.1)
     return model
 

@@ -36,7 +36,7 @@ from bert_ds.encoder.families.table import weight_patterns
 from bert_ds.encoder.hf_folder import load_hf_folder, special_ids
 from bert_ds.encoder.hf_mapping import to_hf
 from bert_ds.encoder.hf_verify import verify_export
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.training.checkpoints.checkpoint_loader import CheckpointPolicy, save_checkpoint
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 from bert_ds.training.checkpoints.train_state import TrainState
@@ -190,7 +190,7 @@ def _saved_run(
     )
     shutil.copytree(tokenizer, run_dir / "tokenizer")
     (run_dir / "run_config.json").write_text(dump_run_config(run))
-    model = BertForPreTraining(CONFIG, kernels="torch", has_pair_head=sentence_pair != "none")
+    model = PretrainingModel(CONFIG, kernels="torch", has_pair_head=sentence_pair != "none")
     spread_weights(model, CONFIG)
     optimizer = make_optimizer(
         run.optimizer, model.named_parameters(), facts=TensorFacts(weight_patterns(model.config)[0])

@@ -16,19 +16,19 @@ from bert_ds.encoder.families import table as family_table
 from bert_ds.encoder.families.bert import BERT
 from bert_ds.encoder.families.table import family_of, weight_patterns
 from bert_ds.encoder.hf_mapping import from_hf, hf_config, model_config_from_hf, to_hf
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.encoder.tensor_rows import TensorRow
 from bert_ds.training.optimizers.param_groups import without_decay
 
 EVERY_FORM = pytest.mark.parametrize("config", FORMS.values(), ids=FORMS.keys())
 
 
-def ours_of(config: EncoderConfig) -> BertForPreTraining:
-    model = BertForPreTraining(config, kernels="torch", has_pair_head=False)
+def ours_of(config: EncoderConfig) -> PretrainingModel:
+    model = PretrainingModel(config, kernels="torch", has_pair_head=False)
     return disturbed(model).double().eval()  # type: ignore[return-value]
 
 
-def theirs_of(ours: BertForPreTraining) -> Any:
+def theirs_of(ours: PretrainingModel) -> Any:
     """Transformers' model of masked words with the same weights, all of them named by our table."""
     config = ours.config
     model = getattr(transformers, family_of(config).roles(config)["masked words"].architecture)(settings_of(config))
@@ -97,7 +97,7 @@ def test_a_front_of_any_name_is_left_out_where_no_pairs_are_learned(monkeypatch:
 
     row = BERT._replace(encoder_rows=renamed, modern_names=lambda tensors: dict(tensors))
     monkeypatch.setitem(family_table.FAMILIES, "bert", row)
-    with_pairs = BertForPreTraining(FORMS["bert"], kernels="torch")
+    with_pairs = PretrainingModel(FORMS["bert"], kernels="torch")
     tensors = to_hf(with_pairs.state_dict(), FORMS["bert"])
     assert "other.pooler.dense.weight" in tensors
     found = from_hf(tensors, FORMS["bert"], has_pair_head=False)
@@ -109,14 +109,14 @@ def test_a_front_of_any_name_is_left_out_where_no_pairs_are_learned(monkeypatch:
 
 @EVERY_FORM
 def test_the_number_of_parameters_is_known_without_the_model(config: EncoderConfig) -> None:
-    model = BertForPreTraining(config, kernels="torch", has_pair_head=False)
+    model = PretrainingModel(config, kernels="torch", has_pair_head=False)
     assert config.count_parameters(has_pair_head=False) == sum(weight.numel() for weight in model.parameters())
 
 
 @EVERY_FORM
 def test_an_optimizer_is_told_of_every_weight(config: EncoderConfig) -> None:
     """Every pattern matches; what is not decayed is a vector; a layer's matrices are those that are counted."""
-    model = BertForPreTraining(config, kernels="torch", has_pair_head=False)
+    model = PretrainingModel(config, kernels="torch", has_pair_head=False)
     no_decay, equal_parts, matrices = weight_patterns(config)
     shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     assert {name for name, shape in shapes.items() if len(shape) == 1} == without_decay(list(shapes), no_decay)
@@ -132,7 +132,7 @@ def test_an_optimizer_is_told_of_every_weight(config: EncoderConfig) -> None:
 def test_recomputed_layers_give_the_same_bits_with_dropout(config: EncoderConfig) -> None:
     gradients = []
     for recompute in (False, True):
-        model = BertForPreTraining(
+        model = PretrainingModel(
             config.with_dropout(0.2), kernels="torch", has_pair_head=False, activation_checkpointing=recompute
         )
         _, packed = ragged(config)

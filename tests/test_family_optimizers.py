@@ -14,7 +14,7 @@ from bert_ds.configuration.recipe.optimizer_config import LambConfig, MuonConfig
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.tuning.task_folder import make_task_model
 from bert_ds.encoder.families.table import weight_patterns
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.training.optimizers.factory import make_optimizer
 from bert_ds.training.optimizers.lamb import Lamb
 from bert_ds.training.optimizers.muon import JORDAN
@@ -27,7 +27,7 @@ MODELS = pytest.mark.parametrize("kind", ["pre-training", "classification"])
 
 def model_of(kind: str, config: EncoderConfig) -> nn.Module:
     if kind == "pre-training":
-        return BertForPreTraining(config, kernels="torch", has_pair_head=False)
+        return PretrainingModel(config, kernels="torch", has_pair_head=False)
     return make_task_model(KINDS[kind], config, {"label": ("a", "b", "c")}, kernels="torch")
 
 

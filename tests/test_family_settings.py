@@ -12,7 +12,7 @@ from family_cases import FORMS, SPECIAL_IDS, disturbed, of_size, ragged, setting
 
 from bert_ds.configuration.families.modernbert import ModernBertConfig
 from bert_ds.encoder.hf_mapping import hf_config, model_config_from_hf, to_hf
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 
 OTHERS: dict[str, Any] = {
     "vocab_size": 67,
@@ -89,7 +89,7 @@ def test_the_names_of_transformers_4_say_the_same() -> None:
 def test_every_length_up_to_both_sides_of_the_window_has_the_scores_of_transformers(local_attention: int) -> None:
     config = of_size(FORMS["modernbert"], local_attention=local_attention, max_position_embeddings=256)
     assert isinstance(config, ModernBertConfig) and config.window in (64, 18)
-    ours = disturbed(BertForPreTraining(config, kernels="torch", has_pair_head=False)).double().eval()
+    ours = disturbed(PretrainingModel(config, kernels="torch", has_pair_head=False)).double().eval()
     theirs = transformers.ModernBertForMaskedLM(settings_of(config)).double().eval()
     theirs.load_state_dict(to_hf(ours.state_dict(), config), strict=False)
     theirs.tie_weights()
@@ -101,7 +101,7 @@ def test_every_length_up_to_both_sides_of_the_window_has_the_scores_of_transform
             found = ours.logits(**packed, masked_positions_P=torch.arange(len(wanted))).mlm_PV
         assert (found - wanted).abs().max() <= 1e-6 * wanted.abs().max()
     narrower = of_size(config, local_attention=local_attention - 2)
-    other = disturbed(BertForPreTraining(narrower, kernels="torch", has_pair_head=False)).double().eval()
+    other = disturbed(PretrainingModel(narrower, kernels="torch", has_pair_head=False)).double().eval()
     other.load_state_dict(ours.state_dict())
     with torch.no_grad():
         differs = other.logits(**packed, masked_positions_P=torch.arange(len(wanted))).mlm_PV - wanted

@@ -35,7 +35,7 @@ from bert_ds.downstream.untrained.minimal_pairs import MinimalPair, judge_pairs
 from bert_ds.downstream.untrained.probing import layer_vectors
 from bert_ds.encoder.hf_onnx import write_onnx
 from bert_ds.encoder.pretrained import load_masked_lm
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 
 TEXTS = ("the film is very dull.", "we saw it in london and paris", "中文")
 
@@ -138,7 +138,7 @@ def test_a_plan_counts_what_is_trained(
     recipe = changed(changed(recipe, "sequences.sentence_pair", "none"), "sequences.max_seq_length", 64)
     run, ds = load_pair(write_json(tmp_path, "run.json", recipe), write_json(tmp_path, "ds.json", DEEPSPEED))
     plan = make_plan(run, ds, 1)
-    model = BertForPreTraining(run.model, has_pair_head=False)
+    model = PretrainingModel(run.model, has_pair_head=False)
     assert plan.num_parameters == sum(weight.numel() for weight in model.parameters())
     files = ["--run", str(tmp_path / "run.json"), "--deepspeed_config", str(tmp_path / "ds.json")]
     monkeypatch.setattr(sys, "argv", ["check_run.py", *files])

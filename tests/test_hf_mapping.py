@@ -12,13 +12,13 @@ from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.encoder.hf_mapping import from_hf, hf_config, model_config_from_hf, to_hf
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 
 CONFIG = small_config()
 
 
 def _state_dict(config: BertConfig, *, has_pair_head: bool = True, seed: int = 0) -> dict[str, torch.Tensor]:
-    model = BertForPreTraining(config, has_pair_head=has_pair_head)
+    model = PretrainingModel(config, has_pair_head=has_pair_head)
     spread_weights(model, config, seed)
     return model.state_dict()
 

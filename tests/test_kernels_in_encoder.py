@@ -10,7 +10,7 @@ import torch
 from encoder_cases import packed_inputs, small_config
 from torch import Tensor
 
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = torch.tensor([1234567], device=DEVICE)
@@ -21,8 +21,8 @@ CONFIG = small_config(
 )
 
 
-def model_of(*, activation_checkpointing: bool = False) -> BertForPreTraining:
-    model = BertForPreTraining(CONFIG, kernels="triton", activation_checkpointing=activation_checkpointing)
+def model_of(*, activation_checkpointing: bool = False) -> PretrainingModel:
+    model = PretrainingModel(CONFIG, kernels="triton", activation_checkpointing=activation_checkpointing)
     return model.to(DEVICE).train()
 
 
@@ -32,7 +32,7 @@ def batch_of(lengths: list[int]) -> dict[str, Any]:
     return on_device | {"dropout_seed": SEED}
 
 
-def gradients(model: BertForPreTraining, forward: Callable[..., Any], batch: dict[str, Any]) -> dict[str, Tensor]:
+def gradients(model: PretrainingModel, forward: Callable[..., Any], batch: dict[str, Any]) -> dict[str, Tensor]:
     model.zero_grad()
     loss_sums, _ = forward(**batch)
     loss_sums.sum().backward()

@@ -22,7 +22,7 @@ from test_lamb_zero import FP16, GRAD_ACCUM_FP32, SHADOWS
 
 from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.encoder.families.table import weight_patterns
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.training.optimizers.lamb import Lamb
 from bert_ds.training.optimizers.zero_limits import universal_checkpoint_blockers
 
@@ -160,7 +160,7 @@ def train_real_bert(rank: int, world_size: int, stages: list[int]) -> list[dict[
     quiet_deepspeed()
     results = []
     for stage in stages:
-        model = BertForPreTraining(REAL, kernels="torch", has_pair_head=True)
+        model = PretrainingModel(REAL, kernels="torch", has_pair_head=True)
         decays = {
             p: 0.0 if name.endswith("bias") or "layer_norm" in name else 0.1 for name, p in model.named_parameters()
         }

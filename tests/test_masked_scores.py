@@ -15,15 +15,15 @@ from bert_ds.downstream.untrained.masked_scores import pseudo_log_likelihoods
 from bert_ds.downstream.untrained.minimal_pairs import MinimalPair, judge_pairs, pair_accuracies
 from bert_ds.downstream.untrained.prompts import Prompt, PromptWriter, Shot, check_prompt, prompt_scores
 from bert_ds.downstream.untrained.word_similarity import WordPair, similarity_correlation, word_vectors
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 
 TOKENIZER = WordPieceTokenizer(PIECES, TextRules())
 PROMPT = Prompt("{text}, the {label}.", {"yes": ["a"], "no": ["bcd", "e"]})
 
 
 @pytest.fixture(scope="module")
-def model() -> BertForPreTraining:
-    model = BertForPreTraining(CONFIG, kernels="torch")
+def model() -> PretrainingModel:
+    model = PretrainingModel(CONFIG, kernels="torch")
     model.load_state_dict(spread_state_dict())
     return model.eval()
 
@@ -49,7 +49,7 @@ def ids_of(text: str) -> list[int]:
 
 
 def test_pseudo_log_likelihoods_are_sums_over_pieces_masked_one_at_a_time(
-    model: BertForPreTraining, theirs: transformers.PreTrainedModel
+    model: PretrainingModel, theirs: transformers.PreTrainedModel
 ) -> None:
     texts = ["the reading.", "中", "cab, the 文"]
     wanted = [
@@ -59,14 +59,14 @@ def test_pseudo_log_likelihoods_are_sums_over_pieces_masked_one_at_a_time(
     assert pseudo_log_likelihoods(model, TOKENIZER, texts) == pytest.approx(wanted, abs=1e-4)
 
 
-def test_a_text_without_pieces_or_longer_than_the_model_is_refused(model: BertForPreTraining) -> None:
+def test_a_text_without_pieces_or_longer_than_the_model_is_refused(model: PretrainingModel) -> None:
     with pytest.raises(DataError, match="has 0 pieces, wanted 1 to 35"):
         pseudo_log_likelihoods(model, TOKENIZER, ["\u200d"])
     with pytest.raises(DataError, match="has 36 pieces, wanted 1 to 35"):
         pseudo_log_likelihoods(model, TOKENIZER, ["the", "a " * 36])
 
 
-def test_the_likelier_sentence_of_a_pair_is_the_good_one(model: BertForPreTraining) -> None:
+def test_the_likelier_sentence_of_a_pair_is_the_good_one(model: PretrainingModel) -> None:
     one, other = "the cab.", "the bac."
     scores = dict(zip((one, other), pseudo_log_likelihoods(model, TOKENIZER, [one, other]), strict=True))
     likely, unlikely = sorted(scores, key=scores.__getitem__, reverse=True)
@@ -81,7 +81,7 @@ def test_the_likelier_sentence_of_a_pair_is_the_good_one(model: BertForPreTraini
 
 
 def test_a_label_scores_the_mean_over_its_words_and_a_word_the_mean_over_its_pieces(
-    model: BertForPreTraining, theirs: transformers.PreTrainedModel
+    model: PretrainingModel, theirs: transformers.PreTrainedModel
 ) -> None:
     writer = PromptWriter(TOKENIZER, PROMPT, 37)
     found = prompt_scores(model, writer, [["中文"]], calibrate=False)
@@ -134,7 +134,7 @@ def test_a_prompt_without_its_gaps_or_with_unknown_words_is_refused(
 
 
 def test_word_vectors_are_means_over_pieces_and_correlate_by_rank(
-    model: BertForPreTraining, theirs: transformers.PreTrainedModel
+    model: PretrainingModel, theirs: transformers.PreTrainedModel
 ) -> None:
     vectors = word_vectors(model.bert, TOKENIZER, ["cab", "the"])
     ids = torch.tensor([ids_of("cab")])

@@ -21,7 +21,7 @@ from bert_ds.configuration.recipe.run_config import ConfigError, load_run_config
 from bert_ds.configuration.run_plan import make_plan, plan_table
 from bert_ds.configuration.run_size import optimizer_flops
 from bert_ds.encoder.families.table import weight_patterns
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.training.engine import make_engine
 from bert_ds.training.optimizers.factory import make_optimizer
 from bert_ds.training.optimizers.muon import JORDAN, Muon
@@ -175,7 +175,7 @@ def test_the_engine_lets_it_share_the_work_where_every_rank_holds_everything() -
 
 def test_the_matrices_are_those_of_the_layers() -> None:
     config = BertConfig(vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40)
-    bert = BertForPreTraining(config, kernels="torch")
+    bert = PretrainingModel(config, kernels="torch")
     facts = TensorFacts(*weight_patterns(config))
     optimizer: Any = make_optimizer(MuonConfig(lr=1e-3), bert.named_parameters(), facts=facts)
     layer = {

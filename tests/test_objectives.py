@@ -15,7 +15,7 @@ from bert_ds.configuration.recipe.run_config import RunConfig
 from bert_ds.configuration.run_checks import recipe_problems
 from bert_ds.encoder.objectives.objective import Seen, Sums, ordered_terms
 from bert_ds.encoder.objectives.table import make_objectives
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 
 WORDS, PAIR = {"type": "masked_words"}, {"type": "sentence_pair"}
 TAUGHT = {"distillation": {"teacher": "t"}}
@@ -94,9 +94,9 @@ class Reversed:
 
 def test_one_more_objective_is_one_class_and_leaves_the_others_alone() -> None:
     config = small_config()
-    plain = BertForPreTraining(config, kernels="torch")
+    plain = PretrainingModel(config, kernels="torch")
     objectives = (Reversed(), *make_objectives({"masked_words": 1.0, "sentence_pair": 1.0}))
-    model = BertForPreTraining(config, kernels="torch", objectives=objectives)
+    model = PretrainingModel(config, kernels="torch", objectives=objectives)
     assert set(model.state_dict()) == {*plain.state_dict(), "turner.weight"}
     model.load_state_dict({**plain.state_dict(), "turner.weight": torch.ones(1, config.hidden_size)})
     assert [term.name for term in model.terms] == ["first", "mlm", "pair", "turned"]

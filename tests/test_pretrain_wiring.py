@@ -18,7 +18,7 @@ from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.recipe.run_config import RunConfig, load_run_config
 from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.reporting.run_log import read_metrics, read_rows
 from bert_ds.training.checkpoints.checkpoint_folder import parse_manifest, write_manifest
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
@@ -125,7 +125,7 @@ def test_the_first_step_of_lamb_moves_every_part_by_the_rate_times_its_norm(
     }
     run_dir = workshop.run(changes)
     run = recipe_of(run_dir)
-    model = BertForPreTraining(run.model, kernels="torch", has_pair_head=sentence_pair != "none", init_seed=7)
+    model = PretrainingModel(run.model, kernels="torch", has_pair_head=sentence_pair != "none", init_seed=7)
     end = load_fp32_state_dict(run_dir / "checkpoints/global_step1")
     assert set(end) == set(model.state_dict())
     for name, start in model.state_dict().items():

@@ -15,7 +15,7 @@ from ranks_harness import run_ranks
 from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.encoder.families.table import weight_patterns
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 
 CASES: list[tuple[dict, list[int], bool]] = [
     ({}, [5, 1, 9, 2], True),
@@ -37,8 +37,8 @@ BY_TRITON = [
 
 def _pair_of_models(
     config: BertConfig, has_pair_head: bool, kernels: str
-) -> tuple[BertForPreTraining, transformers.PreTrainedModel]:
-    ours = BertForPreTraining(config, kernels=kernels, has_pair_head=has_pair_head).eval()
+) -> tuple[PretrainingModel, transformers.PreTrainedModel]:
+    ours = PretrainingModel(config, kernels=kernels, has_pair_head=has_pair_head).eval()
     spread_weights(ours, config)
     facts = hf_config(config, sentence_pair="nsp" if has_pair_head else "none", special_ids={"pad": 0})
     kind = getattr(transformers, facts["architectures"][0])
@@ -96,7 +96,7 @@ def test_losses_and_gradients_equal_those_of_transformers(
 
 def test_without_masked_words_the_word_loss_is_zero_and_every_gradient_exists() -> None:
     config = small_config()
-    model = BertForPreTraining(config, kernels="torch").train()
+    model = PretrainingModel(config, kernels="torch").train()
     loss_sums, metric_sums = model(**packed_inputs(config, [4, 6], masked=0))
     loss_sums.sum().backward()
     assert loss_sums[0].item() == 0.0
@@ -106,7 +106,7 @@ def test_without_masked_words_the_word_loss_is_zero_and_every_gradient_exists() 
 
 def test_without_pair_head_there_is_no_pair_term_and_no_weight_of_it() -> None:
     config = small_config()
-    model = BertForPreTraining(config, kernels="torch", has_pair_head=False)
+    model = PretrainingModel(config, kernels="torch", has_pair_head=False)
     loss_sums, metric_sums = model(**packed_inputs(config, [4, 6]))
     assert (len(loss_sums), len(metric_sums)) == (1, 1)
     assert [term.name for term in model.terms] == ["mlm"]
@@ -115,7 +115,7 @@ def test_without_pair_head_there_is_no_pair_term_and_no_weight_of_it() -> None:
 
 def test_ignored_labels_count_for_nothing() -> None:
     config = small_config()
-    model = BertForPreTraining(config, kernels="torch").eval()
+    model = PretrainingModel(config, kernels="torch").eval()
     batch = packed_inputs(config, [4, 6, 3], masked=4)
     batch["targets"]["masked_labels"][1] = -100
     batch["targets"]["pair_labels"][2] = -100
@@ -131,7 +131,7 @@ def test_ignored_labels_count_for_nothing() -> None:
 
 def test_metrics_count_the_right_predictions() -> None:
     config = small_config()
-    model = BertForPreTraining(config, kernels="torch").eval()
+    model = PretrainingModel(config, kernels="torch").eval()
     spread_weights(model, config)
     batch = packed_inputs(config, [4, 6, 3], masked=5)
     scores = model.logits(**encoder_inputs(batch), masked_positions_P=batch["targets"]["masked_positions"])
@@ -143,7 +143,7 @@ def test_metrics_count_the_right_predictions() -> None:
 
 def test_the_sums_of_every_kind_of_target_are_those_of_its_targets_alone() -> None:
     config = small_config()
-    model = BertForPreTraining(config, kernels="torch").eval()
+    model = PretrainingModel(config, kernels="torch").eval()
     spread_weights(model, config)
     batch = packed_inputs(config, [37, 30, 20], masked=50)
     scores = model.logits(**encoder_inputs(batch), masked_positions_P=batch["targets"]["masked_positions"])
@@ -161,7 +161,7 @@ def test_the_sums_of_every_kind_of_target_are_those_of_its_targets_alone() -> No
 
 def test_padding_rows_of_the_vocabulary_are_never_predicted_and_get_no_gradient() -> None:
     config = small_config()
-    model = BertForPreTraining(config, kernels="torch").train()
+    model = PretrainingModel(config, kernels="torch").train()
     with torch.no_grad():
         model.predictions.bias[101:] = 1000.0
     loss_sums, _ = model(**packed_inputs(config, [4, 6]))
@@ -172,7 +172,7 @@ def test_padding_rows_of_the_vocabulary_are_never_predicted_and_get_no_gradient(
 
 
 def test_the_no_decay_patterns_are_the_biases_and_layer_norms() -> None:
-    model = BertForPreTraining(small_config())
+    model = PretrainingModel(small_config())
     for name, parameter in model.named_parameters():
         matched = any(fnmatchcase(name, pattern) for pattern in weight_patterns(BertConfig())[0])
         assert matched == (parameter.dim() == 1), name
@@ -186,7 +186,7 @@ def _train_at_stages(rank: int, world_size: int) -> list[dict]:
     batch = packed_inputs(config, [4, 0, 6, 1], masked=5 * rank, seed=rank)
     results = []
     for stage, activation_checkpointing in ((0, False), (3, False), (3, True)):
-        model = BertForPreTraining(config, kernels="torch", activation_checkpointing=activation_checkpointing)
+        model = PretrainingModel(config, kernels="torch", activation_checkpointing=activation_checkpointing)
         spread_weights(model, config)
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -224,7 +224,7 @@ def test_zero_3_gives_the_losses_and_gradients_of_stage_0_with_and_without_check
 def test_losses_are_fp32_sums_near_the_fp32_model(dtype: torch.dtype) -> None:
     config = small_config()
     batch = packed_inputs(config, [5, 9, 1])
-    model = BertForPreTraining(config, kernels="torch").train()
+    model = PretrainingModel(config, kernels="torch").train()
     truth, _ = model(**batch)
     loss_sums, metric_sums = model.to(dtype)(**batch)
     loss_sums.sum().backward()

@@ -53,7 +53,7 @@ def test_parameters_are_those_of_hugging_face(model: BertConfig, has_pair_head: 
 
 @pytest.mark.parametrize("has_pair_head", [True, False])
 def test_parameters_are_those_of_the_model_that_is_built(has_pair_head: bool) -> None:
-    from bert_ds.encoder.pretraining_model import BertForPreTraining
+    from bert_ds.encoder.pretraining_model import PretrainingModel
 
     config = BertConfig(
         vocab_size=61,
@@ -63,7 +63,7 @@ def test_parameters_are_those_of_the_model_that_is_built(has_pair_head: bool) ->
         intermediate_size=40,
         type_vocab_size=3,
     )
-    model = BertForPreTraining(config, kernels="torch", has_pair_head=has_pair_head)
+    model = PretrainingModel(config, kernels="torch", has_pair_head=has_pair_head)
     built = sum(parameter.numel() for parameter in model.parameters())
     assert config.count_parameters(has_pair_head=has_pair_head) == built
 

@@ -24,7 +24,7 @@ from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.recipe import optimizer_config
 from bert_ds.configuration.run_plan import RunPlan, make_plan
 from bert_ds.corpus.batches.loader import PretrainingData
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.launch.command_line import add_launch_options
 from bert_ds.training.optimizers import foreign_optimizers
 
@@ -94,7 +94,7 @@ def test_the_model_has_the_seed_of_the_recipe_and_recomputes_where_the_deepspeed
     plan = replace(opened.plan, ds=replace(opened.plan.ds, settings={**opened.plan.ds.settings, **kept}))
     model = bert_ds.pretrain.build_model(plan, opened.run_dir)
     assert model.bert.activation_checkpointing == recomputes
-    wanted = BertForPreTraining(plan.run.model, kernels="torch", init_seed=11).state_dict()
+    wanted = PretrainingModel(plan.run.model, kernels="torch", init_seed=11).state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
 
 

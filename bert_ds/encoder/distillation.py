@@ -13,7 +13,7 @@ from bert_ds.encoder.objectives.distillation import TaughtWords
 from bert_ds.encoder.objectives.masked_words import MaskedWords
 from bert_ds.encoder.objectives.objective import Objective
 from bert_ds.encoder.pretrained import load_masked_lm
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 
 
 def make_student(
@@ -23,7 +23,7 @@ def make_student(
     kernels: str,
     objectives: Sequence[Objective],
     **others: Any,
-) -> BertForPreTraining:
+) -> PretrainingModel:
     """Load the teacher and return a student, started from the teacher's layers where the settings say so.
 
     Args:
@@ -31,7 +31,7 @@ def make_student(
         settings: name the teacher's folder; they were checked against both models.
         kernels: of both.
         objectives: of the student without a teacher; masked words are replaced by those that the teacher teaches.
-        others: see `BertForPreTraining`.
+        others: see `PretrainingModel`.
 
     Raises:
         ConfigError, CheckpointError: see `load_masked_lm`.
@@ -40,7 +40,7 @@ def make_student(
     teacher = load_masked_lm(Path(settings.teacher), kernels=kernels, pad_vocab_size_to_multiple_of=multiple)
     words = TaughtWords(teacher, settings)
     taught = [words if isinstance(objective, MaskedWords) else objective for objective in objectives]
-    student = BertForPreTraining(config, kernels=kernels, objectives=taught, **others)
+    student = PretrainingModel(config, kernels=kernels, objectives=taught, **others)
     if settings.init_layers is not None:
         start_from_layers(student, teacher, settings.init_layers)
     return student

@@ -20,7 +20,7 @@ from bert_ds.encoder.families.family import Role
 from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.hf_folder import read_json, refuse_broken_tensors
 from bert_ds.encoder.hf_mapping import from_hf, model_config_from_hf
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 
 MAX_RELATIVE_DIFFERENCE = 1e-4
 _PROBE_TEXTS = (
@@ -48,7 +48,7 @@ def verify_export(
     Args:
         folder: the exported folder.
         config: the model section of the recipe.
-        state_dict: of our `BertForPreTraining`, fp32.
+        state_dict: of our `PretrainingModel`, fp32.
         tokenizer: folder of the tokenizer the model was trained with; None leaves the tokenizer unchecked.
 
     Raises:
@@ -68,7 +68,7 @@ def verify_export(
     changed = [name for name, tensor in state_dict.items() if not torch.equal(loaded[name], tensor.float().cpu())]
     if changed:
         raise CheckpointError(f"{folder}: transformers loads other values for {', '.join(changed)}")
-    ours = BertForPreTraining(config, kernels="torch", has_pair_head=has_pair_head).eval()
+    ours = PretrainingModel(config, kernels="torch", has_pair_head=has_pair_head).eval()
     ours.load_state_dict(state_dict)
     check = _compare_scores(ours, theirs)
     if not check.max_difference <= MAX_RELATIVE_DIFFERENCE * check.scale:
@@ -143,7 +143,7 @@ def probe_sequences(config: EncoderConfig) -> ProbeSequences:
 
 
 @torch.no_grad()
-def _compare_scores(ours: BertForPreTraining, theirs: Any) -> ExportCheck:
+def _compare_scores(ours: PretrainingModel, theirs: Any) -> ExportCheck:
     """Compare all scores on the probe sequences."""
     probe = probe_sequences(ours.config)
     mask_NS = probe.padded["attention_mask"].bool()

@@ -11,11 +11,11 @@ from torch import Tensor
 from bert_ds.basics.ranks import CheckpointError
 from bert_ds.encoder.hf_folder import load_hf_folder
 from bert_ds.encoder.hf_mapping import from_hf
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 
 
 def load_initial_weights(
-    model: BertForPreTraining, folder: Path, *, read_run: Callable[[Path], Mapping[str, Tensor]]
+    model: PretrainingModel, folder: Path, *, read_run: Callable[[Path], Mapping[str, Tensor]]
 ) -> None:
     """Copy the weights of `folder` into a new model.
 
@@ -39,7 +39,7 @@ def load_initial_weights(
         raise CheckpointError(f"init_from {folder} does not fit the recipe's model: {error}") from None
 
 
-def start_from_layers(model: BertForPreTraining, teacher: BertForPreTraining, layers: Sequence[int]) -> None:
+def start_from_layers(model: PretrainingModel, teacher: PretrainingModel, layers: Sequence[int]) -> None:
     """Copy a teacher's embeddings, heads and some of its layers into a new model of the same sizes.
 
     A pair head that the teacher does not have stays as it is.

@@ -14,7 +14,7 @@ from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.fused_ops import fused_ops
 from bert_ds.encoder.hf_folder import load_hf_folder, read_json
 from bert_ds.encoder.hf_mapping import encoder_from_hf, from_hf, modern_names
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.encoder.tensor_rows import TensorRow
 
 
@@ -40,9 +40,7 @@ def load_pretrained(folder: Path) -> Pretrained:
     return Pretrained(source.config, tensors, unused)
 
 
-def load_masked_lm(
-    folder: Path, *, kernels: str = "auto", pad_vocab_size_to_multiple_of: int = 64
-) -> BertForPreTraining:
+def load_masked_lm(folder: Path, *, kernels: str = "auto", pad_vocab_size_to_multiple_of: int = 64) -> PretrainingModel:
     """Return the model of a Hugging Face folder with its masked-word head, in evaluation mode on the CPU.
 
     Raises:
@@ -55,7 +53,7 @@ def load_masked_lm(
     if not _holds(tensors, family.word_head_rows(source.config)):
         raise CheckpointError(f"{folder} has no masked-word head: wanted a pre-trained model, not a fine-tuned one")
     has_pair_head = _holds(tensors, family.pair_head_rows(source.config))
-    model = BertForPreTraining(source.config, kernels=kernels, has_pair_head=has_pair_head)
+    model = PretrainingModel(source.config, kernels=kernels, has_pair_head=has_pair_head)
     model.load_state_dict(from_hf(tensors, source.config, has_pair_head=has_pair_head))
     return model.eval()
 

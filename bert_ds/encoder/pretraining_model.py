@@ -28,7 +28,7 @@ class Logits(NamedTuple):
     pair_N2: Tensor | None
 
 
-class BertForPreTraining(nn.Module):
+class PretrainingModel(nn.Module):
     """An encoder with the heads of the objectives that it is trained on.
 
     Its forward returns sums, not means: the caller divides by the counts of the whole global step.

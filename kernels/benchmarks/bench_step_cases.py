@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 
 MODELS = {
     "large": BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
@@ -76,7 +76,7 @@ def make_batch(lengths: list[int], config: BertConfig, device: torch.device) -> 
 def make_model(provider: str, config: BertConfig, device: torch.device) -> nn.Module:
     """Return the model of a provider in bf16, in training mode."""
     if provider.startswith("ours"):
-        model: nn.Module = BertForPreTraining(config, kernels="triton")
+        model: nn.Module = PretrainingModel(config, kernels="triton")
     else:
         import transformers
 

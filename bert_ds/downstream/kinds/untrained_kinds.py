@@ -22,7 +22,7 @@ from bert_ds.downstream.scores.metrics import class_figures
 from bert_ds.downstream.untrained.minimal_pairs import MinimalPair, judge_pairs, pair_accuracies
 from bert_ds.downstream.untrained.prompts import Prompt, PromptWriter, Shot, check_prompt, prompt_scores
 from bert_ds.downstream.untrained.word_similarity import WordPair, similarity_correlation, word_vectors
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 
 
 class Scored(NamedTuple):
@@ -36,12 +36,12 @@ class Scored(NamedTuple):
     """What else results.json says."""
 
 
-ScoreKind = Callable[[BertForPreTraining, WordPieceTokenizer, TaskConfig, Say], Scored]
+ScoreKind = Callable[[PretrainingModel, WordPieceTokenizer, TaskConfig, Say], Scored]
 """From the model of a folder, its tokenizer and the task; says counts of rows."""
 _WORD_ROLES = ("left", "right", "score")
 
 
-def score_prompts(model: BertForPreTraining, tokenizer: WordPieceTokenizer, task: TaskConfig, say: Say) -> Scored:
+def score_prompts(model: PretrainingModel, tokenizer: WordPieceTokenizer, task: TaskConfig, say: Say) -> Scored:
     """Classify the validation rows by label words; the rows and the split are those of fine-tuning."""
     settings = task.prompt
     assert settings is not None, "the task was checked"
@@ -72,7 +72,7 @@ def score_prompts(model: BertForPreTraining, tokenizer: WordPieceTokenizer, task
     return Scored(figures.pop("validation"), files, figures, facts)
 
 
-def score_minimal_pairs(model: BertForPreTraining, tokenizer: WordPieceTokenizer, task: TaskConfig, say: Say) -> Scored:
+def score_minimal_pairs(model: PretrainingModel, tokenizer: WordPieceTokenizer, task: TaskConfig, say: Say) -> Scored:
     """Say of each pair which sentence is the likelier; half of them is what chance gives."""
     pairs = [
         MinimalPair(text_of(record, "good", task), text_of(record, "bad", task), _group(record, "paradigm", task))
@@ -87,9 +87,7 @@ def score_minimal_pairs(model: BertForPreTraining, tokenizer: WordPieceTokenizer
     return Scored(pair_accuracies(judged), {"pairs.jsonl": "\n".join(lines) + "\n"})
 
 
-def score_word_similarity(
-    model: BertForPreTraining, tokenizer: WordPieceTokenizer, task: TaskConfig, say: Say
-) -> Scored:
+def score_word_similarity(model: PretrainingModel, tokenizer: WordPieceTokenizer, task: TaskConfig, say: Say) -> Scored:
     """Correlate cosines of word vectors with what people say, for each set of words and each kind of vector."""
     sets: dict[str, list[WordPair]] = {}
     records = _records(task)

@@ -16,7 +16,7 @@ import torch
 from bert_ds.basics.ranks import DataError
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
 from bert_ds.downstream.rows.features import encode_text
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 
 TOKENS_PER_BATCH = 8192
 _TEXTS_AT_A_TIME = 512
@@ -34,7 +34,7 @@ class Query(NamedTuple):
 
 @torch.no_grad()
 def log_probabilities(
-    model: BertForPreTraining, queries: Sequence[Query], *, tokens_per_batch: int = TOKENS_PER_BATCH
+    model: PretrainingModel, queries: Sequence[Query], *, tokens_per_batch: int = TOKENS_PER_BATCH
 ) -> list[np.ndarray]:
     """Return the log-probabilities, in nats, fp32 [k] for each query, in their order.
 
@@ -52,9 +52,7 @@ def log_probabilities(
     return found
 
 
-def pseudo_log_likelihoods(
-    model: BertForPreTraining, tokenizer: WordPieceTokenizer, texts: Sequence[str]
-) -> list[float]:
+def pseudo_log_likelihoods(model: PretrainingModel, tokenizer: WordPieceTokenizer, texts: Sequence[str]) -> list[float]:
     """Return the pseudo-log-likelihood of each text, in nats.
 
     Raises:
@@ -68,7 +66,7 @@ def pseudo_log_likelihoods(
     return found
 
 
-def _one_masked_at_a_time(model: BertForPreTraining, tokenizer: WordPieceTokenizer, text: str) -> list[Query]:
+def _one_masked_at_a_time(model: PretrainingModel, tokenizer: WordPieceTokenizer, text: str) -> list[Query]:
     special = tokenizer.special_ids
     pieces = encode_text(tokenizer, text)
     longest = model.config.max_position_embeddings
@@ -97,7 +95,7 @@ def _groups(order: Sequence[int], lengths: Sequence[int], tokens_per_batch: int)
         yield group
 
 
-def _one_pass(model: BertForPreTraining, queries: Sequence[Query]) -> list[np.ndarray]:
+def _one_pass(model: PretrainingModel, queries: Sequence[Query]) -> list[np.ndarray]:
     device = next(model.parameters()).device
     lengths = [len(query.input_ids) for query in queries]
     starts = list(accumulate(lengths, initial=0))

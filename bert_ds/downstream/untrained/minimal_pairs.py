@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
 from bert_ds.downstream.untrained.masked_scores import pseudo_log_likelihoods
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 
 
 class MinimalPair(NamedTuple):
@@ -33,7 +33,7 @@ class JudgedPair(NamedTuple):
 
 
 def judge_pairs(
-    model: BertForPreTraining, tokenizer: WordPieceTokenizer, pairs: Sequence[MinimalPair]
+    model: PretrainingModel, tokenizer: WordPieceTokenizer, pairs: Sequence[MinimalPair]
 ) -> list[JudgedPair]:
     """Score both sentences of every pair.
 

@@ -17,7 +17,7 @@ from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
 from bert_ds.downstream.rows.features import encode_text
 from bert_ds.downstream.untrained.masked_scores import Query, log_probabilities
-from bert_ds.encoder.pretraining_model import BertForPreTraining
+from bert_ds.encoder.pretraining_model import PretrainingModel
 
 TEXT_GAPS = ("text", "text_pair")
 LABEL_GAP = "label"
@@ -63,7 +63,7 @@ def check_prompt(prompt: Prompt, tokenizer: WordPieceTokenizer, *, num_texts: in
 
 
 def prompt_scores(
-    model: BertForPreTraining,
+    model: PretrainingModel,
     writer: PromptWriter,
     rows: Sequence[Sequence[str]],
     *,

@@ -78,7 +78,7 @@ class Objective(Protocol):
         """Return the sums of a micro-batch.
 
         Args:
-            model: `BertForPreTraining`, which holds the heads under their names. Under ZeRO-3 a weight is read in the
+            model: `PretrainingModel`, which holds the heads under their names. Under ZeRO-3 a weight is read in the
                 forward of the module that owns it.
             seen: the micro-batch.
         """
