@@ -120,7 +120,7 @@ def exported(tokenizer: Path, target: Path) -> dict[str, Any]:
     """What an export says of a tokenizer."""
     target.mkdir()
     tensors = {"w": torch.ones(1)}
-    config = {"max_position_embeddings": 48}
+    config = {"model_type": "bert", "max_position_embeddings": 48}
     write_hf_folder(target, config=config, tensors=tensors, tokenizer=tokenizer, model_card="")
     return json.loads((target / "tokenizer_config.json").read_text())
 
@@ -130,7 +130,8 @@ def test_a_key_that_would_run_code_does_not_reach_an_export(folder: Path, tmp_pa
     before = json.loads(path.read_text())
     foreign = {"auto_map": {"AutoTokenizer": ["evil--x.Y", None]}, "custom": 1, "tokenizer_class": "EvilTokenizer"}
     path.write_text(json.dumps({**before, **foreign}))
-    assert exported(folder, tmp_path / "out") == {**before, "model_max_length": 48}
+    ours = {"model_max_length": 48, "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    assert exported(folder, tmp_path / "out") == {**before, **ours}
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "vocab.txt"])

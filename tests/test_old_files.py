@@ -29,7 +29,7 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files, unpacked, with a recipe and DeepSpeed files beside them."""
     folder = tmp_path_factory.mktemp("old")
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (folder / "recipe.json").write_text(json.dumps(RECIPE))
     for _, stage, _ in RUNS.values():
         content = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text())
