@@ -6,7 +6,7 @@ has the real vocabulary. `rows_to_hf` then `rows_from_hf` is the identity.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,13 @@ class TensorRow(NamedTuple):
 def same_row(name: str, hf_name: str, *shape: int) -> TensorRow:
     """Return the row of a tensor that is the same on both sides, up to its name."""
     return TensorRow(name, shape, (hf_name,), shape[0])
+
+
+def linear_rows(name: str, hf_name: str, *shape: int, has_bias: bool = True) -> Iterator[TensorRow]:
+    """Yield weight and, where there is one, bias of a dense layer [rows, columns] or of a LayerNorm [rows]."""
+    yield same_row(f"{name}_weight", f"{hf_name}.weight", *shape)
+    if has_bias:
+        yield same_row(f"{name}_bias", f"{hf_name}.bias", shape[0])
 
 
 def rows_to_hf(state_dict: Mapping[str, Tensor], table: Sequence[TensorRow]) -> dict[str, Tensor]:

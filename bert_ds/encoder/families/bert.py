@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.encoder.blocks import AddNorm, Dropout, first_rows, refuse_partitioned, require_seed, through_layers
-from bert_ds.encoder.families.family import Family, Role, RoleName
+from bert_ds.encoder.families.family import LAYER_MATRICES, Family, Role, RoleName
 from bert_ds.encoder.fused_ops import FusedOps
-from bert_ds.encoder.tensor_rows import TensorRow, same_row
+from bert_ds.encoder.tensor_rows import TensorRow, linear_rows, same_row
 from bert_ds.encoder.word_head import MaskedWordHead
 
 EMBEDDING_SITE = 0
@@ -384,26 +384,24 @@ def encoder_rows(config: BertConfig, *, has_front: bool) -> Iterator[TensorRow]:
     ):
         yield same_row(f"{embeddings}.{name}", f"{embeddings}.{hf_name}.weight", rows, hidden)
     if is_post:
-        yield from _layer_norm_rows(embeddings, f"{embeddings}.LayerNorm", hidden)
+        yield from linear_rows(f"{embeddings}.layer_norm", f"{embeddings}.LayerNorm", hidden)
     for layer in range(config.num_hidden_layers):
         name, hf_name = f"bert.layer.{layer}", f"bert.encoder.layer.{layer}"
         yield from _layer_rows(name, hf_name, config)
         if not is_post:
-            yield from _layer_norm_rows(f"{name}.attention_norm", f"{hf_name}.attention.ln", hidden)
-            yield from _layer_norm_rows(f"{name}.feed_forward_norm", f"{hf_name}.ln", hidden)
+            yield from linear_rows(f"{name}.attention_norm.layer_norm", f"{hf_name}.attention.ln", hidden)
+            yield from linear_rows(f"{name}.feed_forward_norm.layer_norm", f"{hf_name}.ln", hidden)
     if not is_post:
-        yield from _layer_norm_rows("bert.final_norm", "bert.encoder.ln", hidden)
+        yield from linear_rows("bert.final_norm.layer_norm", "bert.encoder.ln", hidden)
     if has_front:
-        yield same_row("bert.pooler.dense_weight", "bert.pooler.dense.weight", hidden, hidden)
-        yield same_row("bert.pooler.dense_bias", "bert.pooler.dense.bias", hidden)
+        yield from linear_rows("bert.pooler.dense", "bert.pooler.dense", hidden, hidden)
 
 
 def word_head_rows(config: BertConfig) -> Iterator[TensorRow]:
     """Yield the tensors of the masked-word head."""
     hidden = config.hidden_size
-    yield same_row("predictions.transform_weight", "cls.predictions.transform.dense.weight", hidden, hidden)
-    yield same_row("predictions.transform_bias", "cls.predictions.transform.dense.bias", hidden)
-    yield from _layer_norm_rows("predictions", "cls.predictions.transform.LayerNorm", hidden)
+    yield from linear_rows("predictions.transform", "cls.predictions.transform.dense", hidden, hidden)
+    yield from linear_rows("predictions.layer_norm", "cls.predictions.transform.LayerNorm", hidden)
     yield TensorRow("predictions.bias", (config.padded_vocab_size,), ("cls.predictions.bias",), config.vocab_size)
 
 
@@ -411,11 +409,6 @@ def pair_head_rows(config: BertConfig) -> Iterator[TensorRow]:
     """Yield the tensors of the pair head."""
     yield same_row("seq_relationship.weight", "cls.seq_relationship.weight", 2, config.hidden_size)
     yield same_row("seq_relationship.bias", "cls.seq_relationship.bias", 2)
-
-
-def _layer_norm_rows(name: str, hf_name: str, hidden_size: int) -> Iterator[TensorRow]:
-    for kind in ("weight", "bias"):
-        yield same_row(f"{name}.layer_norm_{kind}", f"{hf_name}.{kind}", hidden_size)
 
 
 def _layer_rows(name: str, hf_name: str, config: BertConfig) -> Iterator[TensorRow]:
@@ -426,15 +419,14 @@ def _layer_rows(name: str, hf_name: str, config: BertConfig) -> Iterator[TensorR
         parts = tuple(f"{hf_name}.attention.self.{part}.{kind}" for part in ("query", "key", "value"))
         yield TensorRow(f"{name}.attention.qkv_{kind}", (3 * hidden, *columns), parts, hidden)
     is_post = config.norm_position == "post"
-    for ours, theirs, rows, columns in (
-        ("attention.output", "attention.output.dense", hidden, (hidden,)),
-        *([("attention.layer_norm", "attention.output.LayerNorm", hidden, ())] if is_post else []),
-        ("feed_forward.intermediate", "intermediate.dense", intermediate, (hidden,)),
-        ("feed_forward.output", "output.dense", hidden, (intermediate,)),
-        *([("feed_forward.layer_norm", "output.LayerNorm", hidden, ())] if is_post else []),
+    for ours, theirs, shape in (
+        ("attention.output", "attention.output.dense", (hidden, hidden)),
+        *([("attention.layer_norm", "attention.output.LayerNorm", (hidden,))] if is_post else []),
+        ("feed_forward.intermediate", "intermediate.dense", (intermediate, hidden)),
+        ("feed_forward.output", "output.dense", (hidden, intermediate)),
+        *([("feed_forward.layer_norm", "output.LayerNorm", (hidden,))] if is_post else []),
     ):
-        yield TensorRow(f"{name}.{ours}_weight", (rows, *columns), (f"{hf_name}.{theirs}.weight",), rows)
-        yield TensorRow(f"{name}.{ours}_bias", (rows,), (f"{hf_name}.{theirs}.bias",), rows)
+        yield from linear_rows(f"{name}.{ours}", f"{hf_name}.{theirs}", *shape)
 
 
 def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -502,12 +494,7 @@ BERT = Family(
     initialise=initialise_weights,
     no_decay_patterns=lambda config: ("*bias", "*layer_norm_weight"),
     equal_parts=lambda config: dict.fromkeys(("*qkv_weight", "*qkv_bias"), ("query", "key", "value")),
-    matrix_patterns=(
-        "*.attention.qkv_weight",
-        "*.attention.output_weight",
-        "*.feed_forward.intermediate_weight",
-        "*.feed_forward.output_weight",
-    ),
+    matrix_patterns=LAYER_MATRICES,
     roles=_roles,
     encoder_rows=encoder_rows,
     word_head_rows=word_head_rows,

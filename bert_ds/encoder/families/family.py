@@ -22,6 +22,13 @@ RoleName = Literal[
     "question answering",
     "multiple choice",
 ]
+LAYER_MATRICES = (
+    "*.attention.qkv_weight",
+    "*.attention.output_weight",
+    "*.feed_forward.intermediate_weight",
+    "*.feed_forward.output_weight",
+)
+"""The weights of a layer of attention and feed-forward, by the names that the families' modules share."""
 SEQUENCE_ROLES: tuple[RoleName, ...] = ("sequence classification", "multiple choice")
 """Roles whose head reads a row per sequence; the others read one per token."""
 

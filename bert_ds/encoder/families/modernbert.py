@@ -25,9 +25,9 @@ from bert_ds.encoder.blocks import (
     require_seed,
     through_layers,
 )
-from bert_ds.encoder.families.family import Family, Role, RoleName
+from bert_ds.encoder.families.family import LAYER_MATRICES, Family, Role, RoleName
 from bert_ds.encoder.fused_ops import FusedOps
-from bert_ds.encoder.tensor_rows import TensorRow, same_row
+from bert_ds.encoder.tensor_rows import TensorRow, linear_rows
 from bert_ds.encoder.word_head import MaskedWordHead
 
 EMBEDDING_SITE = 0
@@ -304,11 +304,13 @@ def encoder_rows(config: ModernBertConfig, *, has_front: bool) -> Iterator[Tenso
     hidden, inner, norm_bias = config.hidden_size, config.intermediate_size, config.norm_bias
     words = (config.padded_vocab_size, hidden)
     yield TensorRow("bert.embeddings.word_weight", words, (_WORDS,), config.vocab_size)
-    yield from _rows("bert.embeddings.layer_norm", "model.embeddings.norm", (hidden,), has_bias=norm_bias)
+    yield from linear_rows("bert.embeddings.layer_norm", "model.embeddings.norm", hidden, has_bias=norm_bias)
     for layer in range(config.num_hidden_layers):
         name, hf_name = f"bert.layer.{layer}", f"model.layers.{layer}"
         if layer:
-            yield from _rows(f"{name}.attention_norm.layer_norm", f"{hf_name}.attn_norm", (hidden,), has_bias=norm_bias)
+            yield from linear_rows(
+                f"{name}.attention_norm.layer_norm", f"{hf_name}.attn_norm", hidden, has_bias=norm_bias
+            )
         for ours, theirs, shape, has_bias in (
             ("attention.qkv", "attn.Wqkv", (3 * hidden, hidden), config.attention_bias),
             ("attention.output", "attn.Wo", (hidden, hidden), config.attention_bias),
@@ -316,8 +318,8 @@ def encoder_rows(config: ModernBertConfig, *, has_front: bool) -> Iterator[Tenso
             ("feed_forward.intermediate", "mlp.Wi", (2 * inner, hidden), config.mlp_bias),
             ("feed_forward.output", "mlp.Wo", (hidden, inner), config.mlp_bias),
         ):
-            yield from _rows(f"{name}.{ours}", f"{hf_name}.{theirs}", shape, has_bias=has_bias)
-    yield from _rows("bert.final_norm.layer_norm", "model.final_norm", (hidden,), has_bias=norm_bias)
+            yield from linear_rows(f"{name}.{ours}", f"{hf_name}.{theirs}", *shape, has_bias=has_bias)
+    yield from linear_rows("bert.final_norm.layer_norm", "model.final_norm", hidden, has_bias=norm_bias)
     if has_front:
         yield from _head_rows("bert.front.dense", "bert.front.layer_norm", config)
 
@@ -334,14 +336,8 @@ def word_head_rows(config: ModernBertConfig) -> Iterator[TensorRow]:
 
 def _head_rows(dense: str, norm: str, config: ModernBertConfig) -> Iterator[TensorRow]:
     hidden = config.hidden_size
-    yield from _rows(dense, "head.dense", (hidden, hidden), has_bias=config.classifier_bias)
-    yield from _rows(norm, "head.norm", (hidden,), has_bias=config.norm_bias)
-
-
-def _rows(name: str, hf_name: str, shape: tuple[int, ...], *, has_bias: bool) -> Iterator[TensorRow]:
-    yield same_row(f"{name}_weight", f"{hf_name}.weight", *shape)
-    if has_bias:
-        yield same_row(f"{name}_bias", f"{hf_name}.bias", shape[0])
+    yield from linear_rows(dense, "head.dense", hidden, hidden, has_bias=config.classifier_bias)
+    yield from linear_rows(norm, "head.norm", hidden, has_bias=config.norm_bias)
 
 
 def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -445,12 +441,7 @@ MODERNBERT = Family(
     initialise=initialise_weights,
     no_decay_patterns=_no_decay,
     equal_parts=_equal_parts,
-    matrix_patterns=(
-        "*.attention.qkv_weight",
-        "*.attention.output_weight",
-        "*.feed_forward.intermediate_weight",
-        "*.feed_forward.output_weight",
-    ),
+    matrix_patterns=LAYER_MATRICES,
     roles=_roles,
     encoder_rows=encoder_rows,
     word_head_rows=word_head_rows,
