@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,9 @@ from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.encoder.families import table as family_table
 from bert_ds.encoder.families.bert import BERT
 from bert_ds.encoder.families.table import family_of, weight_patterns
-from bert_ds.encoder.hf_mapping import from_hf, hf_config, model_config_from_hf, to_hf
+from bert_ds.encoder.hf_mapping import encoder_from_hf, from_hf, hf_config, model_config_from_hf, to_hf
 from bert_ds.encoder.pretraining_model import PretrainingModel
-from bert_ds.encoder.tensor_rows import TensorRow
+from bert_ds.encoder.tensor_rows import TensorRow, rows_to_hf
 from bert_ds.training.optimizers.param_groups import without_decay
 
 EVERY_FORM = pytest.mark.parametrize("config", FORMS.values(), ids=FORMS.keys())
@@ -145,3 +146,20 @@ def test_recomputed_layers_give_the_same_bits_with_dropout(config: EncoderConfig
         with pytest.raises(ValueError, match="dropout_seed is None"):
             model(**packed, targets=targets)
     assert all(torch.equal(gradients[0][name], gradient) for name, gradient in gradients[1].items())
+
+
+@EVERY_FORM
+def test_a_task_starts_from_all_that_transformers_would_take_from_a_pre_trained_folder(
+    config: EncoderConfig, tmp_path: Path
+) -> None:
+    ours = ours_of(config).float()
+    theirs_of(ours).float().save_pretrained(tmp_path)
+    role = family_of(config).roles(config)["sequence classification"]
+    task = getattr(transformers, role.architecture).from_pretrained(tmp_path)
+    pretrained = {**to_hf(ours.state_dict(), config)}
+    taken = {name: tensor for name, tensor in task.state_dict().items() if name in pretrained}
+    started, _ = encoder_from_hf(pretrained, config)
+    has_front = started.keys() > {row.name for row in family_of(config).encoder_rows(config, has_front=False)}
+    found = rows_to_hf(started, list(family_of(config).encoder_rows(config, has_front=has_front)))
+    assert found.keys() == taken.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in taken.items())
