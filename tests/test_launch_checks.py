@@ -143,6 +143,17 @@ def test_what_the_launcher_says_goes_into_its_log_and_its_warnings_to_the_termin
     assert ("WARNING Unable to find hostfile" in said) == ("Unable to find hostfile" in done.stdout + done.stderr)
 
 
+def test_a_launcher_whose_log_cannot_be_written_starts_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "rank.py").write_text("print('the rank speaks')")
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", *console.QUIET, "--num_gpus", "1", "rank.py"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests/light_launcher'}:{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
+    command = logged_command(runner, tmp_path / "file/run/logs/launcher.log")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("Traceback")) == (0, 0), done.stderr
+    assert "the rank speaks" in done.stdout
+
+
 def test_the_checks_need_no_torch() -> None:
     heavy = "{'torch', 'deepspeed', 'transformers', 'numpy', 'tokenizers'}"
     code = f"import sys, bert_ds.console; assert not {heavy} & set(sys.modules)"

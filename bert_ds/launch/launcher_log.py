@@ -54,6 +54,11 @@ class _File(logging.FileHandler):
         """Stay at INFO."""
         super().setLevel(logging.INFO)
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line; the file is opened at the first one."""
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
         """A launch does not end for its log."""
 
