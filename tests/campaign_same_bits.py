@@ -69,9 +69,15 @@ def main() -> int:
     parser.add_argument("--before", type=Path, required=True)
     parser.add_argument("--after", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--only", nargs="+", default=[])
     arguments = parser.parse_args()
     work, use_after = arguments.work.resolve(), arguments.after.resolve()
+    known = [case.name for case in cases(work)]
+    for name in set(arguments.only) - set(known):
+        parser.error(f"--only: found {name}, wanted one of {', '.join(known)}")
+    for checkout in (arguments.before, arguments.after):
+        if not (checkout / "bert_ds/pretrain.py").is_file():
+            parser.error(f"{checkout} holds no bert_ds/pretrain.py: wanted a checkout")
     unequal = []
     for case in cases(work):
         if arguments.only and case.name not in arguments.only:

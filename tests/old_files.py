@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     arguments = parser.parse_args()
     work, checkout = arguments.work.resolve(), arguments.checkout.resolve()
+    if work.exists() or not (checkout / "bert_ds/pretrain.py").is_file():
+        parser.error(f"wanted a checkout and a folder that does not exist, found {checkout} and {work}")
     work.mkdir(parents=True)
     os.chdir(work)  # a checkpoint holds the name of its run folder as it was given
     write_sources(work)
