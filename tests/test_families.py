@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.encoder.families import table as family_table
 from bert_ds.encoder.families.bert import BERT
 from bert_ds.encoder.families.table import family_of, weight_patterns
+from bert_ds.encoder.fused_ops import fused_ops
 from bert_ds.encoder.hf_mapping import encoder_from_hf, from_hf, hf_config, model_config_from_hf, to_hf
 from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.encoder.tensor_rows import TensorRow, rows_to_hf
@@ -163,3 +165,47 @@ def test_a_task_starts_from_all_that_transformers_would_take_from_a_pre_trained_
     found = rows_to_hf(started, list(family_of(config).encoder_rows(config, has_front=has_front)))
     assert found.keys() == taken.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in taken.items())
+
+
+@EVERY_FORM
+def test_every_place_that_drops_has_masks_of_its_own(config: EncoderConfig) -> None:
+    sites: list[int] = []
+
+    def watched(operation: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("dropout_p"):
+                sites.append(kwargs["site"])
+            return operation(*args, **kwargs)
+
+        return call
+
+    plain = fused_ops("torch")
+    ops = type(plain)(**{field.name: watched(getattr(plain, field.name)) for field in fields(plain)})
+    family, dropping = family_of(config), config.with_dropout(0.2)
+    encoder = family.make_encoder(dropping, ops, has_front=False)
+    family.initialise(encoder, dropping, seed=0)
+    encoder.train()(**ragged(config)[1], dropout_seed=torch.tensor([7]))
+    assert sorted(sites) == list(range(family.first_free_site(config)))
+
+
+@EVERY_FORM
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layers_are_computed_again_where_that_is_asked_for(config: EncoderConfig, recompute: bool) -> None:
+    model = PretrainingModel(config, kernels="torch", has_pair_head=False, activation_checkpointing=recompute).train()
+    passes = []
+    for layer in model.bert.layer:
+        layer.register_forward_pre_hook(lambda module, inputs: passes.append(module))
+    places = torch.arange(0, 60, 3)
+    packed = ragged(config)[1]
+    loss_sums_L, _ = model(
+        **packed, targets={"masked_positions": places, "masked_labels": packed["input_ids_T"][places]}
+    )
+    loss_sums_L.sum().backward()
+    assert len(passes) == config.num_hidden_layers * (2 if recompute else 1)
+
+
+def test_a_window_is_counted_as_what_it_sees() -> None:
+    config = FORMS["modernbert"]  # layers 0 and 3 see everything, 1 and 2 four positions to each side
+    assert config.attended_tokens(23) == 2 * 23 + 2 * 9
+    assert config.attended_tokens(5) == 4 * 5
+    assert FORMS["bert"].attended_tokens(23) == 3 * 23
