@@ -18,8 +18,9 @@ if __name__ == "__main__":  # a script run by path finds its package beside itse
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
+from bert_ds.configuration.plan_table import plan_table
 from bert_ds.configuration.recipe.run_config import ConfigError
-from bert_ds.configuration.run_plan import make_plan, plan_table
+from bert_ds.configuration.run_plan import make_plan
 from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.downstream.rows.records import read_records
 from bert_ds.launch.command_line import make_parser, run_main

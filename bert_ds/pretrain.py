@@ -27,9 +27,10 @@ from torch import Tensor
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import EXIT_DONE, EXIT_RUN_AGAIN, CheckpointError, Ranks, read_ranks
 from bert_ds.configuration.deepspeed_file.ds_config import resolve_ds_config
+from bert_ds.configuration.plan_table import plan_table
 from bert_ds.configuration.recipe.precision import decided, with_precision
 from bert_ds.configuration.recipe.run_config import RunConfig, dump_run_config
-from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table
+from bert_ds.configuration.run_plan import RunPlan, make_plan
 from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
 from bert_ds.corpus.shards.embedded import CorpusFolders, build_embedded, embedded_folders
 from bert_ds.corpus.shards.shard_folder import MANIFEST

@@ -25,9 +25,10 @@ if __name__ == "__main__":  # a script run by path finds its package beside itse
 from bert_ds.basics.whole_files import write_json
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.job_config import JobConfig, parse_job_config
+from bert_ds.configuration.plan_table import plan_table
 from bert_ds.configuration.recipe.precision import planned, planned_on_gpus
 from bert_ds.configuration.recipe.run_config import ConfigError
-from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table
+from bert_ds.configuration.run_plan import RunPlan, make_plan
 from bert_ds.folders.kept_files import keeping_files
 from bert_ds.folders.output_folders import claim_run_folder, open_run_folder
 from bert_ds.launch.command_line import make_parser, run_main

@@ -16,9 +16,10 @@ from torch import nn
 
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.configuration.plan_table import plan_table
 from bert_ds.configuration.recipe.optimizer_config import MuonConfig
 from bert_ds.configuration.recipe.run_config import ConfigError, load_run_config
-from bert_ds.configuration.run_plan import make_plan, plan_table
+from bert_ds.configuration.run_plan import make_plan
 from bert_ds.configuration.run_size import optimizer_flops
 from bert_ds.encoder.families.table import weight_patterns
 from bert_ds.encoder.pretraining_model import PretrainingModel

@@ -13,9 +13,10 @@ from ranks_harness import run_ranks
 
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair, resolve_ds_config
 from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.configuration.plan_table import plan_table
 from bert_ds.configuration.recipe.precision import Precision, decided, planned
 from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig, load_run_config
-from bert_ds.configuration.run_plan import make_plan, plan_table
+from bert_ds.configuration.run_plan import make_plan
 from bert_ds.configuration.task.task_config import load_task
 from bert_ds.training.checkpoints.checkpoint_folder import write_manifest
 from bert_ds.training.launch import launch_precision

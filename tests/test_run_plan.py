@@ -12,8 +12,9 @@ from config_cases import RECIPE, changed, write_json
 
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.configuration.plan_table import plan_table
 from bert_ds.configuration.recipe.run_config import ConfigError
-from bert_ds.configuration.run_plan import RunPlan, make_plan, plan_table, size_text
+from bert_ds.configuration.run_plan import RunPlan, make_plan, size_text
 from bert_ds.configuration.run_size import flops_per_token, teacher_flops_per_token
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from bert_ds.basics.ranks import LAUNCHER_PATIENCE_S
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.deepspeed_file.ds_config import DsConfig, pair_problems
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.configuration.reading.config_problems import Problem
-from bert_ds.configuration.recipe.precision import planned, precision_text
+from bert_ds.configuration.recipe.precision import planned
 from bert_ds.configuration.recipe.run_config import RunConfig
 from bert_ds.configuration.run_checks import (
     corpus_tokens,
@@ -24,14 +23,12 @@ from bert_ds.configuration.run_checks import (
     teacher_model,
 )
 from bert_ds.configuration.run_size import (
-    FLOPS_SOURCE,
     MemoryEstimate,
     activation_bytes,
     checkpoint_bytes,
     flops_per_token,
     kept_checkpoints,
     memory_estimate,
-    optimizer_flops,
     teacher_flops_per_token,
 )
 
@@ -181,52 +178,6 @@ def require_files(run: RunConfig, ds: DsConfig) -> None:
         raise ConfigError("\n".join(lines))
 
 
-def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
-    """Return the derived numbers as rows of name and text."""
-    run, length = plan.run, plan.run.sequences.max_seq_length
-    flops = plan.flops_per_token(length)
-    rows = [
-        (
-            "run",
-            f"{run.name}: {run.optimizer.type}, {precision_text(run.training.precision)}, ZeRO stage {plan.zero_stage}",
-        ),
-        ("global batch", batch_text(plan.split)),
-        ("tokens per step", f"at most {plan.max_tokens_per_step:,} ({plan.train_batch_size:,} x {length})"),
-        ("steps", f"{plan.total_steps:,}, the first {plan.warmup_steps:,} of them warm-up"),
-        ("examples", f"{plan.examples_seen:,}, at most {plan.examples_seen * length:,} tokens{_epochs(plan)}"),
-        ("parameters", f"{plan.num_parameters:,} ({run.model.padded_vocab_size:,} rows in the vocabulary)"),
-        ("FLOPs per token", f"{flops:.3e} at length {length}; {FLOPS_SOURCE}"),
-        ("FLOPs of the run", f"at most {flops * plan.examples_seen * length:.3e}"),
-    ]
-    if in_optimizer := optimizer_flops(run):
-        share = in_optimizer / (flops * plan.max_tokens_per_step)
-        rows.append(("FLOPs of the optimizer", f"{in_optimizer:.3e} a step over all ranks, {share:.1%} of the model's"))
-    if plan.teacher is not None:
-        rows.insert(6, ("teacher", f"{plan.num_teacher_parameters:,} parameters, whole on every rank"))
-    rows += memory_rows(plan)
-    kept = kept_checkpoints(run)
-    disk = f"{size_text(plan.checkpoint_bytes)} each, {size_text(plan.disk_bytes)} for {kept} at a time (estimate)"
-    speed = size_text(plan.checkpoint_bytes / LAUNCHER_PATIENCE_S)
-    stop = (
-        f"after a step and a save, measured at the first one; deepspeed alone kills after {LAUNCHER_PATIENCE_S} s, "
-        f"enough for a save above {speed}/s; bert-ds and Slurm wait"
-    )
-    return [*rows, ("checkpoints", disk), ("stop on request", stop)]
-
-
-def batch_text(split: BatchSplit) -> str:
-    """Return a global batch as the product that it is."""
-    return (
-        f"{split.train_batch_size:,} = {split.micro_batch_size} micro-batch x {split.accumulation} accumulation "
-        f"x {split.world_size} ranks"
-    )
-
-
-def memory_rows(plan: RunPlan) -> list[tuple[str, str]]:
-    """Return the memory of a rank at each ZeRO stage as rows of name and text."""
-    return [_memory_row(plan, stage) for stage in (0, 1, 2, 3)]
-
-
 def memory_warnings(plan: RunPlan, gpu_memory_bytes: int | None) -> list[str]:
     """Return what to do where a rank needs more than a GPU has; nothing where that is not known."""
     needed = plan.memory().device
@@ -274,23 +225,3 @@ def _spread_warnings(run: RunConfig, ds: DsConfig, split: BatchSplit) -> list[st
     if "nvme" in (ds.offload_optimizer, ds.offload_param):
         warnings.append(f"offload to NVMe has not been tried with {run.optimizer.type}")
     return warnings
-
-
-def _epochs(plan: RunPlan) -> str:
-    if not plan.corpus_tokens:
-        return ""
-    epochs = plan.examples_seen * plan.run.sequences.max_seq_length / plan.corpus_tokens
-    return f", {epochs:.1f} epochs of {plan.corpus_tokens:,}"
-
-
-def _memory_row(plan: RunPlan, stage: int) -> tuple[str, str]:
-    found = plan.memory(stage)
-    parts = [
-        f"weights {size_text(found.weights)}",
-        f"gradients {size_text(found.gradients)}",
-        f"optimizer {size_text(found.optimizer)}",
-        f"activations {size_text(found.activations)}",
-    ]
-    host = f"; {size_text(found.host)} on the host" if found.host else ""
-    mark = " <- this run" if stage == plan.zero_stage else ""
-    return f"memory at stage {stage}", f"{size_text(found.device)} per rank (estimate): {', '.join(parts)}{host}{mark}"

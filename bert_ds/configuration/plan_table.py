@@ -1,0 +1,75 @@
+"""What a plan says to people: its numbers as rows of name and text."""
+
+from __future__ import annotations
+
+from bert_ds.basics.ranks import LAUNCHER_PATIENCE_S
+from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
+from bert_ds.configuration.recipe.precision import precision_text
+from bert_ds.configuration.run_plan import RunPlan, size_text
+from bert_ds.configuration.run_size import FLOPS_SOURCE, kept_checkpoints, optimizer_flops
+
+
+def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
+    """Return the derived numbers as rows of name and text."""
+    run, length = plan.run, plan.run.sequences.max_seq_length
+    flops = plan.flops_per_token(length)
+    rows = [
+        (
+            "run",
+            f"{run.name}: {run.optimizer.type}, {precision_text(run.training.precision)}, ZeRO stage {plan.zero_stage}",
+        ),
+        ("global batch", batch_text(plan.split)),
+        ("tokens per step", f"at most {plan.max_tokens_per_step:,} ({plan.train_batch_size:,} x {length})"),
+        ("steps", f"{plan.total_steps:,}, the first {plan.warmup_steps:,} of them warm-up"),
+        ("examples", f"{plan.examples_seen:,}, at most {plan.examples_seen * length:,} tokens{_epochs(plan)}"),
+        ("parameters", f"{plan.num_parameters:,} ({run.model.padded_vocab_size:,} rows in the vocabulary)"),
+        ("FLOPs per token", f"{flops:.3e} at length {length}; {FLOPS_SOURCE}"),
+        ("FLOPs of the run", f"at most {flops * plan.examples_seen * length:.3e}"),
+    ]
+    if in_optimizer := optimizer_flops(run):
+        share = in_optimizer / (flops * plan.max_tokens_per_step)
+        rows.append(("FLOPs of the optimizer", f"{in_optimizer:.3e} a step over all ranks, {share:.1%} of the model's"))
+    if plan.teacher is not None:
+        rows.insert(6, ("teacher", f"{plan.num_teacher_parameters:,} parameters, whole on every rank"))
+    rows += memory_rows(plan)
+    kept = kept_checkpoints(run)
+    disk = f"{size_text(plan.checkpoint_bytes)} each, {size_text(plan.disk_bytes)} for {kept} at a time (estimate)"
+    speed = size_text(plan.checkpoint_bytes / LAUNCHER_PATIENCE_S)
+    stop = (
+        f"after a step and a save, measured at the first one; deepspeed alone kills after {LAUNCHER_PATIENCE_S} s, "
+        f"enough for a save above {speed}/s; bert-ds and Slurm wait"
+    )
+    return [*rows, ("checkpoints", disk), ("stop on request", stop)]
+
+
+def batch_text(split: BatchSplit) -> str:
+    """Return a global batch as the product that it is."""
+    return (
+        f"{split.train_batch_size:,} = {split.micro_batch_size} micro-batch x {split.accumulation} accumulation "
+        f"x {split.world_size} ranks"
+    )
+
+
+def memory_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    """Return the memory of a rank at each ZeRO stage as rows of name and text."""
+    return [_memory_row(plan, stage) for stage in (0, 1, 2, 3)]
+
+
+def _epochs(plan: RunPlan) -> str:
+    if not plan.corpus_tokens:
+        return ""
+    epochs = plan.examples_seen * plan.run.sequences.max_seq_length / plan.corpus_tokens
+    return f", {epochs:.1f} epochs of {plan.corpus_tokens:,}"
+
+
+def _memory_row(plan: RunPlan, stage: int) -> tuple[str, str]:
+    found = plan.memory(stage)
+    parts = [
+        f"weights {size_text(found.weights)}",
+        f"gradients {size_text(found.gradients)}",
+        f"optimizer {size_text(found.optimizer)}",
+        f"activations {size_text(found.activations)}",
+    ]
+    host = f"; {size_text(found.host)} on the host" if found.host else ""
+    mark = " <- this run" if stage == plan.zero_stage else ""
+    return f"memory at stage {stage}", f"{size_text(found.device)} per rank (estimate): {', '.join(parts)}{host}{mark}"
