@@ -105,7 +105,7 @@ def _facts(run: RunConfig, checkpoint: Path, metrics: Path) -> dict[str, object]
     state = read_manifest(checkpoint)["state"]
     has_unseen = run.sequences.sentence_pair == "none" and run.model.num_segments > 1
     return {
-        "steps": f"{state['step']} of {run.training.total_steps} planned",
+        "steps": f"{state['step']} of {run.training.steps} planned",
         "examples seen": state["consumed_examples"],
         **_measured(metrics, state["step"]),
         "examples per step": run.training.train_batch_size,

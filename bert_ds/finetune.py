@@ -149,12 +149,12 @@ def finetune(task: TaskConfig, run_dir: Path, *, start: Start) -> int:
     trained = replace(trained, model=trained.model.with_dropout(task.dropout))
     ds_config = resolve_ds_config(trained, start.ds, ranks.world_size, run_dir=str(run_dir))
     enter_run_folder(run_dir, described(task, ds_config), resume=start.args.resume)
-    log = RunLog(run_dir, ranks, total_steps=trained.training.total_steps)
+    log = RunLog(run_dir, ranks, total_steps=trained.training.steps)
     start.decision.say(log.info)
     write_environment(run_dir, ranks, devices=[device_name()])
     on_main_rank(lambda: write_tokenizer(run_dir, start.tokenizer.save))
     state, best = run_training(trained, ds_config, run_dir, split=split, start=start, log=log)
-    if state.step < trained.training.total_steps and not best.is_exhausted:
+    if state.step < trained.training.steps and not best.is_exhausted:
         return EXIT_RUN_AGAIN
     outcome = Outcome(task, rows, start.tokenizer, run_dir, start.pretrained.config, start.trivial)
     conclude(outcome, best.step, log=log)
@@ -260,7 +260,7 @@ def build_engine(trained: TrainedTask, ds_config: dict[str, Any], *, start: Star
 def loop_settings(trained: TrainedTask, num_sequences: int) -> LoopSettings:
     """Return what the loop needs of the task."""
     return LoopSettings(
-        total_steps=trained.training.total_steps,
+        total_steps=trained.training.steps,
         seed=trained.task.seed,
         peak_lr=trained.optimizer.lr,
         schedule=trained.schedule,

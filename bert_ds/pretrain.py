@@ -29,7 +29,7 @@ from bert_ds.basics.ranks import EXIT_DONE, EXIT_RUN_AGAIN, CheckpointError, Ran
 from bert_ds.configuration.deepspeed_file.ds_config import resolve_ds_config
 from bert_ds.configuration.plan_table import plan_table
 from bert_ds.configuration.recipe.precision import decided, with_precision
-from bert_ds.configuration.recipe.run_config import RunConfig, dump_run_config
+from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig, dump_run_config
 from bert_ds.configuration.run_plan import RunPlan, make_plan
 from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
 from bert_ds.corpus.shards.embedded import CorpusFolders, build_embedded, embedded_folders
@@ -68,6 +68,13 @@ from bert_ds.training.launch.run_folder import (
 from bert_ds.training.loop.evaluation import Evaluation, evaluate
 from bert_ds.training.loop.rank_times import RankTimes
 from bert_ds.training.loop.replay import replay_step
+from bert_ds.training.loop.step_budget import (
+    steps_of_earlier_launch,
+    steps_that_fit,
+    throw_away,
+    time_steps,
+    timed_sentence,
+)
 from bert_ds.training.loop.throughput import Throughput, peak_flops
 from bert_ds.training.loop.train_loop import Services, train
 from bert_ds.training.loop.trial_step import fits_in_memory, largest_that_fits, probe_longest
@@ -100,12 +107,14 @@ def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: Sto
     run = with_precision(plan.run, decision.precision)
     plan = make_plan(run, plan.ds, ranks.world_size)
     ds_config = resolve_ds_config(run, plan.ds, ranks.world_size, run_dir=str(run_dir))
-    descriptions = {"run_config.json": dump_run_config(run), "ds_config.json": json.dumps(ds_config, indent=2) + "\n"}
-    enter_run_folder(run_dir, descriptions, resume=args.resume)
-    log = RunLog(run_dir, ranks, total_steps=run.training.total_steps)
+    enter_run_folder(run_dir, descriptions(run, ds_config), resume=args.resume)
+    log = RunLog(run_dir, ranks, total_steps=run.training.total_steps or 0)
     decision.say(log.info)
     write_environment(run_dir, ranks, devices=[device_name()])
     data = open_corpus(run, run_dir, log=log)
+    if run.training.total_steps is None and not (args.dry_run or args.find_micro_batch):
+        plan = with_total_steps(plan, data, ranks, ds_config=ds_config, run_dir=run_dir, log=log)
+        run = plan.run
     engine = build_engine(plan, ds_config, run_dir)
     if args.dry_run or args.find_micro_batch:
         return try_longest(engine, data, plan, log=log, search=args.find_micro_batch)
@@ -125,8 +134,7 @@ def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: Sto
         return EXIT_DONE
     saver = CheckpointSaver(engine, run_dir, policy=policy, log=log)
     state = None if args.resume == "never" else resume(engine, run_dir, name=None, facts=policy.facts, log=log)
-    if state is not None:
-        describe_run(run_dir, descriptions)
+    describe_run(run_dir, descriptions(run, ds_config))
     state = state or TrainState()
     log.start(state.step, announce(plan, data, log=log))
 
@@ -150,11 +158,38 @@ def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: Sto
     watched = watched_for_hangs(services.heartbeat, run_dir, ranks=ranks, limit_s=args.hang_limit, module=engine.module)
     with watched, stop.training():
         train(engine, batches, state=state, loop=loop_settings(run), services=services)
-    if state.step < run.training.total_steps:
+    if state.step < run.training.steps:
         return EXIT_RUN_AGAIN
     on_main_rank(lambda: mark_done(run_dir, {"step": state.step}))
     log.close()
     return EXIT_DONE
+
+
+def descriptions(run: RunConfig, ds_config: dict[str, Any]) -> dict[str, str]:
+    """Return the files that describe a run, name to text."""
+    return {"run_config.json": dump_run_config(run), "ds_config.json": json.dumps(ds_config, indent=2) + "\n"}
+
+
+def with_total_steps(
+    plan: RunPlan, data: PretrainingData, ranks: Ranks, *, ds_config: dict[str, Any], run_dir: Path, log: RunLog
+) -> RunPlan:
+    """Return the plan with as many steps as fit into its minutes, or as a run that goes on was given; a collective."""
+    training = plan.run.training
+    assert training.max_minutes is not None
+    steps = steps_of_earlier_launch(run_dir)
+    if steps is None:
+        engine = build_engine(plan, ds_config, run_dir)
+        batches, held_out = training_batches(plan, data, ranks, start=0), validation_batches(plan.run, data, ranks)
+        costs = time_steps(engine, batches, held_out=list(held_out), minutes=training.max_minutes)
+        throw_away(engine)
+        steps = steps_that_fit(training.max_minutes, costs, evaluate_every=plan.run.evaluation.every_steps)
+        log.info(timed_sentence(training.max_minutes, costs, steps=steps))
+    settled = training.model_copy(update={"total_steps": steps, "max_minutes": None})
+    log.total_steps = steps
+    try:
+        return make_plan(plan.run.model_copy(update={"training": settled}), plan.ds, ranks.world_size)
+    except ConfigError as error:
+        raise ConfigError(f"training.max_minutes {training.max_minutes:g} leaves {steps} steps: {error}") from None
 
 
 def open_corpus(run: RunConfig, run_dir: Path, *, log: RunLog) -> PretrainingData:
@@ -266,7 +301,7 @@ def source_facts(data: PretrainingData, step: int) -> dict[str, Any]:
 def loop_settings(run: RunConfig) -> LoopSettings:
     """Return what the loop needs of the recipe."""
     return LoopSettings(
-        total_steps=run.training.total_steps,
+        total_steps=run.training.steps,
         seed=run.seed,
         peak_lr=run.optimizer.lr,
         schedule=run.schedule,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from forked_verbs import run_verb
+from settings_walk import changed
 from test_recipe_settings import RECIPE, ROOT, ROUGH, Workshop, must
 from torch.nn.functional import cross_entropy
 
@@ -190,3 +193,54 @@ def test_a_row_of_a_mixture_counts_the_tokens_of_its_own_step(workshop: Workshop
     for row in rows:
         assert sum(source["tokens"] for source in row["sources"].values()) == row["num_tokens"]
         assert sum(source["examples"] for source in row["sources"].values()) == RECIPE["training"]["train_batch_size"]
+
+
+BY_THE_CLOCK = {"training.total_steps": None, "training.max_minutes": 0.05, "evaluation.every_steps": 7}
+
+
+def lengths_of(run_dir: Path) -> tuple[Any, Any]:
+    training = json.loads((run_dir / "run_config.json").read_bytes())["training"]
+    return training["total_steps"], training["max_minutes"]
+
+
+def test_minutes_become_steps_that_are_written_down_and_kept(workshop: Workshop) -> None:
+    run_dir = workshop.run(BY_THE_CLOCK)
+    steps, minutes = lengths_of(run_dir)
+    assert minutes is None
+    assert read_metrics(run_dir / "metrics.jsonl")[-1]["step"] == steps
+    assert read_metrics(run_dir / "metrics.jsonl", "start")[-1]["plan"]["steps"].startswith(f"{steps:,},")
+    (said,) = re.findall(
+        r"max_minutes 0.05: ([\d,]+) steps; a step took (\S+) s, an evaluation takes (\S+) s, timing took (\S+) s",
+        (run_dir / "logs/rank_0.log").read_text(),
+    )
+    number, step_s, evaluation_s, spent_s = (float(one.replace(",", "")) for one in said)
+    assert number == steps
+    fits = (60 * 0.05 - spent_s - evaluation_s) / (step_s + evaluation_s / 7)
+    assert steps == pytest.approx(fits, rel=0.01, abs=1.01)
+
+    (run_dir / "DONE").unlink()
+    recipe, told = run_dir.parent.parent / f"{run_dir.name}.json", run_dir / "run_config.json"
+    told.write_text(told.read_text().replace(f'"total_steps": {steps}', f'"total_steps": {steps + 2}'))
+    files = ("--run", recipe, "--deepspeed_config", ROOT / "ds_configs/zero0.json", "--run_dir", run_dir)
+    must(ROOT / "bert_ds/pretrain.py", *files, "--resume", "auto")
+    assert read_metrics(run_dir / "metrics.jsonl")[-1]["step"] == steps + 2
+    assert lengths_of(run_dir) == (steps + 2, None)
+
+    told.write_text(told.read_text().replace(f'"total_steps": {steps + 2}', '"total_steps": null'))
+    done = run_verb(ROOT / "bert_ds/pretrain.py", *files, "--resume", "auto")
+    assert done.returncode == 4
+    assert f"{told}: training.total_steps is missing" in done.stderr + done.stdout
+
+
+def test_minutes_too_few_for_the_warm_up_are_refused(workshop: Workshop) -> None:
+    recipe, run_dir = workshop.folder / "long_warm_up.json", workshop.folder / "runs/long_warm_up"
+    changes = {**BY_THE_CLOCK, "schedule": {"type": "linear", "warmup_steps": 100_000}}
+    recipe.write_text(json.dumps(changed(RECIPE, changes)), encoding="utf-8")
+    files = ("--run", recipe, "--deepspeed_config", ROOT / "ds_configs/zero0.json", "--run_dir", run_dir)
+    done = run_verb(ROOT / "bert_ds/pretrain.py", *files)
+    assert done.returncode == 2
+    assert re.search(
+        r"max_minutes 0.05 leaves \d+ steps: .*schedule.warmup_steps: 100000 is more than training.total_steps",
+        done.stderr,
+    )
+    assert not (run_dir / "checkpoints").exists()

@@ -50,6 +50,7 @@ REASONS = {
     "model:modernbert.classifier_dropout": "of tasks, which set it: test_task_settings",
     "name": "a label: it stands in run_config.json and in the model card of the export",
     "training.kernels": "the same figures by other means: test_kernels_in_training",
+    "training.max_minutes": "becomes total_steps by the clock: test_step_budget, test_pretrain_wiring",
     "training.num_workers": "the same batches by other processes: test_loader",
     "checkpoints.asynchronous": "the same checkpoints, written later: test_checkpoint_saver",
     **{

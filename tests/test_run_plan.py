@@ -215,6 +215,16 @@ def shards(folder: Path, **manifest: Any) -> dict[str, Any]:
     return changed(RECIPE, "corpus", {"type": "shards", "sources": sources, "tokenizer": "tok"})
 
 
+def test_a_run_by_the_clock_is_planned_without_its_steps(tmp_path: Path) -> None:
+    recipe = shards(tmp_path)
+    training = {key: value for key, value in recipe["training"].items() if key != "total_steps"}
+    plan = plan_of(tmp_path, recipe | {"training": training | {"max_minutes": 90}})
+    rows = dict(plan_table(plan))
+    assert rows["steps"] == "as many as fit into 90 minutes, decided at the launch"
+    assert not {"examples", "FLOPs of the run"} & set(rows)
+    assert {"memory at stage 3", "checkpoints"} <= set(rows)
+
+
 def test_epochs_follow_from_the_manifests(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, shards(tmp_path))
     assert plan.corpus_tokens == 19_200 and plan.warnings == ()

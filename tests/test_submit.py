@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,15 @@ def test_the_estimate_of_time_names_its_source_and_counts_starts(tmp_path: Path)
     warnings = job_warnings(job, plan, speed=Speed(48 * 128 / 100, "given"))
     assert warnings == ["checkpoints are 02:47 h apart and a start lasts 1:05:00: a fault may cost all of it"]
     assert "not known" in dict(job_rows(job, plan, speed=None, done_steps=0))["time"]
+
+
+def test_a_run_by_the_clock_takes_its_minutes(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    training = plan.run.training.model_copy(update={"total_steps": None, "max_minutes": 150.0})
+    plan = replace(plan, run=plan.run.model_copy(update={"training": training}))
+    job = parse_job_config({**JOB, "time": "1:05:00"})
+    rows = dict(job_rows(job, plan, speed=Speed(61.44, "given"), done_steps=0))
+    assert rows["time"].startswith("at most 02:30 h for training.max_minutes at 61 tokens/s")
 
 
 def test_the_speed_of_another_run_is_taken_per_rank(tmp_path: Path) -> None:

@@ -20,12 +20,12 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ),
         ("global batch", batch_text(plan.split)),
         ("tokens per step", f"at most {plan.max_tokens_per_step:,} ({plan.train_batch_size:,} x {length})"),
-        ("steps", f"{plan.total_steps:,}, the first {plan.warmup_steps:,} of them warm-up"),
-        ("examples", f"{plan.examples_seen:,}, at most {plan.examples_seen * length:,} tokens{_epochs(plan)}"),
+        *_step_rows(plan),
         ("parameters", f"{plan.num_parameters:,} ({run.model.padded_vocab_size:,} rows in the vocabulary)"),
         ("FLOPs per token", f"{flops:.3e} at length {length}; {FLOPS_SOURCE}"),
-        ("FLOPs of the run", f"at most {flops * plan.examples_seen * length:.3e}"),
     ]
+    if run.training.total_steps is not None:
+        rows.append(("FLOPs of the run", f"at most {flops * plan.examples_seen * length:.3e}"))
     if in_optimizer := optimizer_flops(run):
         share = in_optimizer / (flops * plan.max_tokens_per_step)
         rows.append(("FLOPs of the optimizer", f"{in_optimizer:.3e} a step over all ranks, {share:.1%} of the model's"))
@@ -53,6 +53,17 @@ def batch_text(split: BatchSplit) -> str:
 def memory_rows(plan: RunPlan) -> list[tuple[str, str]]:
     """Return the memory of a rank at each ZeRO stage as rows of name and text."""
     return [_memory_row(plan, stage) for stage in (0, 1, 2, 3)]
+
+
+def _step_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    minutes, examples = plan.run.training.max_minutes, plan.run.training.total_steps and plan.examples_seen
+    if examples is None:
+        return [("steps", f"as many as fit into {minutes:g} minutes, decided at the launch")]
+    tokens = f"at most {examples * plan.run.sequences.max_seq_length:,} tokens{_epochs(plan)}"
+    return [
+        ("steps", f"{plan.total_steps:,}, the first {plan.warmup_steps:,} of them warm-up"),
+        ("examples", f"{examples:,}, {tokens}"),
+    ]
 
 
 def _epochs(plan: RunPlan) -> str:

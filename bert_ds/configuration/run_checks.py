@@ -51,7 +51,7 @@ def recipe_problems(run: RunConfig) -> list[Problem]:
         problems.append(Problem("checkpoints.keep_every_steps", text))
     if checkpoints.keep_every_steps is not None and checkpoints.every_steps is None:
         problems.append(Problem("checkpoints.keep_every_steps", "needs checkpoints.every_steps"))
-    return problems + schedule_problems(run.schedule, training.total_steps)
+    return problems + (schedule_problems(run.schedule, training.total_steps) if training.total_steps else [])
 
 
 def spread_problems(run: TrainedRun, *, stage: int, offloaded: bool) -> list[Problem]:
@@ -98,7 +98,7 @@ def recipe_warnings(run: RunConfig) -> list[str]:
             f"of a full sequence"
         )
     for name, every in (("evaluation", run.evaluation.every_steps), ("checkpoints", run.checkpoints.every_steps)):
-        if every is not None and every > training.total_steps:
+        if every is not None and training.total_steps is not None and every > training.total_steps:
             warnings.append(f"{name}.every_steps {every} is more than training.total_steps {training.total_steps}")
     if masking.word_segmenter == "jieba" and importlib.util.find_spec("jieba") is None:
         warnings.append('masking.word_segmenter is "jieba", which is not installed here: pip install jieba')

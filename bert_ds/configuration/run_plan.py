@@ -65,8 +65,8 @@ class RunPlan:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run."""
-        return self.run.training.total_steps
+        """Optimizer steps of the run, which training.max_minutes leaves to the launch."""
+        return self.run.training.steps
 
     @property
     def warmup_steps(self) -> int:

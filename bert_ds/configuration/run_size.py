@@ -141,6 +141,8 @@ def checkpoint_bytes(run: RunConfig, *, stage: int) -> int:
 def kept_checkpoints(run: RunConfig) -> int:
     """Return the most checkpoints that lie on disk at a time: keep_last, the next one, and those kept for good."""
     policy, steps = run.checkpoints, run.training.total_steps
+    if steps is None:
+        return policy.keep_last + 1
     saved = steps // policy.every_steps + 1 if policy.every_steps is not None else 1
     for_good = steps // policy.keep_every_steps if policy.keep_every_steps is not None else 0
     return min(policy.keep_last + 1 + for_good, saved)

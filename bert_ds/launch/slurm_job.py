@@ -109,7 +109,9 @@ def speed_at_mfu(plan: RunPlan, *, peak_flops: float, mfu: float, gpu: str) -> S
 
 
 def expected_seconds(plan: RunPlan, speed: Speed, *, done_steps: int) -> float:
-    """Return the time that the remaining steps take if every example is full."""
+    """Return the time that the remaining steps take if every example is full; of a run by the clock, its minutes."""
+    if plan.run.training.max_minutes is not None:
+        return 60 * plan.run.training.max_minutes
     return max(0, plan.total_steps - done_steps) * plan.max_tokens_per_step / speed.tokens_per_s
 
 
@@ -144,7 +146,7 @@ def job_rows(job: JobConfig, plan: RunPlan, *, speed: Speed | None, done_steps: 
     if speed is None:
         return [*rows, ("time", "not known: --tokens_per_s, --like RUN_DIR or --gpu NAME give an estimate")]
     seconds = expected_seconds(plan, speed, done_steps=done_steps)
-    left = f"{plan.total_steps - done_steps:,} steps" + (f" after step {done_steps:,}" if done_steps else "")
+    left = _steps_left(plan, done_steps) if plan.run.training.total_steps else "training.max_minutes"
     text = f"at most {hours_text(seconds)} for {left} at {speed.tokens_per_s:,.0f} tokens/s ({speed.source})"
     if job.time_s is not None:
         starts = -(-int(seconds) // (job.time_s - SIGNAL_BEFORE_END_S)) or 1
@@ -152,10 +154,14 @@ def job_rows(job: JobConfig, plan: RunPlan, *, speed: Speed | None, done_steps: 
     return [*rows, ("time", text)]
 
 
+def _steps_left(plan: RunPlan, done_steps: int) -> str:
+    return f"{plan.total_steps - done_steps:,} steps" + (f" after step {done_steps:,}" if done_steps else "")
+
+
 def job_warnings(job: JobConfig, plan: RunPlan, *, speed: Speed | None) -> list[str]:
     """Return what works and may not be meant."""
-    every = plan.run.checkpoints.every_steps or plan.total_steps
-    if speed is None:
+    every = plan.run.checkpoints.every_steps or plan.run.training.total_steps
+    if speed is None or every is None:
         return []
     seconds = every * plan.max_tokens_per_step / speed.tokens_per_s
     if job.time_s is not None and seconds > job.time_s:

@@ -82,7 +82,7 @@ def _shape(model: Path) -> EncoderConfig:
 
 
 def _steps_text(run: TrainedTask, num_rows: int | None) -> str:
-    settings, steps = run.task.training, run.training.total_steps
+    settings, steps = run.task.training, run.training.steps
     warmup = run.schedule.num_warmup_steps(steps)
     if settings.total_steps is not None:
         return f"{steps:,}, the first {warmup:,} of them warm-up"

@@ -187,6 +187,8 @@ def _schedule_problems(run: TrainedRun, block: dict[str, Any], recipe_name: str)
             for name, value in block.get("params", {}).items()
             if value != "auto"
         ]
+    if run.training.total_steps is None:
+        return []  # looked at again when max_minutes has become steps
     expected = _deepspeed_schedules(run)
     if kind not in expected:
         text = f"found {describe(kind)}, but schedule.type is {describe(run.schedule.type)} in {recipe_name}"
@@ -203,7 +205,7 @@ def _schedule_problems(run: TrainedRun, block: dict[str, Any], recipe_name: str)
 
 def _deepspeed_schedules(run: TrainedRun) -> dict[str, dict[str, Any]]:
     """DeepSpeed's schedules that compute what the recipe's does, with the parameters they would need."""
-    schedule, steps, lr = run.schedule, run.training.total_steps, run.optimizer.lr
+    schedule, steps, lr = run.schedule, run.training.steps, run.optimizer.lr
     warmup = {"warmup_num_steps": schedule.num_warmup_steps(steps), "warmup_type": "linear"}
     at_zero = schedule.min_lr_fraction == 0.0
     rates = {"warmup_min_lr": 0.0, "warmup_max_lr": lr}

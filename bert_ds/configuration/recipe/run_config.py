@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.families.table import ModelSection
@@ -84,8 +84,10 @@ RECIPE_PATHS = (
 class TrainingConfig(Section):
     """Steps, global batch and precision."""
 
-    total_steps: PositiveInt
-    """Optimizer steps of the whole run."""
+    total_steps: PositiveInt | None = None
+    """Optimizer steps of the whole run; give this or max_minutes."""
+    max_minutes: Annotated[float, Field(gt=0.0, le=10_000_000.0)] | None = None
+    """Wall time of training and evaluation; the launch times a few steps and writes the total_steps that fit."""
     train_batch_size: Annotated[int, Field(ge=1, le=2**24)]
     """Examples per optimizer step over all ranks: micro-batch x accumulation x ranks."""
     precision: PrecisionSetting = "auto"
@@ -98,6 +100,24 @@ class TrainingConfig(Section):
     """Steps between two lines of the log and rows of metrics.jsonl."""
     num_workers: Annotated[int, Field(ge=0, le=1000)] = 1
     """Loader processes per rank; 0 loads in the training process."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if (self.total_steps is None) == (self.max_minutes is None):
+            raise ValueError(f"give exactly one of total_steps and max_minutes, found {self._lengths()}")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """The total_steps of a run that is being trained; it is our own mistake if nobody has decided them yet."""
+        if self.total_steps is None:
+            raise AssertionError("training.max_minutes has not been turned into steps: the launch has to do it first")
+        return self.total_steps
+
+    def _lengths(self) -> str:
+        if self.total_steps is None:
+            return "neither"
+        return f"total_steps {self.total_steps} and max_minutes {self.max_minutes:g}"
 
 
 class EvaluationConfig(Section):

@@ -24,7 +24,7 @@ def checked_split(run: TrainedTask, ds: DsConfig, world_size: int, *, knows_step
     """
     task, model = run.task, run.model
     in_task = spread_problems(run, stage=ds.zero_stage, offloaded=ds.offload_optimizer != "none")
-    in_task += schedule_problems(run.schedule, run.training.total_steps) if knows_steps else []
+    in_task += schedule_problems(run.schedule, run.training.steps) if knows_steps else []
     if task.max_seq_length > model.max_position_embeddings:
         text = f"{task.max_seq_length} is more than the model's max_position_embeddings {model.max_position_embeddings}"
         in_task.append(Problem("max_seq_length", text))

@@ -1,0 +1,148 @@
+"""How many optimizer steps fit into the minutes that a recipe gives (24hBERT, arXiv 2104.07705, trains by the clock).
+
+A few steps are taken and timed on an engine that is thrown away, then the number is fixed and written into the run's
+own recipe: schedule, stages and every resume follow a number of steps, never a clock.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from deepspeed import DeepSpeedEngine
+
+from bert_ds.basics.input_gate import read_bytes
+from bert_ds.basics.micro_batch import MicroBatch
+from bert_ds.basics.ranks import CheckpointError
+from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.training.agreement import max_over_ranks, on_main_rank
+from bert_ds.training.checkpoints.checkpoint_folder import candidates
+from bert_ds.training.loop.evaluation import evaluate
+from bert_ds.training.loop.train_step import agree_on_totals, fetch, forward_backward, take_step
+from bert_ds.training.optimizers.factory import set_learning_rate
+
+_UNTIMED_STEPS = 3
+_TIMED_STEPS = 8
+_TIMED_SHARE = 0.02
+_TIMED_S = 30.0
+_EVALUATED_BATCHES = 4
+
+
+class Costs(NamedTuple):
+    """What a run takes, of the slowest rank, in seconds."""
+
+    step_s: float
+    """Mean of the timed steps, their batches included."""
+    evaluation_s: float
+    """Of one evaluation."""
+    spent_s: float
+    """Of the minutes, by timing itself."""
+
+
+def time_steps(
+    engine: DeepSpeedEngine,
+    batches: Iterator[Sequence[MicroBatch]],
+    *,
+    held_out: Sequence[MicroBatch],
+    minutes: float,
+) -> Costs:
+    """Take whole steps at a rate of 0, the first ones untimed, and a part of an evaluation; a collective.
+
+    At least 8 steps are timed, and for 2 % of the minutes but no longer than 30 s. The engine is for throwing away.
+
+    Args:
+        engine: of the run, or one like it.
+        batches: yields this rank's micro-batches of one step.
+        held_out: this rank's batches of an evaluation.
+        minutes: of the recipe.
+    """
+    begun = time.perf_counter()
+    set_learning_rate(engine.optimizer, 0.0)
+    engine.train()
+    for step in range(1, _UNTIMED_STEPS + 1):
+        _take(engine, batches, step=step)
+    enough_s, timed, started = min(_TIMED_S, _TIMED_SHARE * 60 * minutes), 0, time.perf_counter()
+    while True:
+        timed += 1
+        _take(engine, batches, step=_UNTIMED_STEPS + timed)
+        taken_s = max_over_ranks(time.perf_counter() - started)
+        if timed >= _TIMED_STEPS and taken_s >= enough_s:
+            break
+    part = held_out[:_EVALUATED_BATCHES]
+    started = time.perf_counter()
+    evaluate(engine, part)
+    evaluation_s = max_over_ranks((time.perf_counter() - started) * len(held_out) / len(part))
+    return Costs(taken_s / timed, evaluation_s, max_over_ranks(time.perf_counter() - begun))
+
+
+def steps_that_fit(minutes: float, costs: Costs, *, evaluate_every: int | None) -> int:
+    """Return the steps that end, with their evaluations, when the minutes do.
+
+    Args:
+        minutes: of the recipe; what timing has spent is taken off.
+        costs: from `time_steps`.
+        evaluate_every: steps between evaluations; None evaluates at the end only.
+
+    Raises:
+        ConfigError: not one step fits.
+    """
+    left_s = 60 * minutes - costs.spent_s - costs.evaluation_s
+    steps = int(left_s / (costs.step_s + (costs.evaluation_s / evaluate_every if evaluate_every else 0.0)))
+    if steps < 1:
+        raise ConfigError(
+            f"training.max_minutes: {minutes:g} are too few: timing steps took {costs.spent_s:.1f} s, a step takes "
+            f"{costs.step_s:.2f} s and the evaluation at the end {costs.evaluation_s:.1f} s"
+        )
+    return steps
+
+
+def steps_of_earlier_launch(run_dir: Path) -> int | None:
+    """Return the steps that a run with checkpoints was given; None where there are none; a collective.
+
+    Raises:
+        CheckpointError: there are checkpoints and run_config.json does not say the number.
+    """
+    return on_main_rank(lambda: _steps_in(run_dir))
+
+
+def throw_away(engine: DeepSpeedEngine) -> None:
+    """Give back what an engine holds, as far as nobody else refers to it."""
+    engine.destroy()
+    gc.collect()
+    if engine.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def timed_sentence(minutes: float, costs: Costs, *, steps: int) -> str:
+    """Return what the log says of the decision."""
+    return (
+        f"training.max_minutes {minutes:g}: {steps:,} steps; a step took {costs.step_s:.4g} s, an evaluation takes "
+        f"{costs.evaluation_s:.4g} s, timing took {costs.spent_s:.4g} s of the time"
+    )
+
+
+def _take(engine: DeepSpeedEngine, batches: Iterator[Sequence[MicroBatch]], *, step: int) -> None:
+    micro_batches, data_wait_s = fetch(batches)
+    totals = agree_on_totals(micro_batches, data_wait_s=data_wait_s, stop=False)
+    forward_backward(engine, micro_batches, counts=totals.counts, seed=0, step=step)
+    take_step(engine)
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
+
+
+def _steps_in(run_dir: Path) -> int | None:
+    if not candidates(run_dir):
+        return None
+    path = run_dir / "run_config.json"
+    try:
+        steps = json.loads(read_bytes(path, error=CheckpointError))["training"]["total_steps"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        steps = None
+    if type(steps) is not int:
+        raise CheckpointError(f"{path}: training.total_steps is missing, wanted the steps of the run that is continued")
+    return steps

@@ -1,0 +1,72 @@
+"""How many steps fit into the minutes of a recipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from tiny_training import TinyBatch, ds_config, full_weights, join_alone, micro_batch, tiny_engine
+
+from bert_ds.configuration.recipe.run_config import ConfigError, TrainingConfig
+from bert_ds.training.loop.step_budget import Costs, steps_that_fit, time_steps
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [
+        (None, 560),  # 600 s - 20 s of timing - 20 s of the evaluation at the end, 1 s a step
+        (40, 373),  # every step carries half a second of evaluation
+        (1000, 549),
+    ],
+)
+def test_steps_end_with_their_evaluations_when_the_minutes_do(every: int | None, steps: int) -> None:
+    assert steps_that_fit(10.0, Costs(1.0, 20.0, 20.0), evaluate_every=every) == steps
+
+
+def test_minutes_that_leave_no_time_for_a_step_are_refused() -> None:
+    with pytest.raises(ConfigError) as refused:
+        steps_that_fit(0.5, Costs(2.5, 20.0, 9.0), evaluate_every=None)
+    assert str(refused.value) == (
+        "training.max_minutes: 0.5 are too few: timing steps took 9.0 s, a step takes 2.50 s and the evaluation at the "
+        "end 20.0 s"
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "lengths"),
+    [("neither", {}), ("total_steps 3 and max_minutes 1.5", {"total_steps": 3, "max_minutes": 1.5})],
+)
+def test_a_run_has_steps_or_minutes(found: str, lengths: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"give exactly one of total_steps and max_minutes, found {found}"):
+        TrainingConfig(train_batch_size=1, **lengths)
+
+
+class SlowBatches:
+    """Each is waited for; counts what was taken."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.taken = seconds, 0
+
+    def __iter__(self) -> Iterator[Sequence[TinyBatch]]:
+        return self
+
+    def __next__(self) -> Sequence[TinyBatch]:
+        time.sleep(self.seconds)
+        self.taken += 1
+        return [micro_batch(1, 1), micro_batch(1, 2)]
+
+
+def test_timing_takes_whole_steps_with_their_batches_and_leaves_the_weights_alone() -> None:
+    join_alone()
+    engine = tiny_engine(ds_config(2, accumulation=2))
+    before, batches = full_weights(engine), SlowBatches(0.02)
+    costs = time_steps(engine, iter(batches), held_out=[micro_batch(1, 1)] * 40, minutes=0.5)
+    assert batches.taken >= 3 + 8
+    assert costs.step_s >= 0.02
+    assert costs.step_s * (batches.taken - 3) >= 0.02 * 30  # 2 % of the half minute
+    assert costs.spent_s >= costs.step_s * (batches.taken - 3) + costs.evaluation_s / 10
+    assert torch.equal(full_weights(engine), before)
+    assert engine.basic_optimizer.state, "no optimizer step was taken"
