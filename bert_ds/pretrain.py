@@ -184,6 +184,7 @@ def with_total_steps(
         throw_away(engine)
         steps = steps_that_fit(training.max_minutes, costs, evaluate_every=plan.run.evaluation.every_steps)
         log.info(timed_sentence(training.max_minutes, costs, steps=steps))
+        log.row("timing", 0, {"max_minutes": training.max_minutes, **costs._asdict(), "total_steps": steps})
     settled = training.model_copy(update={"total_steps": steps, "max_minutes": None})
     log.total_steps = steps
     try:
