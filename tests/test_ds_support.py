@@ -11,6 +11,7 @@ from config_cases import DEEPSPEED, RECIPE, changed, write_json
 from bert_ds.configuration.deepspeed_file.ds_config import DsConfig, load_ds_config, load_pair, resolve_ds_config
 from bert_ds.configuration.deepspeed_file.ds_keys import leaves
 from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig
+from bert_ds.configuration.run_plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,6 +87,18 @@ def test_nvme_needs_stage_3_and_a_folder(tmp_path: Path) -> None:
         "zero_optimization.offload_optimizer.device",
         "zero_optimization.offload_optimizer.nvme_path",
     ]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lamb", "muon"])
+def test_an_optimizer_of_ours_finds_nothing_on_nvme(kind: str, tmp_path: Path) -> None:
+    offload = {"device": "nvme", "nvme_path": str(tmp_path)}
+    settings = {"zero_optimization": {"stage": 3, "offload_optimizer": offload}}
+    files = pair(tmp_path, changed(RECIPE, "optimizer", {"type": kind, "lr": 1e-3}), settings)
+    wanted = f'ds.json: zero_optimization.offload_optimizer.device: found "nvme", wanted "cpu": "{kind}" steps on what '
+    with pytest.raises(ConfigError, match=wanted):
+        make_plan(*files, 1)
+    foreign = pair(tmp_path, changed(RECIPE, "optimizer", {"type": "deepspeed_cpu_adam", "lr": 1e-3}), settings)
+    assert "offload to NVMe has not been tried with deepspeed_cpu_adam" in make_plan(*foreign, 1).warnings
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from config_cases import write_json
 from encoder_cases import packed_inputs, small_config
 from test_recipe_settings import RECIPE
 from torch import nn
 
 from bert_ds.basics.loss_term import LossTerm
-from bert_ds.configuration.recipe.run_config import RunConfig
+from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig, load_run_config
 from bert_ds.configuration.run_checks import recipe_problems
 from bert_ds.encoder.objectives.objective import Seen, Sums, ordered_terms
 from bert_ds.encoder.objectives.table import make_objectives
@@ -54,9 +56,10 @@ def test_a_list_that_cannot_be_trained_is_one_sentence(objectives: Any, pair: st
     assert said in problems[0].line("recipe.json")
 
 
-def test_a_weight_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"objectives.0.weight\n.*greater than 0"):
-        run_of([{**WORDS, "weight": 0.0}, PAIR])
+def test_a_weight_of_nothing_is_refused(tmp_path: Path) -> None:
+    path = write_json(tmp_path, "run.json", {**RECIPE, "objectives": [{**WORDS, "weight": 0.0}, PAIR]})
+    with pytest.raises(ConfigError, match=r"objectives.0.weight: found 0.0, wanted > 0.0$"):
+        load_run_config(path)
 
 
 @pytest.mark.parametrize(("pair", "names"), [("none", ["mlm"]), ("nsp", ["mlm", "pair"]), ("sop", ["mlm", "pair"])])

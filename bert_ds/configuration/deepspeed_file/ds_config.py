@@ -143,6 +143,9 @@ def pair_problems(run: TrainedRun, ds: DsConfig) -> list[Problem]:
             "scales the loss and still divides the gradients by the scale"
         )
         problems.append(Problem("zero_optimization.stage", text))
+    if ds.offload_optimizer == "nvme" and run.optimizer.runs_on == "both":
+        text = f'found "nvme", wanted "cpu": "{run.optimizer.type}" steps on what is in memory'
+        problems.append(Problem("zero_optimization.offload_optimizer.device", text))
     accumulate = ds.settings.get("data_types", {}).get("grad_accum_dtype")
     if stage == 0 and accumulate not in (None, "auto", *_SPELLINGS[precision]):
         text = f'found "{accumulate}", wanted "{precision}": zero_optimization.stage 0 accumulates as it computes'

@@ -28,7 +28,7 @@ class OptimizerSettings(Section):
     sharded_fault: ClassVar[str] = ""
     """What it does wrong at the ZeRO stages 1 to 3; "" where it is right at all of them."""
     runs_on: ClassVar[Literal["both", "host", "GPU"]] = "both"
-    """Where its kernel finds the optimizer state."""
+    """Where its kernel finds the optimizer state; "both" is memory of either, never NVMe."""
     replacement: ClassVar[str] = ""
     """What to take where it is wrong."""
     deepspeed_types: ClassVar[tuple[str, ...]] = ()
