@@ -18,7 +18,18 @@ from typing import Any
 
 import test_pretrain
 from slurm_cluster import REQUEUE_WAIT_S, SlurmCluster, processes_of
-from slurm_runs import FAULTS, LONG, STEPS, TIME_LIMIT, launches, log_of, submit, wait_for_step, wait_for_the_time_limit
+from slurm_runs import (
+    FAULTS,
+    LONG,
+    OPTIMIZER,
+    STEPS,
+    TIME_LIMIT,
+    launches,
+    log_of,
+    submit,
+    wait_for_step,
+    wait_for_the_time_limit,
+)
 
 RESULTS = Path(__file__).parent / "results/slurm.jsonl"
 
@@ -26,9 +37,10 @@ RESULTS = Path(__file__).parent / "results/slurm.jsonl"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="times that each fault is tried (default %(default)s)")
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="these alone")
     args = parser.parse_args()
-    done = {(row["fault"], row["round"]) for row in recorded()}
-    wanted = [(fault, number) for number in range(args.rounds) for fault in FAULTS if (fault, number) not in done]
+    done = {(row["fault"], row["round"]) for row in recorded() if row["optimizer"] == OPTIMIZER}
+    wanted = [(fault, number) for number in range(args.rounds) for fault in args.faults if (fault, number) not in done]
     if wanted:
         with tempfile.TemporaryDirectory() as folder:
             measure(Path(folder), wanted)
@@ -76,6 +88,7 @@ def try_fault(cluster: SlurmCluster, workshop: Path, *, fault: str, number: int)
     gaps = [row["time"] - before["time"] for before, row in pairwise(rows) if row["kind"] == "start"]
     return {
         "fault": fault,
+        "optimizer": OPTIMIZER,
         "round": number,
         "at_step": at_step,
         "survived": (ended, code) == ("COMPLETED", 0) and losses == test_pretrain.losses(reference),
@@ -98,18 +111,17 @@ def recorded() -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a table, one line per kind of fault."""
     lines = [
-        "| fault | survived | steps repeated | requeues | seconds without training |",
-        "|---|---|---|---|---|",
+        "| fault | optimizer | survived | steps repeated | requeues | seconds without training |",
+        "|---|---|---|---|---|---|",
     ]
-    for fault in FAULTS:
-        found = [row for row in rows if row["fault"] == fault]
-        if not found:
-            continue
+    for fault, optimizer in dict.fromkeys((row["fault"], row["optimizer"]) for row in rows):
+        found = [row for row in rows if (row["fault"], row["optimizer"]) == (fault, optimizer)]
         seconds = sorted(row["seconds_without_training"] for row in found)
         repeated = sorted(row["steps_repeated"] for row in found)
         survived = sum(row["survived"] and not row["orphans"] for row in found)
         requeues = sum(row["requeues"] for row in found)
-        lines.append(f"| {fault} | {survived}/{len(found)} | {_range(repeated)} | {requeues} | {_range(seconds)} |")
+        figures = f"{survived}/{len(found)} | {_range(repeated)} | {requeues} | {_range(seconds)}"
+        lines.append(f"| {fault} | {optimizer} | {figures} |")
     return "\n".join(lines)
 
 

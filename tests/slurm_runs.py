@@ -13,7 +13,12 @@ from test_pretrain import losses
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 100
-SETTINGS = ("--set", f"training.total_steps={STEPS}", "--set", "checkpoints.every_steps=10", "--hang_limit", "8")
+OPTIMIZER = "muon"
+"""Its matrices travel between the nodes at every step."""
+SETTINGS = (
+    *("--set", f"training.total_steps={STEPS}", "--set", "checkpoints.every_steps=10", "--hang_limit", "8"),
+    *("--set", f'optimizer={{"type": "{OPTIMIZER}", "lr": 5e-3}}'),
+)
 
 
 def submit(cluster: SlurmCluster, workshop: Path, run_dir: Path, *options: str, flags: tuple[str, ...] = ()) -> str:
