@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -10,12 +11,15 @@ import time
 import tracemalloc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import bert_ds.build_shards
 from bert_ds.basics.ranks import DataError
-from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.configuration.recipe.run_config import ConfigError, EmbeddedCorpus
 from bert_ds.corpus.shards.build import BuildSettings, build_shards
+from bert_ds.corpus.shards.embedded import embedded_folders
 from bert_ds.corpus.shards.shard_folder import Manifest, open_shards, verify_shards
 from bert_ds.corpus.text.documents import Document
 from bert_ds.corpus.text.input_files import find_input_files
@@ -374,3 +378,33 @@ def test_memory_does_not_grow_with_the_input(tokenizer: Path, tmp_path: Path) ->
 
     peak(100)
     assert peak(1600) < 1.5 * peak(400)
+
+
+def test_the_verb_builds_by_its_options(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "a", "body": text(number)}) + "\n" for number in range(60)))
+    words = ("--tokenizer", tokenizer, "--output", tmp_path / "out", "--text_field", "body", "--workers", 1)
+    sizes = ("--validation_fraction", 0.3, "--tokens_per_shard", 300)
+    monkeypatch.setattr(sys, "argv", list(map(str, ("build_shards.py", "--input", path, *words, *sizes))))
+    bert_ds.build_shards.main()
+    given = FileInput(find_input_files([path]).files, text_field="body")
+    wanted = build_shards(given, tokenizer, tmp_path / "wanted", settings=BuildSettings(0.3, 300))
+    assert verify_shards(tmp_path / "out") == wanted and len(wanted.splits["train"].shards) > 1
+    capsys.readouterr()
+
+
+def test_unknown_pieces_are_counted_over_all_batches(tokenizer: Path, tmp_path: Path) -> None:
+    texts = given(f"{text(number)} ?" for number in range(40))
+    manifest = build_shards(texts, tokenizer, tmp_path / "out", settings=BuildSettings(0.2))
+    assert sum(split.num_unknown for split in manifest.splits.values()) == 40
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": 65}, {"lowercase": False}, {"max_bytes": 9}, {"validation_fraction": 0.3}]
+)
+def test_an_embedded_corpus_of_other_settings_lies_elsewhere(change: dict[str, Any], tmp_path: Path) -> None:
+    config = EmbeddedCorpus(vocab_size=64)
+    assert embedded_folders(config, tmp_path) == embedded_folders(EmbeddedCorpus(vocab_size=64), tmp_path)
+    assert embedded_folders(config.model_copy(update=change), tmp_path) != embedded_folders(config, tmp_path)

@@ -29,7 +29,12 @@ from tiny_training import (
 from bert_ds.basics.ranks import CheckpointError, Ranks
 from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.checkpoints.checkpoint_engine import VerifiedCheckpointEngine, load_safely
-from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint, verify_checkpoint
+from bert_ds.training.checkpoints.checkpoint_folder import (
+    find_checkpoint,
+    parse_manifest,
+    verify_checkpoint,
+    write_manifest,
+)
 from bert_ds.training.checkpoints.checkpoint_loader import resume, save_checkpoint
 from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, checkpoint_bytes
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
@@ -217,6 +222,14 @@ def test_an_older_checkpoint_that_is_resumed_by_name_is_the_runs_from_then_on_an
 def test_a_checkpoint_of_other_data_is_refused(run_dir: Path) -> None:
     with pytest.raises(CheckpointError, match="saved with data_fingerprint d1, this run has data_fingerprint d2"):
         resume_alone(run_dir, facts={"data_fingerprint": "d2"})
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(run_dir: Path) -> None:
+    own = parse_manifest(newest(run_dir))
+    write_manifest(newest(run_dir), {**own, "optimizer": "Lamb"})
+    wanted = f"global_step4 was saved with optimizer Lamb, this run has optimizer {own['optimizer']}$"
+    with pytest.raises(CheckpointError, match=wanted):
+        resume_alone(run_dir)
 
 
 def test_decay_and_rate_are_the_recipes_and_not_the_checkpoints(run_dir: Path) -> None:

@@ -100,6 +100,17 @@ def test_a_file_may_say_what_the_recipe_says(tmp_path: Path, path: str, value: o
     assert resolved(tmp_path, RECIPE, changed(DEEPSPEED, path, value))["gradient_clipping"] == 1.0
 
 
+def test_a_cosine_down_to_a_share_of_the_peak_is_said_with_that_share(tmp_path: Path) -> None:
+    cosine = {"type": "cosine", "warmup_steps": 10, "min_lr_fraction": 0.25}
+    recipe = changed(RECIPE, "schedule", cosine)
+    block = {"type": "WarmupCosineLR", "params": {"cos_min_ratio": 0.25, "total_num_steps": 100}}
+    resolved(tmp_path, recipe, changed(DEEPSPEED, "scheduler", block))
+    block["params"] = {"cos_min_ratio": 0.0}
+    assert "found 0.0, but the schedule's value is 0.25" in contradiction_of(
+        tmp_path, recipe, changed(DEEPSPEED, "scheduler", block)
+    )
+
+
 def test_the_effective_configuration_leaves_nothing_open(tmp_path: Path) -> None:
     found = resolved(tmp_path, RECIPE, {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, world_size=2)
     assert "auto" not in dict(leaves(found)).values()

@@ -58,6 +58,11 @@ def test_a_pair_is_two_sequences_and_its_target_is_what_the_loss_wants(tmp_path:
     contrastive = rows_of(pair_task(tmp_path, sentence_embedding={"loss": "contrastive"})).train.features
     assert [feature.targets["partner"].tolist() for feature in contrastive] == [[0], [IGNORE_INDEX], [IGNORE_INDEX]]
     assert KIND.count_targets(contrastive) == {"pair": 1.0}
+    lower = {"loss": "contrastive", "positive_score": 2.0}  # the third pair has just that
+    found = rows_of(pair_task(tmp_path, sentence_embedding=lower)).train.features
+    assert [feature.targets["partner"].tolist() for feature in found] == [[0], [IGNORE_INDEX], [0]]
+    tenth = rows_of(pair_task(tmp_path, sentence_embedding={"max_score": 10.0})).train.features
+    assert tenth[0].targets["cosine"].tolist() == pytest.approx([0.45])
 
 
 def test_both_losses_are_those_of_their_papers() -> None:

@@ -11,6 +11,7 @@ from export_cases import CONFIG, PIECES, export, spread_state_dict, write_tokeni
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.corpus.tokenizer.wordpiece import TextRules, WordPieceTokenizer
+from bert_ds.downstream.untrained import word_similarity
 from bert_ds.downstream.untrained.masked_scores import pseudo_log_likelihoods
 from bert_ds.downstream.untrained.minimal_pairs import MinimalPair, judge_pairs, pair_accuracies
 from bert_ds.downstream.untrained.prompts import Prompt, PromptWriter, Shot, check_prompt, prompt_scores
@@ -131,6 +132,17 @@ def test_a_prompt_without_its_gaps_or_with_unknown_words_is_refused(
     check_prompt(PROMPT, TOKENIZER, num_texts=1)
     with pytest.raises(ConfigError, match=message):
         check_prompt(prompt, TOKENIZER, num_texts=num_texts)
+
+
+def test_words_of_several_batches_have_the_vectors_of_one(
+    model: PretrainingModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["cab", "the", "a", "bcd", "e"]
+    whole = word_vectors(model.bert, TOKENIZER, words)
+    monkeypatch.setattr(word_similarity, "_WORDS_PER_BATCH", 2)
+    for found, wanted in zip(word_vectors(model.bert, TOKENIZER, words), whole, strict=True):
+        for word in words:
+            np.testing.assert_allclose(found[word], wanted[word], atol=1e-5, err_msg=word)
 
 
 def test_word_vectors_are_means_over_pieces_and_correlate_by_rank(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from downstream_cases import BAD, GOOD, OTHER, review_task, task_of, write_lines, write_task
 from forked_verbs import run_verb
 
+import bert_ds.probe
 from bert_ds.configuration.task.task_config import TaskConfig, load_task
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
@@ -161,6 +163,26 @@ def test_the_verb_prints_a_line_per_layer_and_writes_it(tiny_export: Path, tmp_p
     assert written["this model"][0]["accuracy"] > 0.95
     assert written["random weights"][0]["accuracy"] > 0.95
     assert (tmp_path / "out/probes.png").stat().st_size > 1000
+
+
+def test_the_verb_goes_by_the_seed_of_the_task_and_the_limit(
+    tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--task", tag_task(tmp_path), "--set", "seed=3", "--max_vectors", 40, "--output", tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", list(map(str, ("probe.py", "--model", tiny_export, *words))))
+    bert_ds.probe.main()
+    written = json.loads((tmp_path / "out/probes.json").read_text())
+    task, pretrained = load_task(tmp_path / "task.json"), load_pretrained(tiny_export)
+    rows, batch_size = read(task, tiny_export), task.evaluation.batch_size
+    for name, tensors in zip(bert_ds.probe.MODELS, (pretrained.tensors, None), strict=True):
+        encoder = make_encoder(pretrained.config, tensors, kernels="torch", init_seed=3)
+        train, held_out = (
+            layer_vectors(encoder, side.features, kind=task.kind, batch_size=batch_size, limit=40, seed=3)
+            for side in (rows.train, rows.validation)
+        )
+        assert len(train.targets_n) == len(held_out.targets_n) == 40
+        wanted = probe_layers(train, held_out, rows.labels["tag"], seed=3)
+        assert written[name] == [probe._asdict() | {"selectivity": probe.selectivity} for probe in wanted]
 
 
 def test_what_cannot_be_probed_for_is_refused(tiny_export: Path, tmp_path: Path) -> None:

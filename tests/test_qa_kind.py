@@ -222,6 +222,23 @@ def test_the_official_script_finds_its_best_threshold_in_the_raw_answers(tmp_pat
     assert figures["exact_match"] == exact_at(0.0) == 40.0
 
 
+def test_answers_go_by_the_threshold_and_the_number_of_the_task(tmp_path: Path) -> None:
+    asked = {"rules": "squad2", "stride": 6, "null_threshold": 1.5, "num_best": 2}
+    rows, _ = rows_of(qa_task(write_questions(tmp_path), question_answering=asked))
+    features = rows.train.features
+    windows = [feature for feature in features if feature.example == 0]
+    assert len(windows) > 1
+    # No answer is better by 1 than "Paris" in the first window and by 4 in the others; the smallest counts.
+    first = rows.train.examples[0].texts[1].index("Paris")
+    summaries = [[1.0 if feature is windows[0] else 4.0, [[0.0, first, first + 5]]] for feature in features]
+    predictions = KIND.predict(rows.train.examples, features, summaries, {})
+    assert (predictions[0].value, predictions[0].scores["no_answer"]) == ("Paris", 1.0)
+    figures = KIND.measure(rows.train.examples[:1], predictions[:1], {})
+    assert figures["exact_match"] == 100.0
+    scores = np.arange(2 * len(windows[0].input_ids), dtype=np.float32).reshape(-1, 2)
+    assert len(KIND.summarise(windows[0], {"token_scores": scores})[1]) == 2
+
+
 def test_a_question_longer_than_the_window_is_refused_with_its_place(tmp_path: Path) -> None:
     task = qa_task(write_questions(tmp_path), max_seq_length=8)
     with pytest.raises(

@@ -84,6 +84,14 @@ def test_flops_of_a_sequence_are_the_published_ones(recipe: str, length: int, gf
     assert plan.flops_per_token(length) * length / 1e9 == pytest.approx(gflop, rel=3e-3)
 
 
+def test_a_bound_on_the_predictions_bounds_the_flops_of_their_head(tmp_path: Path) -> None:
+    found = [
+        plan_of(tmp_path, changed(RECIPE, "masking", masking)).flops_per_token(128)
+        for masking in ({"mlm_probability": 0.5, "max_predictions_per_seq": 32}, {"mlm_probability": 0.25})
+    ]
+    assert found[0] == found[1]
+
+
 def test_the_global_batch_is_micro_batch_times_accumulation_times_ranks() -> None:
     plan = shipped("bert_large_phase1", "zero2", world_size=8)
     assert plan.split == (128, 64, 8)

@@ -129,7 +129,10 @@ def test_a_job_that_slurm_does_not_know_and_that_said_nothing_is_dead(tmp_path: 
 
 def test_without_slurm_a_run_is_dead_after_a_while_and_running_before(tmp_path: Path) -> None:
     assert overview(make_run(tmp_path / "a", metrics=rows(40, age_s=100))).state == "running"
-    assert overview(make_run(tmp_path / "b", metrics=rows(40, age_s=130))).state == "dead"
+    dead = overview(make_run(tmp_path / "b", metrics=rows(40, age_s=130)))
+    assert (dead.state, dead.eta_s) == ("dead", None)
+    slow = [{**row, "seconds": 30.0} for row in rows(40, age_s=290)]
+    assert overview(make_run(tmp_path / "c", metrics=slow)).state == "running"
 
 
 def test_without_slurm_a_run_that_was_asked_to_stop_is_stopped(tmp_path: Path) -> None:
@@ -320,12 +323,16 @@ def test_the_validation_loss_is_that_at_mask_and_none_of_a_step_that_was_taken_b
 def test_piped_the_table_is_plain_text_with_what_is_under_way_first(tmp_path: Path) -> None:
     make_run(tmp_path / "runs/a", metrics=rows(100), done={"step": 100})
     make_run(tmp_path / "runs/b", metrics=rows(40), job="17")
+    make_run(tmp_path / "runs/older", metrics=rows(100, age_s=500), done={"step": 100})
+    make_run(tmp_path / "runs/0", metrics=rows(100, age_s=900), done={"step": 100})
     found = runs(tmp_path / "runs", queue="17|RUNNING|None|N/A\n")
     lines = found.stdout.splitlines()
     assert " ".join(lines[0].split()) == "run state step loss masked tokens/s ETA starts job updated note"
     assert [line.split()[:3] for line in lines[1:]] == [
         [f"{tmp_path}/runs/b", "running", "40/100"],
         [f"{tmp_path}/runs/a", "done", "100/100"],
+        [f"{tmp_path}/runs/older", "done", "100/100"],
+        [f"{tmp_path}/runs/0", "done", "100/100"],
     ]
     assert "17 running" in lines[1]
     assert "\x1b" not in found.stdout

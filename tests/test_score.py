@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from downstream_cases import review_task, write_lines, write_task
 from forked_verbs import run_verb
@@ -13,8 +15,12 @@ from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.task.task_config import load_task
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.downstream.kinds import untrained_kinds
+from bert_ds.downstream.kinds.split_rows import split_rows
 from bert_ds.downstream.kinds.table import UNTRAINED
+from bert_ds.downstream.kinds.text_kinds import CLASSIFICATION
 from bert_ds.downstream.kinds.untrained_kinds import Scored
+from bert_ds.downstream.untrained.prompts import PromptScores, PromptWriter, Shot, prompt_scores
 from bert_ds.encoder.pretrained import load_masked_lm
 from bert_ds.folders.output_folders import open_results_folder
 
@@ -100,6 +106,29 @@ def test_a_prompt_classifies_the_validation_rows_of_fine_tuning(
     assert header == "index\tprediction"
     assert {row.split("\t")[1] for row in rows} <= {"good", "bad"}
     assert ("demonstrations in a prompt: 3.0 of 4 in the mean" in said) == bool(num_shots)
+
+
+def test_a_prompt_goes_by_the_settings_of_its_task(
+    tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[PromptWriter, list[Shot], bool]] = []
+
+    def watched(model: Any, writer: PromptWriter, rows: Any, *, shots: list[Shot], calibrate: bool) -> PromptScores:
+        asked.append((writer, shots, calibrate))
+        return prompt_scores(model, writer, rows, shots=shots, calibrate=calibrate)
+
+    monkeypatch.setattr(untrained_kinds, "prompt_scores", watched)
+    prompt = {**PROMPT, "num_shots": 1, "calibrate": False}
+    task = review_task(tmp_path, kind="prompted_classification", prompt=prompt, max_seq_length=20, seed=4)
+    scored(task, tiny_export)
+    ((writer, shots, calibrate),) = asked
+    assert not calibrate
+    context = writer.context(["we saw it and " * 9], ())
+    assert len(context.before) + len(context.after) + 2 == 20  # "clumsy film", the longest of the words
+    train = split_rows(load_task(task), CLASSIFICATION, say=print).train
+    order = [train[index] for index in np.random.default_rng(4).permutation(len(train))]
+    wanted = [next(row.texts for row in order if row.target == label) for label in ("good", "bad")]
+    assert [shot.texts for shot in shots] == wanted
 
 
 def test_the_verb_prints_and_writes_the_figures(tiny_export: Path, tmp_path: Path) -> None:
