@@ -11,7 +11,7 @@
 # make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, muon-curves, shards and peer (each wants
 #                 TEXT=folder of text), lamb, muon, kernels, configs, fuzz, deepspeed (the newest release instead of the
 #                 pinned one), kills, storms, folders, start, checkpoint, damage (wants root, for a small disk in memory),
-#                 slurm, modules-of-a-step, downstream (wants DATA=folder of the data sets), hf-trainer (DATA and
+#                 families, slurm, modules-of-a-step, downstream (wants DATA=folder of the data sets), hf-trainer (DATA and
 #                 MODEL=pre-trained folder)
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
 
@@ -25,7 +25,7 @@ DEEPSPEED_CONFIG := ds_configs/zero2.json
 .PHONY: pretrain test test-fast test-slurm check format env env-dev clean bench-gpu
 .PHONY: campaign-kills campaign-folders campaign-storms campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-peer campaign-lamb campaign-muon campaign-kernels campaign-configs campaign-fuzz campaign-slurm
-.PHONY: campaign-start campaign-modules-of-a-step bench-cpu test-gpu sanitize-gpu
+.PHONY: campaign-families campaign-start campaign-modules-of-a-step bench-cpu test-gpu sanitize-gpu
 
 env:
 	@.ci/make_env.sh
@@ -123,6 +123,13 @@ campaign-damage: env-dev
 
 campaign-folders: env-dev
 	$(BIN)/python tests/campaign_folders.py
+
+# transformers 4.57 lives in an environment of its own; torch is asked for together with it, or another build comes along.
+campaign-families: env-dev
+	@[[ -f .venv-transformers4/installed ]] || { $(BIN)/python -m venv .venv-transformers4 && \
+	  .venv-transformers4/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 "transformers==4.57.*" && \
+	  touch .venv-transformers4/installed; }
+	$(BIN)/python tests/campaign_families.py --peer .venv-transformers4/bin/python --work runs/$@
 
 campaign-modules-of-a-step: env-dev
 	$(BIN)/python tests/campaign_modules_of_a_step.py

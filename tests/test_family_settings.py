@@ -85,6 +85,14 @@ def test_the_names_of_transformers_4_say_the_same() -> None:
     assert model_config_from_hf(older).spelled_out() == FORMS["modernbert, untied"].spelled_out()
 
 
+def test_a_pattern_that_transformers_4_cannot_say_stops_it_and_means_the_same_to_5() -> None:
+    config = FORMS["modernbert, all biases"]
+    written = hf_config(config, sentence_pair="none", special_ids=SPECIAL_IDS)
+    # 4 divides the number of each layer by it, and takes 3 where the name is missing.
+    assert written["global_attn_every_n_layers"] is None
+    assert model_config_from_hf(transformers.ModernBertConfig.from_dict(written).to_dict()) == config
+
+
 @pytest.mark.parametrize("local_attention", [128, 37])
 def test_every_length_up_to_both_sides_of_the_window_has_the_scores_of_transformers(local_attention: int) -> None:
     config = of_size(FORMS["modernbert"], local_attention=local_attention, max_position_embeddings=256)

@@ -357,16 +357,19 @@ def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def hf_settings(config: ModernBertConfig, special_ids: Mapping[str, int]) -> dict[str, Any]:
-    """Return the content of config.json, under the names of transformers 5 and under those of 4."""
+    """Return the content of config.json, under the names of transformers 5 and under those of 4.
+
+    Where 4 has no word for what the layers see, null stands in its place: it fails to open the folder, and without the
+    name it would compute with every third layer in silence.
+    """
     ids = {name: special_ids[name] for name in ("pad", "cls", "sep")}
     ids |= {"bos": ids["cls"], "eos": ids["sep"]}
     kinds = [_LAYER_TYPES[has_window] for has_window in config.has_window]
-    every = _every_n_layers(config)
     return {
         "model_type": "modernbert",
         **{name: value for name, value in config.model_dump().items() if name not in _NOT_WRITTEN},
         "layer_types": kinds,
-        **({"global_attn_every_n_layers": every} if every else {}),
+        "global_attn_every_n_layers": _every_n_layers(config),
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": getattr(config, theta)} for kind, theta in _THETAS.items()
         },
