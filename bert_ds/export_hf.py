@@ -19,6 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig, load_run_config
+from bert_ds.configuration.run_stages import stages_text
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.encoder.hf_folder import model_card_text, special_ids, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, share_unseen_segments, to_hf
@@ -114,6 +115,7 @@ def _facts(run: RunConfig, checkpoint: Path, metrics: Path) -> dict[str, object]
         **({"segments": "trained on one; the others are equal to it"} if has_unseen else {}),
         "masked share of the tokens": run.masking.mlm_probability,
         "whole words masked": run.masking.whole_word_mask,
+        **({"stages before that": stages_text(run)} if run.stages else {}),
         "optimizer": f"{run.optimizer.type}, peak learning rate {run.optimizer.lr:g}",
         "schedule": run.schedule.type,
         "precision of training": run.training.precision,

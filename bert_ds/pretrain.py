@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from bert_ds.configuration.plan_table import plan_table
 from bert_ds.configuration.recipe.precision import decided, with_precision
 from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig, dump_run_config
 from bert_ds.configuration.run_plan import RunPlan, make_plan
-from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
+from bert_ds.corpus.batches.batch_stages import data_settings
+from bert_ds.corpus.batches.loader import PretrainingData, Source
 from bert_ds.corpus.shards.embedded import CorpusFolders, build_embedded, embedded_folders
 from bert_ds.corpus.shards.shard_folder import MANIFEST
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
@@ -68,7 +69,9 @@ from bert_ds.training.launch.run_folder import (
 from bert_ds.training.loop.evaluation import Evaluation, evaluate
 from bert_ds.training.loop.rank_times import RankTimes
 from bert_ds.training.loop.replay import replay_step
+from bert_ds.training.loop.stage_changes import StageChanges
 from bert_ds.training.loop.step_budget import (
+    over_stages,
     steps_of_earlier_launch,
     steps_that_fit,
     throw_away,
@@ -77,7 +80,7 @@ from bert_ds.training.loop.step_budget import (
 )
 from bert_ds.training.loop.throughput import Throughput, peak_flops
 from bert_ds.training.loop.train_loop import Services, train
-from bert_ds.training.loop.trial_step import fits_in_memory, largest_that_fits, probe_longest
+from bert_ds.training.loop.trial_step import try_longest
 from bert_ds.training.optimizers.factory import make_optimizer
 from bert_ds.training.optimizers.param_groups import TensorFacts
 
@@ -111,13 +114,15 @@ def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: Sto
     log = RunLog(run_dir, ranks, total_steps=run.training.total_steps or 0)
     decision.say(log.info)
     write_environment(run_dir, ranks, devices=[device_name()])
-    data = open_corpus(run, run_dir, log=log)
+    data = open_corpus(plan, run_dir, log=log)
     if run.training.total_steps is None and not (args.dry_run or args.find_micro_batch):
         plan = with_total_steps(plan, data, ranks, ds_config=ds_config, run_dir=run_dir, log=log)
         run = plan.run
+        data = open_corpus(plan, run_dir, log=log) if run.stages else data  # now that it is known where stages begin
     engine = build_engine(plan, ds_config, run_dir)
     if args.dry_run or args.find_micro_batch:
-        return try_longest(engine, data, plan, log=log, search=args.find_micro_batch)
+        try_longest(engine, longest_batches(plan, data), split=plan.split, log=log, search=args.find_micro_batch)
+        return EXIT_DONE
 
     policy = CheckpointPolicy(
         keep_last=run.checkpoints.keep_last,
@@ -137,27 +142,31 @@ def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: Sto
     describe_run(run_dir, descriptions(run, ds_config))
     state = state or TrainState()
     log.start(state.step, announce(plan, data, log=log))
+    stages = follow_stages(plan, data, engine, log=log)
+
+    def batches_from(place: int) -> Iterator[list[MicroBatch]]:
+        return stages.follow(training_batches(plan, data, ranks, start=place), place)
 
     def go_back(at: TrainState) -> Iterator[list[MicroBatch]] | None:
         went = roll_back(engine, run_dir, state=at, facts=policy.facts, log=log)
-        return training_batches(plan, data, ranks, start=at.step + at.passed_over) if went else None
+        return batches_from(at.step + at.passed_over) if went else None
 
     services = Services(
         log=log,
         stop=stop,
-        throughput=make_throughput(plan, data),
+        throughput=stages.throughput,
         save=saver.save,
         settle=lambda wait: saver.settle(wait=wait),
         evaluate=lambda reached: Evaluation(evaluate(engine, validation_batches(run, data, ranks))),
-        row_facts=lambda step: source_facts(data, step + state.passed_over),
+        row_facts=lambda step: row_facts(data, stages, step + state.passed_over),
         roll_back=go_back,
         rank_times=RankTimes(engine.module),
         heartbeat=Heartbeat(),
     )
-    batches = training_batches(plan, data, ranks, start=state.step + state.passed_over)
+    batches, loop = batches_from(state.step + state.passed_over), loop_settings(run, stages.starts)
     watched = watched_for_hangs(services.heartbeat, run_dir, ranks=ranks, limit_s=args.hang_limit, module=engine.module)
     with watched, stop.training():
-        train(engine, batches, state=state, loop=loop_settings(run), services=services)
+        train(engine, batches, state=state, loop=loop, services=services)
     if state.step < run.training.steps:
         return EXIT_RUN_AGAIN
     on_main_rank(lambda: mark_done(run_dir, {"step": state.step}))
@@ -178,9 +187,13 @@ def with_total_steps(
     assert training.max_minutes is not None
     steps = steps_of_earlier_launch(run_dir)
     if steps is None:
-        engine = build_engine(plan, ds_config, run_dir)
-        batches, held_out = training_batches(plan, data, ranks, start=0), validation_batches(plan.run, data, ranks)
-        costs = time_steps(engine, batches, held_out=list(held_out), minutes=training.max_minutes)
+        engine, held_out = build_engine(plan, ds_config, run_dir), list(validation_batches(plan.run, data, ranks))
+        timed = []
+        for stage in plan.stages:
+            batches = training_batches(plan, data, ranks, start=stage.first_step)
+            minutes = training.max_minutes * stage.share
+            timed.append((stage.share, time_steps(engine, batches, held_out=held_out, minutes=minutes)))
+        costs = over_stages(timed)
         throw_away(engine)
         steps = steps_that_fit(training.max_minutes, costs, evaluate_every=plan.run.evaluation.every_steps)
         log.info(timed_sentence(training.max_minutes, costs, steps=steps))
@@ -193,8 +206,9 @@ def with_total_steps(
         raise ConfigError(f"training.max_minutes {training.max_minutes:g} leaves {steps} steps: {error}") from None
 
 
-def open_corpus(run: RunConfig, run_dir: Path, *, log: RunLog) -> PretrainingData:
+def open_corpus(plan: RunPlan, run_dir: Path, *, log: RunLog) -> PretrainingData:
     """Open the shards, building the embedded ones first where the recipe asks for them; a collective."""
+    run = plan.run
     if run.corpus.type == "embedded":
         config, parent = run.corpus, run_dir.parent
         on_main_rank(lambda: build_embedded(config, parent, say=log.info) and None)
@@ -205,7 +219,7 @@ def open_corpus(run: RunConfig, run_dir: Path, *, log: RunLog) -> PretrainingDat
         sources = [Source(Path(source.path), source.path, source.weight) for source in run.corpus.sources]
     prove_same_files([source.folder / MANIFEST for source in sources])
     on_main_rank(lambda: write_tokenizer(run_dir, load_tokenizer(folders.tokenizer).save))
-    settings = DataSettings(run.sequences, run.masking, run.seed, run.training.train_batch_size)
+    settings = data_settings(run, plan.stages)
     return PretrainingData(sources, folders.tokenizer, settings=settings, cache_dir=run_dir / "examples")
 
 
@@ -262,15 +276,14 @@ def announce(plan: RunPlan, data: PretrainingData, *, log: RunLog) -> dict[str, 
     return {"plan": dict(plan_table(plan)), "data": data_facts, "warnings": list(plan.warnings)}
 
 
-def make_throughput(plan: RunPlan, data: PretrainingData) -> Throughput:
-    """Return the meter of tokens/s and MFU."""
-    mean_length = data.facts()["mean_length"]
-    assert isinstance(mean_length, float)
-    return Throughput(
-        world_size=plan.world_size,
-        flops_per_token=plan.flops_per_token(mean_length),
-        peak_flops_per_rank=peak_flops(device_name(), decided(plan.run.training.precision)),
-    )
+def follow_stages(plan: RunPlan, data: PretrainingData, engine: DeepSpeedEngine, *, log: RunLog) -> StageChanges:
+    """Return what tells engine, log and the meter of tokens/s and MFU of the run's stages."""
+    peak = peak_flops(device_name(), decided(plan.run.training.precision))
+    flops = [
+        plan.flops_per_token(length, stage.run) for stage, length in zip(plan.stages, data.mean_lengths(), strict=True)
+    ]
+    meter = Throughput(world_size=plan.world_size, peak_flops_per_rank=peak)
+    return StageChanges(plan.stages, flops, engine=engine, throughput=meter, log=log)
 
 
 def training_batches(plan: RunPlan, data: PretrainingData, ranks: Ranks, *, start: int) -> Iterator[list[MicroBatch]]:
@@ -291,15 +304,16 @@ def validation_batches(run: RunConfig, data: PretrainingData, ranks: Ranks) -> I
     )
 
 
-def source_facts(data: PretrainingData, step: int) -> dict[str, Any]:
-    """Return what a training row says of a mixture: examples and tokens of each source in the last logged step."""
+def row_facts(data: PretrainingData, stages: StageChanges, number: int) -> dict[str, Any]:
+    """Return what the row of a batch, counted from 1, says besides: its stage, and what each source gave to it."""
+    facts = stages.row(number - 1)
     if len(data.names) == 1:
-        return {}
-    counts = data.source_counts(step - 1, step)
-    return {"sources": {name: count._asdict() for name, count in counts.items()}}
+        return facts
+    counts = data.source_counts(number - 1, number)
+    return {**facts, "sources": {name: count._asdict() for name, count in counts.items()}}
 
 
-def loop_settings(run: RunConfig) -> LoopSettings:
+def loop_settings(run: RunConfig, stage_starts: tuple[int, ...]) -> LoopSettings:
     """Return what the loop needs of the recipe."""
     return LoopSettings(
         total_steps=run.training.steps,
@@ -313,22 +327,15 @@ def loop_settings(run: RunConfig) -> LoopSettings:
         max_rollbacks=run.recovery.max_rollbacks,
         spike_sigmas=run.recovery.spike_sigmas,
         spike_window=run.recovery.spike_window,
+        stage_starts=stage_starts,
     )
 
 
-def try_longest(engine: DeepSpeedEngine, data: PretrainingData, plan: RunPlan, *, log: RunLog, search: bool) -> int:
-    """Take a step on the longest possible batch, or look for the largest micro-batch that fits; a collective."""
-    if search:
-        limit = plan.split.micro_batch_size * plan.split.accumulation
-        best = largest_that_fits(lambda size: fits_in_memory(engine, data.longest_batch(size)), start=1, limit=limit)
-        log.info(f'"train_micro_batch_size_per_gpu": {best}' if best else "not even a micro-batch of 1 fits")
-        return EXIT_DONE
-    probe = probe_longest(engine, data.longest_batch(plan.split.micro_batch_size))
-    log.info(
-        f"dry run: one step of {probe.num_tokens:.0f} tokens took {probe.seconds:.2f} s and "
-        f"{probe.peak_bytes / 2**30:.2f} GiB at its peak, loss {probe.mean_loss:.4f}"
-    )
-    return EXIT_DONE
+def longest_batches(plan: RunPlan, data: PretrainingData) -> Callable[[int], MicroBatch]:
+    """Return what makes the largest micro-batch that can come, of the stage that needs most, for one of the recipe."""
+    index, own = plan.largest_stage, plan.split.micro_batch_size
+    there = plan.stages[index].split.micro_batch_size
+    return lambda size: data.longest_batch(-(-size * there // own), stage=index)
 
 
 if __name__ == "__main__":

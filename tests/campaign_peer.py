@@ -32,7 +32,8 @@ import transformers
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, RunConfig, load_run_config
-from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
+from bert_ds.corpus.batches.batch_stages import DataSettings
+from bert_ds.corpus.batches.loader import PretrainingData, Source
 from bert_ds.encoder.hf_mapping import from_hf, hf_config
 from bert_ds.encoder.pretraining_model import PretrainingModel
 

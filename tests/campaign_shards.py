@@ -27,7 +27,8 @@ from typing import Any
 
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.recipe.run_config import MaskingConfig, SequenceConfig
-from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
+from bert_ds.corpus.batches.batch_stages import DataSettings
+from bert_ds.corpus.batches.loader import PretrainingData, Source
 from bert_ds.corpus.text.documents import read_documents
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 

@@ -13,10 +13,11 @@ from corpus_fixtures import counting_documents, tiny_tokenizer, write_shards
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, MaskingConfig, SequenceConfig
+from bert_ds.corpus.batches.batch_stages import DataSettings
 from bert_ds.corpus.batches.collate import collate, grouped_by_kind
 from bert_ds.corpus.batches.evaluation_masks import KEYED_PIECES, EvaluationMasker, split_key, text_key
 from bert_ds.corpus.batches.examples import Example
-from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
+from bert_ds.corpus.batches.loader import PretrainingData, Source
 from bert_ds.corpus.batches.mlm_masking import MaskedExample
 from bert_ds.corpus.shards.shard_folder import open_shards
 

@@ -19,7 +19,8 @@ from bert_ds.basics.processes import STOP_SIGNALS
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.recipe.run_config import MaskingConfig, SequenceConfig
-from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
+from bert_ds.corpus.batches.batch_stages import DataSettings
+from bert_ds.corpus.batches.loader import PretrainingData, Source
 from bert_ds.corpus.shards.build import BuildSettings, build_shards
 from bert_ds.corpus.text.input_files import find_input_files
 from bert_ds.corpus.text.text_input import FileInput

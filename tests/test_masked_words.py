@@ -22,9 +22,10 @@ from bert_ds.basics.ranks import CheckpointError, DataError
 from bert_ds.configuration.recipe.optimizer_config import AdamWConfig
 from bert_ds.configuration.recipe.run_config import ConfigError, MaskingConfig, SequenceConfig
 from bert_ds.configuration.task.task_config import load_task
+from bert_ds.corpus.batches.batch_stages import DataSettings
 from bert_ds.corpus.batches.evaluation_masks import EvaluationMasker, text_key
 from bert_ds.corpus.batches.examples import Example
-from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
+from bert_ds.corpus.batches.loader import PretrainingData, Source
 from bert_ds.corpus.shards.build import BuildSettings, build_shards
 from bert_ds.corpus.shards.encode_documents import split_of
 from bert_ds.corpus.text.input_files import find_input_files

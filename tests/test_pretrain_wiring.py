@@ -20,7 +20,8 @@ from torch.nn.functional import cross_entropy
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.recipe.run_config import RunConfig, load_run_config
-from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
+from bert_ds.corpus.batches.batch_stages import DataSettings
+from bert_ds.corpus.batches.loader import PretrainingData, Source
 from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.reporting.run_log import read_metrics, read_rows
 from bert_ds.training.checkpoints.checkpoint_folder import parse_manifest, write_manifest

@@ -96,6 +96,7 @@ ROUGH = {
 """A run in which ripples of the loss count as spikes."""
 TAUGHT = {"distillation": {"teacher": "teacher"}}
 WEIGHED = [{"type": "masked_words", "weight": 0.5}, {"type": "sentence_pair", "weight": 2.0}]
+STAGED = {"stages": [{"until": 0.5, "max_seq_length": 16, "train_batch_size": 8, "mlm_probability": 0.4}]}
 EMBEDDED = {
     "corpus": {"type": "embedded", "vocab_size": 400, "max_bytes": 1_000_000},
     "model.vocab_size": 400,
@@ -205,6 +206,10 @@ CHANGES = {
     "training.precision": Change("bf16"),
     "training.gradient_clipping": Change(0.05),
     "training.log_every_steps": Change(3),
+    "stages.0.until": Change(0.25, STAGED),
+    "stages.0.max_seq_length": Change(24, STAGED),
+    "stages.0.train_batch_size": Change(6, STAGED),
+    "stages.0.mlm_probability": Change(0.25, STAGED),
     "evaluation.every_steps": Change(2),
     "evaluation.num_examples": Change(12),
     "evaluation.batch_size": Change(3),
@@ -248,7 +253,7 @@ def must(*command: object, codes: tuple[int, ...] = (0,)) -> str:
 class Workshop:
     """A folder with everything a recipe may name, and the runs made in it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, with_teachers: bool = True) -> None:
         self.folder = folder
         self.made: dict[str, Any] = {}
         (folder / "words.txt").write_text("北京\n学习\n", encoding="utf-8")
@@ -260,7 +265,7 @@ class Workshop:
             must(ROOT / "bert_ds/train_wordpiece.py", *source, "--output", folder / tokenizer, *size)
             places = ("--tokenizer", folder / "tokenizer", "--output", folder / shards)
             must(ROOT / "bert_ds/build_shards.py", *source, *places, "--validation_fraction", 0.2)
-        for seed, teacher in ((1, "teacher"), (2, "teacher2")):
+        for seed, teacher in ((1, "teacher"), (2, "teacher2")) if with_teachers else ():
             run_dir = self.run({"seed": seed})
             must(ROOT / "bert_ds/export_hf.py", "--run_dir", run_dir, "--output", folder / teacher)
 

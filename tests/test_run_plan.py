@@ -103,7 +103,6 @@ def test_steps_tokens_and_examples_follow_from_the_recipe() -> None:
     plan = shipped("bert_large_phase1", "zero2", world_size=8)
     assert (plan.total_steps, plan.warmup_steps) == (7_038, 2_000)
     assert (plan.examples_seen, plan.max_tokens_per_step) == (461_242_368, 8_388_608)
-    assert plan.tokens_per_step(100.0) == 6_553_600.0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from tiny_training import TinyBatch, ds_config, full_weights, join_alone, micro_batch, tiny_engine
 
 from bert_ds.configuration.recipe.run_config import ConfigError, TrainingConfig
-from bert_ds.training.loop.step_budget import Costs, steps_that_fit, time_steps
+from bert_ds.training.loop.step_budget import Costs, over_stages, steps_that_fit, time_steps
 
 
 @pytest.mark.parametrize(
@@ -70,3 +70,7 @@ def test_timing_takes_whole_steps_with_their_batches_and_leaves_the_weights_alon
     assert costs.spent_s >= costs.step_s * (batches.taken - 3) + costs.evaluation_s / 10
     assert torch.equal(full_weights(engine), before)
     assert engine.basic_optimizer.state, "no optimizer step was taken"
+
+
+def test_the_stages_of_a_run_count_by_their_shares_of_the_steps() -> None:
+    assert over_stages([(0.75, Costs(1.0, 9.0, 3.0)), (0.25, Costs(2.0, 8.0, 4.0))]) == Costs(1.25, 8.0, 7.0)

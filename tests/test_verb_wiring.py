@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ class Opened:
         run, ds = load_pair(recipe, spread, overrides=[])
         self.plan: RunPlan = make_plan(run, ds, 1)
         self.log = tiny_services(folder / "run", 0, 1).log
-        self.data: PretrainingData = bert_ds.pretrain.open_corpus(run, folder / "run", log=self.log)
+        self.data: PretrainingData = bert_ds.pretrain.open_corpus(self.plan, folder / "run", log=self.log)
         self.run_dir = folder / "run"
 
 
@@ -76,7 +77,9 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
 def test_the_utilisation_is_that_of_the_mean_length(opened: Opened) -> None:
     plan, mean_length = opened.plan, opened.data.facts()["mean_length"]
     assert isinstance(mean_length, float)
-    found = bert_ds.pretrain.make_throughput(plan, opened.data).flops_per_token
+    stages = bert_ds.pretrain.follow_stages(plan, opened.data, Mock(), log=opened.log)
+    next(stages.follow(iter([[]]), 0))
+    found = stages.throughput.flops_per_token
     assert found == plan.flops_per_token(mean_length) != plan.flops_per_token(64)
 
 

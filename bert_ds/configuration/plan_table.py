@@ -7,30 +7,33 @@ from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.recipe.precision import precision_text
 from bert_ds.configuration.run_plan import RunPlan, size_text
 from bert_ds.configuration.run_size import FLOPS_SOURCE, kept_checkpoints, optimizer_flops
+from bert_ds.configuration.run_stages import stage_rows
 
 
 def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
     """Return the derived numbers as rows of name and text."""
     run, length = plan.run, plan.run.sequences.max_seq_length
-    flops = plan.flops_per_token(length)
+    flops, own_tokens = plan.flops_per_token(length), plan.train_batch_size * length
     rows = [
         (
             "run",
             f"{run.name}: {run.optimizer.type}, {precision_text(run.training.precision)}, ZeRO stage {plan.zero_stage}",
         ),
         ("global batch", batch_text(plan.split)),
-        ("tokens per step", f"at most {plan.max_tokens_per_step:,} ({plan.train_batch_size:,} x {length})"),
+        ("tokens per step", f"at most {own_tokens:,} ({plan.train_batch_size:,} x {length})"),
+        *stage_rows(plan.stages),
         *_step_rows(plan),
         ("parameters", f"{plan.num_parameters:,} ({run.model.padded_vocab_size:,} rows in the vocabulary)"),
         ("FLOPs per token", f"{flops:.3e} at length {length}; {FLOPS_SOURCE}"),
     ]
     if run.training.total_steps is not None:
-        rows.append(("FLOPs of the run", f"at most {flops * plan.examples_seen * length:.3e}"))
+        rows.append(("FLOPs of the run", f"at most {plan.max_flops:.3e}"))
     if in_optimizer := optimizer_flops(run):
-        share = in_optimizer / (flops * plan.max_tokens_per_step)
+        share = in_optimizer / (flops * own_tokens)
         rows.append(("FLOPs of the optimizer", f"{in_optimizer:.3e} a step over all ranks, {share:.1%} of the model's"))
     if plan.teacher is not None:
-        rows.insert(6, ("teacher", f"{plan.num_teacher_parameters:,} parameters, whole on every rank"))
+        parameters = next(index for index, (name, _) in enumerate(rows) if name == "parameters")
+        rows.insert(parameters + 1, ("teacher", f"{plan.num_teacher_parameters:,} parameters, whole on every rank"))
     rows += memory_rows(plan)
     kept = kept_checkpoints(run)
     disk = f"{size_text(plan.checkpoint_bytes)} each, {size_text(plan.disk_bytes)} for {kept} at a time (estimate)"
@@ -59,7 +62,7 @@ def _step_rows(plan: RunPlan) -> list[tuple[str, str]]:
     minutes, examples = plan.run.training.max_minutes, plan.run.training.total_steps and plan.examples_seen
     if examples is None:
         return [("steps", f"as many as fit into {minutes:g} minutes, decided at the launch")]
-    tokens = f"at most {examples * plan.run.sequences.max_seq_length:,} tokens{_epochs(plan)}"
+    tokens = f"at most {plan.max_tokens():,} tokens{_epochs(plan)}"
     return [
         ("steps", f"{plan.total_steps:,}, the first {plan.warmup_steps:,} of them warm-up"),
         ("examples", f"{examples:,}, {tokens}"),
@@ -69,7 +72,7 @@ def _step_rows(plan: RunPlan) -> list[tuple[str, str]]:
 def _epochs(plan: RunPlan) -> str:
     if not plan.corpus_tokens:
         return ""
-    epochs = plan.examples_seen * plan.run.sequences.max_seq_length / plan.corpus_tokens
+    epochs = plan.max_tokens() / plan.corpus_tokens
     return f", {epochs:.1f} epochs of {plan.corpus_tokens:,}"
 
 

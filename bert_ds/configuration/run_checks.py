@@ -19,12 +19,13 @@ from bert_ds.configuration.families.table import HF_FAMILIES, described
 from bert_ds.configuration.reading.config_problems import Problem, describe, one_of
 from bert_ds.configuration.recipe.objective_config import objective_problems
 from bert_ds.configuration.recipe.run_config import EmbeddedCorpus, RunConfig, ScheduleConfig, ShardCorpus, TrainedRun
+from bert_ds.configuration.run_stages import stage_problems
 
 
 def recipe_problems(run: RunConfig) -> list[Problem]:
     """Return contradictions inside the recipe."""
     model, sequences, training = run.model, run.sequences, run.training
-    problems = []
+    problems = stage_problems(run)
     if sequences.max_seq_length > model.max_position_embeddings:
         text = f"{sequences.max_seq_length} is more than model.max_position_embeddings {model.max_position_embeddings}"
         problems.append(Problem("sequences.max_seq_length", text))

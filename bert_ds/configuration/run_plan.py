@@ -31,6 +31,7 @@ from bert_ds.configuration.run_size import (
     memory_estimate,
     teacher_flops_per_token,
 )
+from bert_ds.configuration.run_stages import RunStage, run_stages, stage_split_problems
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,36 @@ class RunPlan:
     @property
     def examples_seen(self) -> int:
         """Examples of the whole run, repetitions counted."""
-        return self.train_batch_size * self.total_steps
+        return sum(stage.num_steps * stage.split.train_batch_size for stage in self.stages)
+
+    @property
+    def stages(self) -> tuple[RunStage, ...]:
+        """Parts of the run that differ in batch, length or masks, in turn; one where nothing does."""
+        return run_stages(self.run, self.split)
+
+    @property
+    def largest_stage(self) -> int:
+        """Number, from 0, of the stage whose micro-batch keeps most for the backward pass."""
+        kept = [self._activation_bytes(stage) for stage in self.stages]
+        return kept.index(max(kept))
 
     @property
     def max_tokens_per_step(self) -> int:
-        """Tokens of a step if every example is full."""
-        return self.train_batch_size * self.run.sequences.max_seq_length
+        """Tokens of a step if every example is full, in the stage with most."""
+        return max(stage.max_tokens_per_step for stage in self.stages)
+
+    def max_tokens(self, done_steps: int = 0) -> int:
+        """Tokens of the steps after done_steps if every example is full."""
+        left = ((stage, stage.end_step - max(stage.first_step, done_steps)) for stage in self.stages)
+        return sum(max(0, steps) * stage.max_tokens_per_step for stage, steps in left)
+
+    @property
+    def max_flops(self) -> float:
+        """FLOPs of forward and backward of the whole run if every example is full."""
+        return sum(
+            self.flops_per_token(stage.run.max_seq_length, stage.run) * stage.num_steps * stage.max_tokens_per_step
+            for stage in self.stages
+        )
 
     @property
     def has_pair_head(self) -> bool:
@@ -93,36 +118,30 @@ class RunPlan:
         """Trainable parameters, padded vocabulary rows included."""
         return self.run.model.count_parameters(has_pair_head=self.has_pair_head)
 
-    def flops_per_token(self, mean_length: float) -> float:
+    def flops_per_token(self, mean_length: float, run: RunConfig | None = None) -> float:
         """FLOPs of forward and backward per token that is no padding, for sequences of this mean length.
 
-        A teacher's forward pass is part of them.
+        A teacher's forward pass is part of them. Of the recipe itself, or of a stage's.
         """
-        own = flops_per_token(self.run, mean_length)
-        return own if self.teacher is None else own + teacher_flops_per_token(self.teacher, self.run, mean_length)
+        run = run or self.run
+        own = flops_per_token(run, mean_length)
+        return own if self.teacher is None else own + teacher_flops_per_token(self.teacher, run, mean_length)
 
     @property
     def num_teacher_parameters(self) -> int:
         """Weights of the teacher that are used, 0 without one."""
         return 0 if self.teacher is None else self.teacher.count_parameters(has_pair_head=False)
 
-    def tokens_per_step(self, mean_length: float) -> float:
-        """Tokens of a step for examples of this mean length."""
-        return self.train_batch_size * mean_length
-
     def memory(self, stage: int | None = None) -> MemoryEstimate:
         """Estimated memory of a rank, at the DeepSpeed file's ZeRO stage or at another."""
         stage = self.zero_stage if stage is None else stage
-        activations = activation_bytes(
-            self.run, self.split.micro_batch_size, recompute=self.ds.activation_checkpointing
-        )
         offload = self.ds.offload_optimizer != "none" and stage > 0
         return memory_estimate(
             self.run,
             stage=stage,
             world_size=self.world_size,
             offload=offload,
-            activations=activations,
+            activations=max(self._activation_bytes(part) for part in self.stages),
             num_fixed=self.num_teacher_parameters,
         )
 
@@ -135,6 +154,10 @@ class RunPlan:
     def disk_bytes(self) -> int:
         """Estimated space that the checkpoints of the run need at a time."""
         return self.checkpoint_bytes * kept_checkpoints(self.run)
+
+    def _activation_bytes(self, stage: RunStage) -> int:
+        recompute = self.ds.activation_checkpointing
+        return activation_bytes(stage.run, stage.split.micro_batch_size, recompute=recompute)
 
 
 def make_plan(run: RunConfig, ds: DsConfig, world_size: int, *, gpu_memory_bytes: int | None = None) -> RunPlan:
@@ -156,6 +179,8 @@ def make_plan(run: RunConfig, ds: DsConfig, world_size: int, *, gpu_memory_bytes
     split = ds.split_batch(run, world_size)
     if isinstance(split, Problem):
         in_ds.append(split)
+    else:
+        lines += [problem.line(ds.recipe_name) for problem in stage_split_problems(run, split)]
     lines += [problem.line(ds.name) for problem in in_ds]
     if lines:
         raise ConfigError("\n".join(lines))

@@ -104,7 +104,7 @@ def speed_of_run(run_dir: Path, *, world_size: int) -> Speed:
 
 def speed_at_mfu(plan: RunPlan, *, peak_flops: float, mfu: float, gpu: str) -> Speed:
     """Return the speed at an assumed utilisation of the GPUs' dense peak."""
-    flops = plan.flops_per_token(plan.run.sequences.max_seq_length)
+    flops = plan.max_flops / plan.max_tokens()
     return Speed(peak_flops * mfu * plan.world_size / flops, f"assuming {mfu:.0%} of the peak of {gpu}")
 
 
@@ -112,7 +112,7 @@ def expected_seconds(plan: RunPlan, speed: Speed, *, done_steps: int) -> float:
     """Return the time that the remaining steps take if every example is full; of a run by the clock, its minutes."""
     if plan.run.training.max_minutes is not None:
         return 60 * plan.run.training.max_minutes
-    return max(0, plan.total_steps - done_steps) * plan.max_tokens_per_step / speed.tokens_per_s
+    return plan.max_tokens(done_steps) / speed.tokens_per_s
 
 
 def job_problems(job: JobConfig, plan: RunPlan, *, gpu_memory_bytes: float | None, held_bytes: int) -> list[str]:

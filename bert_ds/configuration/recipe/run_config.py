@@ -49,6 +49,7 @@ from bert_ds.configuration.recipe.objective_config import ObjectiveConfig, objec
 from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, LambConfig, OptimizerConfig
 from bert_ds.configuration.recipe.precision import PrecisionSetting
 from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
+from bert_ds.configuration.recipe.stage_config import StageConfig
 
 __all__ = [
     "IGNORE_INDEX",
@@ -66,6 +67,7 @@ __all__ = [
     "SequenceConfig",
     "ShardCorpus",
     "ShardSource",
+    "StageConfig",
     "TrainedRun",
     "TrainingConfig",
     "dump_run_config",
@@ -208,6 +210,8 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     training: TrainingConfig
+    stages: Annotated[tuple[StageConfig, ...], Field(max_length=4)] = ()
+    """Parts of the run with another batch, length or share of masks, in turn; what follows is as the recipe says."""
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     recovery: RecoveryConfig = RecoveryConfig()

@@ -70,7 +70,9 @@ def permute(positions: np.ndarray, size: int, *key: int | np.ndarray) -> np.ndar
     return places
 
 
-def global_batch(step: int, *, seed: int, mixture: Mixture, train_batch_size: int) -> np.ndarray:
+def global_batch(
+    step: int, *, seed: int, mixture: Mixture, train_batch_size: int, first_position: int = 0
+) -> np.ndarray:
     """The examples of one optimizer step over all ranks.
 
     Args:
@@ -78,11 +80,12 @@ def global_batch(step: int, *, seed: int, mixture: Mixture, train_batch_size: in
         seed: of the run.
         mixture: the sources.
         train_batch_size: examples per step over all ranks.
+        first_position: of step 0 in the endless run, which other batches have come up to.
 
     Returns:
         int64 [train_batch_size, 3]: (source, epoch, example). No triple ever comes twice in a run.
     """
-    positions = np.arange(step * train_batch_size, (step + 1) * train_batch_size)
+    positions = first_position + np.arange(step * train_batch_size, (step + 1) * train_batch_size)
     epochs, offsets = np.divmod(positions, mixture.epoch_size)
     slots = permute(offsets, mixture.epoch_size, seed, Draw.BATCH_ORDER, epochs)
     draws = np.array(mixture.draws_per_epoch)

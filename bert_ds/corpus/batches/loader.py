@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -28,9 +27,10 @@ from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.processes import held_back_stop_signals
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
-from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, MaskingConfig, SequenceConfig
+from bert_ds.configuration.recipe.run_config import IGNORE_INDEX, SequenceConfig
 from bert_ds.corpus.batches.batch_examples import BatchExamples
 from bert_ds.corpus.batches.batch_order import Mixture, balance, deal, global_batch
+from bert_ds.corpus.batches.batch_stages import DataSettings, OpenStage, open_stages, stage_facts
 from bert_ds.corpus.batches.collate import collate
 from bert_ds.corpus.batches.evaluation_masks import EvaluationMasker, split_key
 from bert_ds.corpus.batches.mlm_masking import MaskedExample, Masker
@@ -52,16 +52,6 @@ class Source(NamedTuple):
     folder: Path
     name: str
     weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """What of a recipe decides which batches a run sees."""
-
-    sequences: SequenceConfig
-    masking: MaskingConfig
-    seed: int
-    train_batch_size: int
 
 
 class SourceCount(NamedTuple):
@@ -97,11 +87,14 @@ class PretrainingData:
         self._cache_dir = cache_dir
         self._tokenizer = load_tokenizer(tokenizer)
         wanted = self._tokenizer.fingerprint
-        splits = [open_shards(source.folder, "train", fingerprint=wanted) for source in sources]
-        self._tables = [self._table(split, settings.seed) for split in splits]
-        sizes = tuple(table.num_examples for table in self._tables)
-        self.mixture = Mixture(sizes, tuple(source.weight for source in sources))
-        self._masker = Masker(self._tokenizer, settings.masking, seed=settings.seed)
+        self._splits = [open_shards(source.folder, "train", fingerprint=wanted) for source in sources]
+        self._stages = open_stages(
+            settings,
+            tuple(source.weight for source in sources),
+            tables_of=lambda sequences: [self._table(split, sequences, settings.seed) for split in self._splits],
+            masker_of=lambda masking: Masker(self._tokenizer, masking, seed=settings.seed),
+        )
+        self.mixture = self._stages[-1].mixture
 
     @cached_property
     def fingerprint(self) -> str:
@@ -114,21 +107,22 @@ class PretrainingData:
             masking["word_segmenter"] = f"jieba {version('jieba')}"
         content = {
             "format": _ORDER_FORMAT,
-            "sources": [[content_hash(table.split) for table in self._tables], self.mixture.weights],
+            "sources": [[content_hash(split) for split in self._splits], self.mixture.weights],
             "sequences": settings.sequences.model_dump(mode="json"),
             "masking": masking,
             "seed": settings.seed,
             "train_batch_size": settings.train_batch_size,
+            **({"stages": stages} if (stages := stage_facts(settings)) else {}),  # before stages there was no such key
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def facts(self, *, num_parts: int = 1) -> dict[str, object]:
-        """Describe the data for the log, lengths and balance from the first steps.
+        """Describe the data for the log, lengths and balance from the first steps; of stages the last.
 
         Args:
             num_parts: ranks x micro-steps that a global batch is dealt to.
         """
-        steps = [self._examples(step).lengths for step in range(_SAMPLED_STEPS)]
+        steps = _sampled_lengths(self._stages[-1])
         mean_length = float(np.concatenate(steps).mean())
         fullest = max(balance(lengths, deal(lengths, num_parts=num_parts)) for lengths in steps)
         return {
@@ -138,7 +132,12 @@ class PretrainingData:
             "mean_length": mean_length,
             "padding_avoided_fraction": 1.0 - mean_length / self._settings.sequences.max_seq_length,
             "tokens_max_over_mean": fullest,
+            **({"mean_length_by_stage": self.mean_lengths()} if len(self._stages) > 1 else {}),
         }
+
+    def mean_lengths(self) -> list[float]:
+        """Tokens of an example in each stage of the run, from the stage's first steps."""
+        return [float(np.concatenate(_sampled_lengths(stage)).mean()) for stage in self._stages]
 
     def step_batches(
         self, start_step: int, *, rank: int, split: BatchSplit, num_workers: int
@@ -148,7 +147,7 @@ class PretrainingData:
         Args:
             start_step: first step, from 0.
             rank: of this process, 0 to split.world_size - 1.
-            split: of the global batch.
+            split: of the recipe's own global batch; what a stage sees instead is cut into as many parts.
             num_workers: processes that compute ahead; 0 computes in this one.
 
         Returns:
@@ -214,12 +213,12 @@ class PretrainingData:
             for rank in range(world_size)
             for batch in self.evaluation_batches(num_examples, batch_size=batch_size, rank=rank, world_size=world_size)
         )
-        return unigram_cross_entropy(piece_counts([table.split for table in self._tables]), batches)
+        return unigram_cross_entropy(piece_counts(self._splits), batches)
 
-    def longest_batch(self, micro_batch_size: int) -> MicroBatch:
-        """The largest micro-batch that can come: full sequences with as many targets as allowed."""
-        length = self._settings.sequences.max_seq_length
-        num_masked = min(int(self._masker.max_predictions(np.array([length]))[0]), length - 2)
+    def longest_batch(self, micro_batch_size: int, *, stage: int = -1) -> MicroBatch:
+        """The largest micro-batch that can come in a stage: full sequences with as many targets as allowed."""
+        length, masker = self._stages[stage].settings.sequences.max_seq_length, self._stages[stage].masker
+        num_masked = min(int(masker.max_predictions(np.array([length]))[0]), length - 2)
         special = self._tokenizer.special_ids
         input_ids = np.full(length, special.mask, dtype=np.int32)
         input_ids[[0, -1]] = special.cls, special.sep
@@ -239,29 +238,29 @@ class PretrainingData:
         """Examples and tokens of each source in steps first_step to last_step - 1, over all ranks."""
         totals = np.zeros((len(self.names), 2), dtype=np.int64)
         for step in range(first_step, last_step):
-            for source, chosen in self._examples(step).by_source.items():
+            for source, chosen in self._stage_of(step).examples(step).by_source.items():
                 totals[source] += len(chosen.lengths), chosen.lengths.sum()
         return {name: SourceCount(*row) for name, row in zip(self.names, totals.tolist(), strict=True)}
 
     def rank_batches(self, step: int, *, rank: int, split: BatchSplit) -> list[MicroBatch]:
         """The micro-batches of one rank in one step."""
-        examples = self._examples(step)
+        stage = self._stage_of(step)
+        examples = stage.examples(step)
         parts = deal(examples.lengths, num_parts=split.num_parts)
-        return [examples.pack(np.flatnonzero(parts == part), self._masker) for part in split.parts_of(rank)]
+        return [examples.pack(np.flatnonzero(parts == part), stage.masker) for part in split.parts_of(rank)]
 
-    def _examples(self, step: int) -> BatchExamples:
-        seed, size = self._settings.seed, self._settings.train_batch_size
-        triples = global_batch(step, seed=seed, mixture=self.mixture, train_batch_size=size)
-        return BatchExamples(self._tables, triples, seed=seed)
+    def _stage_of(self, step: int) -> OpenStage:
+        return next(stage for stage in reversed(self._stages) if stage.settings.first_step <= step)
 
     @cached_property
     def _validation_tables(self) -> list[ExampleTable]:
         splits = [open_shards(source.folder, "validation") for source in self._sources]
-        return [self._table(split, _EVALUATION_SEED) for split in splits if split.num_tokens]
+        sequences = self._settings.sequences
+        return [self._table(split, sequences, _EVALUATION_SEED) for split in splits if split.num_tokens]
 
-    def _table(self, split: ShardSplit, seed: int) -> ExampleTable:
+    def _table(self, split: ShardSplit, sequences: SequenceConfig, seed: int) -> ExampleTable:
         cache_dirs = (split.folder,) if self._cache_dir is None else (split.folder, self._cache_dir)
-        return build_examples(split, self._settings.sequences, seed=seed, cache_dirs=cache_dirs)
+        return build_examples(split, sequences, seed=seed, cache_dirs=cache_dirs)
 
 
 class _Steps(Dataset[list[MicroBatch]]):
@@ -272,6 +271,11 @@ class _Steps(Dataset[list[MicroBatch]]):
 
     def __getitem__(self, step: int) -> list[MicroBatch]:
         return self._data.rank_batches(step, rank=self._rank, split=self._split)
+
+
+def _sampled_lengths(stage: OpenStage) -> list[np.ndarray]:
+    first = stage.settings.first_step
+    return [stage.examples(step).lengths for step in range(first, first + _SAMPLED_STEPS)]
 
 
 def _end_loader_processes() -> None:

@@ -96,6 +96,8 @@ class LoopSettings:
     """Steps that a loss is compared with."""
     flops_per_token: float | None = None
     """Model FLOPs of forward and backward per non-pad token, for the MFU."""
+    stage_starts: tuple[int, ...] = ()
+    """Places in the order of the data, from 0, from which on losses are not compared with those before."""
 
     @property
     def last_step(self) -> int:

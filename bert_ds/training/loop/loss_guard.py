@@ -61,6 +61,10 @@ class LossGuard:
         self._window = torch.where(good, torch.cat([self._window[1:], loss[None]]), self._window)
         return torch.where(good, 1.0, math.nan).to(torch.float32)
 
+    def forget(self) -> None:
+        """Empty the window, as losses that come are not to be compared with those before."""
+        self._window = torch.full_like(self._window, math.nan)
+
     def recent(self) -> list[float]:
         """Return the losses in the window, the newest last; a host sync."""
         return [loss for loss in self._window.tolist() if not math.isnan(loss)]

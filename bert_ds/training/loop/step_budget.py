@@ -80,6 +80,12 @@ def time_steps(
     return Costs(taken_s / timed, evaluation_s, max_over_ranks(time.perf_counter() - begun))
 
 
+def over_stages(timed: Sequence[tuple[float, Costs]]) -> Costs:
+    """Return what a run takes whose stages, each with its share of the steps, take this; evaluations are alike."""
+    step_s = sum(share * costs.step_s for share, costs in timed)
+    return Costs(step_s, timed[-1][1].evaluation_s, sum(costs.spent_s for _, costs in timed))
+
+
 def steps_that_fit(minutes: float, costs: Costs, *, evaluate_every: int | None) -> int:
     """Return the steps that end, with their evaluations, when the minutes do.
 

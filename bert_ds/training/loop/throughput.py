@@ -45,10 +45,12 @@ class Throughput:
 
     world_size: int
     flops_per_token: float | None = None
+    """Of the steps that are taken now."""
     peak_flops_per_rank: float | None = None
     clock: Callable[[], float] = time.perf_counter
     num_steps: int = 0
     num_tokens: float = 0.0
+    num_flops: float = 0.0
     padded_tokens: float = 0.0
     data_wait_s: float = 0.0
     _started: float = field(init=False)
@@ -60,6 +62,7 @@ class Throughput:
         """Add one optimizer step's totals over all ranks."""
         self.num_steps += 1
         self.num_tokens += num_tokens
+        self.num_flops += num_tokens * (self.flops_per_token or 0.0)
         self.padded_tokens += padded_tokens
         self.data_wait_s += data_wait_s
 
@@ -77,16 +80,16 @@ class Throughput:
         figures = {
             "tokens_per_s": tokens_per_s,
             "padding_avoided": 1.0 - self.num_tokens / self.padded_tokens if self.padded_tokens else 0.0,
-            "mfu": self._mfu(tokens_per_s),
+            "mfu": self._mfu(self.num_flops / seconds),
             "data_wait_share": min(1.0, self.data_wait_s / self.world_size / seconds),
             "seconds": seconds,
             "eta_s": steps_left * seconds / max(self.num_steps, 1),
         }
-        self.num_steps, self.num_tokens, self.padded_tokens, self.data_wait_s = 0, 0.0, 0.0, 0.0
+        self.num_steps, self.num_tokens, self.num_flops, self.padded_tokens, self.data_wait_s = 0, 0.0, 0.0, 0.0, 0.0
         self._started = self.clock()
         return figures
 
-    def _mfu(self, tokens_per_s: float) -> float | None:
+    def _mfu(self, flops_per_s: float) -> float | None:
         if self.flops_per_token is None or self.peak_flops_per_rank is None:
             return None
-        return self.flops_per_token * tokens_per_s / (self.peak_flops_per_rank * self.world_size)
+        return flops_per_s / (self.peak_flops_per_rank * self.world_size)

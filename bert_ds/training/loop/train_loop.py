@@ -143,6 +143,8 @@ def _take_one(
     lr = learning_rate(number, peak=loop.peak_lr, schedule=loop.schedule, total_steps=loop.total_steps)
     set_learning_rate(engine.optimizer, lr)
     heart.enter("forward and backward", step=number)
+    if guard and state.step + state.passed_over in loop.stage_starts:
+        guard.forget()
     warmed_up = number > loop.schedule.num_warmup_steps(loop.total_steps)
     judge = Judge(guard, armed=warmed_up) if guard else None
     sums = forward_backward(engine, micro_batches, counts=totals.counts, seed=loop.seed, step=number, judge=judge)
@@ -224,6 +226,8 @@ def _go_back(
         batches = services.roll_back(state)
     if batches is None:
         raise DivergedError(f"{bad}, and there is no checkpoint to go back to: look at {first}")
+    if any(state.step <= start < state.step + state.passed_over for start in loop.stage_starts):
+        state.recent_losses = []  # the batches passed over may hold the beginning of a stage
     return batches
 
 

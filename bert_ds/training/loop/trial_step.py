@@ -11,6 +11,8 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from bert_ds.basics.micro_batch import MicroBatch
+from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
+from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.agreement import max_over_ranks
 from bert_ds.training.loop.dropout_seeds import dropout_seed
 from bert_ds.training.loop.evaluation import named_means
@@ -28,6 +30,30 @@ class TrialStep(NamedTuple):
     """Tokens of the step over all ranks."""
     mean_loss: float
     """Weighted loss of the step."""
+
+
+def try_longest(
+    engine: DeepSpeedEngine, longest: Callable[[int], MicroBatch], *, split: BatchSplit, log: RunLog, search: bool
+) -> None:
+    """Take a step on the longest possible batch, or look for the largest micro-batch that fits; a collective.
+
+    Args:
+        engine: from `make_engine`; of no use afterwards.
+        longest: the largest batch that can come of a micro-batch of so many examples.
+        split: of the global batch.
+        log: is told what was found.
+        search: look for the largest.
+    """
+    if search:
+        limit = split.micro_batch_size * split.accumulation
+        best = largest_that_fits(lambda size: fits_in_memory(engine, longest(size)), start=1, limit=limit)
+        log.info(f'"train_micro_batch_size_per_gpu": {best}' if best else "not even a micro-batch of 1 fits")
+        return
+    probe = probe_longest(engine, longest(split.micro_batch_size))
+    log.info(
+        f"dry run: one step of {probe.num_tokens:.0f} tokens took {probe.seconds:.2f} s and "
+        f"{probe.peak_bytes / 2**30:.2f} GiB at its peak, loss {probe.mean_loss:.4f}"
+    )
 
 
 def probe_longest(engine: DeepSpeedEngine, batch: MicroBatch) -> TrialStep:
