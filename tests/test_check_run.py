@@ -10,6 +10,10 @@ import pytest
 from config_cases import DEEPSPEED, RECIPE, changed, write_json
 from downstream_cases import review_task
 
+import bert_ds.check_run
+from bert_ds.configuration.deepspeed_file.ds_config import load_pair
+from bert_ds.configuration.run_plan import make_plan
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -55,6 +59,18 @@ def test_every_error_of_both_files_is_printed_with_exit_code_2(tmp_path: Path) -
 def test_a_wrong_argument_is_one_line_with_exit_code_2(arguments: list[str], wanted: str) -> None:
     found = check_run("--deepspeed_config", "ds_configs/zero2.json", *arguments)
     assert found.returncode == 2 and wanted in found.stderr and len(found.stderr.splitlines()) == 1
+
+
+def test_the_memory_of_a_gpu_is_in_units_of_a_billion_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, ds = write_json(tmp_path, "run.json", RECIPE), write_json(tmp_path, "ds.json", DEEPSPEED)
+    needed = make_plan(*load_pair(run, ds), 1).memory().device / 1e9
+    for gigabytes, warns in ((0.97 * needed, True), (1.03 * needed, False)):
+        words = ("--run", run, "--deepspeed_config", ds, "--gpu_memory_gb", gigabytes)
+        monkeypatch.setattr(sys, "argv", list(map(str, ("check_run.py", *words))))
+        assert bert_ds.check_run.main() == 0
+        assert ("a rank needs about" in capsys.readouterr().err) == warns
 
 
 def test_warnings_do_not_change_the_exit_code() -> None:

@@ -270,6 +270,15 @@ def test_whatever_changes_the_batches_changes_the_fingerprint(shards: Path, more
     assert len({data.fingerprint for data in variants}) == len(variants)
 
 
+def test_other_words_in_a_list_are_other_batches(shards: Path, tmp_path: Path) -> None:
+    path, found = tmp_path / "words.txt", []
+    masking = MaskingConfig(whole_word_mask=True, word_segmenter="word_list", word_list=str(path))
+    for words in ("北京", "北京\n天安门"):
+        path.write_text(words, encoding="utf-8")
+        found.append(open_data(shards, masking=masking).fingerprint)
+    assert found[0] != found[1]
+
+
 def test_facts_describe_the_data(shards: Path, more_shards: Path) -> None:
     data = open_data(shards, more_shards, weights=(1.0, 2.0))
     facts = data.facts(num_parts=4)

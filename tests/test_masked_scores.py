@@ -74,11 +74,15 @@ def test_the_likelier_sentence_of_a_pair_is_the_good_one(model: PretrainingModel
     pairs = [
         MinimalPair(likely, unlikely, "x"),
         MinimalPair(unlikely, likely, "x"),
+        MinimalPair(likely, unlikely, "x"),
+        MinimalPair(likely, unlikely, "x"),
         MinimalPair(likely, unlikely, "y"),
         MinimalPair(one, one, "z"),
     ]
     judged = judge_pairs(model, TOKENIZER, pairs)
-    assert pair_accuracies(judged) == {"accuracy": 0.5, "accuracy_x": 0.5, "accuracy_y": 1.0, "accuracy_z": 0.0}
+    assert pair_accuracies(judged) == {
+        **{"accuracy": (0.75 + 1.0 + 0.0) / 3, "accuracy_x": 0.75, "accuracy_y": 1.0, "accuracy_z": 0.0}
+    }
 
 
 def test_a_label_scores_the_mean_over_its_words_and_a_word_the_mean_over_its_pieces(
@@ -93,9 +97,12 @@ def test_a_label_scores_the_mean_over_its_words_and_a_word_the_mean_over_its_pie
 
     wanted = {"yes": word_score("a", 1), "no": (word_score("bcd", 3) + word_score("e", 1)) / 2}
     assert found.scores[0] == pytest.approx(wanted, abs=1e-4)
-    empty = prompt_scores(model, writer, [[""]], calibrate=False).scores[0]
-    calibrated = prompt_scores(model, writer, [["中文"]]).scores[0]
-    assert calibrated == pytest.approx({label: wanted[label] - empty[label] for label in wanted}, abs=1e-4)
+    for shots in ((), [Shot(["b"], "yes")]):
+        plain, empty = (
+            prompt_scores(model, writer, [[text]], shots=shots, calibrate=False).scores[0] for text in ("中文", "")
+        )
+        calibrated = prompt_scores(model, writer, [["中文"]], shots=shots).scores[0]
+        assert calibrated == pytest.approx({label: plain[label] - empty[label] for label in wanted}, abs=1e-4)
 
 
 def test_demonstrations_stand_before_the_prompt_as_far_as_there_is_room() -> None:

@@ -121,11 +121,11 @@ def test_masks_do_not_depend_on_the_other_examples(sizes: list[int], whole: bool
         assert alone.positions.tolist() == together[index].positions.tolist()
 
 
-def test_epochs_examples_and_seeds_have_masks_of_their_own() -> None:
+def test_sources_epochs_examples_and_seeds_have_masks_of_their_own() -> None:
     config = MaskingConfig()
     variants = [mask([text(100)], config), mask([text(100, epoch=1)], config), mask([text(100, index=1)], config)]
-    variants.append(mask([text(100)], config, seed=1))
-    assert len({tuple(one[0].positions.tolist()) for one in variants}) == 4
+    variants += [mask([text(100)], config, seed=1), mask([text(100)._replace(key=(1, 0, 0))], config)]
+    assert len({tuple(one[0].positions.tolist()) for one in variants}) == 5
 
 
 @quick

@@ -46,7 +46,8 @@ def gradient(step: int, p: torch.Tensor) -> torch.Tensor:
 def test_twelve_steps_follow_the_formulas_with_every_setting_of_the_recipe() -> None:
     config = MuonConfig(lr=0.02, adamw_lr=0.005, momentum=0.95, betas=(0.8, 0.97), eps=1e-5, weight_decay=0.3)
     named = parameters()
-    optimizer = make_optimizer(config, named, facts=FACTS, lr_scale_of=lambda name: 0.5 if name == "tall" else 1.0)
+    scales = {"qkv": 1.0, "tall": 0.5, "embedding": 0.25, "dense_bias": 1.0}
+    optimizer = make_optimizer(config, named, facts=FACTS, lr_scale_of=scales.__getitem__)
     decays = {"qkv": 0.3, "tall": 0.3, "embedding": 0.3, "dense_bias": 0.0}
     truth = {name: list(p.detach().double().chunk(3 if name == "qkv" else 1)) for name, p in named}
     states = {name: [State(part) for part in parts] for name, parts in truth.items()}
@@ -55,7 +56,7 @@ def test_twelve_steps_follow_the_formulas_with_every_setting_of_the_recipe() -> 
         for name, p in named:
             p.grad = gradient(step, p)
             is_matrix = name in ("qkv", "tall")
-            own = lr * (0.5 if name == "tall" else 1.0) * (1.0 if is_matrix else 0.25)
+            own = lr * scales[name] * (1.0 if is_matrix else 0.25)
             settings = Settings(own, 0.8, 0.97, 1e-5, decays[name])
             grads = p.grad.double().chunk(len(truth[name]))
             pairs = zip(truth[name], grads, states[name], strict=True)
@@ -106,12 +107,13 @@ def test_every_setting_reaches_the_tensors_that_it_is_for(settings: Any, changed
     assert {name for name, a, b in zip(names, before, after, strict=True) if not torch.equal(a, b)} == changed_tensors
 
 
-def test_torch_muon_takes_the_same_steps_without_nesterov_and_with() -> None:
+@pytest.mark.parametrize("shape", [(17, 6), (6, 17)])
+def test_torch_muon_takes_the_same_steps_without_nesterov_and_with(shape: tuple[int, int]) -> None:
     for nesterov in (True, False):
-        ours, theirs = (nn.Parameter(parameters()[1][1].detach().clone()) for _ in range(2))
+        ours, theirs = (nn.Parameter(gradient(9, torch.empty(shape))) for _ in range(2))
         settings: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "nesterov": nesterov}
         peers = [
-            Muon([("tall", ours)], matrices=("tall",), **settings),
+            Muon([("matrix", ours)], matrices=("matrix",), **settings),
             torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **settings),
         ]
         for step in range(4):
@@ -132,6 +134,12 @@ def test_singular_values_are_brought_near_one_and_the_singular_vectors_stay(shap
         value = 3.4445 * value - 4.7750 * value**3 + 2.0315 * value**5
     assert relative_error(found, u @ torch.diag(value) @ vh) < 1e-5
     assert 0.1 < float(value.min()) <= float(value.max()) < 1.3
+
+
+def test_the_norm_of_a_large_matrix_is_summed_in_fp64() -> None:
+    x = gradient(4, torch.empty(768, 3072)) * torch.linspace(0.01, 3.0, 3072)
+    scaled = orthogonalise(x, coefficients=(1.0, 0.0, 0.0), steps=1)
+    assert float(scaled.double().norm()) == pytest.approx(1.0, abs=1e-7)
 
 
 def test_a_matrix_of_zeros_stays_zero() -> None:

@@ -120,7 +120,8 @@ EVALUATED = {
 
 
 def test_the_summary_compares_the_validation_loss_at_mask_with_the_piece_frequencies(tmp_path: Path) -> None:
-    rows = [START, logged("train", 1, tokens_per_s=1234.5), logged("evaluation", 1, **EVALUATED)]
+    earlier = logged("evaluation", 0, **{**EVALUATED, "loss_mlm_masked": 7.5})
+    rows = [START, earlier, logged("train", 1, tokens_per_s=1234.5), logged("evaluation", 1, **EVALUATED)]
     history = read_history(written(tmp_path, *rows))
     assert summary_lines(history) == [
         "step 1: 1,234 non-pad tokens/s (median of the logged intervals)",

@@ -64,6 +64,7 @@ def test_what_is_kept_does_not_follow_the_number_of_rows(tmp_path: Path, monkeyp
     tracemalloc.stop()
     assert peak < 2_000_000 < sum(map(len, lines))
     assert len(found.numbers) == number and 32 <= len(found.whole) <= 65 and len(found.skipped) <= 100
+    assert len(set(np.diff([one["step"] for one in found.whole[:-1]]))) == 1, "evenly spread"
     assert (found.whole[0]["step"], found.whole[-1]["step"], found.skipped[-1]["step"]) == (0, number - 1, number - 1)
 
 

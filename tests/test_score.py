@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from downstream_cases import review_task, write_lines, write_task
 from forked_verbs import run_verb
 
+import bert_ds.score
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.task.task_config import load_task
@@ -106,6 +108,20 @@ def test_a_prompt_classifies_the_validation_rows_of_fine_tuning(
     assert header == "index\tprediction"
     assert {row.split("\t")[1] for row in rows} <= {"good", "bad"}
     assert ("demonstrations in a prompt: 3.0 of 4 in the mean" in said) == bool(num_shots)
+
+
+def test_the_verb_writes_the_parts_of_an_official_side(
+    tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = {"path": "train.tsv", "format": "tsv"}
+    data = {"train": [file], "validation": [file], "official": ["validation"]}
+    data |= {"fields": {"text": "text", "label": "label"}}
+    task = review_task(tmp_path, rows=4, kind="prompted_classification", prompt=PROMPT, max_seq_length=40, data=data)
+    words = ("score.py", "--model", tiny_export, "--task", task, "--output", tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    bert_ds.score.main()
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["validation_overlapping"] == results["validation"] and results["rows"]["validation_overlapping"] == 4
 
 
 def test_a_prompt_goes_by_the_settings_of_its_task(

@@ -42,6 +42,7 @@ EXAMPLES = [
     "价格是3.14元。 | 下跌2.5%。",
     "好! | 我来了? | 是的",
     "He said 你好。 | Then he left. | 他走了。",
+    "The answer was no. | She had seen it in Jan. | No. 5 is better.",
     "no stop at all",
     "",
 ]

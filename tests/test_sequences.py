@@ -114,6 +114,7 @@ def test_runs_do_not_depend_on_the_chunks_they_are_found_in(tmp_path: Path, monk
     monkeypatch.setattr(sequences, "_CHUNK_SENTENCES", 5)
     parts = build(split, SequenceConfig())
     assert len(list(tmp_path.glob("examples-*.npy"))) == 2
+    assert parts.unit_tokens.tolist() == whole.unit_tokens.tolist()
     assert parts.example_units.tolist() == whole.example_units.tolist()
     assert parts.document_units.tolist() == whole.document_units.tolist()
 

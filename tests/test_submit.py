@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 from config_cases import DEEPSPEED, RECIPE, write_json
 from test_job_config import INJECTIONS, JOB
 
+import bert_ds.submit
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.job_config import parse_job_config
 from bert_ds.configuration.recipe.run_config import ConfigError
@@ -100,12 +102,14 @@ def test_the_printed_command_is_the_one_that_is_run_and_the_run_folder_keeps_it(
     record, env = fake_sbatch(tmp_path)
     open_run_folder(tmp_path / "runs/a")
     (tmp_path / "runs/a/submit.json").write_text("mine")
-    done = submit(tmp_path, "--nodes", 2, "--gpus-per-node", 2, "--time", "2:00:00", "--set", "seed=7", env=env)
+    done = submit(
+        tmp_path, "--nodes", 2, "--gpus-per-node", 2, "--time", "2:00:00", "--set", "seed=7", "--exclusive", env=env
+    )
     assert done.returncode == 0, done.stderr
     called = json.loads(record.read_text())
     kept = json.loads((tmp_path / "runs/a/submit.json").read_text())
     assert called == {"argv": kept["command"][1:], "cwd": str(ROOT)}
-    assert kept["job"] == "4711"
+    assert kept["job"] == "4711" and "--exclusive" in called["argv"]
     assert (tmp_path / "runs/a/submit.json.kept-1").read_text() == "mine"
     assert done.stdout.endswith(f"submitted job 4711; its log is {tmp_path}/runs/a/slurm-4711.out\n")
     assert f"cd {ROOT} && sbatch --parsable --job-name=tiny --nodes=2 --gpus-per-node=2" in done.stdout
@@ -169,14 +173,35 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path: Path) -> N
     assert len(found) == 1 and found[0].startswith(f"--run_dir {tmp_path}/runs/a: its checkpoints need")
 
 
+def test_what_the_checkpoints_of_a_run_hold_already_is_room_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_run_folder(tmp_path / "runs/a")
+    plan = plan_of(tmp_path, 1)
+    room = shutil._ntuple_diskusage(10**12, 0, plan.disk_bytes - 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
+    places = ("--run", tmp_path / "run.json", "--deepspeed_config", tmp_path / "zero2.json")
+    words = (*places, "--run_dir", tmp_path / "runs/a", "--gpus_per_node", 0, "--dry_run")
+    monkeypatch.setattr(sys, "argv", list(map(str, ("submit.py", *words))))
+    with pytest.raises(ConfigError, match="its checkpoints need"):
+        bert_ds.submit.main()
+    checkpoint = tmp_path / "runs/a/checkpoints/global_step10"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights.pt").write_bytes(bytes(2000))
+    assert bert_ds.submit.main() == 0
+    assert "after step 10" not in capsys.readouterr().out  # without a speed there is no estimate
+
+
 def test_the_estimate_of_time_names_its_source_and_counts_starts(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     assert plan.max_tokens_per_step == 48 * 128
-    job = parse_job_config({**JOB, "time": "1:05:00"})
+    job = parse_job_config({**JOB, "time": "0:51:00"})  # of which 5 minutes are left for the save
     rows = dict(job_rows(job, plan, speed=Speed(48 * 128 / 100, "given"), done_steps=10))
-    assert rows["time"] == ("at most 02:30 h for 90 steps after step 10 at 61 tokens/s (given); 3 starts of 1:05:00")
+    assert rows["time"] == (
+        "at most 02:30 h for 90 steps after step 10 at 61 tokens/s (given); 4 starts of 0:51:00"
+    )  # 46 minutes each
     warnings = job_warnings(job, plan, speed=Speed(48 * 128 / 100, "given"))
-    assert warnings == ["checkpoints are 02:47 h apart and a start lasts 1:05:00: a fault may cost all of it"]
+    assert warnings == ["checkpoints are 02:47 h apart and a start lasts 0:51:00: a fault may cost all of it"]
     assert "not known" in dict(job_rows(job, plan, speed=None, done_steps=0))["time"]
 
 
@@ -184,7 +209,7 @@ def test_a_run_by_the_clock_takes_its_minutes(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     training = plan.run.training.model_copy(update={"total_steps": None, "max_minutes": 150.0})
     plan = replace(plan, run=plan.run.model_copy(update={"training": training}))
-    job = parse_job_config({**JOB, "time": "1:05:00"})
+    job = parse_job_config({**JOB, "time": "0:51:00"})  # of which 5 minutes are left for the save
     rows = dict(job_rows(job, plan, speed=Speed(61.44, "given"), done_steps=0))
     assert rows["time"].startswith("at most 02:30 h for training.max_minutes at 61 tokens/s")
 

@@ -176,6 +176,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     assert loaded.pieces == saved.pieces
     assert loaded.rules == saved.rules
     assert loaded.fingerprint == saved.fingerprint
+    assert trained(tmp_path / "uncased").rules == TextRules(lowercase=True, strip_accents=True)
 
 
 def test_vocab_txt_with_its_config_is_enough_to_load(tmp_path: Path) -> None:
