@@ -8,7 +8,7 @@
 # make bench-cpu  the torch references of the operators on this CPU
 # make test-gpu   the kernels on an NVIDIA GPU, among that a thousand runs of equal bits; make sanitize-gpu: the same at
 #                 small sizes under compute-sanitizer
-# make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, muon-curves, shards and peer (each wants
+# make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, muon-curves, shards, race and peer (each wants
 #                 TEXT=folder of text), lamb, muon, kernels, configs, fuzz, deepspeed (the newest release instead of the
 #                 pinned one), kills, storms, folders, start, checkpoint, damage (wants root, for a small disk in memory),
 #                 families, slurm, modules-of-a-step, downstream (wants DATA=folder of the data sets), hf-trainer (DATA and
@@ -60,6 +60,10 @@ check: env-dev
 campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-peer: env-dev
 	@[[ -n "$(TEXT)" ]] || { echo "TEXT=folder is missing: the text that the measurement is made on"; exit 2; }
 	$(BIN)/python tests/$(subst -,_,$@).py --text $(TEXT) --work runs/$@
+
+campaign-race: env-dev
+	@[[ -n "$(TEXT)" ]] || { echo "TEXT=folder is missing: the text that the measurement is made on"; exit 2; }
+	for phase in screen final parts; do $(BIN)/python tests/campaign_race.py $$phase --text $(TEXT) --work runs/$@; done
 
 campaign-slurm: env-dev
 	@$(BIN)/python tests/slurm_cluster.py
