@@ -38,7 +38,7 @@ from bert_ds.corpus.shards.shard_folder import MANIFEST
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.encoder.distillation import make_student
 from bert_ds.encoder.families.table import weight_patterns
-from bert_ds.encoder.initial_weights import load_initial_weights
+from bert_ds.encoder.initial_weights import load_initial_weights, start_at_unigram
 from bert_ds.encoder.objectives.table import make_objectives
 from bert_ds.encoder.pretrained import check_tokenizer
 from bert_ds.encoder.pretraining_model import PretrainingModel
@@ -119,7 +119,7 @@ def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: Sto
         plan = with_total_steps(plan, data, ranks, ds_config=ds_config, run_dir=run_dir, log=log)
         run = plan.run
         data = open_corpus(plan, run_dir, log=log) if run.stages else data  # now that it is known where stages begin
-    engine = build_engine(plan, ds_config, run_dir)
+    engine = build_engine(plan, data, ds_config, run_dir)
     if args.dry_run or args.find_micro_batch:
         try_longest(engine, longest_batches(plan, data), split=plan.split, log=log, search=args.find_micro_batch)
         return EXIT_DONE
@@ -187,7 +187,7 @@ def with_total_steps(
     assert training.max_minutes is not None
     steps = steps_of_earlier_launch(run_dir)
     if steps is None:
-        engine, held_out = build_engine(plan, ds_config, run_dir), list(validation_batches(plan.run, data, ranks))
+        engine, held_out = build_engine(plan, data, ds_config, run_dir), list(validation_batches(plan.run, data, ranks))
         timed = []
         for stage in plan.stages:
             batches = training_batches(plan, data, ranks, start=stage.first_step)
@@ -223,12 +223,15 @@ def open_corpus(plan: RunPlan, run_dir: Path, *, log: RunLog) -> PretrainingData
     return PretrainingData(sources, folders.tokenizer, settings=settings, cache_dir=run_dir / "examples")
 
 
-def build_engine(plan: RunPlan, ds_config: dict[str, Any], run_dir: Path) -> DeepSpeedEngine:
-    """Make model and optimizer and hand them to DeepSpeed; a collective."""
+def build_engine(plan: RunPlan, data: PretrainingData, ds_config: dict[str, Any], run_dir: Path) -> DeepSpeedEngine:
+    """Make model and optimizer and hand them to DeepSpeed; a collective. A checkpoint that is loaded later replaces all
+    that weights start from here."""
     run = plan.run
     model = build_model(plan, run_dir)
     if run.init_from is not None:
         load_initial_weights(model, Path(run.init_from), read_run=read_run_weights)
+    if run.output_bias == "log_unigram":
+        start_at_unigram(model, data.piece_counts)
     optimizer = make_optimizer(
         run.optimizer,
         model.named_parameters(),

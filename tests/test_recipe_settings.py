@@ -146,6 +146,7 @@ MODERN = {
 CHANGES = {
     "seed": Change(6),
     "init_from": Change("teacher"),
+    "output_bias": Change("log_unigram"),
     "model:bert.vocab_size": Change(300, EMBEDDED, {"corpus.vocab_size": 300}),
     "model:bert.pad_vocab_size_to_multiple_of": Change(48),
     "model:bert.hidden_size": Change(24),

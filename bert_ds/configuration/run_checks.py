@@ -20,6 +20,7 @@ from bert_ds.configuration.reading.config_problems import Problem, describe, one
 from bert_ds.configuration.recipe.objective_config import objective_problems
 from bert_ds.configuration.recipe.run_config import EmbeddedCorpus, RunConfig, ScheduleConfig, ShardCorpus, TrainedRun
 from bert_ds.configuration.run_stages import stage_problems
+from bert_ds.configuration.start_checks import start_problems
 
 
 def recipe_problems(run: RunConfig) -> list[Problem]:
@@ -38,8 +39,7 @@ def recipe_problems(run: RunConfig) -> list[Problem]:
     if sequences.sentence_pair != "none" and model.num_segments == 1:
         text = f'1 segment is too few for sentence_pair "{sequences.sentence_pair}", wanted 2'
         problems.append(Problem("model.type_vocab_size", text))
-    if run.distillation is not None and run.distillation.init_layers is not None:
-        problems += _init_layers_problems(run, run.distillation.init_layers)
+    problems += start_problems(run)
     pair, is_distilled = sequences.sentence_pair, run.distillation is not None
     problems += objective_problems(run.objectives, sentence_pair=pair, is_distilled=is_distilled)
     predictions = run.masking.max_predictions_per_seq
@@ -176,16 +176,6 @@ def corpus_tokens(run: RunConfig) -> int | None:
             return None
         total += tokens * source.weight
     return int(total)
-
-
-def _init_layers_problems(run: RunConfig, init_layers: tuple[int, ...]) -> list[Problem]:
-    where, number = "distillation.init_layers", run.model.num_hidden_layers
-    if run.init_from is not None:
-        return [Problem(where, "both it and init_from say where the weights start: wanted one of them")]
-    if len(init_layers) != number:
-        text = f"names {len(init_layers)} layers of the teacher, model.num_hidden_layers is {number}"
-        return [Problem(where, text)]
-    return []
 
 
 def _teacher_problem(folder: Path, run: RunConfig) -> str | None:

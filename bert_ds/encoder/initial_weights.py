@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from bert_ds.basics.ranks import CheckpointError
@@ -37,6 +39,20 @@ def load_initial_weights(
         model.load_state_dict(dict(tensors))
     except RuntimeError as error:
         raise CheckpointError(f"init_from {folder} does not fit the recipe's model: {error}") from None
+
+
+def start_at_unigram(model: PretrainingModel, counts: np.ndarray) -> None:
+    """Let the bias of the word scores give every piece its frequency, so that training starts where a model ends that
+    knows nothing of the context. Rows that only pad the vocabulary stay as they are; they never win.
+
+    Args:
+        model: on the CPU, not yet wrapped by DeepSpeed; its head has a bias.
+        counts: int64 [vocab_size], of each piece in the training text; one is added to each.
+    """
+    bias_V, seen = model.predictions.bias, torch.from_numpy(counts + 1).double()
+    assert bias_V is not None, "the recipe was not checked"
+    with torch.no_grad():
+        bias_V[: len(seen)] = (seen / seen.sum()).log()
 
 
 def start_from_layers(model: PretrainingModel, teacher: PretrainingModel, layers: Sequence[int]) -> None:

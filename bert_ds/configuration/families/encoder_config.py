@@ -104,6 +104,11 @@ class EncoderConfig(Section):
         """Return how many keys a token sees in a sequence of `length` tokens, summed over all layers."""
         return self.num_hidden_layers * length
 
+    @property
+    def has_output_bias(self) -> bool:
+        """Whether the word scores have a bias."""
+        return True
+
     def word_head_weights(self) -> int:
         """Return the matrix weights that a predicted word passes: D D and V D."""
         return self.hidden_size * self.hidden_size + self.padded_vocab_size * self.hidden_size

@@ -94,6 +94,11 @@ class ModernBertConfig(EncoderConfig):
         return self.type
 
     @property
+    def has_output_bias(self) -> bool:
+        """Whether the word scores have a bias."""
+        return self.decoder_bias
+
+    @property
     def window(self) -> int:
         """Positions that a token sees to each side in a layer with a window."""
         return self.local_attention // 2

@@ -201,6 +201,8 @@ class RunConfig(Section):
     """Seed of initialisation, data order, masks and dropout."""
     init_from: Annotated[str, Field(min_length=1)] | None = None
     """Folder of an exported or Hugging Face BERT, or of a run, whose weights start this run."""
+    output_bias: Literal["zeros", "log_unigram"] = "zeros"
+    """Where the bias of the word scores starts: log_unigram at how often each piece is in the training text."""
     model: ModelSection
     corpus: Annotated[EmbeddedCorpus | ShardCorpus, Field(discriminator="type")]
     sequences: SequenceConfig = SequenceConfig()

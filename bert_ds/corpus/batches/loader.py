@@ -213,7 +213,12 @@ class PretrainingData:
             for rank in range(world_size)
             for batch in self.evaluation_batches(num_examples, batch_size=batch_size, rank=rank, world_size=world_size)
         )
-        return unigram_cross_entropy(piece_counts(self._splits), batches)
+        return unigram_cross_entropy(self.piece_counts, batches)
+
+    @cached_property
+    def piece_counts(self) -> np.ndarray:
+        """How often each piece is in the training text, see `unigram.piece_counts`."""
+        return piece_counts(self._splits)
 
     def longest_batch(self, micro_batch_size: int, *, stage: int = -1) -> MicroBatch:
         """The largest micro-batch that can come in a stage: full sequences with as many targets as allowed."""
