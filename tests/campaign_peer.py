@@ -181,7 +181,7 @@ def padded_pairs(data: PretrainingData, run: RunConfig) -> Iterator[tuple[dict[s
 
 def concatenated(data: PretrainingData, run: RunConfig) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
     """Yield full sequences cut from the concatenated training text, masked by transformers' own collator."""
-    split = data._tables[0].split
+    split = data._splits[0]
     ids = split.tokens(0, split.num_tokens)
     length, special = run.sequences.max_seq_length, split.special_ids
     body = length - 2

@@ -33,7 +33,8 @@ import transformers
 from campaign_rows import add_row, read_rows
 
 from bert_ds.configuration.recipe.run_config import RunConfig, load_run_config
-from bert_ds.corpus.batches.loader import DataSettings, PretrainingData, Source
+from bert_ds.corpus.batches.batch_stages import DataSettings
+from bert_ds.corpus.batches.loader import PretrainingData, Source
 from bert_ds.reporting.metrics_file import numbered_rows
 from bert_ds.training.launch.launch_precision import faster_precision, gemm_rates
 
@@ -100,7 +101,7 @@ def prepare(args: argparse.Namespace) -> None:
     run = load_run_config(RECIPE, _paths(work))
     settings = DataSettings(run.sequences, run.masking, run.seed, run.training.train_batch_size)
     data = PretrainingData([Source(shards, "text")], tokenizer, settings=settings)
-    split = data._tables[0].split
+    split = data._splits[0]
     np.save(work / "train.npy", split.tokens(0, split.num_tokens))
     unigram = data.unigram_cross_entropy(run.evaluation.num_examples, batch_size=32, world_size=1)
     np.savez(work / "held_out.npz", unigram=unigram, **padded(data, run))
