@@ -58,8 +58,12 @@ class MicroBatch:
         return self.num_sequences * self.max_seqlen
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """Copy of the batch on a device; asynchronous from pinned memory."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy of the batch on a device, which for a card goes through pinned memory and is not waited for."""
+        if torch.device(device).type != "cuda":
+            return self._map(lambda tensor: tensor.to(device))
+        return self._map(
+            lambda tensor: (tensor if tensor.is_cuda else tensor.pin_memory()).to(device, non_blocking=True)
+        )
 
     def pin_memory(self) -> MicroBatch:
         """Copy of the batch in page-locked memory; torch's DataLoader calls this where there is a GPU."""

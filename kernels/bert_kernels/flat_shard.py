@@ -9,6 +9,7 @@ Letters: E elements of a shard, R rows (tensors) of the reductions over it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -106,6 +107,16 @@ class FlatShard(NamedTuple):
             for begin in range(segment.begin, end, size):
                 stretch = slice(begin, min(begin + size, end))
                 yield segment, Piece(*(buffer[stretch] for buffer in self[:4]))
+
+
+@functools.lru_cache(maxsize=256)
+def on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a vector on a device, for reading only: equal ones are the same tensor.
+
+    A card gets them from page-locked memory, so that the host does not wait for it.
+    """
+    vector = torch.tensor(numbers, dtype=dtype)
+    return vector.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else vector.to(device)
 
 
 def check_shard(shard: FlatShard) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bert_kernels.flat_shard import FlatShard, LambScalars, Piece, Segment, check_shard
+from bert_kernels.flat_shard import FlatShard, LambScalars, Piece, Segment, check_shard, on_device
 from bert_kernels.lamb_kernels import hyper_of_step, lamb_apply_triton, lamb_moments_triton
 
 
@@ -99,7 +99,7 @@ def add_rows(sums_RC: Tensor, rows: list[int], values: list[Tensor]) -> None:
     """Add C scalar tensors per entry of `rows` to that row of sums_RC."""
     if rows:
         added = torch.stack(values).view(len(rows), sums_RC.shape[1])
-        sums_RC.index_add_(0, torch.tensor(rows, device=sums_RC.device), added)
+        sums_RC.index_add_(0, on_device(tuple(rows), torch.int64, sums_RC.device), added)
 
 
 def update_moments(piece: Piece, grad: Tensor, scalars: LambScalars) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from bert_kernels._launch import check_device, launch
 from bert_kernels._numerics import as_operand, cpu_bf16
 from bert_kernels._tiles import LAMB, LAMB_ROWS
-from bert_kernels.flat_shard import FlatShard, LambScalars, SegmentTable
+from bert_kernels.flat_shard import FlatShard, LambScalars, SegmentTable, on_device
 
 HYPER = ("beta1", "beta2", "beta3", "one_minus_beta2", "eps", "correction1", "correction2", "lr", "skip")
 """What the vector of hyper-parameters holds, in this order."""
@@ -198,7 +198,8 @@ def hyper_of_step(scalars: LambScalars, lr: float, *, device: torch.device, skip
     """
     betas = [scalars.beta1, scalars.beta2, scalars.beta3, 1 - scalars.beta2]
     numbers = [*betas, scalars.eps, scalars.correction1, scalars.correction2, lr, 0.0]
-    hyper = torch.tensor(numbers, dtype=torch.float32, device=device)
+    # At stage 0 every tensor asks, and all but the first are given what is on the device already.
+    hyper = on_device(tuple(numbers), torch.float32, device)
     return hyper if skip is None else torch.cat((hyper[:-1], skip.reshape(1).float()))
 
 

@@ -7,6 +7,7 @@ IGNORE_INDEX counts for nothing. The formulas are those of Hugging Face's BertFo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from bert_ds.basics.loss_term import LossTerm
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
+from bert_ds.downstream.kinds.span_head import softmax_parts
 from bert_ds.downstream.kinds.task_model import HeadInput, HeadOutput, head_site
 from bert_ds.encoder.families.family import RoleName
 from bert_ds.encoder.fused_ops import FusedOps
@@ -135,18 +137,22 @@ class ChoiceHead(nn.Module):
         self.classifier = Projection(config, 1, ops=ops, site=head_site(config))
 
     def forward(self, stream: HeadInput, targets: Mapping[str, Tensor]) -> HeadOutput:
-        """Compare with targets["choice"], int64 [Q]; targets["num_choices"], int64 [Q], cuts the N sequences."""
+        """Compare with targets["choice"], int64 [Q]; targets["num_choices"], int64 [Q], cuts the N sequences.
+
+        An answer is right when no other choice of its question beats it.
+        """
         assert stream.sequence_ND is not None
         scores_N = self.classifier(stream.sequence_ND, stream.dropout_seed).squeeze(1)
         if "choice" not in targets:
             zero = scores_N.sum()[None] * 0.0
             return HeadOutput(zero, zero, {"scores": scores_N})
-        sizes = targets["num_choices"].tolist()  # host sync: they are shapes
-        scores_QC = nn.utils.rnn.pad_sequence(
-            list(scores_N.split(sizes)), batch_first=True, padding_value=torch.finfo(scores_N.dtype).min
-        )
-        found = _compared(scores_QC, targets["choice"], "one_of", None, name="scores")
-        return found._replace(scores={"scores": scores_N})
+        starts = F.pad(targets["num_choices"].cumsum(0), (1, 0))
+        top_Q1, log_sum_Q1 = softmax_parts(scores_N[:, None], starts)
+        counts_Q = (targets["choice"] != IGNORE_INDEX).float()
+        chosen_Q = scores_N.gather(0, starts[:-1] + targets["choice"].clamp(min=0))
+        loss = ((log_sum_Q1[:, 0] - chosen_Q) * counts_Q).sum()
+        num_correct = ((chosen_Q >= top_Q1[:, 0]) * counts_Q).sum()
+        return HeadOutput(loss[None], num_correct[None], {"scores": scores_N})
 
 
 def _compared(
@@ -163,7 +169,13 @@ def _compared(
         loss = F.binary_cross_entropy_with_logits(scores_RL, targets, reduction="sum")
         num_correct = ((scores_RL > 0) == (targets > 0.5)).sum().float()
         return HeadOutput(loss[None], num_correct[None], {name: scores_RL})
-    weights = None if class_weights is None else scores_RL.new_tensor(class_weights)
+    weights = None if class_weights is None else _on_device(tuple(class_weights), scores_RL.device)
     loss = F.cross_entropy(scores_RL, targets, weight=weights, ignore_index=IGNORE_INDEX, reduction="sum")
     num_correct = (scores_RL.argmax(dim=-1) == targets).sum().float()
     return HeadOutput(loss[None], num_correct[None], {name: scores_RL})
+
+
+@lru_cache(maxsize=8)
+def _on_device(weights: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return the weights, fp32 [L]; kept, because every copy of a list makes the host wait for the card."""
+    return torch.tensor(weights, device=device)

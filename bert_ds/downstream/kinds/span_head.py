@@ -51,7 +51,7 @@ class SpanHead(nn.Module):
             return HeadOutput(zero, zero, scores)
         span_N2 = targets["span"]
         counts_N = (span_N2[:, 0] != IGNORE_INDEX).float()
-        top_N2, log_sum_N2 = _softmax_parts(scores_T2, stream.cu_seqlens)
+        top_N2, log_sum_N2 = softmax_parts(scores_T2, stream.cu_seqlens)
         tokens_N2 = stream.cu_seqlens[:-1, None] + span_N2.clamp(min=0)
         chosen_N2 = scores_T2.gather(0, tokens_N2.long())
         loss = ((log_sum_N2 - chosen_N2).mean(dim=1) * counts_N).sum()
@@ -59,15 +59,19 @@ class SpanHead(nn.Module):
         return HeadOutput(loss[None], num_correct[None], scores)
 
 
-def _softmax_parts(scores_T2: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest score and log-sum-exp of each sequence."""
-    num_sequences = len(cu_seqlens) - 1
-    lengths_N = cu_seqlens.diff()
-    sequence_T = torch.repeat_interleave(
-        torch.arange(num_sequences, device=scores_T2.device), lengths_N, output_size=len(scores_T2)
+def softmax_parts(scores_TC: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest score and log-sum-exp of each of N groups of rows, fp32 [N, C] each.
+
+    Args:
+        scores_TC: fp32.
+        starts: whole numbers [N + 1], group n is rows starts[n] to starts[n + 1].
+    """
+    shape = len(starts) - 1, scores_TC.shape[1]
+    group_T = torch.repeat_interleave(
+        torch.arange(shape[0], device=scores_TC.device), starts.diff(), output_size=len(scores_TC)
     )
-    top_N2 = scores_T2.new_full((num_sequences, 2), -torch.inf)
-    top_N2 = top_N2.scatter_reduce(0, sequence_T[:, None].expand(-1, 2), scores_T2.detach(), "amax")
-    shifted_T2 = (scores_T2 - top_N2[sequence_T]).exp()
-    sums_N2 = scores_T2.new_zeros(num_sequences, 2).index_add(0, sequence_T, shifted_T2)
-    return top_N2, top_N2 + sums_N2.log()
+    top_NC = scores_TC.new_full(shape, -torch.inf)
+    top_NC = top_NC.scatter_reduce(0, group_T[:, None].expand(-1, shape[1]), scores_TC.detach(), "amax")
+    shifted_TC = (scores_TC - top_NC[group_T]).exp()
+    sums_NC = scores_TC.new_zeros(shape).index_add(0, group_T, shifted_TC)
+    return top_NC, top_NC + sums_NC.log()

@@ -69,8 +69,9 @@ class TaughtTaskModel(TaskModel):
         ((_, target),) = targets.items()
         if target.is_floating_point():
             return F.mse_loss(own_RL, wanted_RL, reduction="sum")[None]
-        kept = target != IGNORE_INDEX
-        return soft_divergence(own_RL[kept], wanted_RL[kept], self.temperature)[None]
+        # A row without a target agrees with the teacher. Leaving it out would need its number on the host.
+        own_RL = torch.where((target != IGNORE_INDEX)[:, None], own_RL, wanted_RL)
+        return soft_divergence(own_RL, wanted_RL, self.temperature)[None]
 
 
 def load_teacher(task: TaskConfig, labels: Labels, *, vocab_size: int, fingerprint: str) -> TaskModel:

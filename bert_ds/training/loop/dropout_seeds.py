@@ -31,4 +31,5 @@ def dropout_seed_value(seed: int, step: int, part: int) -> int:
 
 def dropout_seed(seed: int, step: int, part: int, *, device: torch.device | str) -> Tensor:
     """Return the seed as an int64 tensor of shape [1] on the device, as the dropout kernels take it."""
-    return torch.tensor([dropout_seed_value(seed, step, part)], dtype=torch.int64, device=device)
+    # A fill, which a card does not wait for, unlike a copy of a list.
+    return torch.full((1,), dropout_seed_value(seed, step, part), dtype=torch.int64, device=device)

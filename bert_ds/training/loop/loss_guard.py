@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bert_ds.basics.loss_term import LossTerm
-from bert_ds.training.loop.step_loss import term_factors
+from bert_ds.training.loop.step_loss import term_factors, weighted_sum
 
 _SMALLEST_SIGMA = 1e-3
 """Of the mean: a loss that hardly moves does not make every ripple a spike."""
@@ -52,7 +52,7 @@ class LossGuard:
         total = sums.clone()
         dist.all_reduce(total)
         factors = term_factors(terms, counts)
-        loss = (total[: len(factors)] * total.new_tensor(factors)).sum()
+        loss = weighted_sum(total[: len(factors)], factors)
         mean, sigma = self._window.mean(), self._window.std()
         sigma = torch.maximum(sigma, _SMALLEST_SIGMA * mean.abs())
         spikes = loss > mean + self._sigmas * sigma  # false while the window holds a NaN

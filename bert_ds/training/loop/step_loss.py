@@ -13,6 +13,7 @@ at its source: `engine.backward(loss, scale_wrt_gas=False)`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -38,7 +39,12 @@ def step_loss(loss_sums_L: Tensor, global_counts: Mapping[str, float], *, terms:
     """
     if len(loss_sums_L) != len(terms):
         raise ValueError(f"{len(loss_sums_L)} loss sums of {len(terms)} loss terms")
-    return (loss_sums_L * loss_sums_L.new_tensor(term_factors(terms, global_counts))).sum()
+    return weighted_sum(loss_sums_L, term_factors(terms, global_counts))
+
+
+def weighted_sum(sums_L: Tensor, factors: Sequence[float]) -> Tensor:
+    """Return the sum of factor times sum; the factors are arguments of kernels, so nothing is copied to a device."""
+    return reduce(torch.add, [sum_ * factor for sum_, factor in zip(sums_L.unbind(), factors, strict=True)])
 
 
 def poison_if_not_finite(loss: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from bert_ds.training.optimizers.sharded_optimizer import (
     sum_over_ranks,
 )
 from bert_ds.training.optimizers.trust_statistics import RecordedRows, TrustStatistics, read_statistics
-from bert_kernels.flat_shard import LambScalars
+from bert_kernels.flat_shard import LambScalars, on_device
 from bert_kernels.lamb import gradient_squares, lamb_apply, lamb_moments, lans_apply, lans_moments
 
 
@@ -97,7 +97,6 @@ class Lamb(ShardedOptimizer):
         super().__init__(named_parameters, settings, weight_decay=weight_decay, weight_decay_of=weight_decay_of)
         self.flags = flags if flags is not None else self.default_flags
         self._records: dict[int, RecordedRows] = {}
-        self._decayed: dict[tuple[float, ...], Tensor] = {}
 
     @classmethod
     def of_recipe(cls, named_parameters: NamedParameters, context: RecipeContext) -> Lamb:
@@ -142,10 +141,7 @@ class Lamb(ShardedOptimizer):
         """Return which rows get a trust ratio, bool [R]; None for all."""
         if self.flags.use_nvlamb:
             return None
-        decays = group.layout.rows.decays
-        if decays not in self._decayed:
-            self._decayed[decays] = torch.tensor([decay != 0 for decay in decays], device=device)
-        return self._decayed[decays]
+        return on_device(group.layout.rows.decays, torch.float64, device) != 0
 
     def _record(self, group: GroupStep, ratios_R: Tensor, sums_R2: Tensor) -> None:
         names = group.layout.names

@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 from bert_ds.training.optimizers.parameter_layout import GroupToFind, Layout, collective_device, find_layouts
 from bert_ds.training.optimizers.reduction_rows import EqualParts, OwnedParameter, with_parts, with_rates
-from bert_kernels.flat_shard import FlatShard
+from bert_kernels.flat_shard import FlatShard, on_device
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
@@ -57,7 +57,7 @@ class GroupStep(NamedTuple):
         scales = self.layout.rows.lr_scales
         if all(scale == 1.0 for scale in scales):
             return values_R
-        return values_R * torch.tensor(scales, dtype=values_R.dtype, device=values_R.device)
+        return values_R * on_device(scales, values_R.dtype, values_R.device)
 
 
 class RecipeContext(NamedTuple):
