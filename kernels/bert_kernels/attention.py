@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from bert_kernels._launch import check_device
 from bert_kernels.attention_kernels import AttentionCall, attention_backward, attention_forward
@@ -26,6 +27,10 @@ _MOST_ELEMENTS = (1 << 31) - (1 << 24)
 
 # Sequences whose length is at least this fraction of the longest of their group are padded to it and done together.
 _MIN_FILL = 0.85
+# Longer sequences are done in blocks of queries, each with as many scores as a whole sequence of this length has.
+_WHOLE_LENGTH = 1024
+# Queries of a block in a window, at least.
+_MIN_WINDOW_ROWS = 128
 
 
 def attention_reference(
@@ -55,7 +60,7 @@ def attention_reference(
     parts, index = [], []
     for starts, lengths in _groups(cu_seqlens):
         offsets_NS, key_mask_NS = _token_grid(starts, lengths, qkv_T3HK.device)
-        out_PHK = _padded_attention(qkv_T3HK, offsets_NS, key_mask_NS, scale=scale, window=window, dropout=keep)
+        out_PHK = _padded_attention(qkv_T3HK, _Group(offsets_NS, key_mask_NS, scale, window, keep))
         rows = offsets_NS.flatten()
         if key_mask_NS is not None:
             inside = key_mask_NS.flatten().nonzero().squeeze(1)
@@ -75,36 +80,76 @@ class _Dropout(NamedTuple):
     site: int
 
 
-def _padded_attention(
-    qkv_T3HK: Tensor,
-    offsets_NS: Tensor,
-    key_mask_NS: Tensor | None,
-    *,
-    scale: float,
-    window: int | None,
-    dropout: _Dropout | None,
-) -> Tensor:
+class _Group(NamedTuple):
+    """Sequences of similar length, padded to the longest, and how they are attended to."""
+
+    offsets_NS: Tensor
+    key_mask_NS: Tensor | None
+    scale: float
+    window: int | None
+    dropout: _Dropout | None
+
+
+class _Block(NamedTuple):
+    """Queries begin .. end - 1 of a padded group, and the keys that any of them sees."""
+
+    begin: int
+    end: int
+    first_key: int
+    last_key: int
+
+
+def _padded_attention(qkv_T3HK: Tensor, group: _Group) -> Tensor:
     """Return the output (N S, H, K) of one padded group; kept values are not scaled yet."""
-    num_heads, head_dim = qkv_T3HK.shape[2:]
-    num_columns = offsets_NS.shape[1]
-    grid = (*offsets_NS.shape, 3, num_heads, head_dim)
-    q, k, v = qkv_T3HK.index_select(0, offsets_NS.flatten()).view(grid).permute(2, 0, 3, 1, 4).unbind(0)
-    bias = _score_bias(key_mask_NS, num_columns, window, q)
+    size = group.offsets_NS.shape[1]
+    grid = (*group.offsets_NS.shape, *qkv_T3HK.shape[1:])
+    q, k, v = qkv_T3HK.index_select(0, group.offsets_NS.flatten()).view(grid).permute(2, 0, 3, 1, 4).unbind(0)
+    rows = _rows_together(size, group.window)
+    # Scores in a window are linear in the tokens anyway; those of everything are made again rather than kept.
+    is_made_again = group.window is None and rows < size and torch.is_grad_enabled()
+    parts = []
+    for q_NHRK, begin in zip(q.split(rows, dim=2), range(0, size, rows), strict=True):
+        end, reach = min(begin + rows, size), size if group.window is None else group.window
+        block = _Block(begin, end, max(0, begin - reach), min(size, end + reach))
+        keys = slice(block.first_key, block.last_key)
+        arguments = (q_NHRK, k[:, :, keys], v[:, :, keys], group, block)
+        if is_made_again:
+            parts.append(checkpoint(_attend, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(_attend(*arguments))
+    return torch.cat(parts, dim=2).transpose(1, 2).flatten(0, 1)
+
+
+def _rows_together(size: int, window: int | None) -> int:
+    """Return how many queries are done at once: all of a short sequence, of a long one as many as memory has room for.
+
+    In a window a block must pay: it is at most half of the work of doing all at once.
+    """
+    if window is None:
+        return size if size <= _WHOLE_LENGTH else max(1, _WHOLE_LENGTH**2 // size)
+    rows = max(_MIN_WINDOW_ROWS, 2 * window)
+    return rows if size >= 2 * (rows + 2 * window) else size
+
+
+def _attend(q_NHRK: Tensor, k_NHCK: Tensor, v_NHCK: Tensor, group: _Group, block: _Block) -> Tensor:
+    """Return the output (N, H, R, K) of R queries over C keys."""
+    bias = _score_bias(group, block, q_NHRK)
     # Written out rather than scaled_dot_product_attention: its CPU backward is 3 times slower in bf16.
-    scores_NHSS = (q * scale) @ k.transpose(-2, -1)
-    p_NHSS = torch.softmax(scores_NHSS if bias is None else scores_NHSS + bias, dim=-1)
-    if dropout is not None:
+    scores_NHRC = (q_NHRK * group.scale) @ k_NHCK.transpose(-2, -1)
+    p_NHRC = torch.softmax(scores_NHRC if bias is None else scores_NHRC + bias, dim=-1)
+    if (dropout := group.dropout) is not None:
         assert dropout.seed is not None
-        p_NHSS = p_NHSS * keep_mask_reference(
-            offsets_NS[:, None],
-            num_columns,
+        kept_NHRC = keep_mask_reference(
+            group.offsets_NS[:, None, block.begin : block.end],
+            block.last_key,
             dropout_p=dropout.dropout_p,
             dropout_seed=dropout.seed,
             site=dropout.site,
-            heads=torch.arange(num_heads, device=q.device)[:, None],
+            heads=torch.arange(q_NHRK.shape[1], device=q_NHRK.device)[:, None],
             layout=ATTENTION,
-        )
-    return (p_NHSS @ v).transpose(1, 2).flatten(0, 1)
+        )[..., block.first_key :]
+        p_NHRC = p_NHRC * kept_NHRC
+    return p_NHRC @ v_NHCK
 
 
 def _token_grid(starts: list[int], lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -138,14 +183,15 @@ def _groups(cu_seqlens: Tensor) -> Iterator[tuple[list[int], list[int]]]:
         yield starts, lengths
 
 
-def _score_bias(key_mask_NS: Tensor | None, size: int, window: int | None, q: Tensor) -> Tensor | None:
-    """Return 0 where a key is seen and -inf elsewhere, broadcastable to (N, H, S, S); None where all are seen."""
-    seen = None if key_mask_NS is None else key_mask_NS[:, None, None, :]
-    if window is not None:
-        position = torch.arange(size, device=q.device)
-        near = (position[:, None] - position).abs() <= window
+def _score_bias(group: _Group, block: _Block, q: Tensor) -> Tensor | None:
+    """Return 0 where a key is seen and -inf elsewhere, broadcastable to (N, H, R, C); None where all are seen."""
+    seen = None if group.key_mask_NS is None else group.key_mask_NS[:, None, None, block.first_key : block.last_key]
+    if group.window is not None:
+        rows = torch.arange(block.begin, block.end, device=q.device)[:, None]
+        distance = (rows - torch.arange(block.first_key, block.last_key, device=q.device)).abs()
+        near = distance <= group.window
         # A padded query may have no key at all inside its window; it sees itself so that no row is empty.
-        seen = near if seen is None else near & (seen | torch.eye(size, dtype=torch.bool, device=q.device))
+        seen = near if seen is None else near & (seen | (distance == 0))
     if seen is None:
         return None
     return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, float("-inf"))
