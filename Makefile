@@ -8,7 +8,8 @@
 # make bench-cpu  the torch references of the operators on this CPU
 # make test-gpu   the kernels on an NVIDIA GPU, among that a thousand runs of equal bits; make sanitize-gpu: the same at
 #                 small sizes under compute-sanitizer
-# make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, muon-curves, shards, race and peer (each wants
+# make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, muon-curves, shards, race,
+#                 peer, context and modernbert-speed (each wants
 #                 TEXT=folder of text), lamb, muon, kernels, configs, fuzz, deepspeed (the newest release instead of the
 #                 pinned one), kills, storms, folders, start, checkpoint, damage (wants root, for a small disk in memory),
 #                 families, slurm, modules-of-a-step, downstream (wants DATA=folder of the data sets), hf-trainer (DATA and
@@ -25,7 +26,7 @@ DEEPSPEED_CONFIG := ds_configs/zero2.json
 .PHONY: pretrain test test-fast test-slurm check format env env-dev clean bench-gpu
 .PHONY: campaign-kills campaign-folders campaign-storms campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-peer campaign-lamb campaign-muon campaign-kernels campaign-configs campaign-fuzz campaign-slurm
-.PHONY: campaign-families campaign-start campaign-modules-of-a-step bench-cpu test-gpu sanitize-gpu
+.PHONY: campaign-families campaign-modernbert-speed campaign-context campaign-start campaign-modules-of-a-step bench-cpu test-gpu sanitize-gpu
 
 env:
 	@.ci/make_env.sh
@@ -57,7 +58,7 @@ check: env-dev
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/audit.py
 
-campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-peer: env-dev
+campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-peer campaign-modernbert-speed campaign-context: env-dev
 	@[[ -n "$(TEXT)" ]] || { echo "TEXT=folder is missing: the text that the measurement is made on"; exit 2; }
 	$(BIN)/python tests/$(subst -,_,$@).py --text $(TEXT) --work runs/$@
 
@@ -134,6 +135,7 @@ campaign-families: env-dev
 	  .venv-transformers4/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 "transformers==4.57.*" && \
 	  touch .venv-transformers4/installed; }
 	$(BIN)/python tests/campaign_families.py --peer .venv-transformers4/bin/python --work runs/$@
+	$(BIN)/python tests/campaign_family_stages.py --work runs/$@-stages
 
 campaign-modules-of-a-step: env-dev
 	$(BIN)/python tests/campaign_modules_of_a_step.py
