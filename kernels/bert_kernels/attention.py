@@ -105,8 +105,10 @@ def _padded_attention(qkv_T3HK: Tensor, group: _Group) -> Tensor:
     grid = (*group.offsets_NS.shape, *qkv_T3HK.shape[1:])
     q, k, v = qkv_T3HK.index_select(0, group.offsets_NS.flatten()).view(grid).permute(2, 0, 3, 1, 4).unbind(0)
     rows = _rows_together(size, group.window)
+    if rows == size:  # no slices, whose gradients are tensors of zeros
+        return _attend(q, k, v, group, _Block(0, size, 0, size)).transpose(1, 2).flatten(0, 1)
     # Scores in a window are linear in the tokens anyway; those of everything are made again rather than kept.
-    is_made_again = group.window is None and rows < size and torch.is_grad_enabled()
+    is_made_again = group.window is None and torch.is_grad_enabled()
     parts = []
     for q_NHRK, begin in zip(q.split(rows, dim=2), range(0, size, rows), strict=True):
         end, reach = min(begin + rows, size), size if group.window is None else group.window
