@@ -46,7 +46,7 @@ SIZES = {
     ),
     "base": ModernBertConfig(),
 }
-BATCH, BATCHES = {"4 x 256": 32, "base": 8}, {"4 x 256": 12, "base": 5}
+BATCH, BATCHES = {"4 x 256": 16, "base": 2}, {"4 x 256": 6, "base": 4}
 LONGEST, MASKED = 512, 0.3
 
 
