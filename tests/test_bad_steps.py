@@ -27,6 +27,7 @@ from tiny_training import (
 from bert_ds.basics.loss_term import LossTerm
 from bert_ds.basics.ranks import DivergedError
 from bert_ds.configuration.recipe.optimizer_config import AdamWConfig
+from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
 from bert_ds.training.checkpoints.checkpoint_loader import resume, roll_back
 from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.checkpoints.train_state import TrainState
@@ -138,6 +139,7 @@ def test_after_bad_batches_in_a_row_the_run_goes_on_as_if_they_had_never_been_th
     join_alone()
     sick, state = run_sick(tmp_path / "sick", {7, 8, 9}, steps=12)
     assert (state.step, state.passed_over, state.rollbacks, state.skipped_steps) == (12, 3, 1, 3)
+    assert not list((tmp_path / "sick/checkpoints").glob("*abandoned*")), "saved between bad steps"
     model = TinyModel()
     optimizer = make_optimizer(AdamWConfig(lr=1e-2), model.named_parameters())
     engine, services = make_engine(model, optimizer, ds_config(2, accumulation=2)), tiny_services(tmp_path, 0, 1)
@@ -196,6 +198,21 @@ def test_nothing_spikes_before_the_window_is_full_or_the_guard_is_armed() -> Non
     assert [judge(guard, loss) for loss in (1.0, 2.0, 100.0, 1.0)] == [True] * 4
     armed = LossGuard(3.0, 4, recent=[1.0, 1.1, 0.9, 1.0], device="cpu")
     assert judge(armed, 50.0, armed=False)
+
+
+def test_a_ripple_of_a_loss_that_hardly_moves_is_no_spike() -> None:
+    join_alone()
+    assert judge(LossGuard(3.0, 4, recent=[1.0] * 4, device="cpu"), 1.002)
+    assert not judge(LossGuard(3.0, 4, recent=[1.0] * 4, device="cpu"), 1.004)
+
+
+@pytest.mark.parametrize(("at_step", "num_skipped"), [(10, 0), (11, 1)])
+def test_the_guard_is_armed_by_the_first_step_after_the_warm_up(at_step: int, num_skipped: int, tmp_path: Path) -> None:
+    join_alone()
+    engine, services = tiny_engine(ds_config(0, accumulation=2)), tiny_services(tmp_path, 0, 1)
+    loop = tiny_loop(12, schedule=ScheduleConfig(type="constant", warmup_steps=10), **GUARDED)
+    state = train(engine, sick_batches(0, 0, "spike", {at_step}), state=TrainState(), loop=loop, services=services)
+    assert state.skipped_steps == num_skipped
 
 
 def test_a_spike_is_explained_and_does_not_count_for_later_steps() -> None:

@@ -35,7 +35,7 @@ from bert_ds.training.checkpoints.checkpoint_folder import (
     verify_checkpoint,
     write_manifest,
 )
-from bert_ds.training.checkpoints.checkpoint_loader import resume, save_checkpoint
+from bert_ds.training.checkpoints.checkpoint_loader import resume, roll_back, save_checkpoint
 from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, checkpoint_bytes
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 from bert_ds.training.checkpoints.train_state import TrainState
@@ -217,6 +217,17 @@ def test_an_older_checkpoint_that_is_resumed_by_name_is_the_runs_from_then_on_an
     assert find_checkpoint(run_dir) == run_dir / "checkpoints/global_step2"
     [kept] = (run_dir / "checkpoints").glob("global_step4.abandoned-*")
     assert (kept / "manifest.json").exists()
+
+
+def test_going_back_abandons_what_was_saved_between_bad_steps(run_dir: Path) -> None:
+    manifest = parse_manifest(newest(run_dir))
+    write_manifest(newest(run_dir), {**manifest, "state": {**manifest["state"], "bad_streak": 1}})
+    join_alone()
+    log, state = tiny_services(run_dir, 0, 1).log, TrainState(step=5)
+    assert roll_back(tiny_engine(ds_config(2)), run_dir, state=state, facts=FACTS, log=log)
+    assert (state.step, state.passed_over) == (2, 3)
+    assert find_checkpoint(run_dir) == run_dir / "checkpoints/global_step2"
+    assert len(list((run_dir / "checkpoints").glob("global_step4.abandoned-*"))) == 1
 
 
 def test_a_checkpoint_of_other_data_is_refused(run_dir: Path) -> None:

@@ -37,6 +37,7 @@ from bert_ds.encoder.hf_folder import load_hf_folder, special_ids
 from bert_ds.encoder.hf_mapping import to_hf
 from bert_ds.encoder.hf_verify import verify_export
 from bert_ds.encoder.pretraining_model import PretrainingModel
+from bert_ds.export_hf import _measured
 from bert_ds.training.checkpoints.checkpoint_loader import CheckpointPolicy, save_checkpoint
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 from bert_ds.training.checkpoints.train_state import TrainState
@@ -292,3 +293,14 @@ def test_scores_may_differ_by_a_ten_thousandth_of_the_largest(
         return
     with pytest.raises(CheckpointError, match=r"wanted at most 0\.0001 of the largest score"):
         verify_export(tmp_path, CONFIG, state_dict=state_dict)
+
+
+def test_the_card_has_the_figures_of_its_own_step(tmp_path: Path) -> None:
+    rows = [
+        {"kind": "evaluation", "step": step, "loss_mlm_masked": step / 10, "mlm_masked_accuracy": step / 100}
+        for step in (10, 20)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = _measured(tmp_path / "metrics.jsonl", 10)
+    assert found == {"held-out text at [MASK]": "loss 1.000 nats, accuracy 0.100"}
+    assert _measured(tmp_path / "metrics.jsonl", 15) == {}

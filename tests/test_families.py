@@ -14,6 +14,7 @@ import transformers
 from family_cases import FORMS, SPECIAL_IDS, disturbed, ragged, settings_of
 
 from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.families.modernbert import ModernBertConfig
 from bert_ds.encoder.families import table as family_table
 from bert_ds.encoder.families.bert import BERT
 from bert_ds.encoder.families.table import family_of, weight_patterns
@@ -209,3 +210,14 @@ def test_a_window_is_counted_as_what_it_sees() -> None:
     assert config.attended_tokens(23) == 2 * 23 + 2 * 9
     assert config.attended_tokens(5) == 4 * 5
     assert FORMS["bert"].attended_tokens(23) == 3 * 23
+
+
+def test_a_modernbert_begins_with_the_deviations_that_transformers_draws() -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 2, "intermediate_size": 96}
+    layer = PretrainingModel(ModernBertConfig(vocab_size=64, **sizes), kernels="torch", has_pair_head=False).bert.layer[
+        0
+    ]
+    cut_off = 0.8796  # deviation of a normal that ends at two deviations
+    assert layer.attention.qkv_weight.std().item() == pytest.approx(cut_off * 0.02, rel=0.03)
+    for writes in (layer.attention.output_weight, layer.feed_forward.output_weight):
+        assert writes.std().item() == pytest.approx(cut_off * 0.02 / (2 * 8) ** 0.5, rel=0.03)

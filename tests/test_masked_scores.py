@@ -99,7 +99,7 @@ def test_a_label_scores_the_mean_over_its_words_and_a_word_the_mean_over_its_pie
     assert found.scores[0] == pytest.approx(wanted, abs=1e-4)
     for shots in ((), [Shot(["b"], "yes")]):
         plain, empty = (
-            prompt_scores(model, writer, [[text]], shots=shots, calibrate=False).scores[0] for text in ("中文", "")
+            prompt_scores(model, writer, [[text]], shots=shots, calibrate=False).scores[0] for text in ("中文", " ")
         )
         calibrated = prompt_scores(model, writer, [["中文"]], shots=shots).scores[0]
         assert calibrated == pytest.approx({label: plain[label] - empty[label] for label in wanted}, abs=1e-4)

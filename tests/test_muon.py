@@ -27,7 +27,7 @@ from bert_ds.training.engine import make_engine
 from bert_ds.training.optimizers.factory import make_optimizer
 from bert_ds.training.optimizers.muon import JORDAN, Muon
 from bert_ds.training.optimizers.muon_exchange import deal
-from bert_ds.training.optimizers.newton_schulz import orthogonalise, orthogonalising_dtype
+from bert_ds.training.optimizers.newton_schulz import orthogonalise, orthogonalising_dtype, update_scale
 from bert_ds.training.optimizers.param_groups import TensorFacts
 
 FACTS = TensorFacts(("*bias",), {"qkv": ("query", "key", "value")}, ("qkv", "tall"))
@@ -105,6 +105,10 @@ def test_every_setting_reaches_the_tensors_that_it_is_for(settings: Any, changed
     before, after = two_steps(), two_steps(**settings)
     names = [name for name, _ in parameters()]
     assert {name for name, a, b in zip(names, before, after, strict=True) if not torch.equal(a, b)} == changed_tensors
+
+
+def test_a_wide_matrix_moves_as_far_as_a_tall_one() -> None:
+    assert update_scale(6, 17) == update_scale(17, 6) == pytest.approx(0.2 * 17**0.5)
 
 
 @pytest.mark.parametrize("shape", [(17, 6), (6, 17)])

@@ -182,14 +182,17 @@ def test_a_resumed_run_passes_over_the_batches_that_its_checkpoint_says(workshop
     assert [row["sources"] for row in rows] == [
         {name: one._asdict() for name, one in count.items()} for count in counts
     ]
-    replayed = must(*script, "--replay_step", 4)
-    assert "step 4, batch 7, on the weights of step 2" in replayed
+    replayed = must(*script, "--replay_step", 3)
+    assert "step 3, batch 6, on the weights of step 2" in replayed
     part = json.loads(replayed.split("rank 0 micro-step 0: ")[1].splitlines()[0])
-    assert part["example_ids"] == batch_of(data, 7).example_ids.tolist()
+    assert part["example_ids"] == batch_of(data, 6).example_ids.tolist()
+    assert part["loss_shares"] == pytest.approx({name: rows[0][f"loss_{name}"] for name in ("mlm", "pair")}, rel=1e-6)
 
 
 def test_a_row_of_a_mixture_counts_the_tokens_of_its_own_step(workshop: Workshop) -> None:
-    rows = read_metrics(workshop.run({**MIXED, "checkpoints.every_steps": 2}) / "metrics.jsonl")
+    run_dir = workshop.run({**MIXED, "checkpoints.every_steps": 2})
+    data, rows = data_of(recipe_of(run_dir)), read_metrics(run_dir / "metrics.jsonl")
+    assert parse_manifest(run_dir / "checkpoints/global_step2")["facts"] == {"data": data.fingerprint, "family": "bert"}
     assert len({row["num_tokens"] for row in rows}) > 1
     for row in rows:
         assert sum(source["tokens"] for source in row["sources"].values()) == row["num_tokens"]

@@ -156,3 +156,5 @@ def test_the_verb_prints_one_line_for_the_script_and_one_sentence_for_the_log(tm
     assert found.stdout == "again 75 0\n", "a marker that is older than the launch says nothing about it"
     assert found.stderr == ("job 17: rank 0 ended with exit code 1 (OSError: no route); launching again from step 60\n")
     assert Progress.load(tmp_path / "restarts.json", "17") == Progress("17", 60, 0, 1)
+    silent = [*map(str, command), "--nodes_answer", "no"]
+    assert subprocess.run(silent, capture_output=True, text=True, timeout=60).stdout == "requeue 75 0\n"
