@@ -57,7 +57,7 @@ from bert_ds.training.checkpoints.checkpoint_loader import resume
 from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.checkpoints.train_state import LoopSettings, TrainState
 from bert_ds.training.engine import make_engine
-from bert_ds.training.launch.hang_watchdog import Heartbeat, watched_for_hangs
+from bert_ds.training.launch.hang_watchdog import Heartbeat, collective_timeout, watched_for_hangs
 from bert_ds.training.launch.launch_precision import Decision, decide_precision
 from bert_ds.training.launch.preflight import preflight
 from bert_ds.training.launch.process_group import device_name, joined_ranks
@@ -106,7 +106,8 @@ def main() -> int:
         refuse_foreign_folders([run_dir])
         preflight(run_dir, ranks, when=args.preflight)
 
-    with joined_ranks(ranks, start_limit_s=args.start_limit, first=look):
+    timeout = collective_timeout(args.hang_limit)
+    with joined_ranks(ranks, timeout=timeout, start_limit_s=args.start_limit, first=look):
         start = open_task(task, ds, args=args, ranks=ranks, stop=stop, run_dirs=run_dirs)
         task = with_precision(task, start.decision.precision)
         if not folders:

@@ -53,7 +53,7 @@ from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, Chec
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 from bert_ds.training.checkpoints.train_state import LoopSettings, TrainState
 from bert_ds.training.engine import make_engine
-from bert_ds.training.launch.hang_watchdog import Heartbeat, watched_for_hangs
+from bert_ds.training.launch.hang_watchdog import Heartbeat, collective_timeout, watched_for_hangs
 from bert_ds.training.launch.launch_precision import decide_precision
 from bert_ds.training.launch.node_facts import needs_of
 from bert_ds.training.launch.preflight import preflight
@@ -98,7 +98,8 @@ def main() -> int:
         refuse_foreign_folders([args.run_dir])  # before anything is tried in it
         preflight(args.run_dir, ranks, when=args.preflight, needs=needs_of(plan, args.run_dir))
 
-    with joined_ranks(ranks, start_limit_s=args.start_limit, first=look):
+    timeout = collective_timeout(args.hang_limit)
+    with joined_ranks(ranks, timeout=timeout, start_limit_s=args.start_limit, first=look):
         return pretrain(plan, ranks, args=args, stop=stop)
 
 

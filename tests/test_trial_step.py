@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -11,10 +12,24 @@ from tiny_training import TinyBatch, TinyModel, ds_config, join_alone, micro_bat
 from bert_ds.training.loop.trial_step import fits_in_memory, largest_that_fits, probe_longest
 
 
-def test_a_probe_takes_one_whole_step_and_reports_its_peak() -> None:
+class SlowToStart(TinyModel):
+    """Needs a second for its first pass, as one does whose kernels are compiled there."""
+
+    started = False
+
+    def forward(self, **inputs: Any) -> tuple:
+        if not self.started:
+            time.sleep(1.0)
+        self.started = True
+        return super().forward(**inputs)
+
+
+def test_a_probe_times_a_second_whole_step_and_reports_its_peak() -> None:
     join_alone()
-    engine = tiny_engine(ds_config(2, accumulation=3))
+    engine = tiny_engine(ds_config(2, accumulation=3), model=SlowToStart())
     probe = probe_longest(engine, micro_batch(1, 1))
+    assert probe.first_seconds - probe.seconds > 0.5
+    assert engine.global_steps == 2
     assert probe.num_tokens == 3 * micro_batch(1, 1).num_tokens
     assert probe.peak_bytes > 10_000_000
     assert engine.basic_optimizer.state

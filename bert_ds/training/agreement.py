@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -27,17 +26,18 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longer than rank 0 may need to build a corpus or to write a checkpoint while the others wait."""
 
 
-@lru_cache(maxsize=1)
-def _gloo(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    if dist.get_backend(world) == "gloo":
-        return world
-    return dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+_host_groups: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
 
-def host_group() -> dist.ProcessGroup:
-    """Return the gloo group of all ranks; made on the first call, which is a collective."""
-    assert dist.group.WORLD is not None, "the process group is not initialised"
-    return _gloo(dist.group.WORLD)
+def host_group(timeout: timedelta = COLLECTIVE_TIMEOUT) -> dist.ProcessGroup:
+    """Return the gloo group of all ranks; made on the first call, which is a collective and may give a timeout."""
+    world = dist.group.WORLD
+    assert world is not None, "the process group is not initialised"
+    if world not in _host_groups:
+        _host_groups.clear()
+        is_gloo = dist.get_backend(world) == "gloo"
+        _host_groups[world] = world if is_gloo else dist.new_group(backend="gloo", timeout=timeout)
+    return _host_groups[world]
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:

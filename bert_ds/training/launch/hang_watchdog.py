@@ -20,6 +20,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,15 +30,21 @@ from bert_ds.basics.exit_record import record_exit
 from bert_ds.basics.processes import process_identity
 from bert_ds.basics.ranks import EXIT_RUN_AGAIN, Ranks
 from bert_ds.basics.whole_files import write_text
-from bert_ds.training.agreement import broadcast_json, gather_json
+from bert_ds.training.agreement import COLLECTIVE_TIMEOUT, broadcast_json, gather_json
 
 PATIENCE = 3
 """So many times the limit is waited in the first step (kernels compile), in an evaluation and in a save."""
 _DUMP_SIGNAL = signal.SIGUSR2
 _END_SIGNAL = signal.SIGRTMIN + 1
 """Lets a rank dump its stacks and end by this signal's default action, without a step in between."""
+_HEAD_START = timedelta(minutes=10)
 _GRACE_S = 3.0
 """How long a rank that has found the hang waits for the reports of the others, then for the end of silent ones."""
+
+
+def collective_timeout(limit_s: float) -> timedelta:
+    """Return how long a collective may wait, so that the watchdog of `limit_s` speaks first: NCCL leaves no stacks."""
+    return max(COLLECTIVE_TIMEOUT, timedelta(seconds=PATIENCE * limit_s) + _HEAD_START)
 
 
 class Heartbeat:

@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from bert_ds.basics.ranks import Ranks
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.launch.start_watch import START_LIMIT_S, joined, meet
-from bert_ds.training.agreement import COLLECTIVE_TIMEOUT
+from bert_ds.training.agreement import COLLECTIVE_TIMEOUT, host_group
 from bert_ds.training.deepspeed_names import missing_name
 
 
@@ -40,8 +40,10 @@ def joined_ranks(
         first: a collective that is done while the start is still watched, before the block.
 
     Raises:
-        ConfigError: there are several ranks and MASTER_ADDR or MASTER_PORT is not set.
+        ConfigError: there are several ranks and MASTER_ADDR or MASTER_PORT is not set, or this one sees no GPU of its
+            own.
     """
+    claim_device(ranks)
     names = {"RANK": ranks.rank, "LOCAL_RANK": ranks.local_rank, "WORLD_SIZE": ranks.world_size}
     os.environ.update({name: str(value) for name, value in names.items()})
     for name, alone in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
@@ -49,6 +51,8 @@ def joined_ranks(
             if ranks.world_size > 1:
                 raise ConfigError(f"{name} is not set: {ranks.world_size} ranks need it to find each other")
             os.environ[name] = alone
+    # NCCL ends a process whose own watchdog is stuck for so long; ours leaves stacks and an exit record.
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(timeout.total_seconds())))
     leave_out_shared_memory_operator()
     meet(start_limit_s)
     deepspeed.init_distributed(
@@ -58,6 +62,7 @@ def joined_ranks(
         verbose=False,
     )
     try:
+        host_group(timeout)
         first()
         joined()
         yield
@@ -65,6 +70,25 @@ def joined_ranks(
         # Without this the background threads of gloo abort an interpreter that ends by an exception.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def claim_device(ranks: Ranks) -> None:
+    """Make this rank's own GPU the one that "cuda" means, before anything is put there.
+
+    Raises:
+        ConfigError: the process sees too few GPUs, as a Slurm task does that was given one for itself alone.
+    """
+    if get_accelerator().device_name() != "cuda":
+        return
+    count = torch.cuda.device_count()
+    if ranks.local_rank >= count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        raise ConfigError(
+            f"local rank {ranks.local_rank} sees {count} GPUs (CUDA_VISIBLE_DEVICES is {visible}), wanted at least "
+            f"{ranks.local_rank + 1}: start as many ranks as there are GPUs, and let each see all of its machine "
+            "(Slurm: --gpus-per-node, not --gpus-per-task or --gpu-bind)"
+        )
+    torch.cuda.set_device(ranks.local_rank)
 
 
 def leave_out_shared_memory_operator() -> None:

@@ -21,15 +21,18 @@ from bert_ds.training.loop.train_step import agree_on_totals, forward_backward, 
 
 
 class TrialStep(NamedTuple):
-    """What one step on the longest possible batch took; the worst of all ranks."""
+    """What a step on the longest possible batch took; the worst of all ranks."""
 
     peak_bytes: int
     """Peak of the device's allocator; on the CPU the peak resident size of the process."""
     seconds: float
+    """Of a step as all later ones are."""
+    first_seconds: float
+    """Of the first, in which kernels are compiled and the optimizer makes its state."""
     num_tokens: float
     """Tokens of the step over all ranks."""
     mean_loss: float
-    """Weighted loss of the step."""
+    """Weighted loss of the first step."""
 
 
 def try_longest(
@@ -52,27 +55,34 @@ def try_longest(
     probe = probe_longest(engine, longest(split.micro_batch_size))
     log.info(
         f"dry run: one step of {probe.num_tokens:.0f} tokens took {probe.seconds:.2f} s and "
-        f"{probe.peak_bytes / 2**30:.2f} GiB at its peak, loss {probe.mean_loss:.4f}"
+        f"{probe.peak_bytes / 2**30:.2f} GiB at its peak, loss {probe.mean_loss:.4f}; the first took "
+        f"{probe.first_seconds - probe.seconds:.2f} s more, for compiling kernels and making optimizer state"
     )
 
 
 def probe_longest(engine: DeepSpeedEngine, batch: MicroBatch) -> TrialStep:
-    """Take one whole optimizer step with every micro-batch equal to `batch`; a collective.
+    """Take two whole optimizer steps with every micro-batch equal to `batch`; a collective.
 
-    The optimizer state exists afterwards, so the peak is that of training. The weights have changed: the engine is for
-    looking at, not for training on.
+    The optimizer state exists in the second, so the peak is that of training. The weights have changed: the engine is
+    for looking at, not for training on.
     """
     engine.train()
     micro_batches = [batch] * engine.gradient_accumulation_steps()
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
-    begun = time.perf_counter()
-    totals = agree_on_totals(micro_batches, data_wait_s=0.0, stop=False)
-    sums = sum_of_ranks(forward_backward(engine, micro_batches, counts=totals.counts, seed=0, step=1))
-    take_step(engine)
-    seconds = max_over_ranks(time.perf_counter() - begun)
-    loss = named_means(engine.module.terms, sums, counts=totals.counts)["loss"]
-    return TrialStep(int(max_over_ranks(_peak_bytes(engine.device))), seconds, totals.num_tokens, loss)
+    losses, seconds = [], []
+    for step in (1, 2):
+        begun = time.perf_counter()
+        totals = agree_on_totals(micro_batches, data_wait_s=0.0, stop=False)
+        sums = sum_of_ranks(forward_backward(engine, micro_batches, counts=totals.counts, seed=0, step=step))
+        take_step(engine)
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)  # what is measured is its end
+        seconds.append(max_over_ranks(time.perf_counter() - begun))
+        losses.append(named_means(engine.module.terms, sums, counts=totals.counts)["loss"])
+    first_s, second_s = seconds
+    peak = int(max_over_ranks(_peak_bytes(engine.device)))
+    return TrialStep(peak, second_s, first_s, totals.num_tokens, losses[0])
 
 
 def fits_in_memory(engine: DeepSpeedEngine, batch: MicroBatch) -> bool:
