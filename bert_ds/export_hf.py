@@ -114,7 +114,7 @@ def _facts(run: RunConfig, checkpoint: Path, metrics: Path) -> dict[str, object]
         "sentence pair objective": run.sequences.sentence_pair,
         **({"segments": "trained on one; the others are equal to it"} if has_unseen else {}),
         "masked share of the tokens": run.masking.mlm_probability,
-        "whole words masked": run.masking.whole_word_mask,
+        "whole words masked": "in spans" if run.masking.span_mask else run.masking.whole_word_mask,
         **({"stages before that": stages_text(run)} if run.stages else {}),
         "optimizer": f"{run.optimizer.type}, peak learning rate {run.optimizer.lr:g}",
         "schedule": run.schedule.type,

@@ -180,6 +180,7 @@ CHANGES = {
     "masking.mask_token_fraction": Change(0.2),
     "masking.random_token_fraction": Change(0.0, {"masking.mask_token_fraction": 0.2}),
     "masking.whole_word_mask": Change(True),
+    "masking.span_mask": Change(True, {**WORDS, "masking.mlm_probability": 0.4}),
     "masking.word_segmenter": Change("word_list", WORDS, {"masking.word_list": "words.txt"}),
     "masking.word_list": Change("words2.txt", LISTED),
     "masking.max_predictions_per_seq": Change(1),

@@ -313,7 +313,7 @@ def test_stages_of_a_run_by_the_clock_begin_at_their_shares_of_the_steps_that_fi
     rows = read_metrics(run_dir / "metrics.jsonl")
     total = json.loads((run_dir / "run_config.json").read_text())["training"]["total_steps"]
     begun = [row["step"] for row in rows if "stage" in row]
-    assert begun == [1, round(0.375 * total) + 1] and len(rows) == total
+    assert begun == [1, round(0.375 * total) + 1] and rows[-1]["step"] == total
     by_minutes = {"total_steps": None, "max_minutes": 2.0}
     plan = staged_plan(tmp_path, recipe={**PLAIN, "training": {**PLAIN["training"], **by_minutes}})
     assert dict(plan_table(plan))["stage 2 of 3"].startswith("from 25% to 60% of the steps: max_seq_length 128")

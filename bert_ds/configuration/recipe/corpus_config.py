@@ -83,6 +83,8 @@ class MaskingConfig(Section):
     """Share of the predicted tokens replaced by a random piece; the rest stays as it is."""
     whole_word_mask: bool = False
     """Mask all pieces of a word together."""
+    span_mask: bool = False
+    """Mask runs of whole words (SpanBERT): their number geometric with p 0.2, at most 10; wants whole_word_mask."""
     word_segmenter: Literal["wordpiece", "jieba", "word_list"] = "wordpiece"
     """What a word is: "##" pieces, Chinese words by jieba (extra "zh"), or the longest match in word_list."""
     word_list: Annotated[str, Field(min_length=1)] | None = None
@@ -98,6 +100,8 @@ class MaskingConfig(Section):
                 f"mask_token_fraction {self.mask_token_fraction} + random_token_fraction "
                 f"{self.random_token_fraction} is {total}, more than 1"
             )
+        if self.span_mask and not self.whole_word_mask:
+            raise ValueError("span_mask takes whole words: wanted whole_word_mask true")
         if (self.word_segmenter == "word_list") != (self.word_list is not None):
             raise ValueError(f'word_list is for word_segmenter "word_list", which is "{self.word_segmenter}" here')
         if self.word_segmenter != "wordpiece" and not self.whole_word_mask:

@@ -32,6 +32,7 @@ class Draw(IntEnum):
     EVALUATED = 13
     EVALUATED_KIND = 14
     EVALUATED_PIECE = 15
+    SPAN_LENGTH = 16
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -101,6 +101,8 @@ class PretrainingData:
         """Sha256 of everything that must be equal for a resumed run to go on with the same batches."""
         settings = self._settings
         masking = settings.masking.model_dump(mode="json")
+        if not settings.masking.span_mask:
+            del masking["span_mask"]  # before spans there was no such key
         if settings.masking.word_list is not None:
             masking["word_list"] = hashlib.sha256(read_bytes(settings.masking.word_list, error=DataError)).hexdigest()
         if settings.masking.word_segmenter == "jieba":

@@ -3,7 +3,8 @@
 As in Google's create_pretraining_data.py, round(mlm_probability x length) positions of an example are predicted, the
 length counting [CLS] and [SEP], at least one and at most max_predictions_per_seq; of these 80 % become [MASK], 10 % a
 random piece, and 10 % stay. With whole words, words are taken in random order and a word that no longer fits is passed
-over, so that an example may have a few targets less than allowed, and none where its only words are too long.
+over, so that an example may have a few targets less than allowed, and none where its only words are too long. Spans
+of words, see `mask_spans`, are replaced as one: all their pieces by [MASK], all by random pieces, or none.
 
 Departures: [UNK] and the other special pieces are neither predicted nor drawn as random pieces; and the choice is drawn
 anew in every epoch, keyed by (seed, source, epoch, example), which makes it the same on one rank or on eight.
@@ -12,6 +13,7 @@ anew in every epoch, keyed by (seed, source, epoch, example), which makes it the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import MaskingConfig
 from bert_ds.corpus.batches.examples import Example
 from bert_ds.corpus.batches.keyed_random import Draw, below, fraction, keyed_bits
+from bert_ds.corpus.batches.mask_spans import choose_spans, span_lengths
 from bert_ds.corpus.tokenizer.word_segments import WordJoiner
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
 
@@ -80,11 +83,12 @@ class Masker:
                 f"example {index} of source {source} holds the id {ids.max()}, the vocabulary ends at "
                 f"{len(self._is_special) - 1}: the shards are damaged"
             )
-        chosen = np.flatnonzero(self._choose(ids, rows, lengths, keys=keys))
-        labels = ids[chosen]
         starts = np.cumsum(lengths) - lengths
-        positions = chosen - starts[rows[chosen]]
-        ids[chosen] = self._replacements(labels, rows[chosen], positions, keys=keys)
+        heads = self._choose(ids, rows, lengths, keys=keys)
+        chosen = np.flatnonzero(heads >= 0)
+        labels = ids[chosen]
+        positions, heads = chosen - starts[rows[chosen]], heads[chosen] - starts[rows[chosen]]
+        ids[chosen] = self._replacements(labels, rows[chosen], positions, heads=heads, keys=keys)
         bounds = np.searchsorted(chosen, np.append(starts, len(ids)))
         masked = []
         for row, example in enumerate(examples):
@@ -94,28 +98,44 @@ class Masker:
         return masked
 
     def _choose(self, ids: np.ndarray, rows: np.ndarray, lengths: np.ndarray, *, keys: np.ndarray) -> np.ndarray:
-        """Whether each token is predicted: words in random order while they fit the budget of their example."""
+        """Choose words, or spans of them, in random order while they fit the budget of their example.
+
+        Returns:
+            int64, for each token the one whose draw says how it is replaced: itself, or the first of its span; -1 where
+            it is not predicted.
+        """
+        heads = np.full(len(ids), -1)
         candidates = np.flatnonzero(~self._is_special[ids])
         if not len(candidates):
-            return np.zeros(len(ids), dtype=bool)
+            return heads
         is_start = np.ones(len(candidates), dtype=bool)
+        is_neighbour = np.diff(candidates, prepend=-2) == 1
         if self._joiner is not None:
-            is_neighbour = np.diff(candidates, prepend=-2) == 1
             is_start = ~(self._joiner.continues(ids)[candidates] & is_neighbour)
         word_of = np.cumsum(is_start) - 1
         word_rows = rows[candidates[is_start]]
         word_ids = candidates[is_start] - (np.cumsum(lengths) - lengths)[word_rows]
         bits = keyed_bits(self._example_bits(Draw.MASK_CHOICE, keys)[word_rows], word_ids)
-        taken = choose_words(word_rows, np.bincount(word_of), bits, budgets=self.max_predictions(lengths))
-        chosen = np.zeros(len(ids), dtype=bool)
-        chosen[candidates] = taken[word_of]
-        return chosen
+        budgets, sizes = self.max_predictions(lengths), np.bincount(word_of)
+        if not self._config.span_mask:
+            taken = choose_words(word_rows, sizes, bits, budgets=budgets)
+            heads[candidates] = np.where(taken[word_of], candidates, -1)
+            return heads
+        spans = span_lengths(keyed_bits(self._example_bits(Draw.SPAN_LENGTH, keys)[word_rows], word_ids))
+        first_of, follows = np.full(len(sizes), -1), is_neighbour[is_start]
+        bounds = np.searchsorted(word_rows, np.arange(len(lengths) + 1)).tolist()
+        for row, (first, end) in enumerate(pairwise(bounds)):
+            own, budget = slice(first, end), int(budgets[row])
+            found = choose_spans(sizes[own], spans[own], bits[own], follows=follows[own], budget=budget)
+            first_of[own] = np.where(found >= 0, first + found, -1)
+        heads[candidates] = np.where(first_of >= 0, candidates[is_start][first_of], -1)[word_of]
+        return heads
 
     def _replacements(
-        self, labels: np.ndarray, rows: np.ndarray, positions: np.ndarray, *, keys: np.ndarray
+        self, labels: np.ndarray, rows: np.ndarray, positions: np.ndarray, *, heads: np.ndarray, keys: np.ndarray
     ) -> np.ndarray:
-        """What stands at the predicted positions: [MASK], a random piece, or the piece itself."""
-        kind = fraction(keyed_bits(self._example_bits(Draw.MASK_KIND, keys)[rows], positions))
+        """What stands at the predicted positions: [MASK], a random piece, or the piece itself, drawn at `heads`."""
+        kind = fraction(keyed_bits(self._example_bits(Draw.MASK_KIND, keys)[rows], heads))
         bits = keyed_bits(self._example_bits(Draw.MASK_PIECE, keys)[rows], positions)
         random_ids = self._text_ids[below(bits, len(self._text_ids))]
         mask_share = self._config.mask_token_fraction
