@@ -199,7 +199,7 @@ def run_training(
         stop=start.stop,
         throughput=Throughput(world_size=start.ranks.world_size),
         save=saver.save,
-        settle=lambda wait: saver.settle(wait=wait),
+        settle=saver.settle if policy.asynchronous else None,
         evaluate=best.evaluate,
         heartbeat=Heartbeat(),
     )
@@ -268,6 +268,7 @@ def loop_settings(trained: TrainedTask, num_sequences: int) -> LoopSettings:
         log_every_steps=trained.training.log_every_steps,
         evaluate_every_steps=trained.every_steps(trained.task.evaluation.every_epochs, num_sequences=num_sequences),
         checkpoint_every_steps=trained.task.checkpoints.every_steps,
+        drops=trained.model.drops,
     )
 
 

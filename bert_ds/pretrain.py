@@ -22,6 +22,7 @@ if __name__ == "__main__":
     watch_start()
 
 from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from bert_ds.basics.micro_batch import MicroBatch
@@ -38,6 +39,7 @@ from bert_ds.corpus.shards.shard_folder import MANIFEST
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.encoder.distillation import make_student
 from bert_ds.encoder.families.table import weight_patterns
+from bert_ds.encoder.fused_ops import kernels_for
 from bert_ds.encoder.initial_weights import load_initial_weights, start_at_unigram
 from bert_ds.encoder.objectives.table import make_objectives
 from bert_ds.encoder.pretrained import check_tokenizer
@@ -157,11 +159,11 @@ def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: Sto
         stop=stop,
         throughput=stages.throughput,
         save=saver.save,
-        settle=lambda wait: saver.settle(wait=wait),
+        settle=saver.settle if policy.asynchronous else None,
         evaluate=lambda reached: Evaluation(evaluate(engine, validation_batches(run, data, ranks))),
         row_facts=lambda step: row_facts(data, stages, step + state.passed_over),
         roll_back=go_back,
-        rank_times=RankTimes(engine.module),
+        rank_times=RankTimes(engine.module) if ranks.world_size > 1 else None,
         heartbeat=Heartbeat(),
     )
     batches, loop = batches_from(state.step + state.passed_over), loop_settings(run, stages.starts)
@@ -246,7 +248,7 @@ def build_model(plan: RunPlan, run_dir: Path) -> PretrainingModel:
     """Make the model, with its teacher where the recipe names one."""
     run, distillation = plan.run, plan.run.distillation
     options: dict[str, Any] = {
-        "kernels": run.training.kernels,
+        "kernels": kernels_for(run.training.kernels, on_cuda=get_accelerator().device_name() == "cuda"),
         "objectives": make_objectives(run.objective_weights),
         "activation_checkpointing": plan.ds.activation_checkpointing,
         "init_seed": run.seed,
@@ -332,6 +334,7 @@ def loop_settings(run: RunConfig, stage_starts: tuple[int, ...]) -> LoopSettings
         spike_sigmas=run.recovery.spike_sigmas,
         spike_window=run.recovery.spike_window,
         stage_starts=stage_starts,
+        drops=run.model.drops,
     )
 
 

@@ -59,7 +59,7 @@ def timed_save(saver: CheckpointSaver, step: int) -> tuple[float, float]:
     begun = time.perf_counter()
     assert saver.save(TrainState(step=step)), "the save failed"
     stall = time.perf_counter() - begun
-    assert saver.settle(wait=True), "the save failed"
+    assert saver.settle(True), "the save failed"
     return stall, time.perf_counter() - begun
 
 

@@ -67,7 +67,7 @@ class Disk:
         self.step += 1
         # The log file may be as hard to write as the checkpoint: logging then complains on stderr and goes on.
         with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(io.StringIO()):
-            saved = self.saver.save(TrainState(step=self.step)) and self.saver.settle(wait=True)
+            saved = self.saver.save(TrainState(step=self.step)) and self.saver.settle(True)
         return saved, said.getvalue()
 
     def survives(self, reason: str, heal: Callable[[], None]) -> bool:

@@ -119,7 +119,7 @@ def train_here(case: Case, run_dir: Path, *, rank: int, steps: int, step_s: floa
     services = replace(
         services,
         save=saver.save,
-        settle=lambda wait: saver.settle(wait=wait),
+        settle=saver.settle,
         evaluate=lambda at: Evaluation(evaluate(engine, held_out)),
     )
     loop = tiny_loop(steps, checkpoint_every_steps=2, evaluate_every_steps=5)

@@ -129,7 +129,7 @@ def run_sick(run_dir: Path, bad: set[int], *, steps: int, rank: int = 0, world_s
     def go_back(at: TrainState) -> Iterator[Any] | None:
         return batches(at) if roll_back(engine, run_dir, state=at, facts=FACTS, log=services.log) else None
 
-    services = replace(services, save=saver.save, settle=lambda wait: saver.settle(wait=wait), roll_back=go_back)
+    services = replace(services, save=saver.save, settle=saver.settle, roll_back=go_back)
     how = {"checkpoint_every_steps": 2, "max_bad_steps": 3, "max_rollbacks": 2, "max_steps": steps}
     train(engine, batches(state), state=state, loop=tiny_loop(12, **how), services=services)
     return engine, state

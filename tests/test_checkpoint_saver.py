@@ -58,7 +58,7 @@ def save_behind_training_on_a_full_disk(run_dir: Path, ranks: Ranks) -> list[Any
         if ranks.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         begun = saver.save(TrainState(step=step))
-        answers.append((begun, saver.settle(wait=True), find_checkpoint(run_dir).name))
+        answers.append((begun, saver.settle(True), find_checkpoint(run_dir).name))
     return answers
 
 
@@ -124,7 +124,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_end_waits_for_it
                 HELD.clear()
             yield micro_batches
 
-    services = replace(services, save=saver.save, settle=lambda wait: saver.settle(wait=wait))
+    services = replace(services, save=saver.save, settle=saver.settle)
     loop = tiny_loop(5, checkpoint_every_steps=2)
     try:
         train(engine, batches(), state=TrainState(), loop=loop, services=services)

@@ -50,7 +50,7 @@ heard, handler = [], signal.getsignal(signal.SIGTERM)
 signal.signal(signal.SIGTERM, lambda number, frame: (heard.append(number), handler(number, frame)))
 open("rank.part", "w").write(str(os.getpid()))
 os.rename("rank.part", "rank")
-while not stop.requested:
+while not stop.reason:
     time.sleep(0.02)
 time.sleep(0.4)
 open("saved", "w").write(f"{{stop.reason}} x {{len(heard)}}")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
-from bert_ds.training.optimizers.lr_schedule import learning_rate
+from bert_ds.training.optimizers.lr_schedule import learning_rates
 
 TABLE: list[tuple[dict[str, Any], list[float]]] = [
     ({"type": "constant", "warmup_steps": 0}, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
@@ -34,16 +34,16 @@ TABLE: list[tuple[dict[str, Any], list[float]]] = [
 @pytest.mark.parametrize(("schedule", "wanted"), TABLE)
 def test_the_rate_of_ten_steps(schedule: dict[str, Any], wanted: list[float]) -> None:
     config = ScheduleConfig(**schedule)
-    rates = [learning_rate(step, peak=2.0, schedule=config, total_steps=10) for step in range(1, 11)]
+    rates = list(map(learning_rates(config, peak=2.0, total_steps=10), range(1, 11)))
     assert rates == pytest.approx([2.0 * rate for rate in wanted], abs=2e-6)
 
 
 def test_a_warm_up_as_long_as_the_run_ends_at_the_peak() -> None:
     schedule = ScheduleConfig(type="linear", warmup_steps=4)
-    assert learning_rate(4, peak=3.0, schedule=schedule, total_steps=4) == 3.0
+    assert learning_rates(schedule, peak=3.0, total_steps=4)(4) == 3.0
 
 
 @pytest.mark.parametrize("step", [0, 11])
 def test_a_step_outside_the_run_is_an_error(step: int) -> None:
     with pytest.raises(ValueError, match=rf"step {step} is outside 1\.\.10"):
-        learning_rate(step, peak=1.0, schedule=ScheduleConfig(warmup_steps=0), total_steps=10)
+        learning_rates(ScheduleConfig(warmup_steps=0), peak=1.0, total_steps=10)(step)

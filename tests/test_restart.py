@@ -27,7 +27,7 @@ stop = StopRequest()
 stop.install()
 follow_launcher(stop, grace_s={grace}, poll_s=0.05)
 print("ready", flush=True)
-while not stop.requested:
+while not stop.reason:
     time.sleep(0.02)
 open(sys.argv[1], "w").write(stop.reason)
 {then}
@@ -99,7 +99,7 @@ def wait_until(condition: object, seconds: float) -> bool:
 def test_a_signal_asks_for_a_stop_and_is_named(number: signal.Signals) -> None:
     stop = StopRequest()
     stop.install()
-    assert not stop.requested
+    assert not stop.reason
     os.kill(os.getpid(), number)
     assert stop.reason == number.name
 
@@ -134,7 +134,7 @@ def test_a_hang_up_that_is_ignored_at_the_start_stays_ignored() -> None:
     stop = StopRequest()
     stop.install()
     os.kill(os.getpid(), signal.SIGHUP)
-    assert not stop.requested
+    assert not stop.reason
 
 
 def test_a_worker_whose_launcher_is_killed_is_asked_to_stop(tmp_path: Path) -> None:

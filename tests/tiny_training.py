@@ -221,7 +221,7 @@ def run_tiny(
     log.start(state.step, {})
     batches = step_batches(state.step, ranks.rank, config["gradient_accumulation_steps"])
     loop = tiny_loop(total_steps, checkpoint_every_steps=save_every, max_steps=steps)
-    services = replace(services, save=saver.save, settle=lambda wait: saver.settle(wait=wait))
+    services = replace(services, save=saver.save, settle=saver.settle)
     train(engine, batches, state=state, loop=loop, services=services)
     log.close()
     return engine, state

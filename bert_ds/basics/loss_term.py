@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -19,11 +19,6 @@ class LossTerm:
     weight: float = 1.0
     of_words: bool = False
     """Whether the targets are words: perplexity is logged, and in an evaluation figures by kind of target."""
-
-
-def counts_of(terms: Sequence[LossTerm], counts: Mapping[str, float]) -> list[float]:
-    """Return how many targets each term has."""
-    return [counts[term.count] for term in terms]
 
 
 def metric_names(terms: Sequence[LossTerm]) -> list[str]:

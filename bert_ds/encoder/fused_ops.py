@@ -78,6 +78,11 @@ def fused_ops(kernels: str) -> FusedOps:
     raise ValueError(f'kernels is "{kernels}", wanted "auto", "triton" or "torch"')
 
 
+def kernels_for(kernels: str, *, on_cuda: bool) -> str:
+    """Return `training.kernels` for a launch whose tensors all lie on its device: "auto" need not look at each."""
+    return {True: "triton", False: "torch"}[on_cuda] if kernels == "auto" else kernels
+
+
 def _by_device(name: str) -> Callable[..., Any]:
     """Return the operation that looks where its first tensor lies."""
     triton, reference = _TRITON[name], _REFERENCES[name]

@@ -56,20 +56,11 @@ def make_engine(model: nn.Module, optimizer: Optimizer, ds_config: dict[str, Any
     # rank 0 alone, inside a collective.
     engine._copy_recovery_script = lambda save_path: None
     _restore_masters(engine, weights)
-    guard.armed = True
+    if engine.optimizer is optimizer:
+        guard.armed = True
+    else:  # DeepSpeed's wrapper drops a step with gradients that are not finite, on all ranks alike
+        guard.remove()
     return engine
-
-
-def step_guard(engine: DeepSpeedEngine) -> StepGuard:
-    """Return the guard that `make_engine` put in front of the optimizer."""
-    guard = engine.basic_optimizer.step
-    assert isinstance(guard, StepGuard), "the engine was not built by make_engine"
-    return guard
-
-
-def has_own_nan_guard(engine: DeepSpeedEngine) -> bool:
-    """Whether DeepSpeed's optimizer wrapper drops a step with gradients that are not finite, on all ranks alike."""
-    return engine.optimizer is not engine.basic_optimizer
 
 
 @contextmanager

@@ -54,9 +54,11 @@ def attention_reference(
         softmax_scale: factor of the scores, 1/sqrt(K) where None.
         window: keys at most this many positions away are seen, all where None.
     """
-    check_dropout(dropout_p, dropout_seed, qkv_T3HK.device)
+    keep = None
+    if dropout_p:
+        check_dropout(dropout_p, dropout_seed, qkv_T3HK.device)
+        keep = _Dropout(dropout_p, dropout_seed, site)
     scale = softmax_scale if softmax_scale is not None else qkv_T3HK.shape[-1] ** -0.5
-    keep = None if keep_threshold(dropout_p) == 256 else _Dropout(dropout_p, dropout_seed, site)
     parts, index = [], []
     for starts, lengths in _groups(cu_seqlens):
         offsets_NS, key_mask_NS = _token_grid(starts, lengths, qkv_T3HK.device)

@@ -38,6 +38,8 @@ def embedding_reference(
     """Return the embedded tokens (T, D) in the tables' dtype; the dropout mask is that of rows 0 .. T - 1, head 0."""
     x_TD = _Rows.apply(word_VD, input_ids_T) + _Rows.apply(type_2D, token_type_ids_T)
     x_TD = layer_norm_reference(x_TD + _Rows.apply(position_SD, position_ids_T), ln_weight_D, ln_bias_D, eps)
+    if not dropout_p:
+        return x_TD
     return dropout_reference(x_TD, dropout_p=dropout_p, dropout_seed=dropout_seed, site=site)
 
 

@@ -74,7 +74,10 @@ def dropout_add_then_norm_reference(
     The mask is that of `dropout_mask` for rows 0 .. T - 1, head 0.
     """
     x_TD = x_TD if x_bias_D is None else x_TD + x_bias_D
-    z_TD = dropout_reference(x_TD, dropout_p=dropout_p, dropout_seed=dropout_seed, site=site, residual=residual_TD)
+    if dropout_p:
+        z_TD = dropout_reference(x_TD, dropout_p=dropout_p, dropout_seed=dropout_seed, site=site, residual=residual_TD)
+    else:
+        z_TD = residual_TD + x_TD
     return layer_norm_reference(z_TD, weight_D, bias_D, eps), z_TD
 
 

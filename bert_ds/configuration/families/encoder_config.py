@@ -88,6 +88,11 @@ class EncoderConfig(Section):
         """Return the settings with another dropout in all places that fine-tuning changes; 0 switches it off."""
         raise NotImplementedError
 
+    @property
+    def drops(self) -> bool:
+        """Whether there is a place with dropout."""
+        return self != self.with_dropout(0.0)
+
     def count_parameters(self, *, has_pair_head: bool) -> int:
         """Return the trainable parameters of pre-training, padded rows of the vocabulary included.
 

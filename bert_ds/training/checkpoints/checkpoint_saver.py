@@ -71,7 +71,7 @@ class CheckpointSaver:
 
     def save(self, state: TrainState) -> bool:
         """Save, or copy what is to be saved and begin to write it; False, on all ranks alike, where that failed."""
-        self.settle(wait=True)
+        self.settle(True)
         begun, tag = time.perf_counter(), f"global_step{state.step}"
         folder = checkpoint_folder.checkpoints_dir(self._run_dir)
         broken = enumerate(gather_json(_weights_not_finite(self._engine)))
@@ -91,12 +91,12 @@ class CheckpointSaver:
         manifest = _manifest(self._engine, state=state, facts=self._policy.facts)
         self._pending = _Save(tag, temporary, manifest, begun)
         if not self._writer.in_memory:
-            return self.settle(wait=True)
+            return self.settle(True)
         self._pending.stall_s = time.perf_counter() - begun
         self._pending.work = _Background(self._writer.write_snapshots)
         return True
 
-    def settle(self, *, wait: bool) -> bool:
+    def settle(self, wait: bool) -> bool:
         """Publish a save that is being written behind the training, if all ranks are through or `wait` is true.
 
         Returns:

@@ -33,14 +33,10 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        """Why this rank is asked to stop, None where it is not."""
         self.is_training = False
         """Whether there is something to save: the end then waits for it, however long it takes."""
         self._speaks = False
-
-    @property
-    def requested(self) -> bool:
-        """Whether there is a reason to stop."""
-        return self.reason is not None
 
     def request(self, reason: str) -> None:
         """Ask for the stop; the first reason is kept."""
@@ -68,7 +64,7 @@ class StopRequest:
             self.is_training = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        name, again = signal.Signals(number).name, self.requested
+        name, again = signal.Signals(number).name, self.reason is not None
         self.request(name)
         if self._speaks and (not again or number == signal.SIGINT):
             under_way = " again: the save is under way" if again else ": saving at the end of this step"

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
-from bert_ds.basics.loss_term import counts_of
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.whole_files import write_json
 from bert_ds.training.loop.dropout_seeds import dropout_seed
@@ -65,8 +64,8 @@ def gradient_report(
             for (name, _), gradient in zip(named, gradients, strict=True)
             if gradient is not None
         }
-        sums = zip(terms, loss_sums_L.tolist(), counts_of(terms, counts), strict=True)
-        shares = {term.name: total / count if count else 0.0 for term, total, count in sums}
+        sums = [(term.name, total, counts[term.count]) for term, total in zip(terms, loss_sums_L.tolist(), strict=True)]
+        shares = {name: total / count if count else 0.0 for name, total, count in sums}
         reports.append(
             {
                 "loss_shares": shares,

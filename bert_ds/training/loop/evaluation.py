@@ -10,7 +10,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
-from bert_ds.basics.loss_term import LossTerm, counts_of, metric_names
+from bert_ds.basics.loss_term import LossTerm, metric_names
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import DataError
 from bert_ds.training.agreement import max_over_ranks, sum_over_ranks
@@ -94,7 +94,7 @@ def named_means(terms: Sequence[LossTerm], sums: Sequence[float], *, counts: Map
         `<name>_accuracy`, for any other its mean under its own name.
     """
     means = {"loss": 0.0}
-    found = list(zip(terms, counts_of(terms, counts), strict=True))
+    found = [(term, counts[term.count]) for term in terms]
     for (term, count), total in zip(found, sums, strict=False):
         if count:
             means[f"loss_{term.name}"] = total / count

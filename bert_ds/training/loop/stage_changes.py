@@ -46,10 +46,11 @@ class StageChanges:
         return tuple(stage.first_step for stage in self._stages[1:])
 
     def follow(self, batches: Batches, start: int) -> Batches:
-        """Yield the batches of the places from `start` on, entering the stage of each before it is trained on."""
-        for place, micro_batches in enumerate(batches, start):
-            self._enter(self._stage_at(place), place)
-            yield micro_batches
+        """Return the batches of the places from `start` on; the stage of each is entered before it is trained on."""
+        if len(self._stages) > 1:
+            return self._followed(batches, start)
+        self._enter(0, start)
+        return batches
 
     def row(self, place: int) -> dict[str, Any]:
         """Return what the row of a step at this place says: the values of its stage, where the last row's differed."""
@@ -58,6 +59,11 @@ class StageChanges:
             return {}
         self._said = index
         return {"stage": {"number": index + 1, **self._stages[index].values}}
+
+    def _followed(self, batches: Batches, start: int) -> Batches:
+        for place, micro_batches in enumerate(batches, start):
+            self._enter(self._stage_at(place), place)
+            yield micro_batches
 
     def _enter(self, index: int, place: int) -> None:
         if index == self._entered:

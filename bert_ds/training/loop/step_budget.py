@@ -23,8 +23,13 @@ from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.training.agreement import max_over_ranks, on_main_rank
 from bert_ds.training.checkpoints.checkpoint_folder import candidates
 from bert_ds.training.loop.evaluation import evaluate
-from bert_ds.training.loop.train_step import agree_on_totals, fetch, forward_backward, take_step
-from bert_ds.training.optimizers.factory import set_learning_rate
+from bert_ds.training.loop.train_step import (
+    agree_on_totals,
+    fetch,
+    forward_backward,
+    set_learning_rate,
+    take_step,
+)
 
 _UNTIMED_STEPS = 3
 _TIMED_STEPS = 8

@@ -18,12 +18,12 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from bert_ds.basics.loss_term import LossTerm, counts_of
+from bert_ds.basics.loss_term import LossTerm
 
 
 def term_factors(terms: Sequence[LossTerm], counts: Mapping[str, float]) -> list[float]:
     """Return what each sum of a step is multiplied by: weight / count; a term without targets counts for nothing."""
-    return [term.weight / count if count else 0.0 for term, count in zip(terms, counts_of(terms, counts), strict=True)]
+    return [term.weight / counts[term.count] if counts[term.count] else 0.0 for term in terms]
 
 
 def step_loss(loss_sums_L: Tensor, global_counts: Mapping[str, float], *, terms: Sequence[LossTerm]) -> Tensor:

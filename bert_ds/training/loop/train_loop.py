@@ -29,11 +29,11 @@ from bert_ds.training.loop.train_step import (
     agree_on_totals,
     fetch,
     forward_backward,
+    set_learning_rate,
     sum_of_ranks,
     take_step,
 )
-from bert_ds.training.optimizers.factory import set_learning_rate
-from bert_ds.training.optimizers.lr_schedule import learning_rate
+from bert_ds.training.optimizers.lr_schedule import learning_rates
 from bert_ds.training.optimizers.trust_statistics import trust_row
 
 MAX_REPORTS = 20
@@ -49,9 +49,9 @@ class Services:
     throughput: Throughput
     save: Callable[[TrainState], bool] | None = None
     """Saves a checkpoint, or begins to; a collective. False, on all ranks alike, where it could not be written."""
-    settle: Callable[[bool], bool] = lambda wait: True
-    """Is called after every step while a save may be under way; a collective. Given True it waits for the end of the
-    save. False where the newest save has failed."""
+    settle: Callable[[bool], bool] | None = None
+    """Where saves go on behind the training: is called after every step; a collective. Given True it waits for the end
+    of the save. False where the newest save has failed."""
     evaluate: Callable[[TrainState], Evaluation] | None = None
     """Measures the model as it is; a collective."""
     row_facts: Callable[[int], Mapping[str, Any]] | None = None
@@ -89,171 +89,186 @@ def train(
         CheckpointError: the checkpoint at the end, or at a requested stop, could not be written.
     """
     engine.train()
-    saved_step, evaluated_step, guard = state.step, -1, _guard(engine, state, loop=loop)
-    while state.step < loop.last_step:
-        step = _take_one(engine, batches, state=state, loop=loop, services=services, guard=guard)
+    run = _Training(engine, batches, state=state, loop=loop, services=services)
+    while state.step < run.last_step:
+        step = run.take_step()
         if step is None:
             reason = services.stop.reason or "on another rank"
-            services.log.info(f"asked to stop ({reason}), {_what_is_saved(state.step, saved_step)}")
+            services.log.info(f"asked to stop ({reason}), {_what_is_saved(state.step, run.saved_step)}")
             break
         if not step.applied:
-            _look_into(engine, step, state=state, loop=loop, services=services, guard=guard)
+            run.look_into(step)
             if state.bad_streak >= loop.max_bad_steps:
-                batches = _go_back(step, state=state, loop=loop, services=services)
-                saved_step, guard = state.step, _guard(engine, state, loop=loop)
+                run.go_back(step)
                 continue
-        elif step.number % loop.log_every_steps == 0 or step.number in (1, loop.last_step):
-            _log_step(engine, step, loop=loop, services=services)
-        services.settle(False)
-        found = Evaluation({})
-        if _is_due(state.step, loop.evaluate_every_steps):
-            found, evaluated_step = _evaluate(engine, state, services=services), state.step
+        elif step.number % loop.log_every_steps == 0 or step.number in (1, run.last_step):
+            run.log_step(step)
+        if services.settle is not None:
+            services.settle(False)
+        found = run.evaluate() if _is_due(state.step, loop.evaluate_every_steps) else Evaluation({})
         if found.save or (_is_due(state.step, loop.checkpoint_every_steps) and not state.bad_streak):
-            saved_step = _save(state, services=services, must=False, guard=guard)
+            run.save()
         if found.stop:
             services.log.info(f"nothing more to gain: the run ends at step {state.step} of {loop.total_steps}")
             break
-    if state.step == loop.total_steps and evaluated_step != state.step:
-        _evaluate(engine, state, services=services)
-    services.heartbeat.enter("checkpoint", step=state.step, patient=True)
-    if not services.settle(True) or saved_step != state.step:
-        _save(state, services=services, must=True, guard=guard)
+    run.end()
     return state
 
 
-def _take_one(
-    engine: DeepSpeedEngine,
-    batches: Iterator[Sequence[MicroBatch]],
-    *,
-    state: TrainState,
-    loop: LoopSettings,
-    services: Services,
-    guard: LossGuard | None,
-) -> Step | None:
-    """Take the next optimizer step and count it, or return None if a rank is asked to stop."""
-    number, heart = state.step + 1, services.heartbeat
-    heart.enter("data wait", step=number)
-    micro_batches, data_wait_s = fetch(batches)
-    if services.rank_times:
-        services.rank_times.data_wait_s += data_wait_s
-    heart.enter("agreement", step=number)
-    totals = agree_on_totals(micro_batches, data_wait_s=data_wait_s, stop=services.stop.requested)
-    if totals.stop:
-        return None
-    lr = learning_rate(number, peak=loop.peak_lr, schedule=loop.schedule, total_steps=loop.total_steps)
-    set_learning_rate(engine.optimizer, lr)
-    heart.enter("forward and backward", step=number)
-    if guard and state.step + state.passed_over in loop.stage_starts:
-        guard.forget()
-    warmed_up = number > loop.schedule.num_warmup_steps(loop.total_steps)
-    judge = Judge(guard, armed=warmed_up) if guard else None
-    sums = forward_backward(engine, micro_batches, counts=totals.counts, seed=loop.seed, step=number, judge=judge)
-    heart.enter("optimizer", step=number)
-    applied, grad_norm = take_step(engine)
-    state.advance(applied, examples=engine.train_batch_size())
-    services.throughput.add(
-        num_tokens=totals.num_tokens, padded_tokens=totals.padded_tokens, data_wait_s=totals.data_wait_s
-    )
-    return Step(number, lr, totals, sums, applied, grad_norm, micro_batches)
+class _Training:
+    """A run on its way: what is worked out once before its steps, and what they leave for each other."""
 
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        batches: Iterator[Sequence[MicroBatch]],
+        *,
+        state: TrainState,
+        loop: LoopSettings,
+        services: Services,
+    ) -> None:
+        self.engine, self.batches, self.state, self.loop, self.services = engine, batches, state, loop, services
+        self.last_step, self.saved_step, self.evaluated_step = loop.last_step, state.step, -1
+        self.seed = loop.seed if loop.drops else None
+        self.num_warmup_steps = loop.schedule.num_warmup_steps(loop.total_steps)
+        self.learning_rate = learning_rates(loop.schedule, peak=loop.peak_lr, total_steps=loop.total_steps)
+        self.guard = self._new_guard()
 
-def _log_step(engine: DeepSpeedEngine, step: Step, *, loop: LoopSettings, services: Services) -> None:
-    """Write the row of a step; its losses are this step's, over all ranks."""
-    means = named_means(engine.module.terms, sum_of_ranks(step.sums), counts=step.totals.counts)
-    row = {
-        **means,
-        "lr": step.lr,
-        "grad_norm": float(step.grad_norm),  # host sync: once per logged step
-        "num_tokens": step.totals.num_tokens,
-        **services.throughput.report(steps_left=loop.total_steps - step.number),
-        **(services.rank_times.report() if services.rank_times else {}),
-    }
-    if services.log.is_main:
-        row.update(trust_row(engine.basic_optimizer))
-        row.update(services.row_facts(step.number) if services.row_facts else {})
-    services.log.train_row(step.number, row)
-    _write_monitor(engine, "train", {**means, "grad_norm": row["grad_norm"], "tokens_per_s": row["tokens_per_s"]})
-
-
-def _guard(engine: DeepSpeedEngine, state: TrainState, *, loop: LoopSettings) -> LossGuard | None:
-    """Return a guard that knows the losses up to the state, or None where no spike is to be skipped."""
-    if loop.spike_sigmas is None:
-        return None
-    return LossGuard(loop.spike_sigmas, loop.spike_window, recent=state.recent_losses, device=engine.device)
-
-
-def _look_into(
-    engine: DeepSpeedEngine,
-    step: Step,
-    *,
-    state: TrainState,
-    loop: LoopSettings,
-    services: Services,
-    guard: LossGuard | None,
-) -> None:
-    """Say what was wrong with a step that was not applied; of the first in a row leave a report in `trouble/`."""
-    means = named_means(engine.module.terms, sum_of_ranks(step.sums), counts=step.totals.counts)
-    spike = guard.explain() if guard else None
-    reason = spike or f"loss {means['loss']:.4g}, gradient norm {float(step.grad_norm):.4g}"
-    services.log.info(f"step {step.number} skipped: {reason}")
-    facts = {**means, "lr": step.lr, "skipped_steps": state.skipped_steps, "spike": spike is not None}
-    services.log.row("skipped", step.number, facts)
-    if engine.fp16_enabled() and spike is None and abs(means["loss"]) < float("inf"):
-        state.bad_streak = 0  # fp16 looks for its loss scale by overflowing; its own lower bound ends a futile search
-    if state.bad_streak == 1 and state.skipped_steps <= MAX_REPORTS:
-        report = gradient_report(
-            engine, step.micro_batches, counts=step.totals.counts, seed=loop.seed, step=step.number
+    def take_step(self) -> Step | None:
+        """Take the next optimizer step and count it, or return None if a rank is asked to stop."""
+        engine, state, services, number = self.engine, self.state, self.services, self.state.step + 1
+        heart = services.heartbeat
+        heart.enter("data wait", step=number)
+        micro_batches, data_wait_s = fetch(self.batches)
+        if services.rank_times:
+            services.rank_times.data_wait_s += data_wait_s
+        heart.enter("agreement", step=number)
+        stop = services.stop.reason is not None
+        totals = agree_on_totals(micro_batches, data_wait_s=data_wait_s, stop=stop)
+        if totals.stop:
+            return None
+        lr = self.learning_rate(number)
+        set_learning_rate(engine.optimizer, lr)
+        heart.enter("forward and backward", step=number)
+        if self.guard and state.step + state.passed_over in self.loop.stage_starts:
+            self.guard.forget()
+        judge = Judge(self.guard, armed=number > self.num_warmup_steps) if self.guard else None
+        sums = forward_backward(engine, micro_batches, counts=totals.counts, seed=self.seed, step=number, judge=judge)
+        heart.enter("optimizer", step=number)
+        applied, grad_norm = take_step(engine)
+        state.advance(applied, examples=engine.train_batch_size())
+        services.throughput.add(
+            num_tokens=totals.num_tokens, padded_tokens=totals.padded_tokens, data_wait_s=totals.data_wait_s
         )
-        folder = trouble_folder(services.log.run_dir, step.number)
-        batch = step.number + state.passed_over
-        write_report(folder, {"step": step.number, "batch": batch, "reason": reason, "lr": step.lr, **means}, report)
-        services.log.info(f"tensors and examples of step {step.number} are in {folder}")
+        return Step(number, lr, totals, sums, applied, grad_norm, micro_batches)
 
+    def log_step(self, step: Step) -> None:
+        """Write the row of a step; its losses are this step's, over all ranks."""
+        services = self.services
+        means = self._means(step)
+        row = {
+            **means,
+            "lr": step.lr,
+            "grad_norm": float(step.grad_norm),  # host sync: once per logged step
+            "num_tokens": step.totals.num_tokens,
+            **services.throughput.report(steps_left=self.loop.total_steps - step.number),
+            **(services.rank_times.report() if services.rank_times else {}),
+        }
+        if services.log.is_main:
+            row.update(trust_row(self.engine.basic_optimizer))
+            row.update(services.row_facts(step.number) if services.row_facts else {})
+        services.log.train_row(step.number, row)
+        figures = {**means, "grad_norm": row["grad_norm"], "tokens_per_s": row["tokens_per_s"]}
+        _write_monitor(self.engine, "train", figures)
 
-def _go_back(
-    step: Step, *, state: TrainState, loop: LoopSettings, services: Services
-) -> Iterator[Sequence[MicroBatch]]:
-    """Return to the newest checkpoint and give the batches after those seen so far."""
-    bad = f"{state.bad_streak} steps in a row, up to step {step.number}, had a loss or gradients that"
-    bad += " are not finite or spike" if loop.spike_sigmas is not None else " are not finite"
-    first = trouble_folder(services.log.run_dir, step.number - state.bad_streak + 1)
-    if state.rollbacks >= loop.max_rollbacks:
-        again = f" after going back {state.rollbacks} times" if state.rollbacks else ""
-        raise DivergedError(f"{bad}{again}: look at {first}, the learning rate and the data")
-    services.heartbeat.enter("checkpoint", step=state.step, patient=True)
-    services.settle(True)
-    with services.throughput.paused():
-        batches = services.roll_back(state)
-    if batches is None:
-        raise DivergedError(f"{bad}, and there is no checkpoint to go back to: look at {first}")
-    if any(state.step <= start < state.step + state.passed_over for start in loop.stage_starts):
-        state.recent_losses = []  # the batches passed over may hold the beginning of a stage
-    return batches
+    def look_into(self, step: Step) -> None:
+        """Say what was wrong with a step that was not applied; of the first in a row leave a report in `trouble/`."""
+        engine, state, log = self.engine, self.state, self.services.log
+        means = self._means(step)
+        spike = self.guard.explain() if self.guard else None
+        reason = spike or f"loss {means['loss']:.4g}, gradient norm {float(step.grad_norm):.4g}"
+        log.info(f"step {step.number} skipped: {reason}")
+        facts = {**means, "lr": step.lr, "skipped_steps": state.skipped_steps, "spike": spike is not None}
+        log.row("skipped", step.number, facts)
+        if engine.fp16_enabled() and spike is None and abs(means["loss"]) < float("inf"):
+            state.bad_streak = 0  # fp16 finds its loss scale by overflowing; its own lower bound ends a futile search
+        if state.bad_streak == 1 and state.skipped_steps <= MAX_REPORTS:
+            counts, seed = step.totals.counts, self.loop.seed
+            report = gradient_report(engine, step.micro_batches, counts=counts, seed=seed, step=step.number)
+            folder = trouble_folder(log.run_dir, step.number)
+            batch = step.number + state.passed_over
+            where = {"step": step.number, "batch": batch, "reason": reason}
+            write_report(folder, {**where, "lr": step.lr, **means}, report)
+            log.info(f"tensors and examples of step {step.number} are in {folder}")
 
+    def go_back(self, step: Step) -> None:
+        """Return to the newest checkpoint and go on with the batches after those seen so far."""
+        state, loop, services = self.state, self.loop, self.services
+        bad = f"{state.bad_streak} steps in a row, up to step {step.number}, had a loss or gradients that"
+        bad += " are not finite or spike" if loop.spike_sigmas is not None else " are not finite"
+        first = trouble_folder(services.log.run_dir, step.number - state.bad_streak + 1)
+        if state.rollbacks >= loop.max_rollbacks:
+            again = f" after going back {state.rollbacks} times" if state.rollbacks else ""
+            raise DivergedError(f"{bad}{again}: look at {first}, the learning rate and the data")
+        services.heartbeat.enter("checkpoint", step=state.step, patient=True)
+        self._is_settled()
+        with services.throughput.paused():
+            batches = services.roll_back(state)
+        if batches is None:
+            raise DivergedError(f"{bad}, and there is no checkpoint to go back to: look at {first}")
+        if any(state.step <= start < state.step + state.passed_over for start in loop.stage_starts):
+            state.recent_losses = []  # the batches passed over may hold the beginning of a stage
+        self.batches, self.saved_step, self.guard = batches, state.step, self._new_guard()
 
-def _evaluate(engine: DeepSpeedEngine, state: TrainState, *, services: Services) -> Evaluation:
-    """Measure the model and write the row of it."""
-    if services.evaluate is None:
-        return Evaluation({})
-    services.heartbeat.enter("evaluation", step=state.step, patient=True)
-    with services.throughput.paused():
-        found = services.evaluate(state)
-    services.log.evaluation_row(state.step, found.means)
-    _write_monitor(engine, "evaluation", found.means)
-    return found
+    def evaluate(self) -> Evaluation:
+        """Measure the model and write the row of it."""
+        state, services = self.state, self.services
+        self.evaluated_step = state.step
+        if services.evaluate is None:
+            return Evaluation({})
+        services.heartbeat.enter("evaluation", step=state.step, patient=True)
+        with services.throughput.paused():
+            found = services.evaluate(state)
+        services.log.evaluation_row(state.step, found.means)
+        _write_monitor(self.engine, "evaluation", found.means)
+        return found
 
+    def save(self, *, must: bool = False) -> None:
+        """Save and note the step that is now safe, -1 if it is not; at the end of a launch a failure is final."""
+        state, services = self.state, self.services
+        if services.save is None:
+            self.saved_step = state.step
+            return
+        state.recent_losses = self.guard.recent() if self.guard else []
+        services.heartbeat.enter("checkpoint", step=state.step, patient=True)
+        with services.throughput.paused():
+            saved = services.save(state) and (not must or self._is_settled())
+        if must and not saved:
+            raise CheckpointError(f"the last checkpoint, at step {state.step}, could not be written")
+        self.saved_step = state.step if saved else -1
 
-def _save(state: TrainState, *, services: Services, must: bool, guard: LossGuard | None) -> int:
-    """Save and return the step that is now safe, -1 if it is not; at the end of a launch a failure is final."""
-    if services.save is None:
-        return state.step
-    state.recent_losses = guard.recent() if guard else []
-    services.heartbeat.enter("checkpoint", step=state.step, patient=True)
-    with services.throughput.paused():
-        saved = services.save(state) and (services.settle(True) if must else True)
-    if must and not saved:
-        raise CheckpointError(f"the last checkpoint, at step {state.step}, could not be written")
-    return state.step if saved else -1
+    def end(self) -> None:
+        """Evaluate a run at its end, and save what is not saved yet."""
+        state = self.state
+        if state.step == self.loop.total_steps and self.evaluated_step != state.step:
+            self.evaluate()
+        self.services.heartbeat.enter("checkpoint", step=state.step, patient=True)
+        if not self._is_settled() or self.saved_step != state.step:
+            self.save(must=True)
+
+    def _is_settled(self) -> bool:
+        """Wait for the end of a save; whether the newest one has not failed."""
+        return self.services.settle is None or self.services.settle(True)
+
+    def _means(self, step: Step) -> dict[str, float]:
+        return named_means(self.engine.module.terms, sum_of_ranks(step.sums), counts=step.totals.counts)
+
+    def _new_guard(self) -> LossGuard | None:
+        """Return a guard that knows the losses up to the state, or None where no spike is to be skipped."""
+        sigmas, window = self.loop.spike_sigmas, self.loop.spike_window
+        if sigmas is None:
+            return None
+        return LossGuard(sigmas, window, recent=self.state.recent_losses, device=self.engine.device)
 
 
 def _what_is_saved(step: int, saved_step: int) -> str:

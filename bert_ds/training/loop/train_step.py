@@ -15,10 +15,10 @@ from torch import Tensor
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import DivergedError
 from bert_ds.training.agreement import sum_over_ranks
-from bert_ds.training.engine import has_own_nan_guard, step_guard
 from bert_ds.training.loop.dropout_seeds import dropout_seed
 from bert_ds.training.loop.loss_guard import LossGuard
 from bert_ds.training.loop.step_loss import poison_if_not_finite, step_loss
+from bert_ds.training.optimizers.factory import StepGuard
 
 
 class StepTotals(NamedTuple):
@@ -76,19 +76,30 @@ def forward_backward(
     micro_batches: Sequence[MicroBatch],
     *,
     counts: Mapping[str, float],
-    seed: int,
+    seed: int | None,
     step: int,
     judge: Judge | None = None,
 ) -> Tensor:
-    """Accumulate the gradients of one step and return this rank's loss and metric sums, on the device."""
+    """Accumulate the gradients of one step and return this rank's loss and metric sums, on the device.
+
+    Args:
+        engine: from `make_engine`.
+        micro_batches: of this rank.
+        counts: targets by name over the whole step.
+        seed: of the run; None where the model drops nothing.
+        step: from 1; which dropout is drawn.
+        judge: may keep the step out of the weights.
+    """
     accumulation = engine.gradient_accumulation_steps()
     if len(micro_batches) != accumulation:
         raise ValueError(f"{len(micro_batches)} micro-batches for a step, wanted {accumulation} (accumulation steps)")
     terms, total = engine.module.terms, None
     for micro_step, batch in enumerate(micro_batches):
-        part = dist.get_rank() * accumulation + micro_step
-        inputs = batch.to(engine.device).model_inputs()
-        loss_sums_L, metric_sums_M = engine(**inputs, dropout_seed=dropout_seed(seed, step, part, device=engine.device))
+        inputs: dict[str, Any] = {"dropout_seed": None, **batch.to(engine.device).model_inputs()}
+        if seed is not None:
+            part = dist.get_rank() * accumulation + micro_step
+            inputs["dropout_seed"] = dropout_seed(seed, step, part, device=engine.device)
+        loss_sums_L, metric_sums_M = engine(**inputs)
         loss = poison_if_not_finite(step_loss(loss_sums_L, counts, terms=terms))
         sums = torch.cat([loss_sums_L.detach(), metric_sums_M.detach()]).double()
         total = sums if total is None else total + sums
@@ -102,6 +113,12 @@ def forward_backward(
     return total
 
 
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Set the rate of every group of a torch optimizer or of DeepSpeed's wrapper around one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def take_step(engine: DeepSpeedEngine) -> tuple[bool, Any]:
     """Run the optimizer unless the step's gradients are not finite; a bad step leaves weights and moments alone.
 
@@ -111,13 +128,14 @@ def take_step(engine: DeepSpeedEngine) -> tuple[bool, Any]:
     Returns:
         Whether the step was applied, and the gradient norm before clipping (infinite for a dropped step).
     """
-    if has_own_nan_guard(engine):
+    if engine.optimizer is not engine.basic_optimizer:
         _step_engine(engine)
         if not engine.was_step_applied():
             _drop_offloaded_gradients(engine.optimizer)
         return engine.was_step_applied(), engine.get_global_grad_norm()
     norm = gradient_norm(engine.module)
-    guard = step_guard(engine)
+    guard = engine.basic_optimizer.step
+    assert isinstance(guard, StepGuard), "the engine was not built by make_engine"
     guard.armed = math.isfinite(norm)
     _step_engine(engine)
     applied, guard.armed = guard.armed, True

@@ -103,24 +103,19 @@ class StepGuard:
     advance the step count before training starts. And where the engine drives the optimizer directly (stage 0 without
     a wrapper) nothing else keeps a NaN gradient out of the weights.
 
-    It replaces the bound method on the instance: DeepSpeed asks for the optimizer's exact type.
+    It replaces the bound method on the instance: DeepSpeed asks for the optimizer's exact type. `make_engine` leaves it
+    there only in the second case.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._step = optimizer.step
+        self._optimizer, self._step = optimizer, optimizer.step
         self.armed = False
-        self.num_ignored = 0
         optimizer.step = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward the call, or count it as ignored."""
-        if self.armed:
-            return self._step(*args, **kwargs)
-        self.num_ignored += 1
-        return None
+        """Forward the call while armed."""
+        return self._step(*args, **kwargs) if self.armed else None
 
-
-def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """Set the rate of every group of a torch optimizer or of DeepSpeed's wrapper around one."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    def remove(self) -> None:
+        """Give the optimizer its own method back."""
+        self._optimizer.step = self._step  # type: ignore[method-assign]

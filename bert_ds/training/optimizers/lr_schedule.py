@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
 
 
-def learning_rate(step: int, *, peak: float, schedule: ScheduleConfig, total_steps: int) -> float:
-    """Return the learning rate of optimizer step `step`, counted from 1 to total_steps.
+def learning_rates(schedule: ScheduleConfig, *, peak: float, total_steps: int) -> Callable[[int], float]:
+    """Return the learning rate of optimizer steps, a function of the step, counted from 1 to total_steps.
 
     Warm-up is linear and reaches the peak at its last step. After it, with t the step, W the warm-up, T the total and
     p = (t - W) / (T - W) the share of the way from the peak to the end:
@@ -22,13 +23,17 @@ def learning_rate(step: int, *, peak: float, schedule: ScheduleConfig, total_ste
 
     The result runs from the peak down to min_lr_fraction x peak, reached at the last step.
     """
-    if not 1 <= step <= total_steps:
-        raise ValueError(f"step {step} is outside 1..{total_steps}")
     warmup = schedule.num_warmup_steps(total_steps)
-    if step <= warmup:
-        return peak * step / warmup
-    height = _height(step, warmup, schedule=schedule, total_steps=total_steps)
-    return peak * (schedule.min_lr_fraction + (1.0 - schedule.min_lr_fraction) * height)
+
+    def learning_rate(step: int) -> float:
+        if not 1 <= step <= total_steps:
+            raise ValueError(f"step {step} is outside 1..{total_steps}")
+        if step <= warmup:
+            return peak * step / warmup
+        height = _height(step, warmup, schedule=schedule, total_steps=total_steps)
+        return peak * (schedule.min_lr_fraction + (1.0 - schedule.min_lr_fraction) * height)
+
+    return learning_rate
 
 
 def _height(step: int, warmup: int, *, schedule: ScheduleConfig, total_steps: int) -> float:
