@@ -50,27 +50,20 @@ from bert_ds.encoder.pretrained import Pretrained, check_tokenizer, load_pretrai
 from bert_ds.folders.output_folders import open_run_folder
 from bert_ds.launch.command_line import run_main
 from bert_ds.launch.launch_checks import checked_task, finetune_arguments, task_folders
-from bert_ds.reporting.environment import write_environment
 from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.agreement import on_main_rank
-from bert_ds.training.checkpoints.checkpoint_loader import resume
 from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.checkpoints.train_state import LoopSettings, TrainState
 from bert_ds.training.engine import make_engine
-from bert_ds.training.launch.hang_watchdog import Heartbeat, collective_timeout, watched_for_hangs
+from bert_ds.training.launch.hang_watchdog import collective_timeout
 from bert_ds.training.launch.launch_precision import Decision, decide_precision
 from bert_ds.training.launch.preflight import preflight
-from bert_ds.training.launch.process_group import device_name, joined_ranks
+from bert_ds.training.launch.process_group import joined_ranks
 from bert_ds.training.launch.restart import StopRequest, follow_launcher, is_done, mark_done
-from bert_ds.training.launch.run_folder import (
-    describe_run,
-    enter_run_folder,
-    prove_same_files,
-    refuse_foreign_folders,
-    write_tokenizer,
-)
+from bert_ds.training.launch.run_folder import prove_same_files, refuse_foreign_folders, write_tokenizer
+from bert_ds.training.loop.launch_steps import LaunchFolder, enter, start_state, train_watched
 from bert_ds.training.loop.throughput import Throughput
-from bert_ds.training.loop.train_loop import Services, train
+from bert_ds.training.loop.train_loop import Services
 from bert_ds.training.optimizers.factory import make_optimizer
 from bert_ds.training.optimizers.param_groups import TensorFacts
 
@@ -149,12 +142,10 @@ def finetune(task: TaskConfig, run_dir: Path, *, start: Start) -> int:
     split = checked_split(trained, start.ds, ranks.world_size)
     trained = replace(trained, model=trained.model.with_dropout(task.dropout))
     ds_config = resolve_ds_config(trained, start.ds, ranks.world_size, run_dir=str(run_dir))
-    enter_run_folder(run_dir, described(task, ds_config), resume=start.args.resume)
-    log = RunLog(run_dir, ranks, total_steps=trained.training.steps)
-    start.decision.say(log.info)
-    write_environment(run_dir, ranks, devices=[device_name()])
+    folder = LaunchFolder(run_dir, described(task, ds_config), start.args.resume)
+    log = enter(folder, ranks, total_steps=trained.training.steps, decision=start.decision)
     on_main_rank(lambda: write_tokenizer(run_dir, start.tokenizer.save))
-    state, best = run_training(trained, ds_config, run_dir, split=split, start=start, log=log)
+    state, best = run_training(trained, ds_config, folder, split=split, start=start, log=log)
     if state.step < trained.training.steps and not best.is_exhausted:
         return EXIT_RUN_AGAIN
     outcome = Outcome(task, rows, start.tokenizer, run_dir, start.pretrained.config, start.trivial)
@@ -170,7 +161,13 @@ def described(task: TaskConfig, ds_config: dict[str, Any]) -> dict[str, str]:
 
 
 def run_training(
-    trained: TrainedTask, ds_config: dict[str, Any], run_dir: Path, *, split: BatchSplit, start: Start, log: RunLog
+    trained: TrainedTask,
+    ds_config: dict[str, Any],
+    folder: LaunchFolder,
+    *,
+    split: BatchSplit,
+    start: Start,
+    log: RunLog,
 ) -> tuple[TrainState, EvaluationHistory]:
     """Build the engine, resume if asked to, and train until the last step or until nothing more is gained."""
     task, rows = trained.task, start.rows
@@ -180,11 +177,8 @@ def run_training(
         "data": features_fingerprint(rows.train.features, settings=settings),
         "family": trained.model.family,
     }
-    state = None if start.args.resume == "never" else resume(engine, run_dir, name=None, facts=facts, log=log)
-    if state is not None:
-        describe_run(run_dir, described(task, ds_config))
-    state = state or TrainState()
-    best = EvaluationHistory(engine, task, rows.validation, rows.labels, run_dir=run_dir, from_step=state.step)
+    state = start_state(engine, folder, facts=facts, log=log)
+    best = EvaluationHistory(engine, task, rows.validation, rows.labels, run_dir=folder.path, from_step=state.step)
     policy = CheckpointPolicy(
         keep_last=task.checkpoints.keep_last,
         keep_every_steps=task.checkpoints.keep_every_steps,
@@ -192,7 +186,7 @@ def run_training(
         keep_steps=best.kept_steps,
         asynchronous=task.checkpoints.asynchronous,
     )
-    saver = CheckpointSaver(engine, run_dir, policy=policy, log=log)
+    saver = CheckpointSaver(engine, folder.path, policy=policy, log=log)
     log.start(state.step, {"training_rows": len(rows.train.examples), "validation_rows": len(rows.validation.examples)})
     services = Services(
         log=log,
@@ -201,17 +195,11 @@ def run_training(
         save=saver.save,
         settle=saver.settle if policy.asynchronous else None,
         evaluate=best.evaluate,
-        heartbeat=Heartbeat(),
     )
     batches = training_batches(task, split, start=start, from_step=state.step)
     if not best.is_exhausted:
-        watched = watched_for_hangs(
-            services.heartbeat, run_dir, ranks=start.ranks, limit_s=start.args.hang_limit, module=engine.module
-        )
-        with watched, start.stop.training():
-            train(
-                engine, batches, state=state, loop=loop_settings(trained, len(rows.train.features)), services=services
-            )
+        loop = loop_settings(trained, len(rows.train.features))
+        train_watched(engine, batches, state=state, loop=loop, services=services, limit_s=start.args.hang_limit)
     engine.destroy()
     return state, best
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,29 +47,23 @@ from bert_ds.encoder.pretrained import check_tokenizer
 from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.launch.command_line import run_main
 from bert_ds.launch.launch_checks import checked_run, pretrain_arguments
-from bert_ds.reporting.environment import write_environment
 from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.agreement import on_main_rank
 from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint
-from bert_ds.training.checkpoints.checkpoint_loader import resume, roll_back
+from bert_ds.training.checkpoints.checkpoint_loader import roll_back
 from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 from bert_ds.training.checkpoints.train_state import LoopSettings, TrainState
 from bert_ds.training.engine import make_engine
-from bert_ds.training.launch.hang_watchdog import Heartbeat, collective_timeout, watched_for_hangs
+from bert_ds.training.launch.hang_watchdog import collective_timeout
 from bert_ds.training.launch.launch_precision import decide_precision
 from bert_ds.training.launch.node_facts import needs_of
 from bert_ds.training.launch.preflight import preflight
 from bert_ds.training.launch.process_group import device_name, joined_ranks
 from bert_ds.training.launch.restart import StopRequest, follow_launcher, mark_done
-from bert_ds.training.launch.run_folder import (
-    describe_run,
-    enter_run_folder,
-    prove_same_files,
-    refuse_foreign_folders,
-    write_tokenizer,
-)
+from bert_ds.training.launch.run_folder import prove_same_files, refuse_foreign_folders, write_tokenizer
 from bert_ds.training.loop.evaluation import Evaluation, evaluate
+from bert_ds.training.loop.launch_steps import LaunchFolder, enter, start_state, train_watched
 from bert_ds.training.loop.rank_times import RankTimes
 from bert_ds.training.loop.replay import replay_step
 from bert_ds.training.loop.stage_changes import StageChanges
@@ -81,7 +76,7 @@ from bert_ds.training.loop.step_budget import (
     timed_sentence,
 )
 from bert_ds.training.loop.throughput import Throughput, peak_flops
-from bert_ds.training.loop.train_loop import Services, train
+from bert_ds.training.loop.train_loop import Services
 from bert_ds.training.loop.trial_step import try_longest
 from bert_ds.training.optimizers.factory import make_optimizer
 from bert_ds.training.optimizers.param_groups import TensorFacts
@@ -107,54 +102,87 @@ def main() -> int:
 
 def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: StopRequest) -> int:
     """Run folder, corpus, engine, loop; a collective. Returns the exit code."""
+    opened = open_run(plan, ranks, args=args)
+    plan, engine, data, log, facts = opened.plan, opened.engine, opened.data, opened.log, opened.facts
+    if args.dry_run or args.find_micro_batch:
+        try_longest(engine, longest_batches(plan, data), split=plan.split, log=log, search=args.find_micro_batch)
+        return EXIT_DONE
+    if args.replay_step is not None:
+        replay_step(engine, args.replay_step, batch=opened.batch_at, seed=plan.run.seed, facts=facts, log=log)
+        return EXIT_DONE
+    state = start_state(engine, opened.folder, facts=facts, log=log)
+    log.start(state.step, announce(plan, data, log=log))
+    stages = follow_stages(plan, data, engine, log=log)
+    services = make_services(opened, state, stages, stop=stop)
+    batches = opened.batches_from(state.step + state.passed_over, stages)
+    loop = loop_settings(plan.run, stages.starts)
+    train_watched(engine, batches, state=state, loop=loop, services=services, limit_s=args.hang_limit)
+    if state.step < plan.run.training.steps:
+        return EXIT_RUN_AGAIN
+    on_main_rank(lambda: mark_done(args.run_dir, {"step": state.step}))
+    log.close()
+    return EXIT_DONE
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run whose folder, corpus and engine are there."""
+
+    plan: RunPlan
+    ranks: Ranks
+    folder: LaunchFolder
+    log: RunLog
+    data: PretrainingData
+    engine: DeepSpeedEngine
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a checkpoint has to have been made with."""
+        return {"data": self.data.fingerprint, "family": self.plan.run.model.family}
+
+    def batch_at(self, place: int) -> list[MicroBatch]:
+        """Return this rank's micro-batches of a place in the order of the data, counted from 0."""
+        return next(training_batches(self.plan, self.data, self.ranks, start=place))
+
+    def batches_from(self, place: int, stages: StageChanges) -> Iterator[list[MicroBatch]]:
+        """Yield those of every place from this one on, with what changes between stages."""
+        return stages.follow(training_batches(self.plan, self.data, self.ranks, start=place), place)
+
+
+def open_run(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace) -> OpenedRun:
+    """Decide precision and steps, enter the run folder, open the corpus and build the engine; a collective."""
     run_dir = args.run_dir
     earlier = [] if args.resume == "never" else [run_dir]
     decision = decide_precision(plan.run.training.precision, plan.run.model, earlier=earlier)
     run = with_precision(plan.run, decision.precision)
     plan = make_plan(run, plan.ds, ranks.world_size)
     ds_config = resolve_ds_config(run, plan.ds, ranks.world_size, run_dir=str(run_dir))
-    enter_run_folder(run_dir, descriptions(run, ds_config), resume=args.resume)
-    log = RunLog(run_dir, ranks, total_steps=run.training.total_steps or 0)
-    decision.say(log.info)
-    write_environment(run_dir, ranks, devices=[device_name()])
+    folder = LaunchFolder(run_dir, descriptions(run, ds_config), args.resume)
+    log = enter(folder, ranks, total_steps=run.training.total_steps or 0, decision=decision)
     data = open_corpus(plan, run_dir, log=log)
     if run.training.total_steps is None and not (args.dry_run or args.find_micro_batch):
         plan = with_total_steps(plan, data, ranks, ds_config=ds_config, run_dir=run_dir, log=log)
-        run = plan.run
+        folder = folder._replace(descriptions=descriptions(plan.run, ds_config))
         data = open_corpus(plan, run_dir, log=log) if run.stages else data  # now that it is known where stages begin
-    engine = build_engine(plan, data, ds_config, run_dir)
-    if args.dry_run or args.find_micro_batch:
-        try_longest(engine, longest_batches(plan, data), split=plan.split, log=log, search=args.find_micro_batch)
-        return EXIT_DONE
+    return OpenedRun(plan, ranks, folder, log, data, build_engine(plan, data, ds_config, run_dir))
 
+
+def make_services(opened: OpenedRun, state: TrainState, stages: StageChanges, *, stop: StopRequest) -> Services:
+    """Return what surrounds the loop of a run."""
+    engine, run, data, ranks, log = opened.engine, opened.plan.run, opened.data, opened.ranks, opened.log
     policy = CheckpointPolicy(
         keep_last=run.checkpoints.keep_last,
         keep_every_steps=run.checkpoints.keep_every_steps,
-        facts={"data": data.fingerprint, "family": run.model.family},
+        facts=opened.facts,
         asynchronous=run.checkpoints.asynchronous,
     )
-
-    def batch_at(place: int) -> list[MicroBatch]:
-        return next(training_batches(plan, data, ranks, start=place))
-
-    if args.replay_step is not None:
-        replay_step(engine, args.replay_step, batch=batch_at, seed=run.seed, facts=policy.facts, log=log)
-        return EXIT_DONE
-    saver = CheckpointSaver(engine, run_dir, policy=policy, log=log)
-    state = None if args.resume == "never" else resume(engine, run_dir, name=None, facts=policy.facts, log=log)
-    describe_run(run_dir, descriptions(run, ds_config))
-    state = state or TrainState()
-    log.start(state.step, announce(plan, data, log=log))
-    stages = follow_stages(plan, data, engine, log=log)
-
-    def batches_from(place: int) -> Iterator[list[MicroBatch]]:
-        return stages.follow(training_batches(plan, data, ranks, start=place), place)
+    saver = CheckpointSaver(engine, opened.folder.path, policy=policy, log=log)
 
     def go_back(at: TrainState) -> Iterator[list[MicroBatch]] | None:
-        went = roll_back(engine, run_dir, state=at, facts=policy.facts, log=log)
-        return batches_from(at.step + at.passed_over) if went else None
+        went = roll_back(engine, opened.folder.path, state=at, facts=policy.facts, log=log)
+        return opened.batches_from(at.step + at.passed_over, stages) if went else None
 
-    services = Services(
+    return Services(
         log=log,
         stop=stop,
         throughput=stages.throughput,
@@ -164,17 +192,7 @@ def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: Sto
         row_facts=lambda step: row_facts(data, stages, step + state.passed_over),
         roll_back=go_back,
         rank_times=RankTimes(engine.module) if ranks.world_size > 1 else None,
-        heartbeat=Heartbeat(),
     )
-    batches, loop = batches_from(state.step + state.passed_over), loop_settings(run, stages.starts)
-    watched = watched_for_hangs(services.heartbeat, run_dir, ranks=ranks, limit_s=args.hang_limit, module=engine.module)
-    with watched, stop.training():
-        train(engine, batches, state=state, loop=loop, services=services)
-    if state.step < run.training.steps:
-        return EXIT_RUN_AGAIN
-    on_main_rank(lambda: mark_done(run_dir, {"step": state.step}))
-    log.close()
-    return EXIT_DONE
 
 
 def descriptions(run: RunConfig, ds_config: dict[str, Any]) -> dict[str, str]:

@@ -34,7 +34,7 @@ class RunLog:
 
     def __init__(self, run_dir: Path, ranks: Ranks, *, total_steps: int) -> None:
         self.run_dir = run_dir
-        self.is_main = ranks.is_main
+        self.ranks, self.is_main = ranks, ranks.is_main
         self.total_steps = total_steps
         self.attempt = 1
         self._logger = _rank_logger(run_dir, ranks)
