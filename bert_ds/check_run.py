@@ -19,6 +19,7 @@ if __name__ == "__main__":  # a script run by path finds its package beside itse
 
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.plan_table import plan_table
+from bert_ds.configuration.recipe.precision import planned_on_gpus
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.run_plan import make_plan
 from bert_ds.configuration.task.task_config import TaskConfig
@@ -38,9 +39,11 @@ def main() -> int:
     gpu_memory = int(_number("--gpu_memory_gb", args.gpu_memory_gb) * 1e9) if args.gpu_memory_gb else None
     if args.task is None:
         run, ds = load_pair(args.run, args.deepspeed_config, overrides=args.set)
+        run = planned_on_gpus(run) if gpu_memory else run
         plan = make_plan(run, ds, world_size, gpu_memory_bytes=gpu_memory)
         return show(plan_table(plan), plan.warnings)
     task, ds = checked_task(args)
+    task = planned_on_gpus(task) if gpu_memory else task
     num_rows = count_rows(task)
     return show(
         *task_table(task, ds, args.model, world_size=world_size, num_rows=num_rows, gpu_memory_bytes=gpu_memory)
@@ -69,11 +72,11 @@ def _arguments() -> argparse.Namespace:
     parser = make_parser("Check a recipe or a task with its DeepSpeed file, and print what follows from them.")
     parser.add_argument("--run", help="recipe; without it and --task the embedded default")
     parser.add_argument("--task", help="task file, or the name of a shipped task, instead of a recipe")
-    parser.add_argument("--model", type=Path, help="with --task: Hugging Face folder of a pre-trained BERT")
+    parser.add_argument("--model", type=Path, help="with --task: Hugging Face folder of a pre-trained encoder")
     parser.add_argument("--data", type=Path, help="with --task: folder of the data files")
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed file")
     parser.add_argument("--world_size", default="1", help="number of ranks (default 1)")
-    parser.add_argument("--gpu_memory_gb", help="memory of one GPU, to warn where the estimate is larger")
+    parser.add_argument("--gpu_memory_gb", help="memory of one GPU, to warn of more and to plan precision auto as bf16")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=value", help="override of recipe or task")
     args = parser.parse_args()
     if args.task is not None and args.run is not None:

@@ -69,7 +69,7 @@ def export(run_dir: Path, name: str | None, folder: Path, *, shown: Path) -> str
         config=config,
         tensors=to_hf(state_dict, run.model),
         tokenizer=tokenizer,
-        model_card=model_card_text(run.name, _facts(run, checkpoint, run_dir / "metrics.jsonl")),
+        model_card=model_card_text(run.name, run.model, _facts(run, checkpoint, run_dir / "metrics.jsonl")),
     )
     check = verify_export(folder, run.model, state_dict=state_dict, tokenizer=tokenizer)
     return (

@@ -1,4 +1,4 @@
-"""Fine-tune a pre-trained BERT on a task under DeepSpeed: rows, model, engine, loop, predictions, Hugging Face folder.
+"""Fine-tune a pre-trained encoder under DeepSpeed: rows, model, engine, loop, predictions, Hugging Face folder.
 
     deepspeed bert_ds/finetune.py --task sst2 --data DATA --model DIR --deepspeed_config ds_configs/zero1.json
     deepspeed bert_ds/finetune.py --task mine.json --model DIR --deepspeed_config ds_configs/zero1.json --seeds 1 2 3
@@ -173,10 +173,7 @@ def run_training(
     task, rows = trained.task, start.rows
     engine = build_engine(trained, ds_config, start=start, log=log)
     settings = f"{task.seed} {task.training.train_batch_size} {start.tokenizer.fingerprint}"
-    facts = {
-        "data": features_fingerprint(rows.train.features, settings=settings),
-        "family": trained.model.family,
-    }
+    facts = {**trained.model.form(), "data": features_fingerprint(rows.train.features, settings=settings)}
     state = start_state(engine, folder, facts=facts, log=log)
     best = EvaluationHistory(engine, task, rows.validation, rows.labels, run_dir=folder.path, from_step=state.step)
     policy = CheckpointPolicy(

@@ -1,4 +1,4 @@
-"""Pre-train a BERT encoder under DeepSpeed: recipe, corpus, model, engine, loop.
+"""Pre-train an encoder under DeepSpeed: recipe, corpus, model, engine, loop.
 
     deepspeed bert_ds/pretrain.py --deepspeed_config ds_configs/zero2.json
     deepspeed bert_ds/pretrain.py --run recipe.json --deepspeed_config ds_configs/zero2.json --run_dir runs/mine
@@ -138,7 +138,7 @@ class OpenedRun:
     @property
     def facts(self) -> dict[str, str]:
         """What a checkpoint has to have been made with."""
-        return {"data": self.data.fingerprint, "family": self.plan.run.model.family}
+        return {**self.plan.run.model.form(), "data": self.data.fingerprint}
 
     def batch_at(self, place: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of a place in the order of the data, counted from 0."""

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from fork_server import free_port
 
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
@@ -260,7 +261,8 @@ def _pretrain(arguments: argparse.Namespace, name: str, lr: float, total_steps: 
     if not (run_dir / "DONE").exists():
         settings = [*_paths(arguments.work), f"optimizer.lr={lr}", f"training.total_steps={total_steps}"]
         options = [word for setting in settings for word in ("--set", setting)]
-        command = ["-m", "deepspeed.launcher.runner", str(ROOT / "bert_ds/pretrain.py"), "--run", str(arguments.recipe)]
+        command = ["-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
+        command += [str(ROOT / "bert_ds/pretrain.py"), "--run", str(arguments.recipe)]
         places = ["--deepspeed_config", str(ROOT / "ds_configs/zero2.json"), "--run_dir", str(run_dir)]
         subprocess.run([sys.executable, *command, *places, *options], check=True)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -68,7 +68,7 @@ def write_tiny_export(
         config=config if fingerprint is None else {**config, "tokenizer_fingerprint": fingerprint},
         tensors=to_hf(model.state_dict(), encoder),
         tokenizer=tokenizer,
-        model_card=model_card_text("tiny", {"steps": 0}),
+        model_card=model_card_text("tiny", encoder, {"steps": 0}),
     )
     return folder
 

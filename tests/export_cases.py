@@ -39,5 +39,5 @@ def export(folder: Path, tokenizer: Path, state_dict: dict[str, Tensor], sentenc
         config=hf_config(CONFIG, sentence_pair=sentence_pair, special_ids=special_ids(tokenizer)),
         tensors=to_hf(state_dict, CONFIG),
         tokenizer=tokenizer,
-        model_card=model_card_text("small", {"steps": 3}),
+        model_card=model_card_text("small", CONFIG, {"steps": 3}),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,12 @@ def test_warnings_do_not_change_the_exit_code() -> None:
     found = check_run("--run", recipe, "--deepspeed_config", "ds_configs/zero3.json", "--gpu_memory_gb", "1")
     assert found.returncode == 0
     assert "warning: corpus.tokenizer:" in found.stderr and "warning: a rank needs about" in found.stderr
+
+
+@pytest.mark.parametrize(("memory", "precision"), [((), "planned for fp32"), (("--gpu_memory_gb", "80"), "bf16")])
+def test_with_the_memory_of_a_gpu_the_run_is_planned_as_a_gpu_trains_it(memory: Sequence[str], precision: str) -> None:
+    found = check_run("--deepspeed_config", "ds_configs/zero2.json", *memory)
+    assert precision in found.stdout
 
 
 def test_files_given_as_each_other_are_one_sentence() -> None:
@@ -185,4 +192,4 @@ def test_a_model_that_is_no_bert_and_data_that_cannot_be_read_are_named(tiny: Pa
     write_json(tiny / "model", "config.json", {"hidden_size": "large"})
     found = check_task(tiny)
     assert found.returncode == 2
-    assert found.stderr == "check_run.py: error: --model model: config.json does not hold the sizes of a BERT\n"
+    assert found.stderr == "check_run.py: error: --model model: config.json does not hold the sizes of an encoder\n"

@@ -152,7 +152,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config=hf_config(config, sentence_pair="none", special_ids=special_ids(folder / "tokenizer")),
         tensors=to_hf(_without_pair_head(config).state_dict(), config),
         tokenizer=folder / "tokenizer",
-        model_card=model_card_text("teacher", {}),
+        model_card=model_card_text("teacher", config, {}),
     )
     recipe["distillation"] = {"teacher": "teacher", "mlm_weight": 0.0}
     recipe["training"] |= {"total_steps": 5, "precision": "fp32"}

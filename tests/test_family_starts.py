@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +75,12 @@ def test_a_run_starts_from_the_weights_of_a_run_and_of_a_folder(begun: Begun) ->
     assert same(weights(still), weights(begun.run_dir))
 
 
+def test_the_card_names_the_family(begun: Begun) -> None:
+    card = (begun.exported / "README.md").read_text(encoding="utf-8")
+    title = {"bert": "BERT", "modernbert": "ModernBERT"}[begun.config.family]
+    assert f"\nA {title} encoder pre-trained" in card and f"tags: [{begun.config.family}, fill-mask]" in card
+
+
 def test_a_student_of_its_own_family_learns_from_a_teacher(begun: Begun) -> None:
     layers = list(range(begun.config.num_hidden_layers))
     teacher = f"distillation.teacher={begun.exported}"
@@ -118,6 +125,19 @@ def test_weights_of_another_family_are_refused(begun: Begun) -> None:
     )
     with pytest.raises(CheckpointError, match=f"saved with family {name}, this run has family {other}"):
         train_all(0, 1, begun.folder, [Run("crossed", optimizer="adamw", dropout=0.2, resumes="first")])
+
+
+def test_a_checkpoint_of_another_form_is_refused_with_the_field_and_both_values(begun: Begun) -> None:
+    forms: dict[str, dict[str, Any]] = {"bert": {"norm_position": "pre"}, "modernbert": {"mlp_bias": True}}
+    (form,) = forms[begun.config.family].items()
+    recipe = json.loads((begun.folder / "recipe0.0.json").read_text())
+    name, wanted = form[0], getattr(begun.config, form[0])
+    (begun.folder / "recipe0.3.json").write_text(json.dumps({**recipe, "model": {**recipe["model"], name: form[1]}}))
+    said = f"saved with model.{name} {wanted}, this run has model.{name} {form[1]}"
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        train_all(0, 1, begun.folder, [Run("formed", optimizer="adamw", dropout=0.3, resumes="first")])
+    with pytest.raises(ConfigError, match=f"init_from: the weights have {name} .*{wanted}.* \\(here {form[1]}\\)"):
+        begun.go("formed", f"model.{name}={json.dumps(form[1])}", f"init_from={begun.run_dir}")
 
 
 MODERN = {**RECIPE["model"], "type": "modernbert"}

@@ -42,6 +42,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = tmp_path / "model"
     model.mkdir()
     write_json(model, "config.json", {})
+    write_json(tmp_path, "vocabulary.json", {"vocabulary_size": 30522})
+    (tmp_path / "modern").mkdir()
+    write_json(tmp_path / "modern", "config.json", {"model_type": "modernbert", "vocab_size": 500})
     return tmp_path
 
 
@@ -89,6 +92,10 @@ MISTAKES = [
     (
         (*FINETUNE[:5], "--deepspeed_config", "fp32.json", "--set", "training.precision=bf16"),
         "bf16.enabled: found false",
+    ),
+    (
+        (*FINETUNE[:3], "--model", "modern", "--deepspeed_config", "vocabulary.json"),
+        "vocabulary_size: found 30522, ",
     ),
     (("finetune", "--task", "blimp", *FINETUNE[3:]), "has nothing to train"),
     ((*SCORE, "--side", "tset"), "argument --side: invalid choice: 'tset'"),

@@ -147,7 +147,7 @@ def teacher_model(run: RunConfig) -> EncoderConfig | None:
 
 
 def folder_model(folder: Path) -> EncoderConfig | None:
-    """Return the shape of the model of a Hugging Face folder; None where there is none, or it is no BERT's."""
+    """Return the shape of the model of a Hugging Face folder; None where there is none, or of no family here."""
     content = _read_json(folder / "config.json")
     if not isinstance(content, dict):
         return None

@@ -49,11 +49,11 @@ def load_hf_folder(folder: Path, *, pad_vocab_size_to_multiple_of: int = 64) -> 
     Nothing is executed: a .bin file is unpickled with weights_only.
 
     Raises:
-        ConfigError: config.json is missing, unreadable, or no BERT that this model can be.
+        ConfigError: config.json is missing, unreadable, or no encoder that this model can be.
         CheckpointError: the weights are missing, unreadable, or hold a value that is not finite.
     """
     if not (folder / "config.json").exists():
-        raise ConfigError(f"{folder} has no config.json: wanted the folder of a Hugging Face BERT")
+        raise ConfigError(f"{folder} has no config.json: wanted the Hugging Face folder of an encoder")
     try:
         facts = read_json(folder / "config.json")
         config = model_config_from_hf(facts, pad_vocab_size_to_multiple_of=pad_vocab_size_to_multiple_of)
@@ -153,18 +153,18 @@ def special_ids(tokenizer: Path) -> dict[str, int]:
     return {name: pieces.index(f"[{name.upper()}]") for name in ("pad", "cls", "sep")}
 
 
-def model_card_text(name: str, facts: Mapping[str, object]) -> str:
+def model_card_text(name: str, config: EncoderConfig, facts: Mapping[str, object]) -> str:
     """Return README.md: what the model is, how to load it, and the run's facts as a table."""
     rows = [f"| {key} | {str(value).replace('|', '/').replace(chr(10), ' ')} |" for key, value in facts.items()]
     lines = [
         "---",
         "library_name: transformers",
         "pipeline_tag: fill-mask",
-        "tags: [bert, fill-mask]",
+        f"tags: [{config.family}, fill-mask]",
         "---",
         f"# {name}",
         "",
-        "A BERT encoder pre-trained from scratch.",
+        f"A {config.TITLE} encoder pre-trained from scratch.",
         "",
         "```python",
         "from transformers import pipeline",

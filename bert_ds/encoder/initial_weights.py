@@ -1,4 +1,4 @@
-"""Weights that a run starts from: another run of this project, or a Hugging Face BERT."""
+"""Weights that a run starts from: another run of this project, or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def load_initial_weights(
 
     Args:
         model: on the CPU, not yet wrapped by DeepSpeed.
-        folder: a run folder (its newest checkpoint is taken) or the folder of a Hugging Face BERT.
+        folder: a run folder (its newest checkpoint is taken) or the Hugging Face folder of an encoder.
         read_run: returns the fp32 weights of a run folder, in this model's names.
 
     Raises:
-        ConfigError: the folder is neither, or of a BERT that this model cannot be.
+        ConfigError: the folder is neither, or of an encoder that this model cannot be.
         CheckpointError: a tensor is missing, unknown, of another shape, or damaged.
     """
     if (folder / "checkpoints").is_dir():

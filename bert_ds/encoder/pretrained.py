@@ -32,7 +32,7 @@ def load_pretrained(folder: Path) -> Pretrained:
     """Read the encoder of a Hugging Face folder; its heads are left aside and listed.
 
     Raises:
-        ConfigError: config.json is missing, unreadable, or no BERT that this model can be.
+        ConfigError: config.json is missing, unreadable, or no encoder that this model can be.
         CheckpointError: the weights are missing or damaged, or a tensor is missing, unknown or of another shape.
     """
     source = load_hf_folder(folder)
@@ -44,7 +44,7 @@ def load_masked_lm(folder: Path, *, kernels: str = "auto", pad_vocab_size_to_mul
     """Return the model of a Hugging Face folder with its masked-word head, in evaluation mode on the CPU.
 
     Raises:
-        ConfigError: config.json is missing, unreadable, or no BERT that this model can be.
+        ConfigError: config.json is missing, unreadable, or no encoder that this model can be.
         CheckpointError: the folder has no masked-word head, as a fine-tuned one has not, or a tensor is missing,
             damaged, unknown or of another shape.
     """

@@ -14,8 +14,10 @@ from pathlib import Path
 from bert_ds.configuration.deepspeed_file.ds_agreement import settled
 from bert_ds.configuration.deepspeed_file.ds_config import DsConfig, load_ds_config, load_pair, pair_problems
 from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.reading.config_problems import Problem
 from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig
+from bert_ds.configuration.run_checks import folder_model
 from bert_ds.configuration.run_plan import require_files
 from bert_ds.configuration.task.task_config import TaskConfig, load_task, trained_task
 from bert_ds.configuration.task.task_kinds import KIND_FACTS
@@ -34,7 +36,7 @@ Words = Sequence[str] | None
 
 def pretrain_arguments(words: Words = None) -> argparse.Namespace:
     """Return the command line of pretrain.py."""
-    parser = make_parser("Pre-train a BERT encoder under DeepSpeed.")
+    parser = make_parser("Pre-train an encoder under DeepSpeed.")
     parser.add_argument("--run", type=Path, help="recipe (default: the embedded default)")
     parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed file")
     parser.add_argument("--run_dir", type=Path, default=Path("runs/default"), help="run folder (default: %(default)s)")
@@ -56,9 +58,9 @@ def pretrain_arguments(words: Words = None) -> argparse.Namespace:
 
 def finetune_arguments(words: Words = None) -> argparse.Namespace:
     """Return the command line of finetune.py."""
-    parser = make_parser("Fine-tune a pre-trained BERT on a task under DeepSpeed.")
+    parser = make_parser("Fine-tune a pre-trained encoder on a task under DeepSpeed.")
     parser.add_argument("--task", required=True, help="task file, or the name of a shipped task")
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of a pre-trained BERT")
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of a pre-trained encoder")
     parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed file")
     parser.add_argument("--data", type=Path, help="folder of the data files (default: that of the task file)")
     parser.add_argument("--run_dir", type=Path, help="run folder (default: runs/NAME of the task)")
@@ -117,7 +119,7 @@ def checked_task(args: argparse.Namespace) -> tuple[TaskConfig, DsConfig]:
         messages.append(f"{args.task}: a {task.kind} task has nothing to train: score.py scores a folder on it")
     elif task is not None and ds is not None:
         task = settled(task, ds.settings)
-        messages += [problem.line(ds.name) for problem in _disagreements(task, ds)]
+        messages += [problem.line(ds.name) for problem in _disagreements(task, ds, folder_model(args.model))]
     _raise(messages)
     assert task is not None and ds is not None, "no problem was found and a file was not loaded"
     return task, ds
@@ -187,7 +189,7 @@ def _read_task(args: argparse.Namespace) -> tuple[TaskConfig | None, list[str]]:
     except ConfigError as error:
         messages.append(str(error))
     if not (args.model / "config.json").is_file() and not any(args.model.glob("*/config.json")):
-        messages.append(f"--model {args.model} has no config.json: wanted the folder of a Hugging Face BERT")
+        messages.append(f"--model {args.model} has no config.json: wanted the Hugging Face folder of an encoder")
     return task, messages
 
 
@@ -196,10 +198,13 @@ def _raise(messages: Sequence[str]) -> None:
         raise ConfigError("\n".join(messages))
 
 
-def _disagreements(task: TaskConfig, ds: DsConfig) -> list[Problem]:
-    """Return what the DeepSpeed file says against the task, as far as model and rows do not matter."""
-    plan = trained_task(task, BertConfig(), num_sequences=1)
-    later = ("scheduler", "vocabulary_size", "activation_checkpointing")
+def _disagreements(task: TaskConfig, ds: DsConfig, model: EncoderConfig | None) -> list[Problem]:
+    """Return what the DeepSpeed file says against the task and its model, as far as the rows do not matter.
+
+    A folder whose config.json does not describe a model is asked by the ranks: till then nothing that depends on it is.
+    """
+    later = ("scheduler",) if model else ("scheduler", "vocabulary_size", "activation_checkpointing")
+    plan = trained_task(task, model or BertConfig(), num_sequences=1)
     return [problem for problem in pair_problems(plan, ds) if not problem.path.startswith(later)]
 
 

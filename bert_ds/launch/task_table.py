@@ -77,7 +77,7 @@ def _shape(model: Path) -> EncoderConfig:
     folders = [model, *sorted(path.parent for path in model.glob("*/config.json"))]
     found = next((shape for shape in map(folder_model, folders) if shape is not None), None)
     if found is None:
-        raise ConfigError(f"--model {model}: config.json does not hold the sizes of a BERT")
+        raise ConfigError(f"--model {model}: config.json does not hold the sizes of an encoder")
     return found
 
 

@@ -13,6 +13,7 @@ from bert_ds.configuration.reading.config_section import DropoutProbability, Pos
 class BertConfig(EncoderConfig):
     """The BERT encoder, in Hugging Face's spelling; the defaults are BERT-base uncased."""
 
+    TITLE = "BERT"
     HF_TYPES = {"bert": {"norm_position": "post"}, "megatron-bert": {"norm_position": "pre"}}
     SIZES = (*EncoderConfig.SIZES, "max_position_embeddings", "type_vocab_size")
 

@@ -17,6 +17,8 @@ from bert_ds.configuration.reading.config_section import PositiveFloat, Section,
 class EncoderConfig(Section):
     """Base of the families' settings; never a section of a recipe itself."""
 
+    TITLE: ClassVar[str]
+    """Name of the family in a text."""
     HF_TYPES: ClassVar[Mapping[str, Mapping[str, Any]]]
     """Each `model_type` of config.json that is of this family -> the settings that it stands for."""
     SIZES: ClassVar[tuple[str, ...]] = (
@@ -87,6 +89,16 @@ class EncoderConfig(Section):
     def with_dropout(self, probability: float) -> Self:
         """Return the settings with another dropout in all places that fine-tuning changes; 0 switches it off."""
         raise NotImplementedError
+
+    def form(self) -> dict[str, str]:
+        """Return what trained weights belong to, by field of a recipe: not dropout, nor how weights begin."""
+        begin, without, with_some = self.spelled_out(), self.with_dropout(0.0), self.with_dropout(0.5)
+        settings = {
+            name: str(getattr(begin, name))
+            for name in type(self).model_fields
+            if not name.startswith("initializer") and getattr(without, name) == getattr(with_some, name)
+        }
+        return {"family": self.family} | {f"model.{name}": text for name, text in settings.items() if name != "type"}
 
     @property
     def drops(self) -> bool:

@@ -16,7 +16,12 @@ Theta = Annotated[float, Field(gt=1.0, le=1e9, allow_inf_nan=False)]
 class ModernBertConfig(EncoderConfig):
     """The ModernBERT encoder, in Hugging Face's spelling; the defaults are ModernBERT-base."""
 
+    TITLE = "ModernBERT"
     HF_TYPES = {"modernbert": {}}
+    SIZES = (
+        *(*EncoderConfig.SIZES, "norm_bias", "attention_bias", "mlp_bias", "decoder_bias", "classifier_bias"),
+        "tie_word_embeddings",
+    )
 
     type: Literal["modernbert"] = "modernbert"
     """Family of the encoder."""

@@ -13,7 +13,7 @@ class DistillationConfig(Section):
     """What a student learns from a teacher beside masked words; the defaults are DistilBERT's (arXiv 1910.01108)."""
 
     teacher: Annotated[str, Field(min_length=1)]
-    """Folder of an exported or Hugging Face BERT with its masked-word head, of the same vocabulary."""
+    """Folder of an exported or Hugging Face encoder with its masked-word head, of the same vocabulary."""
     temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 2.0
     """Scores of both are divided by this before they become probabilities."""
     mlm_weight: NonNegativeFloat = 2.0

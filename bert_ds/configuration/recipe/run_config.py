@@ -200,7 +200,7 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of initialisation, data order, masks and dropout."""
     init_from: Annotated[str, Field(min_length=1)] | None = None
-    """Folder of an exported or Hugging Face BERT, or of a run, whose weights start this run."""
+    """Folder of an exported or Hugging Face encoder, or of a run, whose weights start this run."""
     output_bias: Literal["zeros", "log_unigram"] = "zeros"
     """Where the bias of the word scores starts: log_unigram at how often each piece is in the training text."""
     model: ModelSection

@@ -96,7 +96,7 @@ def write_task_folder(output: Path, model: TaskModel, *, facts: TaskFacts, token
                 config=_config(form, model.config, facts, tokenizer),
                 tensors=rows_to_hf(used, table),
                 tokenizer=tokenizer,
-                model_card=_model_card(form, facts, architecture=role_of(model.config, form.role).architecture),
+                model_card=_model_card(form, facts, config=model.config),
                 max_length=facts.max_seq_length,
             )
             for name, text in form.extra_files(model.config, facts.max_seq_length).items():
@@ -202,9 +202,9 @@ def _verify(folder: Path, form: HfForm, model: TaskModel) -> ExportCheck:
     return check
 
 
-def _model_card(form: HfForm, facts: TaskFacts, *, architecture: str) -> str:
+def _model_card(form: HfForm, facts: TaskFacts, *, config: EncoderConfig) -> str:
     rows = [f"| {name} | {value} |" for name, value in facts.figures.items()]
-    load = f"{architecture}.from_pretrained"
+    load = f"{role_of(config, form.role).architecture}.from_pretrained"
     if form.pipeline:
         load = f'pipeline("{form.pipeline}", model='
     lines = [
@@ -214,7 +214,7 @@ def _model_card(form: HfForm, facts: TaskFacts, *, architecture: str) -> str:
         "---",
         f"# {facts.task}",
         "",
-        f"A BERT encoder fine-tuned on the task {facts.task} ({facts.kind.replace('_', ' ')}).",
+        f"A {config.TITLE} encoder fine-tuned on the task {facts.task} ({facts.kind.replace('_', ' ')}).",
         f'Load it with `transformers.{load}{"" if form.pipeline else "("}"path/to/this/folder")`.',
         "",
         "| fact | value |",

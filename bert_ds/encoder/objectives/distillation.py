@@ -1,4 +1,4 @@
-"""A student that learns from a larger BERT while it pre-trains (Sanh et al. 2019, arXiv 1910.01108).
+"""A student that learns from a larger model while it pre-trains (Sanh et al. 2019, arXiv 1910.01108).
 
 Beside the masked words the student is told what the teacher makes of the same input, t being the temperature:
 
@@ -30,7 +30,7 @@ _ROWS_AT_ONCE = 512
 
 
 class Teacher:
-    """A BERT that is only asked; hidden from `nn.Module`, so that nobody trains, shards or saves it."""
+    """A model that is only asked; hidden from `nn.Module`, so that nobody trains, shards or saves it."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model.eval().requires_grad_(False)
