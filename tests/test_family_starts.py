@@ -128,16 +128,16 @@ def test_weights_of_another_family_are_refused(begun: Begun) -> None:
 
 
 def test_a_checkpoint_of_another_form_is_refused_with_the_field_and_both_values(begun: Begun) -> None:
-    forms: dict[str, dict[str, Any]] = {"bert": {"norm_position": "pre"}, "modernbert": {"mlp_bias": True}}
-    (form,) = forms[begun.config.family].items()
+    name = {"bert": "norm_position", "modernbert": "mlp_bias"}[begun.config.family]
+    found = getattr(begun.config, name)
+    other: Any = {"post": "pre", "pre": "post", True: False, False: True}[found]
     recipe = json.loads((begun.folder / "recipe0.0.json").read_text())
-    name, wanted = form[0], getattr(begun.config, form[0])
-    (begun.folder / "recipe0.3.json").write_text(json.dumps({**recipe, "model": {**recipe["model"], name: form[1]}}))
-    said = f"saved with model.{name} {wanted}, this run has model.{name} {form[1]}"
+    (begun.folder / "recipe0.3.json").write_text(json.dumps({**recipe, "model": {**recipe["model"], name: other}}))
+    said = f"saved with model.{name} {found}, this run has model.{name} {other}"
     with pytest.raises(CheckpointError, match=re.escape(said)):
         train_all(0, 1, begun.folder, [Run("formed", optimizer="adamw", dropout=0.3, resumes="first")])
-    with pytest.raises(ConfigError, match=f"init_from: the weights have {name} .*{wanted}.* \\(here {form[1]}\\)"):
-        begun.go("formed", f"model.{name}={json.dumps(form[1])}", f"init_from={begun.run_dir}")
+    with pytest.raises(ConfigError, match=f"init_from: the weights have {name} .* \\(here {other}\\)"):
+        begun.go("formed", f"model.{name}={json.dumps(other)}", f"init_from={begun.run_dir}")
 
 
 MODERN = {**RECIPE["model"], "type": "modernbert"}
