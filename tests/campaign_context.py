@@ -53,7 +53,7 @@ def main() -> None:
         print(json.dumps(peak_of(args.work, args.measure)))
         return
     prepare(args.text, args.work)
-    short = trained(args.work, "short", length=1024, steps=16, examples=4, theta=10_000.0)
+    short = trained(args.work, "short", length=1024, steps=12, examples=4, theta=10_000.0)
     settings = (f"init_from={args.work / 'short'}",)
     long = trained(args.work, "long", *settings, length=8192, steps=3, examples=2, theta=160_000.0)
     hf = args.work / "long/hf"
