@@ -27,7 +27,8 @@ def test_the_default_run_is_valid_and_its_numbers_are_printed(tmp_path: Path) ->
     found = check_run("--deepspeed_config", str(ROOT / "ds_configs/zero2.json"), "--world_size", "2", cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     names = [line.split("  ")[0] for line in found.stdout.splitlines()]
-    assert names[:7] == ["run", "global batch", "tokens per step", "steps", "examples", "parameters", "FLOPs per token"]
+    wanted = ["run", "global batch", "tokens per step", "masks", "steps", "examples", "parameters", "FLOPs per token"]
+    assert names[:8] == wanted
     assert "<- this run" in next(line for line in found.stdout.splitlines() if line.startswith("memory at stage 2"))
 
 

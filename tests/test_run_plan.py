@@ -333,3 +333,22 @@ def test_a_secondary_partition_that_does_not_divide_the_ranks_is_refused(tmp_pat
     deepspeed = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
     found = problems_of(tmp_path, deepspeed=deepspeed, world_size=3)
     assert "zero_optimization.zero_hpz_partition_size: 2 does not divide 3 ranks" in found
+
+
+@pytest.mark.parametrize(
+    ("masking", "wanted"),
+    [
+        ({}, "15% of the pieces: 80% [MASK], 10% a random piece, 10% kept"),
+        (
+            {"mlm_probability": 0.3, "mask_token_fraction": 1.0, "random_token_fraction": 0.0, "whole_word_mask": True},
+            "30% of the pieces in whole words: 100% [MASK]",
+        ),
+        (
+            {"whole_word_mask": True, "span_mask": True, "max_predictions_per_seq": 20},
+            "15% of the pieces in runs of whole words: 80% [MASK], 10% a random piece, 10% kept, at most 20 in an "
+            "example",
+        ),
+    ],
+)
+def test_a_plan_says_what_is_masked(tmp_path: Path, masking: dict[str, Any], wanted: str) -> None:
+    assert dict(plan_table(plan_of(tmp_path, {**RECIPE, "masking": masking})))["masks"] == wanted

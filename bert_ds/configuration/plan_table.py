@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bert_ds.basics.ranks import LAUNCHER_PATIENCE_S
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
+from bert_ds.configuration.recipe.corpus_config import MaskingConfig
 from bert_ds.configuration.recipe.precision import precision_text
 from bert_ds.configuration.run_plan import RunPlan, size_text
 from bert_ds.configuration.run_size import FLOPS_SOURCE, kept_checkpoints, optimizer_flops
@@ -21,6 +22,7 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
         ),
         ("global batch", batch_text(plan.split)),
         ("tokens per step", f"at most {own_tokens:,} ({plan.train_batch_size:,} x {length})"),
+        ("masks", masks_text(run.masking)),
         *stage_rows(plan.stages),
         *_step_rows(plan),
         ("parameters", f"{plan.num_parameters:,} ({run.model.padded_vocab_size:,} rows in the vocabulary)"),
@@ -53,6 +55,17 @@ def batch_text(split: BatchSplit) -> str:
     )
 
 
+def masks_text(masking: MaskingConfig) -> str:
+    """Return what is masked, and by what, as text."""
+    shares = {"[MASK]": masking.mask_token_fraction, "a random piece": masking.random_token_fraction}
+    shares["kept"] = 1.0 - sum(shares.values())
+    shown = [f"{_percent(share)} {name}" for name, share in shares.items() if share > 1e-9]
+    units = " in runs of whole words" * masking.span_mask or " in whole words" * masking.whole_word_mask
+    bound = masking.max_predictions_per_seq
+    most = "" if bound is None else f", at most {bound} in an example"
+    return f"{_percent(masking.mlm_probability)} of the pieces{units}: {', '.join(shown)}{most}"
+
+
 def memory_rows(plan: RunPlan) -> list[tuple[str, str]]:
     """Return the memory of a rank at each ZeRO stage as rows of name and text."""
     return [_memory_row(plan, stage) for stage in (0, 1, 2, 3)]
@@ -67,6 +80,10 @@ def _step_rows(plan: RunPlan) -> list[tuple[str, str]]:
         ("steps", f"{plan.total_steps:,}, the first {plan.warmup_steps:,} of them warm-up"),
         ("examples", f"{examples:,}, {tokens}"),
     ]
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share, 2):g}%"
 
 
 def _epochs(plan: RunPlan) -> str:
