@@ -352,3 +352,15 @@ def test_a_secondary_partition_that_does_not_divide_the_ranks_is_refused(tmp_pat
 )
 def test_a_plan_says_what_is_masked(tmp_path: Path, masking: dict[str, Any], wanted: str) -> None:
     assert dict(plan_table(plan_of(tmp_path, {**RECIPE, "masking": masking})))["masks"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("stage", "accumulation", "world_size", "reason"),
+    [(2, 1, 1, "nobody to share with"), (3, 2, 2, "every micro-step"), (2, 1, 2, ""), (1, 4, 1, "")],
+)
+def test_stage_1_is_recommended_on_one_gpu_and_for_accumulation(
+    tmp_path: Path, stage: int, accumulation: int, world_size: int, reason: str
+) -> None:
+    spread = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": accumulation}
+    warnings = [text for text in plan_of(tmp_path, RECIPE, spread, world_size=world_size).warnings if "zero1" in text]
+    assert len(warnings) == bool(reason) and all(reason in text for text in warnings)

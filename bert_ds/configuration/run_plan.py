@@ -247,6 +247,10 @@ def _spread_warnings(run: RunConfig, ds: DsConfig, split: BatchSplit) -> list[st
         )
     if ds.settings.get("zero_optimization", {}).get("round_robin_gradients"):
         warnings.append("with round_robin_gradients a run cannot be continued on another number of ranks")
+    is_small = split.accumulation > 1 or split.world_size == 1
+    if ds.zero_stage in (2, 3) and is_small and {ds.offload_optimizer, ds.offload_param} == {"none"}:
+        why = "one rank has nobody to share with" if split.world_size == 1 else "gradients are reduced every micro-step"
+        warnings.append(f"stage {ds.zero_stage}: {why}; on GPUs ds_configs/zero1.json waits least if its memory fits")
     if "nvme" in (ds.offload_optimizer, ds.offload_param):
         warnings.append(f"offload to NVMe has not been tried with {run.optimizer.type}")
     return warnings
