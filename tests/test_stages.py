@@ -156,6 +156,13 @@ def test_memory_is_that_of_the_largest_stage(tmp_path: Path) -> None:
     data.longest_batch.assert_called_once_with(48, stage=0)
 
 
+def test_a_bound_that_cuts_the_targets_of_a_stage_is_warned_of(tmp_path: Path) -> None:
+    recipe = {**PLAIN, "masking": {"max_predictions_per_seq": 20}}
+    assert not plan_of(tmp_path, recipe).warnings
+    (warning,) = staged_plan(tmp_path, recipe).warnings
+    assert warning.startswith("masking.max_predictions_per_seq 20 cuts the 26 predictions")
+
+
 @pytest.mark.parametrize(
     ("stages", "wanted"),
     [

@@ -14,12 +14,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from bert_ds.basics.input_gate import read_json, read_text, split_lines
+from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.families.table import HF_FAMILIES, described
 from bert_ds.configuration.reading.config_problems import Problem, describe, one_of
 from bert_ds.configuration.recipe.objective_config import objective_problems
 from bert_ds.configuration.recipe.run_config import EmbeddedCorpus, RunConfig, ScheduleConfig, ShardCorpus, TrainedRun
-from bert_ds.configuration.run_stages import stage_problems
+from bert_ds.configuration.run_stages import run_stages, stage_problems
 from bert_ds.configuration.start_checks import start_problems
 
 
@@ -92,7 +93,8 @@ def recipe_warnings(run: RunConfig) -> list[str]:
     """Return what works in the recipe and may not be meant."""
     masking, training = run.masking, run.training
     warnings = []
-    expected = masking.mlm_probability * run.sequences.max_seq_length
+    stages = [stage.run for stage in run_stages(run, BatchSplit(1, 1, 1))]
+    expected = max(stage.masking.mlm_probability * stage.max_seq_length for stage in stages)
     if masking.max_predictions_per_seq is not None and masking.max_predictions_per_seq < int(expected):
         warnings.append(
             f"masking.max_predictions_per_seq {masking.max_predictions_per_seq} cuts the {expected:.0f} predictions "
