@@ -13,7 +13,7 @@ from config_cases import RECIPE as PLAIN
 from config_cases import changed
 from family_cases import FORMS
 from test_pretrain_wiring import batch_of, data_of, recipe_of
-from test_recipe_settings import RECIPE, Workshop, must
+from test_recipe_settings import RECIPE, Workshop, must, plain_workshop
 from test_run_plan import problems_of
 
 from bert_ds.encoder.initial_weights import start_at_unigram
@@ -27,7 +27,7 @@ MODERN = {"sequences.sentence_pair": "none", "model": {**RECIPE["model"], "type"
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("biased"), with_teachers=False)
+    return plain_workshop(tmp_path_factory.getbasetemp())
 
 
 def frequencies(shards: Path) -> np.ndarray:

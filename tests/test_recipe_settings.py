@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,13 @@ class Workshop:
             files = ("--run", path, "--deepspeed_config", ROOT / "ds_configs/zero0.json")
             must(ROOT / "bert_ds/pretrain.py", *files, "--run_dir", run_dir, codes=codes)
         return run_dir
+
+
+@cache
+def plain_workshop(session: Path) -> Workshop:
+    """A workshop without teachers, one for all modules of a session, whose folder for temporary files this is."""
+    (session / "plain_workshop").mkdir()
+    return Workshop(session / "plain_workshop", with_teachers=False)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from config_cases import RECIPE as PLAIN
 from corpus_fixtures import random_documents, write_shards
 from forked_verbs import run_verb
 from test_loader import Sequence, sequences_of
-from test_recipe_settings import Workshop, must
+from test_recipe_settings import Workshop, must, plain_workshop
 from test_run_plan import plan_of, problems_of
 from tiny_training import TinyModel, ds_config, join_alone, step_batches, tiny_loop, tiny_services
 
@@ -52,7 +52,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("staged"), with_teachers=False)
+    return plain_workshop(tmp_path_factory.getbasetemp())
 
 
 def open_data(shards: Path, order: list[tuple[int, int, int, float]], *, seed: int = 0) -> PretrainingData:
