@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,17 @@ if __name__ == "__main__":
 
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor
 
 from bert_ds.basics.micro_batch import MicroBatch
-from bert_ds.basics.ranks import EXIT_DONE, EXIT_RUN_AGAIN, CheckpointError, Ranks, read_ranks
+from bert_ds.basics.ranks import EXIT_DONE, EXIT_RUN_AGAIN, Ranks, read_ranks
 from bert_ds.configuration.deepspeed_file.ds_config import resolve_ds_config
 from bert_ds.configuration.plan_table import plan_table
 from bert_ds.configuration.recipe.precision import decided, with_precision
-from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig, dump_run_config
+from bert_ds.configuration.recipe.run_config import RunConfig, dump_run_config
 from bert_ds.configuration.run_plan import RunPlan, make_plan
 from bert_ds.corpus.batches.batch_stages import data_settings
 from bert_ds.corpus.batches.loader import PretrainingData, Source
+from bert_ds.corpus.batches.plan_batches import longest_batches, training_batches, validation_batches
 from bert_ds.corpus.shards.embedded import CorpusFolders, build_embedded, embedded_folders
 from bert_ds.corpus.shards.shard_folder import MANIFEST
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
@@ -49,11 +49,10 @@ from bert_ds.launch.command_line import run_main
 from bert_ds.launch.launch_checks import checked_run, pretrain_arguments
 from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.agreement import on_main_rank
-from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint
 from bert_ds.training.checkpoints.checkpoint_loader import roll_back
 from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
-from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
-from bert_ds.training.checkpoints.train_state import LoopSettings, TrainState
+from bert_ds.training.checkpoints.fp32_weights import newest_fp32_weights
+from bert_ds.training.checkpoints.train_state import TrainState
 from bert_ds.training.engine import make_engine
 from bert_ds.training.launch.hang_watchdog import collective_timeout
 from bert_ds.training.launch.launch_precision import decide_precision
@@ -63,18 +62,11 @@ from bert_ds.training.launch.process_group import device_name, joined_ranks
 from bert_ds.training.launch.restart import StopRequest, follow_launcher, mark_done
 from bert_ds.training.launch.run_folder import prove_same_files, refuse_foreign_folders, write_tokenizer
 from bert_ds.training.loop.evaluation import Evaluation, evaluate
-from bert_ds.training.loop.launch_steps import LaunchFolder, enter, start_state, train_watched
+from bert_ds.training.loop.launch_steps import LaunchFolder, enter, recipe_loop, start_state, train_watched
 from bert_ds.training.loop.rank_times import RankTimes
 from bert_ds.training.loop.replay import replay_step
 from bert_ds.training.loop.stage_changes import StageChanges
-from bert_ds.training.loop.step_budget import (
-    over_stages,
-    steps_of_earlier_launch,
-    steps_that_fit,
-    throw_away,
-    time_steps,
-    timed_sentence,
-)
+from bert_ds.training.loop.step_budget import with_total_steps
 from bert_ds.training.loop.throughput import Throughput, peak_flops
 from bert_ds.training.loop.train_loop import Services
 from bert_ds.training.loop.trial_step import try_longest
@@ -115,7 +107,7 @@ def pretrain(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace, stop: Sto
     stages = follow_stages(plan, data, engine, log=log)
     services = make_services(opened, state, stages, stop=stop)
     batches = opened.batches_from(state.step + state.passed_over, stages)
-    loop = loop_settings(plan.run, stages.starts)
+    loop = recipe_loop(plan.run, stages.starts)
     train_watched(engine, batches, state=state, loop=loop, services=services, limit_s=args.hang_limit)
     if state.step < plan.run.training.steps:
         return EXIT_RUN_AGAIN
@@ -161,7 +153,14 @@ def open_run(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace) -> Opened
     log = enter(folder, ranks, total_steps=run.training.total_steps or 0, decision=decision)
     data = open_corpus(plan, run_dir, log=log)
     if run.training.total_steps is None and not (args.dry_run or args.find_micro_batch):
-        plan = with_total_steps(plan, data, ranks, ds_config=ds_config, run_dir=run_dir, log=log)
+        plan = with_total_steps(
+            plan,
+            lambda: build_engine(plan, data, ds_config, run_dir),
+            batches=lambda place: training_batches(plan, data, ranks, start=place),
+            held_out=lambda: list(validation_batches(run, data, ranks)),
+            run_dir=run_dir,
+            log=log,
+        )
         folder = folder._replace(descriptions=descriptions(plan.run, ds_config))
         data = open_corpus(plan, run_dir, log=log) if run.stages else data  # now that it is known where stages begin
     return OpenedRun(plan, ranks, folder, log, data, build_engine(plan, data, ds_config, run_dir))
@@ -200,33 +199,6 @@ def descriptions(run: RunConfig, ds_config: dict[str, Any]) -> dict[str, str]:
     return {"run_config.json": dump_run_config(run), "ds_config.json": json.dumps(ds_config, indent=2) + "\n"}
 
 
-def with_total_steps(
-    plan: RunPlan, data: PretrainingData, ranks: Ranks, *, ds_config: dict[str, Any], run_dir: Path, log: RunLog
-) -> RunPlan:
-    """Return the plan with as many steps as fit into its minutes, or as a run that goes on was given; a collective."""
-    training = plan.run.training
-    assert training.max_minutes is not None
-    steps = steps_of_earlier_launch(run_dir)
-    if steps is None:
-        engine, held_out = build_engine(plan, data, ds_config, run_dir), list(validation_batches(plan.run, data, ranks))
-        timed = []
-        for stage in plan.stages:
-            batches = training_batches(plan, data, ranks, start=stage.first_step)
-            minutes = training.max_minutes * stage.share
-            timed.append((stage.share, time_steps(engine, batches, held_out=held_out, minutes=minutes)))
-        costs = over_stages(timed)
-        throw_away(engine)
-        steps = steps_that_fit(training.max_minutes, costs, evaluate_every=plan.run.evaluation.every_steps)
-        log.info(timed_sentence(training.max_minutes, costs, steps=steps))
-        log.row("timing", 0, {"max_minutes": training.max_minutes, **costs._asdict(), "total_steps": steps})
-    settled = training.model_copy(update={"total_steps": steps, "max_minutes": None})
-    log.total_steps = steps
-    try:
-        return make_plan(plan.run.model_copy(update={"training": settled}), plan.ds, ranks.world_size)
-    except ConfigError as error:
-        raise ConfigError(f"training.max_minutes {training.max_minutes:g} leaves {steps} steps: {error}") from None
-
-
 def open_corpus(plan: RunPlan, run_dir: Path, *, log: RunLog) -> PretrainingData:
     """Open the shards, building the embedded ones first where the recipe asks for them; a collective."""
     run = plan.run
@@ -250,7 +222,7 @@ def build_engine(plan: RunPlan, data: PretrainingData, ds_config: dict[str, Any]
     run = plan.run
     model = build_model(plan, run_dir)
     if run.init_from is not None:
-        load_initial_weights(model, Path(run.init_from), read_run=read_run_weights)
+        load_initial_weights(model, Path(run.init_from), read_run=newest_fp32_weights)
     if run.output_bias == "log_unigram":
         start_at_unigram(model, data.piece_counts)
     optimizer = make_optimizer(
@@ -278,14 +250,6 @@ def build_model(plan: RunPlan, run_dir: Path) -> PretrainingModel:
     return make_student(run.model, distillation, **options)
 
 
-def read_run_weights(run_dir: Path) -> Mapping[str, Tensor]:
-    """Return the fp32 weights of the newest whole checkpoint of a run."""
-    checkpoint = find_checkpoint(run_dir)
-    if checkpoint is None:
-        raise CheckpointError(f"init_from {run_dir}: the run has no checkpoint yet")
-    return load_fp32_state_dict(checkpoint)
-
-
 def announce(plan: RunPlan, data: PretrainingData, *, log: RunLog) -> dict[str, Any]:
     """Log the derived numbers, the warnings and the facts of the data; return them for the start row."""
     settings = plan.run.evaluation
@@ -310,24 +274,6 @@ def follow_stages(plan: RunPlan, data: PretrainingData, engine: DeepSpeedEngine,
     return StageChanges(plan.stages, flops, engine=engine, throughput=meter, log=log)
 
 
-def training_batches(plan: RunPlan, data: PretrainingData, ranks: Ranks, *, start: int) -> Iterator[list[MicroBatch]]:
-    """Yield this rank's micro-batches of every step's place in the order of the data, from `start`, counted from 0."""
-    return data.step_batches(
-        start,
-        rank=ranks.rank,
-        split=plan.split,
-        num_workers=plan.run.training.num_workers,
-    )
-
-
-def validation_batches(run: RunConfig, data: PretrainingData, ranks: Ranks) -> Iterator[MicroBatch]:
-    """Yield this rank's held-out batches, the same at every evaluation."""
-    settings = run.evaluation
-    return data.evaluation_batches(
-        settings.num_examples, batch_size=settings.batch_size, rank=ranks.rank, world_size=ranks.world_size
-    )
-
-
 def row_facts(data: PretrainingData, stages: StageChanges, number: int) -> dict[str, Any]:
     """Return what the row of a batch, counted from 1, says besides: its stage, and what each source gave to it."""
     facts = stages.row(number - 1)
@@ -335,32 +281,6 @@ def row_facts(data: PretrainingData, stages: StageChanges, number: int) -> dict[
         return facts
     counts = data.source_counts(number - 1, number)
     return {**facts, "sources": {name: count._asdict() for name, count in counts.items()}}
-
-
-def loop_settings(run: RunConfig, stage_starts: tuple[int, ...]) -> LoopSettings:
-    """Return what the loop needs of the recipe."""
-    return LoopSettings(
-        total_steps=run.training.steps,
-        seed=run.seed,
-        peak_lr=run.optimizer.lr,
-        schedule=run.schedule,
-        log_every_steps=run.training.log_every_steps,
-        evaluate_every_steps=run.evaluation.every_steps,
-        checkpoint_every_steps=run.checkpoints.every_steps,
-        max_bad_steps=run.recovery.max_bad_steps,
-        max_rollbacks=run.recovery.max_rollbacks,
-        spike_sigmas=run.recovery.spike_sigmas,
-        spike_window=run.recovery.spike_window,
-        stage_starts=stage_starts,
-        drops=run.model.drops,
-    )
-
-
-def longest_batches(plan: RunPlan, data: PretrainingData) -> Callable[[int], MicroBatch]:
-    """Return what makes the largest micro-batch that can come, of the stage that needs most, for one of the recipe."""
-    index, own = plan.largest_stage, plan.split.micro_batch_size
-    there = plan.stages[index].split.micro_batch_size
-    return lambda size: data.longest_batch(-(-size * there // own), stage=index)
 
 
 if __name__ == "__main__":

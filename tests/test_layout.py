@@ -13,6 +13,29 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 GENERIC = {"data", "utils", "model", "models", "optim", "metrics", "common", "base", "config", "kernels"}
 
+STILL_LONG = {
+    "bert_ds/encoder/families/bert.py": 510,
+    "bert_ds/encoder/families/modernbert.py": 460,
+    "ds_configs/generate.py": 310,
+    "tests/campaign_configs.py": 330,
+    "tests/campaign_fuzz.py": 370,
+    "tests/campaign_race.py": 310,
+    "tests/test_build.py": 410,
+    "tests/test_checkpoints.py": 320,
+    "tests/test_export_hf.py": 310,
+    "tests/test_hostile_files.py": 350,
+    "tests/test_loader.py": 320,
+    "tests/test_pretrain.py": 310,
+    "tests/test_recipe_settings.py": 320,
+    "tests/test_replaced_folders.py": 340,
+    "tests/test_run_plan.py": 370,
+    "tests/test_runs.py": 420,
+    "tests/test_stages.py": 330,
+    "tests/test_task_kinds.py": 320,
+    "tests/test_train_loop.py": 330,
+}
+"""Files longer than CONTRIBUTING.md allows, and how long they may be until they are cut; for taking lines out of."""
+
 
 def names_in(folder: Path) -> set[str]:
     """Importable names directly in a folder, seen as a script run by path sees them."""
@@ -44,6 +67,20 @@ def test_no_room_holds_more_modules_than_a_newcomer_reads() -> None:
     }
     assert len(rooms) > 20
     assert crowded == {}
+
+
+def test_no_file_is_longer_than_the_house_allows_and_no_exception_outlives_its_need() -> None:
+    folders = ("bert_ds", "kernels", "ds_configs", "slurm", "tests", ".ci")
+    lines = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert len(lines) > 400
+    allowed = {name: 400 if name.startswith(("bert_ds/encoder/", "kernels/")) else 300 for name in lines}
+    long = {name: count for name, count in lines.items() if count > allowed[name]}
+    assert {name: count for name, count in long.items() if count > STILL_LONG.get(name, 0)} == {}
+    assert sorted(STILL_LONG) == sorted(long)
 
 
 def test_the_kernels_folder_is_not_a_package() -> None:

@@ -20,19 +20,20 @@ from test_recipe_settings import Workshop, must, plain_workshop
 from test_run_plan import plan_of, problems_of
 from tiny_training import TinyModel, ds_config, join_alone, step_batches, tiny_loop, tiny_services
 
-import bert_ds.pretrain
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.plan_table import plan_table
 from bert_ds.configuration.recipe.run_config import MaskingConfig, SequenceConfig
 from bert_ds.configuration.run_plan import RunPlan
 from bert_ds.corpus.batches.batch_stages import DataSettings, DataStage
 from bert_ds.corpus.batches.loader import PretrainingData, Source
+from bert_ds.corpus.batches.plan_batches import longest_batches
 from bert_ds.launch.slurm_job import Speed, expected_seconds
 from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.checkpoints.checkpoint_folder import parse_manifest
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 from bert_ds.training.checkpoints.train_state import TrainState
 from bert_ds.training.engine import make_engine
+from bert_ds.training.loop.launch_steps import recipe_loop
 from bert_ds.training.loop.stage_changes import StageChanges
 from bert_ds.training.loop.throughput import Throughput
 from bert_ds.training.loop.train_loop import train
@@ -151,7 +152,7 @@ def test_memory_is_that_of_the_largest_stage(tmp_path: Path) -> None:
     alone = [plan_of(tmp_path, json.loads(stage.run.model_dump_json(by_alias=True))) for stage in plan.stages]
     kept = [one.memory().activations for one in alone]
     assert plan.memory().activations == max(kept) == kept[plan.largest_stage] and len(set(kept)) == 3
-    longest = bert_ds.pretrain.longest_batches(plan, data := Mock())
+    longest = longest_batches(plan, data := Mock())
     longest(plan.split.micro_batch_size // 2)
     data.longest_batch.assert_called_once_with(48, stage=0)
 
@@ -309,7 +310,7 @@ def test_two_ranks_have_the_curve_of_one(workshop: Workshop) -> None:
 def test_the_loop_is_told_where_stages_begin(tmp_path: Path) -> None:
     plan = staged_plan(tmp_path)
     changes = StageChanges(plan.stages, [1.0, 2.0, 3.0], engine=Mock(), throughput=Mock(), log=Mock())
-    assert bert_ds.pretrain.loop_settings(plan.run, changes.starts).stage_starts == (25, 60)
+    assert recipe_loop(plan.run, changes.starts).stage_starts == (25, 60)
 
 
 def test_stages_of_a_run_by_the_clock_begin_at_their_shares_of_the_steps_that_fit(

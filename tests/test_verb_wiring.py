@@ -25,6 +25,7 @@ from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.recipe import optimizer_config
 from bert_ds.configuration.run_plan import RunPlan, make_plan
 from bert_ds.corpus.batches.loader import PretrainingData
+from bert_ds.corpus.batches.plan_batches import training_batches
 from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.launch.command_line import add_launch_options
 from bert_ds.training.optimizers import foreign_optimizers
@@ -106,7 +107,7 @@ def test_batches_come_from_as_many_processes_as_the_recipe_says(num_workers: int
     training = opened.plan.run.training.model_copy(update={"num_workers": num_workers})
     plan = replace(opened.plan, run=opened.plan.run.model_copy(update={"training": training}))
     before = len(multiprocessing.active_children())
-    batches = bert_ds.pretrain.training_batches(plan, opened.data, ALONE, start=2)
+    batches = training_batches(plan, opened.data, ALONE, start=2)
     (first, *_), wanted = next(batches), opened.data.rank_batches(2, rank=0, split=plan.split)
     assert len(multiprocessing.active_children()) - before == num_workers
     assert torch.equal(first.input_ids_T, wanted[0].input_ids_T)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bert_ds.basics.ranks import CheckpointError
 from bert_ds.training.checkpoints.checkpoint_engine import load_safely
-from bert_ds.training.checkpoints.checkpoint_folder import verify_checkpoint
+from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint, verify_checkpoint
 from bert_ds.training.deepspeed_names import TESTED
 
 Shapes = Mapping[str, Sequence[int]]
@@ -44,6 +44,18 @@ def load_fp32_state_dict(checkpoint: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{checkpoint} was saved by DeepSpeed {release} and does not hold what {TESTED} writes: {error!r}"
         ) from error
+
+
+def newest_fp32_weights(run_dir: Path) -> dict[str, Tensor]:
+    """Return those of the newest whole checkpoint of a run that another one names as `init_from`.
+
+    Raises:
+        CheckpointError: there is none, or see `load_fp32_state_dict`.
+    """
+    checkpoint = find_checkpoint(run_dir)
+    if checkpoint is None:
+        raise CheckpointError(f"init_from {run_dir}: the run has no checkpoint yet")
+    return load_fp32_state_dict(checkpoint)
 
 
 def _merged(checkpoint: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from deepspeed import DeepSpeedEngine
 
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import Ranks
+from bert_ds.configuration.recipe.run_config import RunConfig
 from bert_ds.reporting.environment import write_environment
 from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.checkpoints.checkpoint_loader import resume
@@ -54,6 +55,25 @@ def start_state(engine: DeepSpeedEngine, folder: LaunchFolder, *, facts: Mapping
     state = None if folder.resume == "never" else resume(engine, folder.path, name=None, facts=facts, log=log)
     describe_run(folder.path, folder.descriptions)
     return state or TrainState()
+
+
+def recipe_loop(run: RunConfig, stage_starts: tuple[int, ...]) -> LoopSettings:
+    """Return what the loop needs of the recipe."""
+    return LoopSettings(
+        total_steps=run.training.steps,
+        seed=run.seed,
+        peak_lr=run.optimizer.lr,
+        schedule=run.schedule,
+        log_every_steps=run.training.log_every_steps,
+        evaluate_every_steps=run.evaluation.every_steps,
+        checkpoint_every_steps=run.checkpoints.every_steps,
+        max_bad_steps=run.recovery.max_bad_steps,
+        max_rollbacks=run.recovery.max_rollbacks,
+        spike_sigmas=run.recovery.spike_sigmas,
+        spike_window=run.recovery.spike_window,
+        stage_starts=stage_starts,
+        drops=run.model.drops,
+    )
 
 
 def train_watched(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,8 @@ from bert_ds.basics.input_gate import read_bytes
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.configuration.run_plan import RunPlan, make_plan
+from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.agreement import max_over_ranks, on_main_rank
 from bert_ds.training.checkpoints.checkpoint_folder import candidates
 from bert_ds.training.loop.evaluation import evaluate
@@ -47,6 +49,45 @@ class Costs(NamedTuple):
     """Of one evaluation."""
     spent_s: float
     """Of the minutes, by timing itself."""
+
+
+def with_total_steps(
+    plan: RunPlan,
+    make: Callable[[], DeepSpeedEngine],
+    *,
+    batches: Callable[[int], Iterator[Sequence[MicroBatch]]],
+    held_out: Callable[[], Sequence[MicroBatch]],
+    run_dir: Path,
+    log: RunLog,
+) -> RunPlan:
+    """Return the plan with as many steps as fit into its minutes, or as a run that goes on was given; a collective.
+
+    Args:
+        plan: of a recipe with training.max_minutes.
+        make: returns an engine like the run's, to time steps on and throw away.
+        batches: yields this rank's micro-batches of every step from a place of the order of the data on, from 0.
+        held_out: returns this rank's batches of an evaluation.
+        run_dir: may hold checkpoints of an earlier launch.
+        log: is told the decision and, from then on, the number of steps.
+
+    Raises:
+        ConfigError: not one step fits, or the recipe does not fit so few.
+        CheckpointError: there are checkpoints and run_config.json does not say the number.
+    """
+    training = plan.run.training
+    assert training.max_minutes is not None
+    steps = on_main_rank(lambda: _steps_of_earlier_launch(run_dir))
+    if steps is None:
+        costs = _timed(plan, make(), batches=batches, held_out=held_out(), minutes=training.max_minutes)
+        steps = steps_that_fit(training.max_minutes, costs, evaluate_every=plan.run.evaluation.every_steps)
+        log.info(_timed_sentence(training.max_minutes, costs, steps=steps))
+        log.row("timing", 0, {"max_minutes": training.max_minutes, **costs._asdict(), "total_steps": steps})
+    settled = training.model_copy(update={"total_steps": steps, "max_minutes": None})
+    log.total_steps = steps
+    try:
+        return make_plan(plan.run.model_copy(update={"training": settled}), plan.ds, plan.world_size)
+    except ConfigError as error:
+        raise ConfigError(f"training.max_minutes {training.max_minutes:g} leaves {steps} steps: {error}") from None
 
 
 def time_steps(
@@ -112,29 +153,35 @@ def steps_that_fit(minutes: float, costs: Costs, *, evaluate_every: int | None) 
     return steps
 
 
-def steps_of_earlier_launch(run_dir: Path) -> int | None:
-    """Return the steps that a run with checkpoints was given; None where there are none; a collective.
-
-    Raises:
-        CheckpointError: there are checkpoints and run_config.json does not say the number.
-    """
-    return on_main_rank(lambda: _steps_in(run_dir))
-
-
-def throw_away(engine: DeepSpeedEngine) -> None:
-    """Give back what an engine holds, as far as nobody else refers to it."""
-    engine.destroy()
-    gc.collect()
-    if engine.device.type == "cuda":
-        torch.cuda.empty_cache()
+def _steps_of_earlier_launch(run_dir: Path) -> int | None:
+    """Return the steps that a run with checkpoints was given; None where there are none."""
+    if not candidates(run_dir):
+        return None
+    path = run_dir / "run_config.json"
+    try:
+        steps = json.loads(read_bytes(path, error=CheckpointError))["training"]["total_steps"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        steps = None
+    if type(steps) is not int:
+        raise CheckpointError(f"{path}: training.total_steps is missing, wanted the steps of the run that is continued")
+    return steps
 
 
-def timed_sentence(minutes: float, costs: Costs, *, steps: int) -> str:
-    """Return what the log says of the decision."""
-    return (
-        f"training.max_minutes {minutes:g}: {steps:,} steps; a step took {costs.step_s:.4g} s, an evaluation takes "
-        f"{costs.evaluation_s:.4g} s, timing took {costs.spent_s:.4g} s of the time"
-    )
+def _timed(
+    plan: RunPlan,
+    engine: DeepSpeedEngine,
+    *,
+    batches: Callable[[int], Iterator[Sequence[MicroBatch]]],
+    held_out: Sequence[MicroBatch],
+    minutes: float,
+) -> Costs:
+    """Time steps of every stage on one engine, which is thrown away."""
+    timed = []
+    for stage in plan.stages:
+        costs = time_steps(engine, batches(stage.first_step), held_out=held_out, minutes=minutes * stage.share)
+        timed.append((stage.share, costs))
+    _throw_away(engine)
+    return over_stages(timed)
 
 
 def _take(engine: DeepSpeedEngine, batches: Iterator[Sequence[MicroBatch]], *, step: int) -> None:
@@ -146,14 +193,17 @@ def _take(engine: DeepSpeedEngine, batches: Iterator[Sequence[MicroBatch]], *, s
         torch.cuda.synchronize(engine.device)
 
 
-def _steps_in(run_dir: Path) -> int | None:
-    if not candidates(run_dir):
-        return None
-    path = run_dir / "run_config.json"
-    try:
-        steps = json.loads(read_bytes(path, error=CheckpointError))["training"]["total_steps"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        steps = None
-    if type(steps) is not int:
-        raise CheckpointError(f"{path}: training.total_steps is missing, wanted the steps of the run that is continued")
-    return steps
+def _throw_away(engine: DeepSpeedEngine) -> None:
+    """Give back what an engine holds, as far as nobody else refers to it."""
+    engine.destroy()
+    gc.collect()
+    if engine.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _timed_sentence(minutes: float, costs: Costs, *, steps: int) -> str:
+    """Return what the log says of the decision."""
+    return (
+        f"training.max_minutes {minutes:g}: {steps:,} steps; a step took {costs.step_s:.4g} s, an evaluation takes "
+        f"{costs.evaluation_s:.4g} s, timing took {costs.spent_s:.4g} s of the time"
+    )
