@@ -6,6 +6,7 @@
 # make bench-gpu  the kernel benchmarks and the whole training step, 9 minutes on one NVIDIA GPU; rows into
 #                 kernels/benchmarks/results, pictures into kernels/README.md; again to go on where it stopped
 # make bench-cpu  the torch references of the operators on this CPU
+# make bench-host the host's time of every operator and of a layer, kernels recorded and not run; AGAINST=commit: beside those
 # make test-gpu   the kernels on an NVIDIA GPU, among that a thousand runs of equal bits; make sanitize-gpu: the same at
 #                 small sizes under compute-sanitizer
 # make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, muon-curves, shards, race,
@@ -26,7 +27,7 @@ DEEPSPEED_CONFIG := ds_configs/zero2.json
 .PHONY: pretrain test test-fast test-slurm check format env env-dev clean bench-gpu
 .PHONY: campaign-kills campaign-folders campaign-storms campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-peer campaign-lamb campaign-muon campaign-kernels campaign-configs campaign-fuzz campaign-slurm
-.PHONY: campaign-families campaign-modernbert-speed campaign-context campaign-start campaign-modules-of-a-step bench-cpu test-gpu sanitize-gpu
+.PHONY: campaign-families campaign-modernbert-speed campaign-context campaign-start campaign-modules-of-a-step bench-cpu bench-host test-gpu sanitize-gpu
 
 env:
 	@.ci/make_env.sh
@@ -149,6 +150,9 @@ bench-gpu: env-dev
 
 bench-cpu: env-dev
 	$(BIN)/python kernels/benchmarks/bench_ops.py --on_cpu --minutes 9
+
+bench-host: env-dev
+	$(BIN)/python kernels/benchmarks/bench_host_time.py $(if $(AGAINST),--against $(AGAINST))
 
 test-gpu: env-dev
 	$(BIN)/python -m pytest -m "not campaign" tests/test_kernel*.py

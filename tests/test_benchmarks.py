@@ -39,6 +39,22 @@ def test_the_references_run_on_a_cpu_at_small_sizes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_host_time_of_every_operator_is_taken_of_two_versions_in_turns(tmp_path: Path) -> None:
+    against = ("--against", "HEAD") if (ROOT / ".git").exists() else ()
+    result = run_python(str(BENCHMARKS / "bench_host_time.py"), "--dry_run", "--results", str(tmp_path), *against)
+    assert result.returncode == 0, result.stderr
+    launches = {}
+    for line in result.stdout.splitlines():
+        subject, mode, _commit, number, _, _time, _us = line.rsplit(maxsplit=6)
+        launches.setdefault((subject.strip(), mode), []).append(int(number))
+    assert {len(numbers) for numbers in launches.values()} == {2 if against else 1}
+    ops = ("attention", "rotary", "layer_norm", "bias_gelu", "geglu", "mlm_cross_entropy", "embedding")
+    assert {(op, mode) for op in ops for mode in ("forward", "backward")} <= set(launches)
+    # Attention, two LayerNorms and a GELU; backward each of the last three adds partial sums up in a second one.
+    assert launches["layer of bert", "forward"][-1] == 4 and launches["layer of bert", "backward"][-1] == 7
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_most_important_cases_come_first_and_a_second_call_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
     script = f"""
 import itertools, time

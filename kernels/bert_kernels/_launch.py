@@ -69,6 +69,11 @@ def check_device(op: str, **tensors: Tensor | None) -> None:
         )
 
 
+def values_at_hand(tensor: Tensor) -> bool:
+    """Return whether a tensor's values can be checked: on a CPU, where torch does not trace and no card is recorded."""
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and _recording is None
+
+
 def pick_tile(table: TileTable, device: torch.device, size: int) -> Tile:
     """Return the tile for this card and size; the last of a table serves all larger sizes."""
     rows = table.get(_architecture(device), table["default"])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bert_kernels._launch import check_device
+from bert_kernels._launch import check_device, values_at_hand
 from bert_kernels.attention_kernels import AttentionCall, attention_backward, attention_forward
 from bert_kernels.dropout_mask import ATTENTION, check_dropout, keep_mask_reference, keep_scale, keep_threshold
 
@@ -258,7 +258,7 @@ def _check_shapes(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
             f"attention: a sequence must span at most {_MOST_ELEMENTS} elements of qkv_T3HK, "
             f"got {max_seqlen} tokens of {row}"
         )
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values_at_hand(cu_seqlens):
         longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != qkv.shape[0]:
             ends = f"{int(cu_seqlens[0])} and {int(cu_seqlens[-1])}"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bert_kernels._launch import check_device
+from bert_kernels._launch import check_device, values_at_hand
 from bert_kernels.dropout_mask import check_dropout, dropout_reference, keep_threshold
 from bert_kernels.embedding_kernels import EmbeddingCall, Tables, embedding_backward, embedding_forward
 from bert_kernels.layer_norm import MAX_WIDTH, layer_norm_reference
@@ -209,7 +209,7 @@ def _check_indices(indices: dict[str, Tensor], tables: dict[str, Tensor]) -> Non
         if index.dtype != torch.int64 or index.shape != (num_tokens,):
             found = f"{index.dtype} {list(index.shape)}"
             raise ValueError(f"embedding: {name} must be torch.int64 [{num_tokens}], got {found}")
-        if index.device.type == "cpu" and num_tokens and not torch.compiler.is_compiling():
+        if num_tokens and values_at_hand(index):
             low, high = (int(bound) for bound in index.aminmax())
             if low < 0 or high >= len(table):
                 raise ValueError(f"embedding: {name} must be in [0, {len(table)}), got {low} to {high}")

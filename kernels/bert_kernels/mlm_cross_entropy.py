@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bert_kernels._launch import check_device
+from bert_kernels._launch import check_device, values_at_hand
 from bert_kernels.mlm_cross_entropy_kernels import IGNORED_LABEL, Wanted, empty_gradients, mlm_cross_entropy_forward
 
 # Logits whose fp32 softmax is held at a time. On a CPU that softmax stays in the cache.
@@ -164,7 +164,7 @@ def _check(tensors: dict[str, Tensor], labels_P: Tensor, vocab_size: int) -> Non
         raise ValueError(f"mlm_cross_entropy: labels_P must be torch.int64, got {labels_P.dtype}")
     if not 1 <= vocab_size <= weight.shape[0]:
         raise ValueError(f"mlm_cross_entropy: vocab_size must be in [1, V = {weight.shape[0]}], got {vocab_size}")
-    if labels_P.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values_at_hand(labels_P):
         wrong = labels_P[((labels_P < 0) | (labels_P >= vocab_size)) & (labels_P != IGNORED_LABEL)]
         if len(wrong):
             raise ValueError(f"mlm_cross_entropy: labels_P must be in [0, {vocab_size}) or -100, got {int(wrong[0])}")
