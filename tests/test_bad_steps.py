@@ -92,6 +92,14 @@ def test_the_report_names_rank_micro_batch_and_tensors(bad_steps: Any) -> None:
         assert (ranks[0]["step"], ranks[0]["batch"]) == (BAD_STEP, BAD_STEP)
 
 
+def test_the_reports_of_all_ranks_add_up_to_the_loss_of_the_step_with_its_dropout(bad_steps: Any) -> None:
+    folder = bad_steps[0] / f"1-fp32-spike/trouble/step_{BAD_STEP}"
+    ranks = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+    shares = [part["loss_shares"] for rank in ranks for part in rank["micro_batches"]]
+    for name in ("square", "pair"):
+        assert sum(share[name] for share in shares) == pytest.approx(ranks[0][f"loss_{name}"], rel=1e-5)
+
+
 def test_the_report_of_a_spike_has_its_height_and_the_largest_gradients(bad_steps: Any) -> None:
     folder = bad_steps[0] / f"1-fp32-spike/trouble/step_{BAD_STEP}"
     sane, sick = (json.loads((folder / f"rank_{rank}.json").read_text()) for rank in (0, 1))

@@ -11,15 +11,13 @@ import time
 import tracemalloc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import bert_ds.build_shards
 from bert_ds.basics.ranks import DataError
-from bert_ds.configuration.recipe.run_config import ConfigError, EmbeddedCorpus
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.corpus.shards.build import BuildSettings, build_shards
-from bert_ds.corpus.shards.embedded import embedded_folders
 from bert_ds.corpus.shards.shard_folder import Manifest, open_shards, verify_shards
 from bert_ds.corpus.text.documents import Document
 from bert_ds.corpus.text.input_files import find_input_files
@@ -222,8 +220,11 @@ def test_other_settings_other_input_and_another_tokenizer_are_refused(
 ) -> None:
     output = tmp_path / "s"
     build(files, tokenizer, output)
-    with pytest.raises(ConfigError, match=r'settings is .*"validation_fraction": 0\.2.* there'):
-        build(files, tokenizer, output, settings=BuildSettings(0.3, 400))
+    for settings in (BuildSettings(0.3, 400), BuildSettings(0.2, 500)):
+        with pytest.raises(
+            ConfigError, match=r'settings is .*"validation_fraction": 0\.2, "tokens_per_shard": 400} th'
+        ):
+            build(files, tokenizer, output, settings=settings)
     with pytest.raises(ConfigError, match=r"other settings: input is"):
         build(files[:2], tokenizer, output)
     other = tmp_path / "other"
@@ -264,6 +265,8 @@ def test_finished_shards_of_other_settings_are_refused_and_kept(
     before = digest(tmp_path / "s")
     with pytest.raises(ConfigError, match="other settings: input is"):
         build(files, tokenizer, tmp_path / "s")
+    with pytest.raises(ConfigError, match=r"settings is .* 400} there and .* 500} here"):
+        build_shards(failing(200), tokenizer, tmp_path / "s", settings=BuildSettings(0.2, 500))
     assert (tmp_path / "s" / "segment-00000.json").is_file()
     assert digest(tmp_path / "s") == before
 
@@ -399,12 +402,3 @@ def test_unknown_pieces_are_counted_over_all_batches(tokenizer: Path, tmp_path: 
     texts = given(f"{text(number)} ?" for number in range(40))
     manifest = build_shards(texts, tokenizer, tmp_path / "out", settings=BuildSettings(0.2))
     assert sum(split.num_unknown for split in manifest.splits.values()) == 40
-
-
-@pytest.mark.parametrize(
-    "change", [{"vocab_size": 65}, {"lowercase": False}, {"max_bytes": 9}, {"validation_fraction": 0.3}]
-)
-def test_an_embedded_corpus_of_other_settings_lies_elsewhere(change: dict[str, Any], tmp_path: Path) -> None:
-    config = EmbeddedCorpus(vocab_size=64)
-    assert embedded_folders(config, tmp_path) == embedded_folders(EmbeddedCorpus(vocab_size=64), tmp_path)
-    assert embedded_folders(config.model_copy(update=change), tmp_path) != embedded_folders(config, tmp_path)

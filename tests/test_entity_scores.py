@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from seqeval import metrics
 from seqeval.scheme import IOB2, IOBES
 
+from bert_ds.downstream.kinds.kind import Prediction
+from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.rows.examples import Example
 from bert_ds.downstream.scores.entity_scores import Entity, entities, entity_scores, tag_figures
 
 BIO_TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
@@ -118,3 +121,12 @@ def test_scores_are_those_of_seqeval(reading: str, tags: list[str], rules: dict[
 def test_rows_without_any_entity_have_every_figure() -> None:
     found = tag_figures([("O", "O"), ("O",)], [("O", "O"), ("O",)], ("O",))
     assert (found["f1"], found["conlleval_f1"], found["accuracy"]) == (0.0, 0.0, 1.0)
+
+
+def test_a_sentence_is_exact_where_intent_and_every_tag_are_right() -> None:
+    gold = ("play", ("O", "B-ART"))
+    found = [gold, ("play", ("O", "O")), ("book", gold[1]), ("book", ("O", "O")), ("play", ("B-ART", "B-ART"))]
+    examples = [Example("f:1", "1", ("the", "film"), gold) for _ in found]
+    labels = {"intent": ("book", "play"), "tag": ("B-ART", "O")}
+    figures = KINDS["intent_slot"].measure(examples, [Prediction(one) for one in found], labels)
+    assert (figures["exact"], figures["intent_accuracy"]) == (1 / 5, 3 / 5)

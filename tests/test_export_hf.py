@@ -274,15 +274,18 @@ def test_a_run_is_exported_with_its_onnx_file(
     assert "--model is a finished folder: wanted --onnx beside it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("factor", "is_refused"), [(1 + 3e-5, False), (1 + 3e-4, True)])
+@pytest.mark.parametrize(
+    ("scores", "factor", "is_refused"),
+    [("prediction_logits", 1.00003, False), ("prediction_logits", 1.0003, True), ("seq_relationship_logits", 2, True)],
+)
 def test_scores_may_differ_by_a_ten_thousandth_of_the_largest(
-    factor: float, is_refused: bool, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+    scores: str, factor: float, is_refused: bool, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute = transformers.BertForPreTraining.forward
 
     def slightly_off(self: object, *args: object, **options: object) -> object:
         found = compute(self, *args, **options)
-        found.prediction_logits = found.prediction_logits * factor
+        found[scores] = found[scores] * factor
         return found
 
     state_dict = spread_state_dict(has_pair_head=True)

@@ -192,7 +192,10 @@ def test_a_resumed_run_passes_over_the_batches_that_its_checkpoint_says(workshop
 def test_a_row_of_a_mixture_counts_the_tokens_of_its_own_step(workshop: Workshop) -> None:
     run_dir = workshop.run({**MIXED, "checkpoints.every_steps": 2})
     data, rows = data_of(recipe_of(run_dir)), read_metrics(run_dir / "metrics.jsonl")
-    assert parse_manifest(run_dir / "checkpoints/global_step2")["facts"] == {"data": data.fingerprint, "family": "bert"}
+    assert parse_manifest(run_dir / "checkpoints/global_step2")["facts"] == {
+        **recipe_of(run_dir).model.form(),
+        "data": data.fingerprint,
+    }
     assert len({row["num_tokens"] for row in rows}) > 1
     for row in rows:
         assert sum(source["tokens"] for source in row["sources"].values()) == row["num_tokens"]

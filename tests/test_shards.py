@@ -3,12 +3,15 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.recipe.run_config import EmbeddedCorpus
 from bert_ds.corpus.shards.build import BuildSettings, build_shards
+from bert_ds.corpus.shards.embedded import embedded_folders
 from bert_ds.corpus.shards.shard_folder import open_shards, verify_shards
 from bert_ds.corpus.text.documents import Document
 from bert_ds.corpus.text.text_input import DocumentInput
@@ -191,3 +194,12 @@ def test_a_manifest_whose_counts_do_not_add_up_is_refused(copy: Path) -> None:
 def test_a_folder_without_manifest_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"manifest\.json is missing"):
         open_shards(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": 65}, {"lowercase": False}, {"max_bytes": 9}, {"validation_fraction": 0.3}]
+)
+def test_an_embedded_corpus_of_other_settings_lies_elsewhere(change: dict[str, Any], tmp_path: Path) -> None:
+    config = EmbeddedCorpus(vocab_size=64)
+    assert embedded_folders(config, tmp_path) == embedded_folders(EmbeddedCorpus(vocab_size=64), tmp_path)
+    assert embedded_folders(config.model_copy(update=change), tmp_path) != embedded_folders(config, tmp_path)
