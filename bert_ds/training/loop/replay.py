@@ -11,7 +11,7 @@ from deepspeed import DeepSpeedEngine
 from bert_ds.basics.input_gate import read_json
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import DataError
-from bert_ds.reporting.run_log import RunLog
+from bert_ds.reporting.run_log import RunLog, read_metrics
 from bert_ds.training.agreement import gather_json, on_main_rank
 from bert_ds.training.checkpoints.checkpoint_loader import load_before
 from bert_ds.training.loop.bad_steps import gradient_report, spelled, trouble_folder
@@ -56,6 +56,9 @@ def replay_step(
 
 
 def _batch_of(run_dir: Path, step: int) -> int | None:
-    """Return which batch a step that is known to be bad was trained on."""
+    """Return which batch a step was trained on, where the run says so: in a bad step's report, or on going back."""
     report = trouble_folder(run_dir, step) / "rank_0.json"
-    return int(read_json(report, error=DataError)["batch"]) if report.exists() else None
+    if report.exists():
+        return int(read_json(report, error=DataError)["batch"])
+    before = [row for row in read_metrics(run_dir / "metrics.jsonl", "start") if row["step"] < step]
+    return step + before[-1]["passed_over"] if before and "passed_over" in before[-1] else None
