@@ -3,6 +3,9 @@
 # make test-fast  the part of it that starts no process: for every edit
 # make check      ruff, format, mypy, import-linter, pip-audit
 # make test-slurm a real Slurm of two nodes on this machine, through the faults a job meets; names the missing packages
+# make gpu-first  all that the first minutes on an NVIDIA GPU should answer, the most important first, each stage in a
+#                 process of its own: MINUTES=9, again to go on; WHEELS=folder where DeepSpeed is not installed but lies
+#                 there as a wheel with what else is missing (no .venv is made; PYTHON= is taken as it is)
 # make bench-gpu  the kernel benchmarks and the whole training step, 9 minutes on one NVIDIA GPU; rows into
 #                 kernels/benchmarks/results, pictures into kernels/README.md; again to go on where it stopped
 # make bench-cpu  the torch references of the operators on this CPU
@@ -12,7 +15,7 @@
 # make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, muon-curves, shards, race,
 #                 peer, context and modernbert-speed (each wants
 #                 TEXT=folder of text), lamb, muon, kernels, configs, fuzz, deepspeed (the newest release instead of the
-#                 pinned one), kills, storms, folders, start, checkpoint, damage (wants root, for a small disk in memory),
+#                 pinned one), kills, storms, folders, start, checkpoint, damage (wants root, for a small disk in memory), gpu-first (its dry run),
 #                 families, slurm, modules-of-a-step, downstream (wants DATA=folder of the data sets), hf-trainer (DATA and
 #                 MODEL=pre-trained folder)
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
@@ -24,10 +27,10 @@ BIN := .venv/bin
 RUN_DIR := runs/default
 DEEPSPEED_CONFIG := ds_configs/zero2.json
 
-.PHONY: pretrain test test-fast test-slurm check format env env-dev clean bench-gpu
+.PHONY: pretrain test test-fast test-slurm check format env env-dev clean bench-gpu gpu-first
 .PHONY: campaign-kills campaign-folders campaign-storms campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-peer campaign-lamb campaign-muon campaign-kernels campaign-configs campaign-fuzz campaign-slurm
-.PHONY: campaign-families campaign-modernbert-speed campaign-context campaign-start campaign-modules-of-a-step bench-cpu bench-host test-gpu sanitize-gpu
+.PHONY: campaign-families campaign-gpu-first campaign-modernbert-speed campaign-context campaign-start campaign-modules-of-a-step bench-cpu bench-host test-gpu sanitize-gpu
 
 env:
 	@.ci/make_env.sh
@@ -143,6 +146,13 @@ campaign-modules-of-a-step: env-dev
 
 campaign-checkpoint: env-dev
 	$(BIN)/python tests/campaign_checkpoint.py
+
+gpu-first: $(if $(WHEELS),,env-dev)
+	$(if $(WHEELS),$(or $(PYTHON),python3),$(BIN)/python) kernels/benchmarks/gpu_first.py --minutes $(or $(MINUTES),9) $(if $(WHEELS),--wheels $(WHEELS))
+
+# Every stage of gpu-first at tiny size on a CPU; nothing is recorded.
+campaign-gpu-first: env-dev
+	$(BIN)/python -m pytest -s -m campaign tests/test_gpu_first.py
 
 bench-gpu: env-dev
 	$(BIN)/python kernels/benchmarks/bench_gpu.py --minutes 9

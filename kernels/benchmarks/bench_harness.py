@@ -182,7 +182,7 @@ def _commit() -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     if commit.returncode != 0:
         return "unknown"
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "kernels", "bert_ds"], cwd=ROOT)
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "kernels/*.py", "bert_ds"], cwd=ROOT)
     return commit.stdout.strip() + ("+" if changed.returncode else "")
 
 
