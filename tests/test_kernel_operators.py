@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bert_kernels import attention, bias_gelu, embedding, geglu, layer_norm, mlm_cross_entropy, rotary  # noqa: F401
+from bert_kernels import attention, bias_gelu, embedding, geglu, layer_norm, mlm_cross_entropy, rotary
 from bert_kernels.flat_shard import LambScalars, Segment, SegmentTable
 from bert_kernels.lamb_kernels import chunk_table, hyper_of_step
 
+DIRECT = {
+    "attention": attention._attention,
+    "rotary": rotary._rotary,
+    "layer_norm": layer_norm._layer_norm,
+    "bias_gelu": bias_gelu._bias_gelu,
+    "geglu": geglu._geglu,
+    "mlm_cross_entropy": mlm_cross_entropy._mlm_cross_entropy,
+    "embedding": embedding._embedding,
+}
+"""How the public functions call the operators that have a gradient."""
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SEED = torch.tensor([0x1234567_89ABCDEF], device=DEVICE)
 
@@ -94,3 +106,52 @@ def test_the_samples_cover_every_registered_operator() -> None:
 def test_an_operator_passes_torchs_own_checks(name: str) -> None:
     for arguments in sample_arguments()[name]:
         torch.library.opcheck(getattr(torch.ops.bert_kernels, name).default, arguments)
+
+
+def results_of(call: Callable[..., Any], name: str) -> list[Tensor]:
+    """Return the outputs of an operator's first sample, and the gradients."""
+    arguments = sample_arguments()[name][0]
+    found = call(*arguments)
+    outs = [out for out in (found if isinstance(found, tuple) else (found,)) if out.requires_grad]
+    leaves = [each for each in arguments if isinstance(each, Tensor) and each.requires_grad]
+    return [*outs, *torch.autograd.grad(outs, leaves, [torch.ones_like(out) for out in outs])]
+
+
+def results_and_library_calls(call: Callable[..., Any], name: str) -> tuple[list[Tensor], set[str]]:
+    """Return the same, and the registered operators that torch's profiler sees meanwhile."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        results = results_of(call, name)
+    return results, {event.name for event in profile.events() if event.name.startswith("bert_kernels::")}
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_eager_code_calls_the_kernels_without_the_library_and_a_mode_sees_the_operators(name: str) -> None:
+    direct, calls = results_and_library_calls(DIRECT[name], name)
+    assert calls == set()
+    registered, calls = results_and_library_calls(getattr(torch.ops.bert_kernels, name).default, name)
+    assert f"bert_kernels::{name}" in calls
+    with Seen() as seen:
+        watched = results_of(DIRECT[name], name)
+    assert f"bert_kernels.{name}.default" in seen.names
+    for others in (registered, watched):
+        assert all(torch.equal(a, b) for a, b in zip(direct, others, strict=True))
+
+
+class Seen(TorchDispatchMode):
+    """Writes down what torch dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_gradient_of_a_gradient_is_refused_and_not_left_out() -> None:
+    x, bias = grown(3, 16), grown(16)
+    y = bias_gelu.bias_gelu(x, bias)
+    with pytest.raises(RuntimeError, match="autograd"):
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        torch.autograd.grad(dx.sum(), x)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bert_kernels._launch import launch
+from bert_kernels._launch import cdiv, launch
 from bert_kernels._numerics import as_operand, cpu_bf16
 from bert_kernels._tiles import COLUMN_SUMS
 
@@ -39,5 +39,5 @@ def column_sums(partials: Tensor, dtype: torch.dtype) -> Tensor:
         "BLOCK_N": COLUMN_SUMS.block_n,
         "CPU_BF16": cpu_bf16(dtype),
     }
-    launch(_column_sums_kernel, (triton.cdiv(sums.numel(), COLUMN_SUMS.block_n),), COLUMN_SUMS, arguments)
+    launch(_column_sums_kernel, (cdiv(sums.numel(), COLUMN_SUMS.block_n),), COLUMN_SUMS, arguments)
     return sums

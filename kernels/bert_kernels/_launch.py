@@ -57,16 +57,25 @@ def record_launches(architecture: str, *, run: bool = False) -> Iterator[list[La
 
 def check_device(op: str, **tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors are on one device on which a kernel can run."""
-    given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    first, device = next(iter(given.items()))
-    for name, other in given.items():
-        if other != device:
-            raise ValueError(f"{op}: {name} is on {other}, {first} on {device}: put all on one device")
+    first, device = "", None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, {first} on {device}: put all on one device")
+    assert device is not None
     if device.type != "cuda" and not INTERPRETING and _recording is None:
         raise ValueError(
             f"{op}: {first} is on {device}, the Triton kernels need CUDA; "
             f"use {op}_reference, or set TRITON_INTERPRET=1 before the start to run the kernels slowly on the CPU"
         )
+
+
+def is_recording() -> bool:
+    """Return whether launches are recorded."""
+    return _recording is not None
 
 
 def values_at_hand(tensor: Tensor) -> bool:
@@ -85,7 +94,22 @@ def _architecture(device: torch.device) -> str:
         return _recording.architecture
     if device.type != "cuda":
         return "default"
+    return _architecture_of_card(device)
+
+
+@functools.cache
+def _architecture_of_card(device: torch.device) -> str:
     return ARCHITECTURES.get(torch.cuda.get_device_capability(device), "default")
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b rounded up. Triton's own, made for kernels too, takes the host twenty times as long."""
+    return -(-a // b)
+
+
+def next_power_of_2(number: int) -> int:
+    """Return the smallest power of two that is at least `number`; 1 for 0."""
+    return 1 << max(0, number - 1).bit_length()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: dict[str, Any]) -> None:

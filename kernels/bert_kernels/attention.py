@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bert_kernels._launch import check_device, values_at_hand
+from bert_kernels._operator import operator
 from bert_kernels.attention_kernels import AttentionCall, attention_backward, attention_forward
 from bert_kernels.dropout_mask import ATTENTION, check_dropout, keep_mask_reference, keep_scale, keep_threshold
 
@@ -267,7 +268,7 @@ def _check_shapes(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
             raise ValueError(f"attention: max_seqlen is {max_seqlen}, but the longest sequence has {longest} tokens")
 
 
-@torch.library.custom_op("bert_kernels::attention", mutates_args=())
+@operator("bert_kernels::attention")
 def _attention(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -298,7 +299,7 @@ def _(
     return qkv.new_empty(num_tokens, num_heads, head_dim), lse
 
 
-@torch.library.custom_op("bert_kernels::attention_backward", mutates_args=())
+@operator("bert_kernels::attention_backward")
 def _attention_backward(
     qkv: Tensor,
     cu_seqlens: Tensor,

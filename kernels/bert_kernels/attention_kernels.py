@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bert_kernels._launch import launch, pick_tile
+from bert_kernels._launch import cdiv, launch, next_power_of_2, pick_tile
 from bert_kernels._numerics import as_operand, cpu_bf16, load_operand
 from bert_kernels._tiles import ATTENTION, Tile
 from bert_kernels.dropout_mask import keep_attention_tile, keep_scale, keep_threshold
@@ -328,7 +328,7 @@ class AttentionCall:
     @property
     def block_d(self) -> int:
         """Head dim rounded up to a power of two that a matrix product takes."""
-        return max(16, triton.next_power_of_2(self.qkv_T3HK.shape[3]))
+        return max(16, next_power_of_2(self.qkv_T3HK.shape[3]))
 
     def tile(self, kernel: str) -> Tile:
         """Return the tile of a kernel for this dtype, head dim, length and card."""
@@ -337,7 +337,7 @@ class AttentionCall:
 
     def grid(self, block: int) -> tuple[int, int]:
         """Return (programs, blocks of `block` rows per sequence and head)."""
-        num_blocks = triton.cdiv(self.max_seqlen, block)
+        num_blocks = cdiv(self.max_seqlen, block)
         return num_blocks * (len(self.cu_seqlens) - 1) * self.qkv_T3HK.shape[2], num_blocks
 
 

@@ -23,8 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bert_kernels._column_sums import column_sums
-from bert_kernels._launch import check_device, launch, pick_tile
+from bert_kernels._launch import cdiv, check_device, launch, pick_tile
 from bert_kernels._numerics import as_operand, cpu_bf16
+from bert_kernels._operator import operator
 from bert_kernels._tiles import BIAS_GELU, BIAS_GELU_PROGRAMS
 
 Approximate = Literal["none", "tanh"]
@@ -112,7 +113,7 @@ def bias_gelu_forward(x_TF: Tensor, bias_F: Tensor, approximate: str) -> Tensor:
     """Return y (T, F)."""
     y = torch.empty_like(x_TF)
     arguments, tile = _arguments(x_TF, bias_F, approximate)
-    programs = triton.cdiv(x_TF.shape[0], tile.block_m) * triton.cdiv(x_TF.shape[1], tile.block_n)
+    programs = cdiv(x_TF.shape[0], tile.block_m) * cdiv(x_TF.shape[1], tile.block_n)
     launch(_bias_gelu_fwd_kernel, (programs,), tile, arguments | {"y_ptr": y})
     return y
 
@@ -121,10 +122,10 @@ def bias_gelu_backward(x_TF: Tensor, bias_F: Tensor, dy: Tensor, approximate: st
     """Return dx (T, F) and dbias (F)."""
     dx = torch.empty_like(x_TF)
     arguments, tile = _arguments(x_TF, bias_F, approximate)
-    programs = min(BIAS_GELU_PROGRAMS, triton.cdiv(x_TF.shape[0], tile.block_m))
+    programs = min(BIAS_GELU_PROGRAMS, cdiv(x_TF.shape[0], tile.block_m))
     partials = torch.empty(programs, x_TF.shape[1], dtype=torch.float32, device=x_TF.device)
     own = {"dy_ptr": dy.contiguous(), "dx_ptr": dx, "partials_ptr": partials, "num_programs": programs}
-    launch(_bias_gelu_bwd_kernel, (programs * triton.cdiv(x_TF.shape[1], tile.block_n),), tile, arguments | own)
+    launch(_bias_gelu_bwd_kernel, (programs * cdiv(x_TF.shape[1], tile.block_n),), tile, arguments | own)
     return dx, column_sums(partials, bias_F.dtype)
 
 
@@ -144,7 +145,7 @@ def _arguments(x_TF: Tensor, bias_F: Tensor, approximate: str) -> tuple[dict[str
     return arguments, tile
 
 
-@torch.library.custom_op("bert_kernels::bias_gelu", mutates_args=())
+@operator("bert_kernels::bias_gelu")
 def _bias_gelu(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
     return bias_gelu_forward(x, bias, approximate)
 
@@ -154,7 +155,7 @@ def _(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("bert_kernels::bias_gelu_backward", mutates_args=())
+@operator("bert_kernels::bias_gelu_backward")
 def _bias_gelu_backward(x: Tensor, bias: Tensor, dy: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
     return bias_gelu_backward(x, bias, dy, approximate)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bert_kernels._launch import check_device, values_at_hand
+from bert_kernels._operator import operator
 from bert_kernels.dropout_mask import check_dropout, dropout_reference, keep_threshold
 from bert_kernels.embedding_kernels import EmbeddingCall, Tables, embedding_backward, embedding_forward
 from bert_kernels.layer_norm import MAX_WIDTH, layer_norm_reference
@@ -62,7 +63,7 @@ class _Rows(torch.autograd.Function):
         return dtable.to(drows_TD.dtype), None
 
 
-@torch.library.custom_op("bert_kernels::embedding", mutates_args=())
+@operator("bert_kernels::embedding")
 def _embedding(
     indices: list[Tensor],
     word: Tensor,
@@ -96,7 +97,7 @@ def _(
     return word.new_empty(indices[0].shape[0], word.shape[1]), statistics, torch.empty_like(statistics)
 
 
-@torch.library.custom_op("bert_kernels::embedding_backward", mutates_args=())
+@operator("bert_kernels::embedding_backward")
 def _embedding_backward(
     indices: list[Tensor],
     tables: list[Tensor],

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bert_kernels._column_sums import column_sums
-from bert_kernels._launch import launch, pick_tile
+from bert_kernels._launch import cdiv, launch, next_power_of_2, pick_tile
 from bert_kernels._numerics import as_operand, cpu_bf16, load_operand
 from bert_kernels._tiles import LAYER_NORM, SEGMENT_SUM
 from bert_kernels.dropout_mask import keep_hidden_tile, keep_scale, keep_threshold
@@ -215,7 +215,7 @@ class EmbeddingCall:
             "keep_scale": keep_scale(self.dropout_p),
             "site": self.site,
             "WIDTH": word.shape[1],
-            "BLOCK_D": max(8, triton.next_power_of_2(word.shape[1])),
+            "BLOCK_D": max(8, next_power_of_2(word.shape[1])),
             "THRESHOLD": keep_threshold(self.dropout_p),
             "CPU_BF16": cpu_bf16(word.dtype),
         }
@@ -230,7 +230,7 @@ def embedding_forward(call: EmbeddingCall, bias_D: Tensor, eps: float) -> tuple[
     # Left to itself the assembler of Triton 3.7 spills for sm_80, to stay at 64 registers.
     tile = replace(pick_tile(LAYER_NORM, word.device, arguments["BLOCK_D"]), max_registers=128)
     own = {"bias_ptr": bias_D, "y_ptr": y, "mean_ptr": mean, "rstd_ptr": rstd, "eps": eps, "BLOCK_M": tile.block_m}
-    launch(_embedding_fwd_kernel, (triton.cdiv(num_tokens, tile.block_m),), tile, arguments | own)
+    launch(_embedding_fwd_kernel, (cdiv(num_tokens, tile.block_m),), tile, arguments | own)
     return y, mean, rstd
 
 
@@ -241,7 +241,7 @@ def embedding_backward(
     word, num_tokens = call.tables.word, len(call.indices.word)
     arguments = call.arguments()
     tile = pick_tile(LAYER_NORM, word.device, arguments["BLOCK_D"])
-    programs = min(tile.block_n, triton.cdiv(num_tokens, tile.block_m))
+    programs = min(tile.block_n, cdiv(num_tokens, tile.block_m))
     dz = torch.empty(num_tokens, word.shape[1], dtype=word.dtype, device=word.device)
     partials = torch.empty(programs, 2, word.shape[1], dtype=torch.float32, device=word.device)
     own = {"dy_ptr": dy.contiguous(), "mean_ptr": mean, "rstd_ptr": rstd, "dz_ptr": dz, "partials_ptr": partials}
@@ -261,7 +261,7 @@ def table_gradient(dz_TD: Tensor, index_T: Tensor, num_rows: int) -> Tensor:
     keys, order = torch.sort(index_T.to(torch.int16 if num_rows < 1 << 15 else torch.int32), stable=True)
     keys = keys.to(torch.int32)
     tile = SEGMENT_SUM[dz_TD.element_size()]
-    num_chunks = triton.cdiv(num_tokens, tile.block_m)
+    num_chunks = cdiv(num_tokens, tile.block_m)
     partials = torch.empty(num_chunks, 2, width, dtype=torch.float32, device=dz_TD.device)
     shared = {
         "sorted_ptr": keys,
@@ -274,7 +274,7 @@ def table_gradient(dz_TD: Tensor, index_T: Tensor, num_rows: int) -> Tensor:
         "BLOCK_N": tile.block_n,
         "CPU_BF16": cpu_bf16(dz_TD.dtype),
     }
-    grid = (num_chunks, triton.cdiv(width, tile.block_n))
+    grid = (num_chunks, cdiv(width, tile.block_n))
     launch(_segment_sum_kernel, grid, tile, shared | {"dz_ptr": dz_TD, "order_ptr": order})
     launch(_shared_rows_kernel, grid, tile, shared | {"num_chunks": num_chunks, "CHUNK": tile.block_m})
     return dtable

@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bert_kernels._column_sums import column_sums
-from bert_kernels._launch import check_device, launch, pick_tile
+from bert_kernels._launch import cdiv, check_device, launch, pick_tile
 from bert_kernels._numerics import as_operand, cpu_bf16
+from bert_kernels._operator import operator
 from bert_kernels._tiles import BIAS_GELU_PROGRAMS, GEGLU
 from bert_kernels.bias_gelu import Approximate, gelu_and_slope
 
@@ -97,7 +98,7 @@ def geglu_forward(x_TG: Tensor, bias_G: Tensor | None, approximate: str) -> Tens
     y = torch.empty(num_rows, width, dtype=x_TG.dtype, device=x_TG.device)
     tile = pick_tile(GEGLU["fwd"], x_TG.device, width)
     arguments = _arguments(x_TG, bias_G, approximate, tile)
-    programs = triton.cdiv(num_rows, tile.block_m) * triton.cdiv(width, tile.block_n)
+    programs = cdiv(num_rows, tile.block_m) * cdiv(width, tile.block_n)
     launch(_geglu_fwd_kernel, (programs,), tile, arguments | {"y_ptr": y})
     return y
 
@@ -108,10 +109,10 @@ def geglu_backward(x_TG: Tensor, bias_G: Tensor | None, dy: Tensor, approximate:
     dx = torch.empty_like(x_TG)
     tile = pick_tile(GEGLU["bwd"], x_TG.device, width)
     arguments = _arguments(x_TG, bias_G, approximate, tile)
-    programs = min(BIAS_GELU_PROGRAMS, triton.cdiv(num_rows, tile.block_m))
+    programs = min(BIAS_GELU_PROGRAMS, cdiv(num_rows, tile.block_m))
     partials = torch.empty(programs, 0 if bias_G is None else 2 * width, dtype=torch.float32, device=x_TG.device)
     own = {"dy_ptr": dy.contiguous(), "dx_ptr": dx, "partials_ptr": partials, "num_programs": programs}
-    launch(_geglu_bwd_kernel, (programs * triton.cdiv(width, tile.block_n),), tile, arguments | own)
+    launch(_geglu_bwd_kernel, (programs * cdiv(width, tile.block_n),), tile, arguments | own)
     return dx, x_TG.new_empty(0) if bias_G is None else column_sums(partials, bias_G.dtype)
 
 
@@ -131,7 +132,7 @@ def _arguments(x_TG: Tensor, bias_G: Tensor | None, approximate: str, tile: Any)
     }
 
 
-@torch.library.custom_op("bert_kernels::geglu", mutates_args=())
+@operator("bert_kernels::geglu")
 def _geglu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     return geglu_forward(x, bias, approximate)
 
@@ -141,7 +142,7 @@ def _(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1] // 2)
 
 
-@torch.library.custom_op("bert_kernels::geglu_backward", mutates_args=())
+@operator("bert_kernels::geglu_backward")
 def _geglu_backward(x: Tensor, bias: Tensor | None, dy: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
     return geglu_backward(x, bias, dy, approximate)
 

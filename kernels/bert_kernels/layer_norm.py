@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_kernels._launch import check_device
+from bert_kernels._operator import operator
 from bert_kernels.dropout_mask import check_dropout, dropout_reference, keep_threshold
 from bert_kernels.layer_norm_kernels import LayerNormCall, layer_norm_backward, layer_norm_forward
 
@@ -81,7 +82,7 @@ def dropout_add_then_norm_reference(
     return layer_norm_reference(z_TD, weight_D, bias_D, eps), z_TD
 
 
-@torch.library.custom_op("bert_kernels::layer_norm", mutates_args=())
+@operator("bert_kernels::layer_norm")
 def _layer_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -116,7 +117,7 @@ def _(
     return torch.empty_like(x), z, statistics, torch.empty_like(statistics)
 
 
-@torch.library.custom_op("bert_kernels::layer_norm_backward", mutates_args=())
+@operator("bert_kernels::layer_norm_backward")
 def _layer_norm_backward(
     x: Tensor,
     residual: Tensor | None,

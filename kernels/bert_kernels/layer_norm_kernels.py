@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bert_kernels._column_sums import column_sums
-from bert_kernels._launch import launch, pick_tile
+from bert_kernels._launch import cdiv, launch, next_power_of_2, pick_tile
 from bert_kernels._numerics import as_operand, cpu_bf16
 from bert_kernels._tiles import LAYER_NORM
 from bert_kernels.dropout_mask import keep_hidden_tile, keep_scale, keep_threshold
@@ -152,7 +152,7 @@ class LayerNormCall:
             "keep_scale": keep_scale(self.dropout_p),
             "site": self.site,
             "WIDTH": x.shape[1],
-            "BLOCK_D": max(8, triton.next_power_of_2(x.shape[1])),
+            "BLOCK_D": max(8, next_power_of_2(x.shape[1])),
             "HAS_RESIDUAL": self.residual_TD is not None,
             "HAS_X_BIAS": self.x_bias_D is not None,
             "THRESHOLD": keep_threshold(self.dropout_p),
@@ -181,7 +181,7 @@ def layer_norm_forward(
         "HAS_BIAS": bias_D is not None,
         "RETURNS_SUM": returns_sum,
     }
-    launch(_layer_norm_fwd_kernel, (triton.cdiv(x.shape[0], tile.block_m),), tile, arguments | own)
+    launch(_layer_norm_fwd_kernel, (cdiv(x.shape[0], tile.block_m),), tile, arguments | own)
     return y, z, mean, rstd
 
 
@@ -202,7 +202,7 @@ def layer_norm_backward(
     dx = torch.empty_like(x) if keep_threshold(call.dropout_p) < 256 else x.new_empty(0)
     arguments = call.arguments()
     tile = pick_tile(LAYER_NORM, x.device, arguments["BLOCK_D"])
-    programs = min(tile.block_n, triton.cdiv(x.shape[0], tile.block_m))
+    programs = min(tile.block_n, cdiv(x.shape[0], tile.block_m))
     num_sums = 1 + has_bias + (call.x_bias_D is not None)
     partials = torch.empty(programs, num_sums, x.shape[1], dtype=torch.float32, device=x.device)
     own: dict[str, Any] = {

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bert_kernels._launch import check_device, values_at_hand
+from bert_kernels._operator import operator
 from bert_kernels.mlm_cross_entropy_kernels import IGNORED_LABEL, Wanted, empty_gradients, mlm_cross_entropy_forward
 
 # Logits whose fp32 softmax is held at a time. On a CPU that softmax stays in the cache.
@@ -88,7 +89,7 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
     return (x.to(factor.dtype) * factor).to(x.dtype)
 
 
-@torch.library.custom_op("bert_kernels::mlm_cross_entropy", mutates_args=())
+@operator("bert_kernels::mlm_cross_entropy")
 def _mlm_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, vocab_size: int, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

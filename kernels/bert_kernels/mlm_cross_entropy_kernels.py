@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bert_kernels._launch import launch, pick_tile
+from bert_kernels._launch import cdiv, launch, pick_tile
 from bert_kernels._numerics import as_operand, cpu_bf16
 from bert_kernels._tiles import MLM_CROSS_ENTROPY
 
@@ -169,8 +169,8 @@ def empty_gradients(hidden_PD: Tensor, weight_VD: Tensor, wanted: Wanted) -> tup
 
 def _parts(num_rows: int, num_columns: int) -> Iterator[slice]:
     """Yield parts of nearly equal size, so that no GEMM has only a few rows."""
-    num_parts = triton.cdiv(num_rows * num_columns, MAX_LOGITS)
-    rows = triton.cdiv(triton.cdiv(num_rows, max(1, num_parts)), _ROWS_MULTIPLE) * _ROWS_MULTIPLE
+    num_parts = cdiv(num_rows * num_columns, MAX_LOGITS)
+    rows = cdiv(cdiv(num_rows, max(1, num_parts)), _ROWS_MULTIPLE) * _ROWS_MULTIPLE
     for start in range(0, num_rows, max(1, rows)):
         yield slice(start, min(start + rows, num_rows))
 

@@ -24,8 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bert_kernels._launch import check_device, launch, pick_tile
+from bert_kernels._launch import cdiv, check_device, launch, next_power_of_2, pick_tile
 from bert_kernels._numerics import as_operand, cpu_bf16, load_operand
+from bert_kernels._operator import operator
 from bert_kernels._tiles import ROTARY
 
 MAX_HEAD_DIM = 128
@@ -127,14 +128,14 @@ def rotary_turn(qkv_T3HK: Tensor, position_ids_T: Tensor, theta: float, *, inver
         "LOG2_THETA": math.log2(theta),
         "INVERSE": inverse,
         "BLOCK_M": tile.block_m,
-        "BLOCK_J": max(8, triton.next_power_of_2(head_dim // 2)),
+        "BLOCK_J": max(8, next_power_of_2(head_dim // 2)),
         "CPU_BF16": cpu_bf16(y.dtype),
     }
-    launch(_rotary_kernel, (3 * triton.cdiv(num_tokens, tile.block_m),), tile, arguments)
+    launch(_rotary_kernel, (3 * cdiv(num_tokens, tile.block_m),), tile, arguments)
     return y
 
 
-@torch.library.custom_op("bert_kernels::rotary", mutates_args=())
+@operator("bert_kernels::rotary")
 def _rotary(qkv: Tensor, position_ids: Tensor, theta: float, inverse: bool) -> Tensor:
     return rotary_turn(qkv.contiguous(), position_ids, theta, inverse=inverse)
 
