@@ -86,7 +86,10 @@ def values_at_hand(tensor: Tensor) -> bool:
 def pick_tile(table: TileTable, device: torch.device, size: int) -> Tile:
     """Return the tile for this card and size; the last of a table serves all larger sizes."""
     rows = table.get(_architecture(device), table["default"])
-    return next((tile for largest, tile in rows if size <= largest), rows[-1][1])
+    for largest, tile in rows:
+        if size <= largest:
+            return tile
+    return rows[-1][1]
 
 
 def _architecture(device: torch.device) -> str:
