@@ -2,11 +2,11 @@
 
     python tests/campaign_muon_curves.py --text FOLDER --work FOLDER
 
-A 2 x 128 pre-norm BERT (post-norm stays at the unigram plateau for longer than this) of 4,096 pieces, sequences of 64, 80 a step, fp32, ZeRO-2 on one rank; loss at [MASK] on held-out
-documents. Three rates each are screened for SCREENED_STEPS steps with one seed. The best of each is trained with three
-seeds for NUM_STEPS steps, and once more for as many steps as fit into the time that AdamW takes for NUM_STEPS, by the
-step times of the screening. One run after the other. Rows: tests/results/muon_curves.jsonl; what is there is not
-repeated.
+A 2 x 128 BERT of 4,096 pieces, pre-norm because post-norm stays at the unigram plateau for longer than this;
+sequences of 64, 80 a step, fp32, ZeRO-2 on one rank; loss at [MASK] on held-out documents. Three rates each are
+screened for SCREENED_STEPS steps with one seed. The best of each is trained with three seeds for NUM_STEPS steps, and
+once more for as many steps as fit into the time that AdamW takes for NUM_STEPS, by the step times of the screening.
+One run after the other. Rows: tests/results/muon_curves.jsonl; what is there is not repeated.
 """
 
 from __future__ import annotations
