@@ -1,8 +1,10 @@
 """Check a run before anything is taken: both files, their agreement, and the numbers that follow from them.
 
     python bert_ds/check_run.py --run ds_configs/recipes/bert_base_phase1.json --deepspeed_config ds_configs/zero2.json
+    python bert_ds/check_run.py --run R.json --deepspeed_config ds_configs/zero1.json --gpu H100
     python bert_ds/check_run.py --task sst2 --data DATA --model DIR --deepspeed_config ds_configs/zero1.json
 
+With --gpu it predicts tokens per second and days on 1, 8, 64 and 512 such cards, and says what bounds a step.
 Needs no torch. Exit code 0: the run is valid; 2: every problem of both files is on stderr, one per line; 3: a data file
 of a task cannot be read.
 """
@@ -22,6 +24,7 @@ from bert_ds.configuration.plan_table import plan_table
 from bert_ds.configuration.recipe.precision import planned_on_gpus
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.run_plan import make_plan
+from bert_ds.configuration.run_speed import CARDS, Card, speed_rows
 from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.downstream.rows.records import read_records
 from bert_ds.launch.command_line import make_parser, run_main
@@ -39,9 +42,10 @@ def main() -> int:
     gpu_memory = int(_number("--gpu_memory_gb", args.gpu_memory_gb) * 1e9) if args.gpu_memory_gb else None
     if args.task is None:
         run, ds = load_pair(args.run, args.deepspeed_config, overrides=args.set)
-        run = planned_on_gpus(run) if gpu_memory else run
+        run = planned_on_gpus(run) if gpu_memory or args.gpu else run
         plan = make_plan(run, ds, world_size, gpu_memory_bytes=gpu_memory)
-        return show(plan_table(plan), plan.warnings)
+        predicted = speed_rows(plan, args.gpu, _card(args)) if args.gpu else []
+        return show([*plan_table(plan), *predicted], plan.warnings)
     task, ds = checked_task(args)
     task = planned_on_gpus(task) if gpu_memory else task
     num_rows = count_rows(task)
@@ -77,15 +81,31 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed file")
     parser.add_argument("--world_size", default="1", help="number of ranks (default 1)")
     parser.add_argument("--gpu_memory_gb", help="memory of one GPU, to warn of more and to plan precision auto as bf16")
+    parser.add_argument("--gpu", choices=CARDS, help="predict the speed of a recipe on this card and on many")
+    parser.add_argument("--node_gb_s", help="with --gpu: GB/s of a card to others of its node, one direction")
+    parser.add_argument("--network_gb_s", help="with --gpu: GB/s of a card to other nodes (default 50)")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=value", help="override of recipe or task")
     args = parser.parse_args()
     if args.task is not None and args.run is not None:
         parser.error("--run and --task exclude each other")
     if args.task is not None and args.model is None:
         parser.error("--task wants --model, the folder that is fine-tuned")
+    if args.gpu is None and (args.node_gb_s or args.network_gb_s):
+        parser.error("--node_gb_s and --network_gb_s belong to a --gpu")
+    if args.gpu is not None and args.task is not None:
+        parser.error("--gpu predicts a recipe, not a --task")
     if args.task is None and (args.model is not None or args.data is not None):
         parser.error("--model and --data belong to a --task")
     return args
+
+
+def _card(args: argparse.Namespace) -> Card:
+    card = CARDS[args.gpu]
+    if args.node_gb_s:
+        card = card._replace(node_bytes_per_s=1e9 * _number("--node_gb_s", args.node_gb_s))
+    if args.network_gb_s:
+        card = card._replace(network_bytes_per_s=1e9 * _number("--network_gb_s", args.network_gb_s))
+    return card
 
 
 def _number(option: str, text: str) -> float:

@@ -194,3 +194,22 @@ def test_a_model_that_is_no_bert_and_data_that_cannot_be_read_are_named(tiny: Pa
     found = check_task(tiny)
     assert found.returncode == 2
     assert found.stderr == "check_run.py: error: --model model: config.json does not hold the sizes of an encoder\n"
+
+
+def test_the_speed_on_a_card_is_predicted_and_follows_the_bandwidths_that_are_given(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = str(ROOT / "ds_configs/recipes/bert_base_phase1.json")
+    command = ["check_run", "--run", recipe, "--deepspeed_config", str(ROOT / "ds_configs/zero1.json"), "--gpu", "H100"]
+    found = []
+    for words in ([], ["--network_gb_s", "0.5"], ["--node_gb_s", "0.5"]):
+        monkeypatch.setattr(sys, "argv", [*command, *words])
+        assert bert_ds.check_run.main() == 0
+        lines = capsys.readouterr().out.splitlines()
+        found.append({line.split("  ")[0]: line for line in lines if line.startswith("predicted, ")})
+    usual, network, node = found
+    assert list(usual) == [f"predicted, {number} H100" for number in (1, 8, 64, 512)]
+    assert "bound by the host's launches" in usual["predicted, 64 H100"] and "days in all" in usual["predicted, 1 H100"]
+    assert "bound by messages between ranks" in network["predicted, 64 H100"]
+    assert network["predicted, 8 H100"] == usual["predicted, 8 H100"] != node["predicted, 8 H100"]
+    assert node["predicted, 64 H100"] == usual["predicted, 64 H100"]
