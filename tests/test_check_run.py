@@ -209,7 +209,7 @@ def test_the_speed_on_a_card_is_predicted_and_follows_the_bandwidths_that_are_gi
         found.append({line.split("  ")[0]: line for line in lines if line.startswith("predicted, ")})
     usual, network, node = found
     assert list(usual) == [f"predicted, {number} H100" for number in (1, 8, 64, 512)]
-    assert "bound by the host's launches" in usual["predicted, 64 H100"] and "days in all" in usual["predicted, 1 H100"]
+    assert "bound by matrix products" in usual["predicted, 64 H100"] and "days in all" in usual["predicted, 1 H100"]
     assert "bound by messages between ranks" in network["predicted, 64 H100"]
     assert network["predicted, 8 H100"] == usual["predicted, 8 H100"] != node["predicted, 8 H100"]
     assert node["predicted, 64 H100"] == usual["predicted, 64 H100"]

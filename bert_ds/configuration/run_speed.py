@@ -47,8 +47,8 @@ TRAFFIC_PER_LAYER = 51
 with these kernels: attention 13, twice dropout, residual and LayerNorm 18, GELU 20."""
 ACCUMULATION_BYTES = 10
 """Of a parameter and micro-step: a bf16 gradient is read and added to a sum in fp32."""
-HOST_LAYER_S = 2.0e-3
-"""Host time of a layer, forward and backward: 1.57 ms on an AMD EPYC core (`layer of bert`, the least times, in
+HOST_LAYER_S = 1.3e-3
+"""Host time of a layer, forward and backward: 0.89 ms on an AMD EPYC core (`layer of bert`, the least times, in
 `kernels/benchmarks/results/host_time.csv`), which records the launches, and 11 launches of Triton at about 36 us."""
 OPTIMIZER_BYTES = 42
 """Of a parameter and step: LAMB's two passes over gradients, master weights, moments and low-precision weights."""
