@@ -68,7 +68,7 @@ campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards c
 
 campaign-race: env-dev
 	@[[ -n "$(TEXT)" ]] || { echo "TEXT=folder is missing: the text that the measurement is made on"; exit 2; }
-	for phase in screen final parts; do $(BIN)/python tests/campaign_race.py $$phase --text $(TEXT) --work runs/$@; done
+	for phase in screen final parts; do $(BIN)/python tests/campaign_race.py $$phase --text $(TEXT) --work runs/$@ || exit 1; done
 
 campaign-slurm: env-dev
 	@$(BIN)/python tests/slurm_cluster.py

@@ -134,11 +134,9 @@ def entries(args: argparse.Namespace) -> Iterator[Entry]:
         for seed, name in itertools.product(SEEDS, (*RIVALS, "ours")):
             yield Entry(name, *best_of(name), seed, 10.0)
     elif args.phase == "parts":
-        for name in PARTS:
-            yield Entry(name, *best_of("ours"), 1, 10.0)
+        yield from (Entry(name, *best_of("ours"), 1, 10.0) for name in PARTS)
     else:
-        for name in FAMILIES:
-            yield Entry(name, 2e-3, 32, 1, args.minutes)
+        yield from (Entry(name, 2e-3, 32, 1, args.minutes) for name in FAMILIES)
 
 
 def best_of(name: str) -> tuple[float, int]:
@@ -166,8 +164,8 @@ def row_of(entry: Entry, args: argparse.Namespace) -> dict[str, Any]:
     where = ("--data", args.work / "shards", "--set", "max_seq_length=64", "--output", score_dir)
     _verb("score", "--task", "masked_words", "--model", folder / "hf", *where)
     figures = json.loads((score_dir / "results.json").read_bytes())["validation"]
-    judged = {"loss": figures["loss_mlm_masked"], "accuracy": figures["mlm_masked_accuracy"]}
-    judged["unigram"] = float(np.load(args.work / "held_out.npz")["unigram"])
+    unigram = float(np.load(args.work / "held_out.npz")["unigram"])
+    judged = {"loss": figures["loss_mlm_masked"], "accuracy": figures["mlm_masked_accuracy"], "unigram": unigram}
     facts = {"torch": torch.__version__, "transformers": transformers.__version__, "commit": _commit()}
     row = {**entry._asdict(), **judged, **outcome, "amx": _has_amx(), "cores": os.cpu_count(), **facts}
     add_row(RESULTS, row)
@@ -207,8 +205,7 @@ def outcome_of(numbered: Iterable[Any]) -> dict[str, Any]:
         ((row["time"] - begun) / 60, row["step"] * per_step, row["loss_mlm_masked"], row["mlm_masked_accuracy"])
         for row in judged
     ]
-    steps = trained[-1]["step"]
-    tokens_per_s = statistics.median(row["tokens_per_s"] for row in trained[1:])
+    steps, tokens_per_s = trained[-1]["step"], statistics.median(row["tokens_per_s"] for row in trained[1:])
     ended = {"seconds": judged[-1]["time"] - begun, "tokens_per_s": tokens_per_s}
     return {"steps": steps, "tokens": round(steps * per_step), **ended, "curve": curve}
 
@@ -294,7 +291,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/campaign-race"))
     parser.add_argument("--minutes", type=float, default=15.0, help="of the families phase")
     parser.add_argument("--seeds", type=int, default=3, help="of the tasks phase")
-    return parser.parse_args()
+    args = parser.parse_args()
+    name = "data" if args.phase == "tasks" else "text"
+    if args.phase != "table" and not (folder := getattr(args, name) or Path("-")).is_dir():
+        parser.error(f"--{name} {folder}: wanted a folder that is there")
+    return args
 
 
 if __name__ == "__main__":
