@@ -1,5 +1,6 @@
 """Packaging of bert_ds and bert_kernels; tool settings live in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -19,10 +20,12 @@ def shipped_packages() -> dict[str, str]:
 
 
 data_packages = shipped_packages()
+source = Path("bert_ds/__init__.py").read_text(encoding="utf-8")
+(version,) = re.findall(r'^__version__ = "(.+)"$', source, re.MULTILINE)
 
 setup(
     name="bert-ds",
-    version="0.1.0",
+    version=version,
     description="Pre-train BERT-class encoders with DeepSpeed ZeRO, exact LAMB and fused Triton kernels",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

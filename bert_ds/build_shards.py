@@ -13,12 +13,13 @@ import time
 from bert_ds.corpus.shards.build import DEFAULT_SETTINGS, BuildSettings, build_shards
 from bert_ds.corpus.text.input_files import KNOWN_NAMES, find_input_files
 from bert_ds.corpus.text.text_input import FileInput
-from bert_ds.launch.command_line import make_parser, run_main, show_progress
+from bert_ds.launch.command_line import run_main, show_progress
+from bert_ds.launch.verbs import verb_parser
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser(__doc__ or "")
+    parser = verb_parser("build_shards")
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help=f"files or folders; {KNOWN_NAMES}")
     add("--tokenizer", required=True, metavar="DIR", help="tokenizer folder, see train_wordpiece.py")

@@ -27,9 +27,11 @@ from bert_ds.configuration.run_plan import make_plan
 from bert_ds.configuration.run_speed import CARDS, Card, speed_rows
 from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.downstream.rows.records import read_records
-from bert_ds.launch.command_line import make_parser, run_main
+from bert_ds.launch.command_line import run_main
 from bert_ds.launch.launch_checks import checked_task
 from bert_ds.launch.task_table import rows_left, task_table
+from bert_ds.launch.verb_arguments import add_pair_options
+from bert_ds.launch.verbs import verb_parser
 
 MAX_COUNTED_BYTES = 1 << 27
 """Of training files: more is not read to count its rows."""
@@ -73,12 +75,11 @@ def show(rows: Sequence[tuple[str, str]], warnings: Sequence[str]) -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = make_parser("Check a recipe or a task with its DeepSpeed file, and print what follows from them.")
-    parser.add_argument("--run", help="recipe; without it and --task the embedded default")
+    parser = verb_parser("check_run")
+    add_pair_options(parser)
     parser.add_argument("--task", help="task file, or the name of a shipped task, instead of a recipe")
     parser.add_argument("--model", type=Path, help="with --task: Hugging Face folder of a pre-trained encoder")
     parser.add_argument("--data", type=Path, help="with --task: folder of the data files")
-    parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed file")
     parser.add_argument("--world_size", default="1", help="number of ranks (default 1)")
     parser.add_argument("--gpu_memory_gb", help="memory of one GPU, to warn of more and to plan precision auto as bf16")
     parser.add_argument("--gpu", choices=CARDS, help="predict the speed of a recipe on this card and on many")

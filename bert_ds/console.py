@@ -10,52 +10,36 @@ import os
 import sys
 from pathlib import Path
 
-from bert_ds.launch.command_line import USER_ERRORS, report_error
+from bert_ds import __version__
+from bert_ds.configuration.reading.config_problems import did_you_mean
+from bert_ds.launch.command_line import CALLED_BY, USER_ERRORS, report_error
 from bert_ds.launch.launch_checks import CHECKS
-from bert_ds.launch.launcher import run_launcher
+from bert_ds.launch.launcher import launcher_words, run_launcher
 from bert_ds.launch.launcher_log import RUNNER, logged_command
-
-TRAINING_VERBS = ("pretrain", "finetune", "score")
-"""Verbs that run on every rank, through the DeepSpeed launcher."""
-
-SINGLE_VERBS = (
-    "train_wordpiece",
-    "build_shards",
-    "check_run",
-    "submit",
-    "runs",
-    "judge_launch",
-    "export_hf",
-    "report",
-    "show_masks",
-    "probe",
-)
-"""Verbs that run once, on one machine."""
+from bert_ds.launch.verbs import VERBS
 
 QUIET = ("--log_level", "warning")
 """What the launcher says of every launch stands in logs/launcher.log; a --log_level of the user comes later."""
 
 USAGE = """usage: bert-ds VERB [arguments]
-       bert-ds pretrain [launcher arguments --] [arguments]
 
-verbs that train (started through the deepspeed launcher): {training}
-other verbs: {single}
+verbs, in the order of use:
+{verbs}
 
-bert-ds VERB --help shows the arguments of a verb."""
+Those with a * are started on every rank through the DeepSpeed launcher, whose options, as --num_gpus, may stand
+anywhere. bert-ds VERB --help shows the arguments of a verb and an example."""
 
 
 def verb_command(verb: str, arguments: list[str]) -> list[str]:
     """Return the command line that runs one verb.
 
-    Arguments of a training verb that stand before a lone "--" go to the DeepSpeed launcher.
+    Of a training verb, the options that the DeepSpeed launcher knows go to it, and all that stands before a lone "--".
     """
     script = script_of(verb)
-    if verb not in TRAINING_VERBS or arguments in (["-h"], ["--help"]):
+    if not VERBS[verb].is_launched:
         return [sys.executable, script, *arguments]
-    split = arguments.index("--") if "--" in arguments else 0
-    launcher_arguments = arguments[:split]
-    script_arguments = arguments[split + 1 :] if "--" in arguments else arguments
-    return [sys.executable, "-m", RUNNER, *QUIET, *launcher_arguments, script, *script_arguments]
+    for_launcher, own = launcher_words(arguments)
+    return [sys.executable, "-m", RUNNER, *QUIET, *for_launcher, script, *own]
 
 
 def script_of(verb: str) -> str:
@@ -63,27 +47,43 @@ def script_of(verb: str) -> str:
     return str(Path(__file__).resolve().parent / f"{verb}.py")
 
 
+def usage() -> str:
+    """Return what `bert-ds --help` says."""
+    width = max(map(len, VERBS)) + 1
+    rows = [f"  {name + '*' * verb.is_launched:<{width}}  {verb.purpose}" for name, verb in VERBS.items()]
+    return USAGE.format(verbs="\n".join(rows))
+
+
 def main() -> int:
     """Run the verb named on the command line and return its exit code."""
-    usage = USAGE.format(training=", ".join(TRAINING_VERBS), single=", ".join(SINGLE_VERBS))
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage)
+        print(usage())
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"bert-ds {__version__}")
+        return 0
     verb = arguments[0].replace("-", "_")
-    if verb not in TRAINING_VERBS + SINGLE_VERBS:
-        print(f"bert-ds: unknown verb {arguments[0]!r}\n{usage}", file=sys.stderr)
+    if verb not in VERBS:
+        hint = did_you_mean(verb, VERBS)
+        print(f"bert-ds: unknown verb {arguments[0]!r}{hint} (bert-ds --help lists them)", file=sys.stderr)
         return 2
     command = verb_command(verb, arguments[1:])
-    if RUNNER in command:
-        sys.argv = command[command.index(script_of(verb)) :]  # what is wrong is said in a rank's words
-        try:
-            run_dir = CHECKS[verb](sys.argv[1:])
-        except USER_ERRORS as error:
-            return report_error(error)
-        return run_launcher(command if run_dir is None else logged_command(command, run_dir / "logs/launcher.log"))
+    if VERBS[verb].is_launched:
+        return launch(verb, command)
     sys.stdout.flush()
-    os.execv(command[0], command)
+    os.execve(command[0], command, {**os.environ, CALLED_BY: "bert-ds"})
+
+
+def launch(verb: str, command: list[str]) -> int:
+    """Refuse what is wrong, in a rank's words; else run the launcher. Return the exit code."""
+    words = command[command.index(script_of(verb)) + 1 :]
+    sys.argv = [f"bert-ds {verb}", *words]
+    try:
+        run_dir = CHECKS[verb](words)
+    except USER_ERRORS as error:
+        return report_error(error)
+    return run_launcher(command if run_dir is None else logged_command(command, run_dir / "logs/launcher.log"))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,20 @@ new one or stays as it is.
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
+
+from bert_ds.launch.command_line import answer_early, run_main
+from bert_ds.launch.verb_arguments import export_hf_arguments
+
+if __name__ == "__main__":
+    answer_early(export_hf_arguments)
 
 # Nothing here may reach for the network; transformers reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from bert_ds.basics.ranks import CheckpointError
-from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig, load_run_config
+from bert_ds.configuration.recipe.run_config import RunConfig, load_run_config
 from bert_ds.configuration.run_stages import stages_text
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.encoder.hf_folder import model_card_text, special_ids, write_hf_folder
@@ -26,17 +31,14 @@ from bert_ds.encoder.hf_mapping import hf_config, share_unseen_segments, to_hf
 from bert_ds.encoder.hf_onnx import ONNX_FILE, write_onnx
 from bert_ds.encoder.hf_verify import verify_export
 from bert_ds.folders.replaced_folders import ONNX_FOLDER, replaced_export
-from bert_ds.launch.command_line import make_parser, run_main
 from bert_ds.reporting.run_log import AT_MASK, read_metrics
 from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint, read_manifest
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 
 
 def main() -> None:
-    args = _arguments()
+    args = export_hf_arguments()
     source: Path = args.run_dir if args.model is None else args.model
-    if not source.is_dir():
-        raise ConfigError(f"{source} is not a folder: wanted a run, or a Hugging Face folder")
     output: Path = args.output or source / ("hf" if args.model is None else ONNX_FOLDER)
     with replaced_export(output) as folder:
         if args.model is not None:
@@ -85,20 +87,6 @@ def export_onnx(model: Path, folder: Path, *, shown: Path) -> str:
         f"wrote {shown / ONNX_FILE}: onnxruntime's scores differ from transformers' by at most "
         f"{check.max_difference:.1e} (largest score {check.scale:.1f})"
     )
-
-
-def _arguments() -> argparse.Namespace:
-    parser = make_parser("Export a checkpoint as a Hugging Face folder, or a Hugging Face folder as ONNX.")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run_dir", type=Path, help="folder of the run")
-    source.add_argument("--model", type=Path, help="Hugging Face folder, exported or fine-tuned; wants --onnx")
-    parser.add_argument("--checkpoint", metavar="global_stepN", help="name of the checkpoint (default: the newest)")
-    parser.add_argument("--onnx", action="store_true", help="write an ONNX file and its tokenizer as well")
-    parser.add_argument("--output", type=Path, help="folder to write (default: RUN_DIR/hf or MODEL/onnx)")
-    args = parser.parse_args()
-    if args.model is not None and (not args.onnx or args.checkpoint):
-        parser.error("--model is a finished folder: wanted --onnx beside it, and no --checkpoint")
-    return args
 
 
 def _facts(run: RunConfig, checkpoint: Path, metrics: Path) -> dict[str, object]:

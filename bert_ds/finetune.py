@@ -24,6 +24,13 @@ from bert_ds.launch.start_watch import watch_start
 if __name__ == "__main__":
     watch_start()
 
+from bert_ds.launch.command_line import answer_early, run_main
+from bert_ds.launch.launch_checks import checked_task, task_folders
+from bert_ds.launch.verb_arguments import finetune_arguments
+
+if __name__ == "__main__":
+    answer_early(lambda: checked_task(finetune_arguments()))
+
 # Nothing here may reach for the network; transformers reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -48,8 +55,6 @@ from bert_ds.downstream.tuning.taught_model import load_teacher
 from bert_ds.encoder.families.table import weight_patterns
 from bert_ds.encoder.pretrained import Pretrained, check_tokenizer, load_pretrained
 from bert_ds.folders.output_folders import open_run_folder
-from bert_ds.launch.command_line import run_main
-from bert_ds.launch.launch_checks import checked_task, finetune_arguments, task_folders
 from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.agreement import on_main_rank
 from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver

@@ -18,7 +18,8 @@ if __name__ == "__main__":  # a script run by path finds its package beside itse
 from bert_ds.basics.exit_record import read_exits
 from bert_ds.basics.whole_files import write_json
 from bert_ds.folders.output_folders import claim_run_folder
-from bert_ds.launch.command_line import make_parser, run_main
+from bert_ds.launch.command_line import run_main
+from bert_ds.launch.verbs import verb_parser
 from bert_ds.training.checkpoints.checkpoint_folder import candidates, step_of
 from bert_ds.training.launch.restart import is_done
 from bert_ds.training.launch.restart_policy import LaunchEnd, Progress, judge
@@ -27,7 +28,7 @@ PROGRESS = "restarts.json"
 
 
 def main() -> None:
-    parser = make_parser("Decide what a job does after a launch.")
+    parser = verb_parser("judge_launch")
     parser.add_argument("--run_dir", type=Path, required=True, help="folder of the run")
     parser.add_argument("--job", required=True, help="number of the Slurm job")
     parser.add_argument("--world_size", type=int, required=True, help="number of ranks")

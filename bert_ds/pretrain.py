@@ -22,6 +22,13 @@ from bert_ds.launch.start_watch import watch_start
 if __name__ == "__main__":
     watch_start()
 
+from bert_ds.launch.command_line import answer_early, run_main
+from bert_ds.launch.launch_checks import checked_run
+from bert_ds.launch.verb_arguments import pretrain_arguments
+
+if __name__ == "__main__":
+    answer_early(lambda: checked_run(pretrain_arguments()))
+
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 
@@ -45,8 +52,6 @@ from bert_ds.encoder.initial_weights import load_initial_weights, start_at_unigr
 from bert_ds.encoder.objectives.table import make_objectives
 from bert_ds.encoder.pretrained import check_tokenizer
 from bert_ds.encoder.pretraining_model import PretrainingModel
-from bert_ds.launch.command_line import run_main
-from bert_ds.launch.launch_checks import checked_run, pretrain_arguments
 from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.agreement import on_main_rank
 from bert_ds.training.checkpoints.checkpoint_loader import roll_back

@@ -12,10 +12,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bert_ds.launch.command_line import answer_early, run_main
+from bert_ds.launch.verb_arguments import probe_arguments
+
+if __name__ == "__main__":
+    answer_early(probe_arguments)
+
 import torch
 
 from bert_ds.basics.whole_files import write_json
-from bert_ds.configuration.task.task_config import ConfigError, TaskConfig, load_task
+from bert_ds.configuration.reading.config_files import ConfigError
+from bert_ds.configuration.task.task_config import TaskConfig, load_task
 from bert_ds.configuration.task.task_kinds import KIND_FACTS
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.downstream.scores.figures import draw_probes
@@ -30,20 +37,12 @@ from bert_ds.downstream.untrained.probing import (
 from bert_ds.encoder.pretrained import check_tokenizer, load_pretrained, make_encoder
 from bert_ds.folders.kept_files import keeping_files
 from bert_ds.folders.output_folders import open_results_folder
-from bert_ds.launch.command_line import make_parser, run_main
 
 MODELS = ("this model", "random weights")
 
 
 def main() -> None:
-    parser = make_parser("Probe the layers of a model for what a task asks.")
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument("--task", required=True, help="task file, or the name of a shipped task")
-    parser.add_argument("--data", type=Path, help="folder of the data files (default: that of the task file)")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one setting")
-    parser.add_argument("--max_vectors", type=int, default=10_000, help="per side (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="folder for probes.json and probes.png")
-    args = parser.parse_args()
+    args = probe_arguments()
     require_metrics()
     task = load_task(args.task, args.set, data=args.data)
     if not KIND_FACTS[task.kind].probed_target:

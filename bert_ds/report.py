@@ -21,7 +21,8 @@ from bert_ds.basics.whole_files import write_text
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.folders.kept_files import keeping_files
 from bert_ds.folders.output_folders import claim_run_folder, open_run_folder
-from bert_ds.launch.command_line import make_parser, run_main
+from bert_ds.launch.command_line import run_main
+from bert_ds.launch.verbs import verb_parser
 from bert_ds.reporting.run_figures import draw_figures
 from bert_ds.reporting.run_history import RunHistory, below_unigram, read_history, summary_lines
 from bert_ds.reporting.run_page import is_page, render_page
@@ -30,7 +31,7 @@ PAGE = "report.html"
 
 
 def main() -> None:
-    parser = make_parser("Summarise a run folder.")
+    parser = verb_parser("report")
     parser.add_argument("--run_dir", type=Path, required=True, help="folder of the run")
     parser.add_argument("--html", action="store_true", help="write report.html and figures/*.png into the folder")
     parser.add_argument("--require_below_unigram", type=float, metavar="NATS", help="fail unless this far below")

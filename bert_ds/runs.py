@@ -26,7 +26,8 @@ if __name__ == "__main__":  # a script run by path finds its package beside itse
 from bert_ds.basics.slurm_queue import read_queue
 from bert_ds.configuration.reading.config_problems import printable
 from bert_ds.configuration.recipe.run_config import ConfigError
-from bert_ds.launch.command_line import make_parser, run_main
+from bert_ds.launch.command_line import run_main
+from bert_ds.launch.verbs import verb_parser
 from bert_ds.reporting.run_overview import STATES, RunOverview, find_runs, read_overview
 
 COLUMNS = ("run", "state", "step", "loss", "masked", "tokens/s", "ETA", "starts", "job", "updated", "note")
@@ -37,7 +38,7 @@ COLORS = {"running": "green", "waiting": "cyan", "stopped": "yellow", "done": "d
 
 
 def main() -> None:
-    parser = make_parser("Show the runs of some folders.")
+    parser = verb_parser("runs")
     parser.add_argument(
         "folders", nargs="*", type=Path, default=[Path("runs")], help="of runs, or runs (default: runs)"
     )

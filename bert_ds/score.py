@@ -24,13 +24,21 @@ from bert_ds.launch.start_watch import watch_start
 if __name__ == "__main__":
     watch_start()
 
+from bert_ds.launch.command_line import answer_early, run_main
+from bert_ds.launch.launch_checks import checked_scoring
+from bert_ds.launch.verb_arguments import score_arguments
+
+if __name__ == "__main__":
+    answer_early(lambda: checked_scoring(score_arguments()))
+
 # Nothing here may reach for the network; transformers reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 
 from bert_ds.basics.ranks import DataError, Ranks, read_ranks
-from bert_ds.configuration.task.task_config import ConfigError, TaskConfig
+from bert_ds.configuration.reading.config_files import ConfigError
+from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.configuration.task.task_kinds import KIND_FACTS
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
 from bert_ds.downstream.kinds.table import KINDS, UNTRAINED
@@ -48,8 +56,6 @@ from bert_ds.downstream.tuning.task_rows import read_task
 from bert_ds.downstream.untrained.masked_words import score_masked_words
 from bert_ds.encoder.pretrained import check_tokenizer, load_masked_lm
 from bert_ds.folders.output_folders import open_results_folder
-from bert_ds.launch.command_line import run_main
-from bert_ds.launch.launch_checks import checked_scoring, score_arguments
 from bert_ds.training.agreement import on_main_rank
 from bert_ds.training.launch.process_group import joined_ranks
 

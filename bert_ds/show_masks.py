@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
+
+from bert_ds.launch.command_line import answer_early, run_main
+from bert_ds.launch.verb_arguments import show_masks_arguments
+
+if __name__ == "__main__":
+    answer_early(show_masks_arguments)
 
 # A folder is all that is needed; transformers reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,7 +20,6 @@ from transformers.utils import logging
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.encoder.hf_folder import read_json
 from bert_ds.encoder.hf_mapping import model_config_from_hf
-from bert_ds.launch.command_line import make_parser, run_main
 
 TEXTS = (
     "Return a new [MASK] with the same elements.",
@@ -26,13 +30,7 @@ TEXTS = (
 
 
 def main() -> None:
-    parser = make_parser("Print the likeliest words for the [MASK] of some sentences.")
-    parser.add_argument("--model", type=Path, required=True, help="exported Hugging Face folder")
-    parser.add_argument("--text", action="append", help="sentence with one [MASK]; may be repeated")
-    parser.add_argument("--top_k", type=int, default=5, help="words per sentence")
-    args = parser.parse_args()
-    if not (args.model / "config.json").is_file():
-        raise ConfigError(f"{args.model} has no config.json: wanted an exported folder, see export_hf.py")
+    args = show_masks_arguments()
     try:
         model_config_from_hf(read_json(args.model / "config.json"))
     except ConfigError as error:

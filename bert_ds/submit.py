@@ -26,12 +26,13 @@ from bert_ds.basics.whole_files import write_json
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.job_config import JobConfig, parse_job_config
 from bert_ds.configuration.plan_table import plan_table
+from bert_ds.configuration.reading.shipped_files import named_file
 from bert_ds.configuration.recipe.precision import planned, planned_on_gpus
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.run_plan import RunPlan, make_plan
 from bert_ds.folders.kept_files import keeping_files
 from bert_ds.folders.output_folders import claim_run_folder, open_run_folder
-from bert_ds.launch.command_line import make_parser, run_main
+from bert_ds.launch.command_line import run_main
 from bert_ds.launch.slurm_job import (
     Speed,
     gpu_memory_bytes,
@@ -43,6 +44,8 @@ from bert_ds.launch.slurm_job import (
     speed_at_mfu,
     speed_of_run,
 )
+from bert_ds.launch.verb_arguments import add_pair_options
+from bert_ds.launch.verbs import verb_parser
 from bert_ds.training.checkpoints.checkpoint_folder import candidates, step_of
 from bert_ds.training.loop.throughput import peak_flops
 
@@ -79,9 +82,8 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = make_parser("Submit a pre-training run to Slurm.")
-    parser.add_argument("--run", help="recipe; without it the embedded default")
-    parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed file")
+    parser = verb_parser("submit")
+    add_pair_options(parser)
     parser.add_argument("--run_dir", required=True, help="run folder, on a file system that all nodes share")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override of the recipe")
     parser.add_argument("--nodes", type=int, default=1, help="machines (default %(default)s)")
@@ -114,8 +116,9 @@ def parse_arguments() -> argparse.Namespace:
 def job_values(args: argparse.Namespace, *, default_name: str) -> dict[str, Any]:
     """Return the job as JSON values; paths are made absolute, as the job starts in another folder."""
     given = {name: getattr(args, name) for name in JOB_OPTIONS if getattr(args, name) is not None}
-    paths = {name: os.path.abspath(getattr(args, name)) for name in ("deepspeed_config", "run_dir")}
-    recipe = os.path.abspath(args.run) if args.run else None
+    spread = os.path.abspath(named_file(args.deepspeed_config, "DeepSpeed file"))
+    paths = {"deepspeed_config": spread, "run_dir": os.path.abspath(args.run_dir)}
+    recipe = os.path.abspath(named_file(args.run, "recipe")) if args.run else None
     return {
         "job_name": default_name,
         **given,

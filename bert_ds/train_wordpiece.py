@@ -12,12 +12,13 @@ import time
 from bert_ds.corpus.text.documents import DocumentTexts
 from bert_ds.corpus.text.input_files import KNOWN_NAMES, find_input_files
 from bert_ds.corpus.tokenizer.wordpiece_training import train_wordpiece
-from bert_ds.launch.command_line import make_parser, run_main, show_progress
+from bert_ds.launch.command_line import run_main, show_progress
+from bert_ds.launch.verbs import verb_parser
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = make_parser(__doc__ or "")
+    parser = verb_parser("train_wordpiece")
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PATH", help=f"files or folders; {KNOWN_NAMES}")
     add("--output", required=True, metavar="DIR", help="tokenizer folder to make; new or empty")

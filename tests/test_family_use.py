@@ -24,7 +24,7 @@ from test_probing import encoder_of, read, tag_task
 from bert_ds import check_run, show_masks, submit
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.families.encoder_config import EncoderConfig
-from bert_ds.configuration.run_checks import folder_model
+from bert_ds.configuration.model_folder import folder_model
 from bert_ds.configuration.run_plan import make_plan
 from bert_ds.configuration.task.task_config import load_task
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer

@@ -85,7 +85,7 @@ MISTAKES = [
     ((*SCORE, "--output", "mine"), "mine holds 'thesis.tex', which is not ours"),
     (("finetune", "--task", "sst3", *FINETUNE[3:]), 'did you mean "sst2"?'),
     (("finetune", "--task", "none.json", *FINETUNE[3:]), "none.json: No such file or directory"),
-    ((*FINETUNE[:3], "--model", "none", *FINETUNE[5:]), "--model none has no config.json"),
+    ((*FINETUNE[:3], "--model", "none", *FINETUNE[5:]), "--model none: there is no such folder"),
     ((*FINETUNE[:5], "--deepspeed_config", "none.json"), "none.json: No such file or directory"),
     ((*FINETUNE, "--data", "none"), "does not exist; --data names the folder that data files are in"),
     ((*FINETUNE, "--set", "trianing.epochs=3"), 'did you mean "training"?'),
@@ -99,7 +99,7 @@ MISTAKES = [
     ),
     (("finetune", "--task", "blimp", *FINETUNE[3:]), "has nothing to train"),
     ((*SCORE, "--side", "tset"), "argument --side: invalid choice: 'tset'"),
-    ((*SCORE[:3], "--model", "none"), "--model none has no config.json"),
+    ((*SCORE[:3], "--model", "none"), "--model none: there is no such folder"),
     ((*SCORE, "--data", "none"), "does not exist; --data names the folder that data files are in"),
 ]
 
@@ -112,19 +112,20 @@ def test_a_mistake_is_answered_before_the_launcher_in_a_rank_s_words(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for before in ((), ("--num_gpus", "2", "--")):  # with and without words for the launcher
+    for before in ((), ("--num_gpus", "2", "--"), ("--num-gpus", "2")):  # with and without words for the launcher
         code, started = start([words[0], *before, *words[1:]], monkeypatch)
         said = capsys.readouterr()
         assert (code, started, said.out) == (2, [], "")
-        assert said.err.startswith(f"{words[0]}.py: error: ") and wanted in said.err
+        assert said.err.startswith(f"bert-ds {words[0]}: error: ") and wanted in said.err
     assert {path.name for path in folder.iterdir()}.isdisjoint({"runs", "logs"})
 
 
-@pytest.mark.parametrize("words", [PRETRAIN, PRETRAIN[:1] + PRETRAIN[3:], FINETUNE, SCORE])
+@pytest.mark.parametrize("after", [("--",), ()])
+@pytest.mark.parametrize("words", [PRETRAIN, PRETRAIN[:1] + PRETRAIN[3:], PRETRAIN[:3], FINETUNE, SCORE])
 def test_what_is_right_reaches_the_launcher_unchanged(
-    words: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch
+    words: tuple[str, ...], after: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, started = start([words[0], "--num_gpus", "2", "--", *words[1:]], monkeypatch)
+    code, started = start([words[0], "--num_gpus", "2", *after, *words[1:]], monkeypatch)
     script = str(ROOT / f"bert_ds/{words[0]}.py")
     quiet = ["--log_level", "warning", "--num_gpus", "2"]
     run_dir = {"pretrain": folder / "runs/default", "finetune": folder / "runs/tiny"}.get(words[0])

@@ -184,7 +184,7 @@ def test_the_exit_code_is_that_of_the_ranks(launcher: int, ranks: list[int], ask
 
 
 def test_a_verb_that_trains_nothing_takes_the_place_of_bert_ds() -> None:
-    code = "import os, bert_ds.console as console; os.execv = lambda path, words: print(words[1]); console.main()"
+    code = "import os, bert_ds.console as console; os.execve = lambda path, words, env: print(words[1]); console.main()"
     command = [sys.executable, "-c", code, "check_run", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert shown.stdout.strip().endswith("check_run.py")

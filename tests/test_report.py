@@ -97,6 +97,7 @@ def test_the_page_tells_of_attempts_checkpoints_and_skipped_steps(tmp_path: Path
     for text in ("attempt 1 begins", "attempt 2 continues", "checkpoint, 3 MB in 0.5 s", "step skipped: loss nan"):
         assert text in page
     assert "not finished, step 4, 2 attempts" in page
+    assert "not finished, step 1, 1 attempt, last" in render_page(read_history(written(tmp_path, *rows[:2])), [])
 
 
 def test_what_a_user_wrote_is_escaped(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_the_wheel_carries_the_job_scripts(wheel: Path) -> None:
 
 def test_the_installed_command_renders_a_job_around_the_wheel_s_own_script(installed: Path, tmp_path: Path) -> None:
     config = str(installed / "bert_ds/_shipped/ds_configs/zero2.json")
-    places = ("--deepspeed_config", config, "--run_dir", "runs/a", "--gpus_per_node", "2", "--dry_run")
+    places = ("--deepspeed_config", "zero2", "--run_dir", "runs/a", "--gpus_per_node", "2", "--dry_run")
     printed = bert_ds(installed, tmp_path, "submit", *places)
     assert printed.returncode == 0, printed.stderr
     script, run_dir = installed / "bert_ds/_shipped/slurm/pretrain.sh", tmp_path / "runs/a"
@@ -90,10 +90,10 @@ def test_the_installed_command_renders_a_job_around_the_wheel_s_own_script(insta
 
 
 def test_the_installed_command_checks_a_run_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
-    config = installed / "bert_ds/_shipped/ds_configs/zero2.json"
-    checked = bert_ds(installed, tmp_path, "check_run", "--deepspeed_config", str(config))
+    words = ("check_run", "--run", "bert_base_phase1", "--deepspeed_config", "zero2", "--world_size", "8")
+    checked = bert_ds(installed, tmp_path, *words)
     assert checked.returncode == 0, checked.stderr
-    assert "embedded_default: adamw" in checked.stdout
+    assert "bert_base_phase1: lamb" in checked.stdout and "ZeRO stage 2" in checked.stdout
 
 
 def test_the_installed_command_passes_a_verb_s_exit_code_on(installed: Path, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_the_installed_command_passes_a_verb_s_exit_code_on(installed: Path, tmp
     assert "Traceback" not in missing.stderr
 
 
-def test_an_unknown_verb_is_refused_with_the_list_of_verbs(installed: Path, tmp_path: Path) -> None:
+def test_an_unknown_verb_is_refused_with_the_nearest_one(installed: Path, tmp_path: Path) -> None:
     unknown = bert_ds(installed, tmp_path, "pretrian")
     assert unknown.returncode == 2
     assert "pretrain" in unknown.stderr

@@ -6,18 +6,15 @@ A problem stops the run; a warning is something that works and that the user may
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from pydantic import ValidationError
-
-from bert_ds.basics.input_gate import read_json, read_text, split_lines
+from bert_ds.basics.input_gate import read_text, split_lines
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.families.encoder_config import EncoderConfig
-from bert_ds.configuration.families.table import HF_FAMILIES, described
-from bert_ds.configuration.reading.config_problems import Problem, describe, one_of
+from bert_ds.configuration.families.table import described
+from bert_ds.configuration.model_folder import folder_model, no_family_text, read_json_file, weights_problem
+from bert_ds.configuration.reading.config_problems import Problem, describe
 from bert_ds.configuration.recipe.objective_config import objective_problems
 from bert_ds.configuration.recipe.run_config import EmbeddedCorpus, RunConfig, ScheduleConfig, ShardCorpus, TrainedRun
 from bert_ds.configuration.run_stages import run_stages, stage_problems
@@ -118,7 +115,7 @@ def named_files(run: RunConfig) -> tuple[list[Problem], list[str]]:
     missing = []
     checks: list[tuple[str, str | None, Callable[[Path], str | None]]] = [
         ("masking.word_list", run.masking.word_list, lambda path: None),
-        ("init_from", run.init_from, lambda path: _weights_problem(path, run.model)),
+        ("init_from", run.init_from, lambda path: weights_problem(path, run)),
     ]
     if run.distillation is not None:
         checks.append(("distillation.teacher", run.distillation.teacher, lambda path: _teacher_problem(path, run)))
@@ -148,31 +145,13 @@ def teacher_model(run: RunConfig) -> EncoderConfig | None:
     return folder_model(Path(run.distillation.teacher)) if run.distillation is not None else None
 
 
-def folder_model(folder: Path) -> EncoderConfig | None:
-    """Return the shape of the model of a Hugging Face folder; None where there is none, or of no family here."""
-    content = _read_json(folder / "config.json")
-    if not isinstance(content, dict):
-        return None
-    found = described(content)
-    if found is None:
-        return None
-    # With all that a plan may count, or where a setting is none of ours with the sizes alone.
-    for names in (found.config.model_fields, found.config.SIZES):
-        try:
-            given = {name: found.given[name] for name in names if name in found.given}
-            return found.config.model_validate_json(json.dumps(given))
-        except ValidationError:
-            continue
-    return None
-
-
 def corpus_tokens(run: RunConfig) -> int | None:
     """Return the training tokens of one epoch, weights applied; None where a manifest is not there."""
     if not isinstance(run.corpus, ShardCorpus):
         return None
     total = 0.0
     for source in run.corpus.sources:
-        found = _read_json(Path(source.path) / "manifest.json")
+        found = read_json_file(Path(source.path) / "manifest.json")
         tokens = (found.get("splits", {}).get("train") or {}).get("num_tokens") if isinstance(found, dict) else None
         if not isinstance(tokens, int):
             return None
@@ -182,13 +161,13 @@ def corpus_tokens(run: RunConfig) -> int | None:
 
 def _teacher_problem(folder: Path, run: RunConfig) -> str | None:
     """Say what keeps the model in a folder from teaching this one."""
-    content = _read_json(folder / "config.json")
+    content = read_json_file(folder / "config.json")
     if not isinstance(content, dict):
         return f"{folder} holds no config.json: wanted an exported model, for example the hf/ of a run"
     distillation = run.distillation
     assert distillation is not None
     if (found := described(content)) is None:
-        return _no_family(content)
+        return no_family_text(content)
     equal = ["vocab_size"]
     if distillation.init_layers is not None:
         if found.config is not type(run.model):
@@ -218,7 +197,7 @@ def _tokenizer_problem(folder: Path, vocab_size: int) -> str | None:
     try:
         return _vocab_text(sum(1 for line in split_lines(read_text(vocab)) if line), vocab_size)
     except ValueError:
-        content = _read_json(folder / "tokenizer.json")
+        content = read_json_file(folder / "tokenizer.json")
     model = content.get("model") if isinstance(content, dict) else None
     pieces = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(pieces, dict):
@@ -231,7 +210,7 @@ def _vocab_text(found: int, vocab_size: int) -> str | None:
 
 
 def _manifest_problem(folder: Path, vocab_size: int) -> str | None:
-    content = _read_json(folder / "manifest.json")
+    content = read_json_file(folder / "manifest.json")
     if not isinstance(content, dict):
         return f"{folder} holds no manifest.json of a finished build"
     found = content.get("vocab_size")
@@ -243,7 +222,7 @@ def _fingerprint_problems(corpus: EmbeddedCorpus | ShardCorpus) -> list[Problem]
         return []
     found = {}
     for index, source in enumerate(corpus.sources):
-        content = _read_json(Path(source.path) / "manifest.json")
+        content = read_json_file(Path(source.path) / "manifest.json")
         if isinstance(content, dict):
             found[index] = content.get("tokenizer_fingerprint")
     return [
@@ -253,35 +232,3 @@ def _fingerprint_problems(corpus: EmbeddedCorpus | ShardCorpus) -> list[Problem]
         for index, fingerprint in found.items()
         if fingerprint != found[min(found)]
     ]
-
-
-def _weights_problem(folder: Path, model: EncoderConfig) -> str | None:
-    """Say what keeps the weights of a Hugging Face folder or of a run from fitting."""
-    content = _read_json(folder / "run_config.json")
-    content = content.get("model") if isinstance(content, dict) else _read_json(folder / "config.json")
-    if not isinstance(content, dict):
-        return f"{folder} holds neither config.json nor run_config.json"
-    if (found := described(content)) is None:
-        return _no_family(content)
-    if found.config is not type(model):
-        name = found.config.model_fields["type"].default
-        return f'the weights are of the family "{name}", model.type is "{model.family}"'
-    fixed = dict.fromkeys(name for settings in model.HF_TYPES.values() for name in settings)
-    wrong = [
-        f"{name} {describe(found.given[name])} (here {getattr(model, name)})"
-        for name in (*model.SIZES, *fixed)
-        if name in found.given and found.given[name] != getattr(model, name)
-    ]
-    return f"the weights have {', '.join(wrong)}" if wrong else None
-
-
-def _no_family(content: dict[str, Any]) -> str:
-    """Say that a config.json is of no family that we have."""
-    return f"model_type is {describe(content.get('model_type'))}, wanted {one_of(HF_FAMILIES)}"
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except ValueError:
-        return None

@@ -34,6 +34,10 @@ def load_initial_weights(
         tensors = read_run(folder)
     else:
         source = load_hf_folder(folder, pad_vocab_size_to_multiple_of=model.config.pad_vocab_size_to_multiple_of)
+        if model.has_pair_head and not any("seq_relationship" in name for name in source.tensors):
+            raise CheckpointError(
+                f"init_from {folder} has no head for sentence pairs: wanted sequences.sentence_pair=none"
+            )
         tensors = from_hf(source.tensors, model.config, has_pair_head=model.has_pair_head)
     try:
         model.load_state_dict(dict(tensors))

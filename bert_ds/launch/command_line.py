@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TextIO, cast
 
+from bert_ds import __version__
 from bert_ds.basics.exit_record import record_exit
 from bert_ds.basics.ranks import (
     EXIT_CHECKPOINT,
@@ -40,15 +41,25 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
 )
 USER_ERRORS = tuple(kind for kind, _ in _EXIT_CODES)
 """What the user can act upon."""
+CALLED_BY = "BERT_DS_CALLED_BY"
+"""Environment variable: what has started this script, where that is not a person with its path."""
 _PLAIN_LINE_EVERY_S = 10.0
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+def make_parser(description: str, *, example: str = "") -> argparse.ArgumentParser:
     """Return a parser whose options are spelled with underscores and understood with hyphens too.
 
     Options cannot be abbreviated. A mistake ends the process with exit code 2 and one line on stderr.
     """
-    return _Parser(description=description, allow_abbrev=False)
+    parser = _Parser(
+        prog=program_name(),
+        description=description,
+        epilog=f"example:\n  {example}" if example else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"bert-ds {__version__}")
+    return parser
 
 
 def add_launch_options(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +121,7 @@ def run_main(main: Callable[[], int | None], *, leave_at_once: bool = False) -> 
     except USER_ERRORS as error:
         code, message = report_error(error), str(error)
     except KeyboardInterrupt:
-        print(f"{_program_name()}: interrupted", file=sys.stderr)
+        print(f"{program_name()}: interrupted", file=sys.stderr)
         code = 130
     except SystemExit as error:
         say_ended(error.code if isinstance(error.code, int) else int(error.code is not None))
@@ -131,10 +142,34 @@ def run_main(main: Callable[[], int | None], *, leave_at_once: bool = False) -> 
     sys.exit(code)
 
 
+def answer_early(check: Callable[[], object]) -> None:
+    """Do what can be done before torch is imported; a mistake, or --help, ends the process as in `run_main`.
+
+    Args:
+        check: reads the command line, and says what of it and of its files is wrong without torch.
+    """
+    failures: tuple[type[BaseException], ...] = (SystemExit, *USER_ERRORS)
+    try:
+        check()
+    except failures as error:
+        ending = error
+
+        def end() -> NoReturn:
+            raise ending
+
+        run_main(end)
+
+
 def report_error(error: Exception) -> int:
     """Print one of USER_ERRORS on stderr and return its exit code."""
-    print(f"{_program_name()}: error: {error}", file=sys.stderr)
+    print(f"{program_name()}: error: {error}", file=sys.stderr)
     return next(code for kind, code in _EXIT_CODES if isinstance(error, kind))
+
+
+def program_name() -> str:
+    """Return how this program was called: `bert-ds VERB`, or the file name of a script that was started by path."""
+    name = os.path.basename(sys.argv[0])
+    return f"bert-ds {name.removesuffix('.py')}" if os.environ.get(CALLED_BY) == "bert-ds" else name
 
 
 @contextmanager
@@ -214,10 +249,6 @@ def _with_underscores(word: str) -> str:
         return word
     name, equals, value = word[2:].partition("=")
     return "--" + name.replace("-", "_") + equals + value
-
-
-def _program_name() -> str:
-    return os.path.basename(sys.argv[0])
 
 
 @contextmanager

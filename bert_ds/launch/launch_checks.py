@@ -15,9 +15,9 @@ from bert_ds.configuration.deepspeed_file.ds_agreement import settled
 from bert_ds.configuration.deepspeed_file.ds_config import DsConfig, load_ds_config, load_pair, pair_problems
 from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.model_folder import folder_model, folder_problem
 from bert_ds.configuration.reading.config_problems import Problem
 from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig
-from bert_ds.configuration.run_checks import folder_model
 from bert_ds.configuration.run_plan import require_files
 from bert_ds.configuration.task.task_config import TaskConfig, load_task, trained_task
 from bert_ds.configuration.task.task_kinds import KIND_FACTS
@@ -28,67 +28,7 @@ from bert_ds.folders.output_folders import (
     foreign_in_run,
     refuse_foreign,
 )
-from bert_ds.launch.command_line import add_launch_options, make_parser
-
-Words = Sequence[str] | None
-"""A command line without its first word; None is that of this process."""
-
-
-def pretrain_arguments(words: Words = None) -> argparse.Namespace:
-    """Return the command line of pretrain.py."""
-    parser = make_parser("Pre-train an encoder under DeepSpeed.")
-    parser.add_argument("--run", type=Path, help="recipe (default: the embedded default)")
-    parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed file")
-    parser.add_argument("--run_dir", type=Path, default=Path("runs/default"), help="run folder (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one recipe setting")
-    parser.add_argument("--init_from", type=Path, help="start from the weights of a run or of a Hugging Face folder")
-    add_launch_options(parser)
-    parser.add_argument(
-        "--replay_step", type=int, metavar="N", help="show what the examples of step N do to the gradients, and end"
-    )
-    parser.add_argument("--dry_run", action="store_true", help="take one step on the longest batch, print the memory")
-    parser.add_argument("--find_micro_batch", action="store_true", help="double the micro-batch until it does not fit")
-    args = parser.parse_args(words)
-    if args.replay_step is not None:
-        args.resume = "must"
-    args.run_dir = args.run_dir.absolute()
-    args.set += [f"init_from={args.init_from}"] if args.init_from else []
-    return args
-
-
-def finetune_arguments(words: Words = None) -> argparse.Namespace:
-    """Return the command line of finetune.py."""
-    parser = make_parser("Fine-tune a pre-trained encoder on a task under DeepSpeed.")
-    parser.add_argument("--task", required=True, help="task file, or the name of a shipped task")
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of a pre-trained encoder")
-    parser.add_argument("--deepspeed_config", type=Path, required=True, help="DeepSpeed file")
-    parser.add_argument("--data", type=Path, help="folder of the data files (default: that of the task file)")
-    parser.add_argument("--run_dir", type=Path, help="run folder (default: runs/NAME of the task)")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one setting")
-    parser.add_argument("--seed", type=int, help="seed of this run, instead of the task's")
-    parser.add_argument("--seeds", type=int, nargs="+", help="a run for each seed, with mean and deviation at the end")
-    parser.add_argument("--trivial", action="store_true", help="measure the trivial method on the same rows too")
-    parser.add_argument("--random_weights", action="store_true", help="the same network from random weights")
-    add_launch_options(parser)
-    args = parser.parse_args(words)
-    if args.seed is not None and args.seeds:
-        parser.error("--seed and --seeds exclude each other")
-    args.set += [] if args.seed is None else [f"seed={args.seed}"]
-    return args
-
-
-def score_arguments(words: Words = None) -> argparse.Namespace:
-    """Return the command line of score.py."""
-    parser = make_parser("Score a fine-tuned or a pre-trained folder on a task.")
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument("--task", required=True, help="task file, or the name of a shipped task")
-    parser.add_argument("--data", type=Path, help="folder of the data files (default: that of the task file)")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one setting")
-    parser.add_argument("--side", choices=("train", "validation", "test"), default="validation", help="which rows")
-    parser.add_argument("--output", type=Path, help="folder for predictions, figures and results.json")
-    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args(words)
+from bert_ds.launch.verb_arguments import Words, finetune_arguments, pretrain_arguments, score_arguments
 
 
 def checked_run(args: argparse.Namespace) -> tuple[RunConfig, DsConfig]:
@@ -188,8 +128,8 @@ def _read_task(args: argparse.Namespace) -> tuple[TaskConfig | None, list[str]]:
         messages += [problem.line(str(args.task)) for problem in _missing_files(task)]
     except ConfigError as error:
         messages.append(str(error))
-    if not (args.model / "config.json").is_file() and not any(args.model.glob("*/config.json")):
-        messages.append(f"--model {args.model} has no config.json: wanted the Hugging Face folder of an encoder")
+    if (text := folder_problem(args.model)) is not None:
+        messages.append(f"--model {args.model}{text}")
     return task, messages
 
 

@@ -13,6 +13,8 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 
@@ -26,8 +28,43 @@ from bert_ds.basics.processes import (
     stop_signals_heard,
 )
 from bert_ds.basics.ranks import EXIT_DONE, EXIT_RUN_AGAIN
+from bert_ds.launch.command_line import CALLED_BY
 
+LAUNCHER_OPTIONS = (
+    *("-H", "--hostfile", "-i", "--include", "-e", "--exclude", "--num_nodes", "--num_gpus", "--num_accelerators"),
+    *("--master_port", "--master_addr", "--node_rank", "--launcher", "--launcher_args", "--enable_each_rank_log"),
+    *("--autotuning", "--bind_core_list", "--ssh_port", "--venv_script", "--log_level"),
+)
+"""Of DeepSpeed 0.19.8's launcher, those with a value."""
+LAUNCHER_FLAGS = (
+    *("--module", "--no_python", "--no_local_rank", "--no_ssh", "--no_ssh_check", "--force_multi", "--save_pid"),
+    *("--bind_cores_to_rank", "-q", "--quiet"),
+)
+"""And those without."""
 _LOOK_EVERY_S = 0.2
+
+
+def launcher_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide a command line into what is for DeepSpeed's launcher and what is for the script that it starts.
+
+    All that stands before a lone "--" is the launcher's; without one its options are picked out by their names.
+    """
+    if "--" in words:
+        split = list(words).index("--")
+        return list(words[:split]), list(words[split + 1 :])
+    theirs: list[str] = []
+    own: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        name = name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name
+        if name in LAUNCHER_FLAGS:
+            theirs.append(name)
+        elif name in LAUNCHER_OPTIONS:
+            theirs += [name + word[len(name) :]] if equals else [name, *islice(rest, 1)]
+        else:
+            own.append(word)
+    return theirs, own
 
 
 def run_launcher(command: list[str]) -> int:
@@ -64,7 +101,7 @@ class _Launch:
         """Start the launcher and return its code once it and all that it has started have ended."""
         self._process = subprocess.Popen(
             self._command,
-            env={VARIABLE: str(self._records), **os.environ},
+            env={VARIABLE: str(self._records), CALLED_BY: "bert-ds", **os.environ},
             start_new_session=True,
             preexec_fn=lambda: signal_at_parents_death(signal.SIGTERM),
         )

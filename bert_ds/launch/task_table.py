@@ -8,6 +8,7 @@ from typing import Any, cast
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.deepspeed_file.ds_config import DsConfig
 from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.model_folder import folder_model
 from bert_ds.configuration.plan_table import batch_text, memory_rows
 from bert_ds.configuration.recipe.precision import precision_text
 from bert_ds.configuration.recipe.run_config import (
@@ -17,7 +18,6 @@ from bert_ds.configuration.recipe.run_config import (
     RunConfig,
     SequenceConfig,
 )
-from bert_ds.configuration.run_checks import folder_model
 from bert_ds.configuration.run_plan import RunPlan, memory_warnings, size_text
 from bert_ds.configuration.task.task_checks import checked_split
 from bert_ds.configuration.task.task_config import DEFAULT_EPOCHS, TaskConfig, TrainedTask, trained_task

@@ -48,7 +48,8 @@ def _state(history: RunHistory) -> str:
     total = section(history.recipe, "training").get("total_steps")
     reached = f"step {history.numbers[-1]}" + (f" of {total}" if total else "")
     state = "finished" if history.is_done else "not finished"
-    return f"{state}, {reached}, {len(history.attempts)} attempts, last row {_clock(history.whole[-1])}"
+    number = len(history.attempts)
+    return f"{state}, {reached}, {number} attempt{'s' * (number != 1)}, last row {_clock(history.whole[-1])}"
 
 
 def _section(picture: Picture) -> str:

@@ -30,6 +30,7 @@ from bert_ds.configuration.reading.config_files import (
     shipped_file,
 )
 from bert_ds.configuration.reading.config_problems import Problem
+from bert_ds.configuration.reading.shipped_files import named_file
 from bert_ds.configuration.recipe.precision import PrecisionSetting
 from bert_ds.configuration.recipe.run_config import RunConfig, TrainedRun, load_run_config, parse_run_config
 
@@ -86,12 +87,12 @@ class DsConfig:
 
 
 def load_ds_config(path: str | Path) -> DsConfig:
-    """Read and check a DeepSpeed file.
+    """Read and check a DeepSpeed file, given by path or by the name of a shipped one.
 
     Raises:
         ConfigError: with one line per problem of the file, all at once.
     """
-    file = read_config_file(path)
+    file = read_config_file(named_file(path, "DeepSpeed file"))
     settings, problems = _checked(file)
     raise_problems(file, problems)
     return DsConfig(file.name, settings)
@@ -100,7 +101,8 @@ def load_ds_config(path: str | Path) -> DsConfig:
 def load_pair(
     run_path: str | Path | None, ds_path: str | Path, *, overrides: Sequence[str] = ()
 ) -> tuple[RunConfig, DsConfig]:
-    """Read both files of a run; without a recipe the default one, as the DeepSpeed file modifies it.
+    """Read both files of a run, by path or by the names of shipped ones; without a recipe the default one, as the
+    DeepSpeed file modifies it.
 
     Raises:
         ConfigError: with one line per problem of both files, all at once.
@@ -112,7 +114,7 @@ def load_pair(
     settings: dict[str, Any] = {}
     problems: list[Problem] = []
     try:
-        file = read_config_file(ds_path)
+        file = read_config_file(named_file(ds_path, "DeepSpeed file"))
         settings, problems = _checked(file)
     except ConfigError as error:
         messages.append(str(error))
@@ -237,7 +239,7 @@ def _checked(file: ConfigFile) -> tuple[dict[str, Any], list[Problem]]:
 
 def _refuse_swapped(run_path: str | Path, ds_file: ConfigFile | None) -> None:
     """Say so in one sentence where each of the two files was given as the other."""
-    if ds_file is None or not {"model", "corpus"} <= ds_file.data.keys():
+    if ds_file is None or not {"model", "corpus"} <= ds_file.data.keys() or not Path(run_path).is_file():
         return
     known = {name.partition(".")[0] for name in setting_names()}
     if read_config_file(run_path).data.keys() <= known:

@@ -36,6 +36,7 @@ from bert_ds.configuration.reading.config_section import (
     PositiveInt,
     Section,
 )
+from bert_ds.configuration.reading.shipped_files import named_file
 from bert_ds.configuration.recipe.corpus_config import (
     IGNORE_INDEX,
     EmbeddedCorpus,
@@ -238,13 +239,13 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     result all are absolute.
 
     Args:
-        path: a JSON file.
+        path: a JSON file, or the name of a shipped recipe.
         overrides: "section.name=value" each; value is JSON, or else a plain string.
 
     Raises:
         ConfigError: with one line per problem of the file, all at once.
     """
-    file = read_config_file(path)
+    file = read_config_file(named_file(path, "recipe"))
     apply_overrides(file, overrides)
     return parse_run_config(file)
 

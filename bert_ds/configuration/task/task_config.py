@@ -22,16 +22,15 @@ from pydantic import Field, ValidationError
 
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.reading.config_files import (
-    ConfigError,
     ConfigFile,
     apply_overrides,
     raise_problems,
     read_config_file,
     resolve_paths,
-    shipped_file,
 )
 from bert_ds.configuration.reading.config_problems import Problem, did_you_mean, found_wanted, one_of, section_problems
 from bert_ds.configuration.reading.config_section import DropoutProbability, Section, Size
+from bert_ds.configuration.reading.shipped_files import named_file
 from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, OptimizerConfig
 from bert_ds.configuration.recipe.run_config import CheckpointConfig, TrainingConfig
 from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
@@ -169,7 +168,7 @@ def load_task(task: str | Path, overrides: Sequence[str] = (), *, data: Path | N
     Raises:
         ConfigError: with one line per problem of the file, all at once.
     """
-    file = read_config_file(_task_file(str(task)))
+    file = read_config_file(named_file(task, "task"))
     file.folder = file.folder if data is None else str(data.absolute())
     file.data = {**copy.deepcopy(DEFAULT_SECTIONS), **file.data}
     apply_overrides(file, overrides)
@@ -266,14 +265,3 @@ def _parse_task(file: ConfigFile) -> TaskConfig:
     raise_problems(file, problems)
     assert task is not None, "no problem was raised and nothing was validated"
     return task
-
-
-def _task_file(task: str) -> Path:
-    """Return the file of a task given by path or by the name of a shipped one."""
-    if task.endswith(".json") or "/" in task:
-        return Path(task)
-    folder = shipped_file("tasks/sst2.json").parent
-    names = sorted(path.stem for path in folder.glob("*.json"))
-    if task not in names:
-        raise ConfigError(f"--task: {found_wanted(task, one_of(names) + ' or a file')}{did_you_mean(task, names)}")
-    return folder / f"{task}.json"

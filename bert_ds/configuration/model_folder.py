@@ -1,0 +1,126 @@
+"""What folders of models say of themselves without torch: an encoder's Hugging Face folder, or a run's.
+
+What a person gives in its place is named: a run folder, a name of the hub, a folder that is not there.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from bert_ds.basics.input_gate import MAX_JSON_BYTES, open_regular, read_json
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.families.table import HF_FAMILIES, described
+from bert_ds.configuration.reading.config_files import ConfigError
+from bert_ds.configuration.reading.config_problems import describe, did_you_mean, one_of
+from bert_ds.configuration.recipe.run_config import RunConfig
+
+_RUN_FILES = ("run_config.json", "task_config.json", "bert_ds_folder.json")
+
+
+def folder_model(folder: Path) -> EncoderConfig | None:
+    """Return the shape of the model of a Hugging Face folder; None where there is none, or of no family here."""
+    content = read_json_file(folder / "config.json")
+    if not isinstance(content, dict):
+        return None
+    found = described(content)
+    if found is None:
+        return None
+    # With all that a plan may count, or where a setting is none of ours with the sizes alone.
+    for names in (found.config.model_fields, found.config.SIZES):
+        try:
+            given = {name: found.given[name] for name in names if name in found.given}
+            return found.config.model_validate_json(json.dumps(given))
+        except ValidationError:
+            continue
+    return None
+
+
+def folder_problem(folder: Path) -> str | None:
+    """Say what keeps a folder from being the Hugging Face folder of an encoder; None where nothing does.
+
+    The text goes on behind the folder's name.
+    """
+    if not folder.exists():
+        return _absent_text(folder)
+    if any((folder / name).is_file() for name in _RUN_FILES) and not (folder / "config.json").is_file():
+        exports = [path for path in (folder / "hf", *sorted(folder.glob("*/hf"))) if any(path.glob("**/config.json"))]
+        if exports:
+            return f" is a run folder, not a model: did you mean {exports[0]}?"
+        return f" is a run folder without an export: bert-ds export_hf --run_dir {folder} makes {folder / 'hf'}"
+    if not (folder / "config.json").is_file() and not any(folder.glob("*/config.json")):
+        return " has no config.json: wanted the Hugging Face folder of an encoder"
+    return None
+
+
+def require_model_folder(folder: Path) -> None:
+    """Raise ConfigError unless this is the Hugging Face folder of an encoder."""
+    if (text := folder_problem(folder)) is not None:
+        raise ConfigError(f"--model {folder}{text}")
+
+
+def weights_problem(folder: Path, run: RunConfig) -> str | None:
+    """Say what keeps the weights of a Hugging Face folder or of a run from being those that a recipe starts from."""
+    model, recipe = run.model, read_json_file(folder / "run_config.json")
+    content = recipe.get("model") if isinstance(recipe, dict) else read_json_file(folder / "config.json")
+    if not isinstance(content, dict):
+        return f"{folder} holds neither config.json nor run_config.json"
+    if (found := described(content)) is None:
+        return no_family_text(content)
+    if found.config is not type(model):
+        name = found.config.model_fields["type"].default
+        return f'the weights are of the family "{name}", model.type is "{model.family}"'
+    fixed = dict.fromkeys(name for settings in model.HF_TYPES.values() for name in settings)
+    wrong = [
+        f"{name} {describe(found.given[name])} (here {getattr(model, name)})"
+        for name in (*model.SIZES, *fixed)
+        if name in found.given and found.given[name] != getattr(model, name)
+    ]
+    if wrong:
+        return f"the weights have {', '.join(wrong)}"
+    if run.sequences.sentence_pair != "none" and not _has_pair_head(folder, recipe):
+        return f"{folder} has no head for sentence pairs: wanted sequences.sentence_pair=none"
+    return None
+
+
+def no_family_text(content: dict[str, Any]) -> str:
+    """Say that a config.json is of no family that we have."""
+    return f"model_type is {describe(content.get('model_type'))}, wanted {one_of(HF_FAMILIES)}"
+
+
+def read_json_file(path: Path) -> Any:
+    """Return the content of a JSON file; None where there is none or it is damaged."""
+    try:
+        return read_json(path)
+    except ValueError:
+        return None
+
+
+def _absent_text(folder: Path) -> str:
+    """Say what is there instead of a folder that is not."""
+    beside = folder.absolute().parent
+    try:
+        names = [path.name for path in beside.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    except OSError:
+        names = []
+    if near := did_you_mean(folder.name, names):
+        return f": there is no such folder{near}"
+    return (
+        ": there is no such folder; names of the Hugging Face hub are not looked up, a model from there is downloaded "
+        "first (hf download NAME --local-dir FOLDER)"
+    )
+
+
+def _has_pair_head(folder: Path, recipe: Any) -> bool:
+    """Whether weights have the head for sentence pairs, as far as that is known without torch: true where it is not."""
+    if isinstance(recipe, dict):
+        return (recipe.get("sequences") or {}).get("sentence_pair", "nsp") != "none"
+    try:
+        with open_regular(folder / "model.safetensors") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return size > MAX_JSON_BYTES or b"seq_relationship" in file.read(size)
+    except (OSError, ValueError):
+        return True

@@ -1,0 +1,125 @@
+"""The command lines of the verbs that import torch: read before they do, so that a slip is answered at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from bert_ds.configuration.model_folder import require_model_folder
+from bert_ds.configuration.reading.config_files import ConfigError
+from bert_ds.launch.command_line import add_launch_options
+from bert_ds.launch.verbs import verb_parser
+
+Words = Sequence[str] | None
+"""A command line without its first word; None is that of this process."""
+
+
+def pretrain_arguments(words: Words = None) -> argparse.Namespace:
+    """Return the command line of pretrain.py."""
+    parser = verb_parser("pretrain")
+    add_pair_options(parser)
+    parser.add_argument("--run_dir", type=Path, default=Path("runs/default"), help="run folder (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one recipe setting")
+    parser.add_argument("--init_from", type=Path, help="start from the weights of a run or of a Hugging Face folder")
+    add_launch_options(parser)
+    parser.add_argument(
+        "--replay_step", type=int, metavar="N", help="show what the examples of step N do to the gradients, and end"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="take one step on the longest batch, print the memory")
+    parser.add_argument("--find_micro_batch", action="store_true", help="double the micro-batch until it does not fit")
+    args = parser.parse_args(words)
+    if args.replay_step is not None:
+        args.resume = "must"
+    args.run_dir = args.run_dir.absolute()
+    args.set += [f"init_from={args.init_from}"] if args.init_from else []
+    return args
+
+
+def finetune_arguments(words: Words = None) -> argparse.Namespace:
+    """Return the command line of finetune.py."""
+    parser = verb_parser("finetune")
+    _add_task_options(parser, model="Hugging Face folder of a pre-trained encoder")
+    add_spread_option(parser)
+    parser.add_argument("--run_dir", type=Path, help="run folder (default: runs/NAME of the task)")
+    parser.add_argument("--seed", type=int, help="seed of this run, instead of the task's")
+    parser.add_argument("--seeds", type=int, nargs="+", help="a run for each seed, with mean and deviation at the end")
+    parser.add_argument("--trivial", action="store_true", help="measure the trivial method on the same rows too")
+    parser.add_argument("--random_weights", action="store_true", help="the same network from random weights")
+    add_launch_options(parser)
+    args = parser.parse_args(words)
+    if args.seed is not None and args.seeds:
+        parser.error("--seed and --seeds exclude each other")
+    args.set += [] if args.seed is None else [f"seed={args.seed}"]
+    return args
+
+
+def score_arguments(words: Words = None) -> argparse.Namespace:
+    """Return the command line of score.py."""
+    parser = verb_parser("score")
+    _add_task_options(parser, model="Hugging Face folder")
+    parser.add_argument("--side", choices=("train", "validation", "test"), default="validation", help="which rows")
+    parser.add_argument("--output", type=Path, help="folder for predictions, figures and results.json")
+    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def probe_arguments(words: Words = None) -> argparse.Namespace:
+    """Return the command line of probe.py, whose folder is there."""
+    parser = verb_parser("probe")
+    _add_task_options(parser, model="Hugging Face folder")
+    parser.add_argument("--max_vectors", type=int, default=10_000, help="per side (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="folder for probes.json and probes.png")
+    args = parser.parse_args(words)
+    require_model_folder(args.model)
+    return args
+
+
+def show_masks_arguments(words: Words = None) -> argparse.Namespace:
+    """Return the command line of show_masks.py, whose folder is there."""
+    parser = verb_parser("show_masks")
+    parser.add_argument("--model", type=Path, required=True, help="exported Hugging Face folder")
+    parser.add_argument("--text", action="append", help="sentence with one [MASK]; may be repeated")
+    parser.add_argument("--top_k", type=int, default=5, help="words per sentence")
+    args = parser.parse_args(words)
+    require_model_folder(args.model)
+    return args
+
+
+def export_hf_arguments(words: Words = None) -> argparse.Namespace:
+    """Return the command line of export_hf.py, whose source is there."""
+    parser = verb_parser("export_hf")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run_dir", type=Path, help="folder of the run")
+    source.add_argument("--model", type=Path, help="Hugging Face folder, exported or fine-tuned; wants --onnx")
+    parser.add_argument("--checkpoint", metavar="global_stepN", help="name of the checkpoint (default: the newest)")
+    parser.add_argument("--onnx", action="store_true", help="write an ONNX file and its tokenizer as well")
+    parser.add_argument("--output", type=Path, help="folder to write (default: RUN_DIR/hf or MODEL/onnx)")
+    args = parser.parse_args(words)
+    if args.model is not None and (not args.onnx or args.checkpoint):
+        parser.error("--model is a finished folder: wanted --onnx beside it, and no --checkpoint")
+    if args.model is not None:
+        require_model_folder(args.model)
+    elif not args.run_dir.is_dir():
+        raise ConfigError(f"{args.run_dir} is not a folder: wanted a run, or a Hugging Face folder")
+    return args
+
+
+def add_pair_options(parser: argparse.ArgumentParser) -> None:
+    """Add the two files of a pre-training."""
+    parser.add_argument("--run", help="recipe file, or the name of a shipped one (default: the embedded default)")
+    add_spread_option(parser)
+
+
+def add_spread_option(parser: argparse.ArgumentParser) -> None:
+    """Add the DeepSpeed file, which has a default."""
+    help_text = "DeepSpeed file, or the name of a shipped one (default: %(default)s)"
+    parser.add_argument("--deepspeed_config", default="zero1", help=help_text)
+
+
+def _add_task_options(parser: argparse.ArgumentParser, *, model: str) -> None:
+    parser.add_argument("--task", required=True, help="task file, or the name of a shipped task")
+    parser.add_argument("--model", type=Path, required=True, help=model)
+    parser.add_argument("--data", type=Path, help="folder of the data files (default: that of the task file)")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override one setting")
