@@ -81,9 +81,21 @@ def weights_problem(folder: Path, run: RunConfig) -> str | None:
     ]
     if wrong:
         return f"the weights have {', '.join(wrong)}"
-    if run.sequences.sentence_pair != "none" and not _has_pair_head(folder, recipe):
+    if run.sequences.sentence_pair != "none" and not has_pair_head(folder, recipe):
         return f"{folder} has no head for sentence pairs: wanted sequences.sentence_pair=none"
     return None
+
+
+def has_pair_head(folder: Path, recipe: Any = None) -> bool:
+    """Whether weights have the head for sentence pairs, as far as that is known without torch: true where it is not."""
+    if isinstance(recipe, dict):
+        return (recipe.get("sequences") or {}).get("sentence_pair", "nsp") != "none"
+    try:
+        with open_regular(folder / "model.safetensors") as file:
+            size = int.from_bytes(file.read(8), "little")
+            return size > MAX_JSON_BYTES or b"seq_relationship" in file.read(size)
+    except (OSError, ValueError):
+        return True
 
 
 def no_family_text(content: dict[str, Any]) -> str:
@@ -112,15 +124,3 @@ def _absent_text(folder: Path) -> str:
         ": there is no such folder; names of the Hugging Face hub are not looked up, a model from there is downloaded "
         "first (hf download NAME --local-dir FOLDER)"
     )
-
-
-def _has_pair_head(folder: Path, recipe: Any) -> bool:
-    """Whether weights have the head for sentence pairs, as far as that is known without torch: true where it is not."""
-    if isinstance(recipe, dict):
-        return (recipe.get("sequences") or {}).get("sentence_pair", "nsp") != "none"
-    try:
-        with open_regular(folder / "model.safetensors") as file:
-            size = int.from_bytes(file.read(8), "little")
-            return size > MAX_JSON_BYTES or b"seq_relationship" in file.read(size)
-    except (OSError, ValueError):
-        return True

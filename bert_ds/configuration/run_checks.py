@@ -100,6 +100,8 @@ def recipe_warnings(run: RunConfig) -> list[str]:
     for name, every in (("evaluation", run.evaluation.every_steps), ("checkpoints", run.checkpoints.every_steps)):
         if every is not None and training.total_steps is not None and every > training.total_steps:
             warnings.append(f"{name}.every_steps {every} is more than training.total_steps {training.total_steps}")
+    if run.schema_ and "://" not in run.schema_ and not Path(run.schema_).is_file():
+        warnings.append(f"$schema: {run.schema_} does not exist here, so that no editor checks the file")
     if masking.word_segmenter == "jieba" and importlib.util.find_spec("jieba") is None:
         warnings.append('masking.word_segmenter is "jieba", which is not installed here: pip install jieba')
     return warnings

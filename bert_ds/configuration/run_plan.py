@@ -33,6 +33,9 @@ from bert_ds.configuration.run_size import (
 )
 from bert_ds.configuration.run_stages import RunStage, run_stages, stage_split_problems
 
+FEWEST_EPOCHS, MOST_EPOCHS = 0.05, 400.0
+"""Of a run that nobody has to be asked about: BERT read its text 40 times."""
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -188,7 +191,18 @@ def make_plan(run: RunConfig, ds: DsConfig, world_size: int, *, gpu_memory_bytes
     warnings = (*missing, *recipe_warnings(run), *_spread_warnings(run, ds, split))
     tokens, teacher = corpus_tokens(run), teacher_model(run)
     plan = RunPlan(run, ds, split, warnings, tokens, teacher)
+    if run.training.total_steps is not None and tokens:
+        plan = replace(plan, warnings=(*plan.warnings, *epoch_warnings(plan.max_tokens() / tokens)))
     return replace(plan, warnings=(*plan.warnings, *memory_warnings(plan, gpu_memory_bytes)))
+
+
+def epoch_warnings(epochs: float) -> list[str]:
+    """Return what to look at where a run reads next to nothing of its corpus, or little of it thousands of times."""
+    if FEWEST_EPOCHS <= epochs <= MOST_EPOCHS:
+        return []
+    if epochs < 1:
+        return [f"the run reads {epochs:.2g} of its corpus: more steps may be meant, or a part of the text is enough"]
+    return [f"the run reads its corpus {epochs:,.0f} times: more text is wanted, or fewer steps"]
 
 
 def require_files(run: RunConfig, ds: DsConfig) -> None:

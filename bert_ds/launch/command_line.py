@@ -100,6 +100,17 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
+def positive(text: str) -> float:
+    """Return the positive number that a word is; for `type` of an option."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e7:
+        raise argparse.ArgumentTypeError(f"found {text}, wanted a positive number")
+    return value
+
+
 def run_main(main: Callable[[], int | None], *, leave_at_once: bool = False) -> NoReturn:
     """Run a verb and end the process with the documented exit code.
 

@@ -6,13 +6,38 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bert_ds.configuration.model_folder import require_model_folder
+from bert_ds.configuration.model_folder import folder_problem, require_model_folder
 from bert_ds.configuration.reading.config_files import ConfigError
-from bert_ds.launch.command_line import add_launch_options
+from bert_ds.configuration.run_speed import CARDS
+from bert_ds.launch.command_line import add_launch_options, positive
 from bert_ds.launch.verbs import verb_parser
 
 Words = Sequence[str] | None
 """A command line without its first word; None is that of this process."""
+
+
+def init_arguments(words: Words = None) -> argparse.Namespace:
+    """Return the command line of init.py, whose output is not there yet."""
+    parser = verb_parser("init")
+    parser.add_argument("output", type=Path, metavar="RECIPE", help="file to write, as in my_run.json")
+    parser.add_argument("--corpus", type=Path, required=True, metavar="SHARDS", help="folder made by build_shards")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: the one in the shard folder")
+    of = parser.add_mutually_exclusive_group()
+    of.add_argument("--from", dest="base", metavar="RECIPE", help="recipe, or the name of a shipped one, to adapt")
+    of.add_argument("--like", type=Path, metavar="DIR", help="Hugging Face folder whose shape is taken")
+    time = parser.add_mutually_exclusive_group()
+    time.add_argument("--minutes", type=positive, default=30.0, help="of training and evaluation (default 30)")
+    time.add_argument("--hours", type=positive, help="in place of minutes")
+    parser.add_argument("--gpu", choices=CARDS, help="predict for this card (default: the cores here, measured)")
+    parser.add_argument("--world_size", type=int, default=1, help="number of ranks (default %(default)s)")
+    args = parser.parse_args(words)
+    if args.world_size < 1:
+        parser.error(f"--world_size: found {args.world_size}, wanted at least 1")
+    if args.output.exists():
+        raise ConfigError(f"{args.output} is there already, and nothing was touched: wanted a new name")
+    if args.like is not None and (text := folder_problem(args.like)) is not None:
+        raise ConfigError(f"--like {args.like}{text}")
+    return args
 
 
 def pretrain_arguments(words: Words = None) -> argparse.Namespace:

@@ -28,6 +28,10 @@ VERBS = {
         "Turn text files into token shards; the same command continues a build that was interrupted.",
         "--input corpus/ --tokenizer tokenizer/ --output shards/",
     ),
+    "init": Verb(
+        "Write a recipe of one's own for a corpus, a machine and a time, and say why it is as it is.",
+        "my_run.json --corpus shards/ --minutes 30",
+    ),
     "check_run": Verb(
         "Check a recipe or a task with its DeepSpeed file, and print what follows from them.",
         "--run bert_base_phase1 --deepspeed_config zero2 --world_size 8 --gpu H100",
