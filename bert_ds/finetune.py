@@ -40,7 +40,7 @@ from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import EXIT_DONE, EXIT_RUN_AGAIN, Ranks, read_ranks
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.deepspeed_file.ds_config import DsConfig, resolve_ds_config
-from bert_ds.configuration.recipe.precision import with_precision
+from bert_ds.configuration.recipe.precision import decided, with_precision
 from bert_ds.configuration.task.task_checks import checked_split
 from bert_ds.configuration.task.task_config import TaskConfig, TrainedTask, dump_task, trained_task
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer, load_tokenizer
@@ -243,6 +243,7 @@ def build_engine(trained: TrainedTask, ds_config: dict[str, Any], *, start: Star
         model.named_parameters(),
         facts=TensorFacts(*weight_patterns(model.config)),
         kernels=trained.training.kernels,
+        precision=decided(trained.training.precision),
         lr_scale_of=lr_scale_of,
     )
     return make_engine(model, optimizer, ds_config)

@@ -235,6 +235,7 @@ def build_engine(plan: RunPlan, data: PretrainingData, ds_config: dict[str, Any]
         model.named_parameters(),
         facts=TensorFacts(*weight_patterns(model.config)),
         kernels=run.training.kernels,
+        precision=decided(run.training.precision),
     )
     return make_engine(model, optimizer, ds_config)
 

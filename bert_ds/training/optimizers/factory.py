@@ -18,6 +18,7 @@ from bert_ds.configuration.recipe.optimizer_config import (
     OptimizerSettings,
     StableAdamWConfig,
 )
+from bert_ds.configuration.recipe.precision import Precision
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.training.optimizers.elementwise_optimizers import AdamW, Lion, StableAdamW
 from bert_ds.training.optimizers.foreign_optimizers import make_foreign_optimizer
@@ -50,6 +51,7 @@ def make_optimizer(
     *,
     facts: TensorFacts = NO_FACTS,
     kernels: str = "auto",
+    precision: Precision = "fp32",
     lr_scale_of: Callable[[str], float] | None = None,
 ) -> Optimizer:
     """Return the optimizer of a recipe over the trainable parameters; call it before `deepspeed.initialize`.
@@ -61,6 +63,7 @@ def make_optimizer(
         named_parameters: `model.named_parameters()`; frozen parameters are left out.
         facts: which parameters are not decayed, which hold several weights, which are matrices.
         kernels: "auto", "triton" or "torch", for LAMB; the other optimizers have no Triton kernel.
+        precision: what the run computes in: Muon's polynomial on a CPU is evaluated in bf16 only where that is bf16.
         lr_scale_of: factor of the learning rate of a parameter, by name; foreign kernels have one rate.
 
     Raises:
@@ -74,7 +77,8 @@ def make_optimizer(
             )
         return make_foreign_optimizer(config, decay_groups(parameters, config.weight_decay, patterns=facts.no_decay))
     decay_of = decay_per_tensor(parameters, config.weight_decay, patterns=facts.no_decay)
-    context = RecipeContext(config.model_dump(exclude={"type", "weight_decay"}), decay_of, facts.matrices, kernels)
+    settings = config.model_dump(exclude={"type", "weight_decay"})
+    context = RecipeContext(settings, decay_of, facts.matrices, kernels, precision)
     optimizer = OWN_OPTIMIZERS[type(config)].of_recipe(parameters, context)
     if lr_scale_of is not None:
         optimizer.declare_rates(lr_scale_of)

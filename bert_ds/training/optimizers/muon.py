@@ -70,7 +70,7 @@ class Muon(ShardedOptimizer):
     """
 
     ns_dtype: torch.dtype | None = None
-    """Precision of the products and messages; None chooses by the device of the weights."""
+    """Precision of the products and messages; None chooses by the device of the weights. A run in bf16 takes bf16."""
 
     def __init__(
         self,
@@ -113,7 +113,10 @@ class Muon(ShardedOptimizer):
                 f'optimizer.type "muon" wants a matrix of the layers to train: none of the {len(names)} trainable '
                 'parameters is one (are the layers frozen?); wanted "adamw"'
             )
-        return cls(entries, matrices=context.matrices, weight_decay_of=context.weight_decay_of, **context.settings)
+        muon = cls(entries, matrices=context.matrices, weight_decay_of=context.weight_decay_of, **context.settings)
+        if context.precision == "bf16":
+            muon.ns_dtype = torch.bfloat16
+        return muon
 
     @property
     def matrix_shapes(self) -> dict[str, Shape]:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from bert_ds.configuration.recipe.precision import Precision
 from bert_ds.training.optimizers.parameter_layout import GroupToFind, Layout, collective_device, find_layouts
 from bert_ds.training.optimizers.reduction_rows import EqualParts, OwnedParameter, with_parts, with_rates
 from bert_kernels.flat_shard import FlatShard, on_device
@@ -70,6 +71,8 @@ class RecipeContext(NamedTuple):
     """`fnmatch` patterns of the weights that may be treated as a matrix."""
     kernels: str
     """"auto", "triton" or "torch"."""
+    precision: Precision
+    """What the run computes in."""
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
