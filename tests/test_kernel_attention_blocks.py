@@ -7,8 +7,8 @@ import torch
 from test_kernel_attention import DEVICE, SEED, out_and_gradients, packed
 from torch import Tensor
 
-from bert_kernels import attention as attention_module
-from bert_kernels.attention import attention_reference
+from bert_kernels import attention_reference as attention_module
+from bert_kernels.attention_reference import attention_reference
 
 
 @pytest.mark.parametrize("window", [None, 5, 40])

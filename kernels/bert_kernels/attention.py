@@ -9,197 +9,22 @@ starts in T, cu_seqlens[N] = T. Inputs and outputs bf16, fp16 or fp32; softmax i
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from bert_kernels._launch import check_device, values_at_hand
 from bert_kernels._operator import operator
 from bert_kernels.attention_kernels import AttentionCall, attention_backward, attention_forward
-from bert_kernels.dropout_mask import ATTENTION, check_dropout, keep_mask_reference, keep_scale, keep_threshold
+from bert_kernels.attention_reference import attention_reference
+from bert_kernels.dropout_mask import check_dropout, keep_threshold
+
+__all__ = ["MAX_HEAD_DIM", "attention", "attention_reference"]
 
 MAX_HEAD_DIM = 128
 # Offsets inside a sequence are 32 bits; a block may reach 128 rows beyond the end before it is masked.
 _MOST_ELEMENTS = (1 << 31) - (1 << 24)
-
-# Sequences whose length is at least this fraction of the longest of their group are padded to it and done together.
-_MIN_FILL = 0.85
-# Longer sequences are done in blocks of queries, each with as many scores as a whole sequence of this length has.
-_WHOLE_LENGTH = 1024
-# Queries of a block in a window, at least.
-_MIN_WINDOW_ROWS = 128
-
-
-def attention_reference(
-    qkv_T3HK: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-    site: int = 0,
-    softmax_scale: float | None = None,
-    window: int | None = None,
-) -> Tensor:
-    """Return attention's output (T, H, K) in the dtype of qkv_T3HK.
-
-    Args:
-        qkv_T3HK: queries, keys and values (T, 3, H, K).
-        cu_seqlens: int32 (N + 1), start of each sequence and T; empty sequences are allowed.
-        max_seqlen: at least the longest length (not needed here, the kernels' grid needs it).
-        dropout_p: probability in [0, 1), rounded to 1/256; mask as in `dropout_mask`.
-        softmax_scale: factor of the scores, 1/sqrt(K) where None.
-        window: keys at most this many positions away are seen, all where None.
-    """
-    keep = None
-    if dropout_p:
-        check_dropout(dropout_p, dropout_seed, qkv_T3HK.device)
-        keep = _Dropout(dropout_p, dropout_seed, site)
-    scale = softmax_scale if softmax_scale is not None else qkv_T3HK.shape[-1] ** -0.5
-    parts, index = [], []
-    for starts, lengths in _groups(cu_seqlens):
-        offsets_NS, key_mask_NS = _token_grid(starts, lengths, qkv_T3HK.device)
-        out_PHK = _padded_attention(qkv_T3HK, _Group(offsets_NS, key_mask_NS, scale, window, keep))
-        rows = offsets_NS.flatten()
-        if key_mask_NS is not None:
-            inside = key_mask_NS.flatten().nonzero().squeeze(1)
-            out_PHK, rows = out_PHK.index_select(0, inside), rows[inside]
-        parts.append(out_PHK)
-        index.append(rows)
-    if not parts:
-        return qkv_T3HK[:, 0] * 0
-    # Each packed token is in exactly one group, so the inverse permutation puts the rows back.
-    out_THK = torch.cat(parts).index_select(0, torch.argsort(torch.cat(index)))
-    return out_THK if keep is None else out_THK * keep_scale(dropout_p)
-
-
-class _Dropout(NamedTuple):
-    dropout_p: float
-    seed: Tensor | None
-    site: int
-
-
-class _Group(NamedTuple):
-    """Sequences of similar length, padded to the longest, and how they are attended to."""
-
-    offsets_NS: Tensor
-    key_mask_NS: Tensor | None
-    scale: float
-    window: int | None
-    dropout: _Dropout | None
-
-
-class _Block(NamedTuple):
-    """Queries begin .. end - 1 of a padded group, and the keys that any of them sees."""
-
-    begin: int
-    end: int
-    first_key: int
-    last_key: int
-
-
-def _padded_attention(qkv_T3HK: Tensor, group: _Group) -> Tensor:
-    """Return the output (N S, H, K) of one padded group; kept values are not scaled yet."""
-    size = group.offsets_NS.shape[1]
-    grid = (*group.offsets_NS.shape, *qkv_T3HK.shape[1:])
-    q, k, v = qkv_T3HK.index_select(0, group.offsets_NS.flatten()).view(grid).permute(2, 0, 3, 1, 4).unbind(0)
-    rows = _rows_together(size, group.window)
-    if rows == size:  # no slices, whose gradients are tensors of zeros
-        return _attend(q, k, v, group, _Block(0, size, 0, size)).transpose(1, 2).flatten(0, 1)
-    # Scores in a window are linear in the tokens anyway; those of everything are made again rather than kept.
-    is_made_again = group.window is None and torch.is_grad_enabled()
-    parts = []
-    for q_NHRK, begin in zip(q.split(rows, dim=2), range(0, size, rows), strict=True):
-        end, reach = min(begin + rows, size), size if group.window is None else group.window
-        block = _Block(begin, end, max(0, begin - reach), min(size, end + reach))
-        keys = slice(block.first_key, block.last_key)
-        arguments = (q_NHRK, k[:, :, keys], v[:, :, keys], group, block)
-        if is_made_again:
-            parts.append(checkpoint(_attend, *arguments, use_reentrant=False, preserve_rng_state=False))
-        else:
-            parts.append(_attend(*arguments))
-    return torch.cat(parts, dim=2).transpose(1, 2).flatten(0, 1)
-
-
-def _rows_together(size: int, window: int | None) -> int:
-    """Return how many queries are done at once: all of a short sequence, of a long one as many as memory has room for.
-
-    In a window a block must pay: it is at most half of the work of doing all at once.
-    """
-    if window is None:
-        return size if size <= _WHOLE_LENGTH else max(1, _WHOLE_LENGTH**2 // size)
-    rows = max(_MIN_WINDOW_ROWS, 2 * window)
-    return rows if size >= 2 * (rows + 2 * window) else size
-
-
-def _attend(q_NHRK: Tensor, k_NHCK: Tensor, v_NHCK: Tensor, group: _Group, block: _Block) -> Tensor:
-    """Return the output (N, H, R, K) of R queries over C keys."""
-    bias = _score_bias(group, block, q_NHRK)
-    # Written out rather than scaled_dot_product_attention: its CPU backward is 3 times slower in bf16.
-    scores_NHRC = (q_NHRK * group.scale) @ k_NHCK.transpose(-2, -1)
-    p_NHRC = torch.softmax(scores_NHRC if bias is None else scores_NHRC + bias, dim=-1)
-    if (dropout := group.dropout) is not None:
-        assert dropout.seed is not None
-        kept_NHRC = keep_mask_reference(
-            group.offsets_NS[:, None, block.begin : block.end],
-            block.last_key,
-            dropout_p=dropout.dropout_p,
-            dropout_seed=dropout.seed,
-            site=dropout.site,
-            heads=torch.arange(q_NHRK.shape[1], device=q_NHRK.device)[:, None],
-            layout=ATTENTION,
-        )[..., block.first_key :]
-        p_NHRC = p_NHRC * kept_NHRC
-    return p_NHRC @ v_NHCK
-
-
-def _token_grid(starts: list[int], lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return the packed index (N, S) of each place of a padded group, and where it is real (None: everywhere).
-
-    A place beyond the end of its sequence points to the first token of that sequence.
-    """
-    position = torch.arange(lengths[0], device=device)
-    offsets_NS = torch.tensor(starts, device=device)[:, None] + position
-    if min(lengths) == lengths[0]:
-        return offsets_NS, None
-    mask_NS = position < torch.tensor(lengths, device=device)[:, None]
-    return torch.where(mask_NS, offsets_NS, offsets_NS[:, :1]), mask_NS
-
-
-def _groups(cu_seqlens: Tensor) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield (starts, lengths) of non-empty sequences of similar length, longest first."""
-    bounds = cu_seqlens.tolist()
-    spans = sorted(((stop - start, start) for start, stop in itertools.pairwise(bounds)), reverse=True)
-    starts: list[int] = []
-    lengths: list[int] = []
-    for length, start in spans:
-        if lengths and (length < _MIN_FILL * lengths[0] or length == 0):
-            yield starts, lengths
-            starts, lengths = [], []
-        if length == 0:
-            break
-        starts.append(start)
-        lengths.append(length)
-    if lengths:
-        yield starts, lengths
-
-
-def _score_bias(group: _Group, block: _Block, q: Tensor) -> Tensor | None:
-    """Return 0 where a key is seen and -inf elsewhere, broadcastable to (N, H, R, C); None where all are seen."""
-    seen = None if group.key_mask_NS is None else group.key_mask_NS[:, None, None, block.first_key : block.last_key]
-    if group.window is not None:
-        rows = torch.arange(block.begin, block.end, device=q.device)[:, None]
-        distance = (rows - torch.arange(block.first_key, block.last_key, device=q.device)).abs()
-        near = distance <= group.window
-        # A padded query may have no key at all inside its window; it sees itself so that no row is empty.
-        seen = near if seen is None else near & (seen | (distance == 0))
-    if seen is None:
-        return None
-    return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, float("-inf"))
 
 
 def attention(

@@ -50,26 +50,32 @@ class _Reference(torch.autograd.Function):
         dtype = torch.promote_types(logits_PV.dtype, torch.float32)
         loss, correct = logits_PV.new_zeros(2, dtype=dtype).unbind()
         rows = max(1, _LOGITS_PER_PIECE[logits_PV.device.type] // logits_PV.shape[1])
+        dbias_V = logits_PV.new_zeros(logits_PV.shape[1], dtype=dtype) if ctx.needs_input_grad[2] else None
         for piece_PV, labels in zip(logits_PV.split(rows), labels_P.split(rows), strict=True):
-            piece_loss, piece_correct = _replace_by_gradient(piece_PV, labels, dtype)
+            piece_loss, piece_correct = _replace_by_gradient(piece_PV, labels, dtype, dbias_V)
             loss, correct = loss + piece_loss, correct + piece_correct
-        ctx.save_for_backward(hidden_PD, weight_VD, logits_PV)
+        ctx.save_for_backward(hidden_PD, weight_VD, logits_PV, dbias_V)
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, _dcorrect: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_PD, weight_VD, dlogits_PV = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        hidden_PD, weight_VD, dlogits_PV, dbias_V = ctx.saved_tensors
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         dhidden = _scaled(dlogits_PV @ weight_VD, dloss) if needs_hidden else None
         dweight = dlogits_PV.T @ _scaled(hidden_PD, dloss) if needs_weight else None
-        dbias = (dlogits_PV.sum(0, dtype=dloss.dtype) * dloss).to(dlogits_PV.dtype) if needs_bias else None
+        dbias = None if dbias_V is None else (dbias_V * dloss).to(dlogits_PV.dtype)
         return dhidden, dweight, dbias, None, None
 
 
-def _replace_by_gradient(logits_PV: Tensor, labels_P: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Overwrite logits by softmax - onehot (0 for ignored rows) and return (loss sum, number right) in `dtype`."""
+def _replace_by_gradient(
+    logits_PV: Tensor, labels_P: Tensor, dtype: torch.dtype, dbias_V: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Overwrite logits by softmax - onehot (0 for ignored rows) and return (loss sum, number right) in `dtype`.
+
+    The sum of the rows is added to `dbias_V` here, where they are in the cache and not rounded yet.
+    """
     counts_P1 = (labels_P != IGNORED_LABEL).to(dtype)[:, None]
     labels_P1 = labels_P.clamp(min=0)[:, None]
     p_PV = torch.softmax(logits_PV, dim=1, dtype=dtype)
@@ -80,6 +86,8 @@ def _replace_by_gradient(logits_PV: Tensor, labels_P: Tensor, dtype: torch.dtype
     # lse = logit - log(p) for any token; for the likeliest, whose p is at least 1/V, nothing underflows.
     lse_P1 = logits_PV.amax(dim=1, keepdim=True) - torch.maximum(label_p_P1, other_p_P1).log()
     torch.mul(p_PV, counts_P1, out=logits_PV)
+    if dbias_V is not None:
+        dbias_V.addmv_(p_PV.mT, counts_P1[:, 0])
     loss = ((lse_P1 - label_logit_P1) * counts_P1).sum()
     return loss, ((label_p_P1 > other_p_P1) * counts_P1).sum()
 

@@ -49,11 +49,26 @@ def rotary_reference(qkv_T3HK: Tensor, position_ids_T: Tensor, *, theta: float) 
     angles_TJ = position_ids_T.float()[:, None] * frequencies_J
     angles_T11J = angles_TJ.to(torch.promote_types(qkv_T3HK.dtype, torch.float32))[:, None, None]
     cos, sin = angles_T11J.cos(), angles_T11J.sin()
-    # Split and concatenated rather than indexed: the gradient of an index is a tensor of zeros for each.
-    qk_T2HK, v_T1HK = qkv_T3HK.split((2, 1), dim=1)
-    first, second = qk_T2HK.chunk(2, dim=-1)
-    turned_T2HK = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return torch.cat((turned_T2HK.to(qkv_T3HK.dtype), v_T1HK), dim=1)
+    return _Turn.apply(qkv_T3HK, angles_T11J.cos(), angles_T11J.sin())
+
+
+class _Turn(torch.autograd.Function):
+    """In torch; autograd would keep both halves in fp32 and put their gradients together once more."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv_T3HK: Tensor, cos_T11J: Tensor, sin_T11J: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_T11J, sin_T11J)
+        out_T3HK, half = torch.empty_like(qkv_T3HK), cos_T11J.shape[-1]
+        first, second = qkv_T3HK[:, :2].to(cos_T11J.dtype).split(half, dim=-1)
+        out_T3HK[:, :2, :, :half] = first * cos_T11J - second * sin_T11J
+        out_T3HK[:, :2, :, half:] = second * cos_T11J + first * sin_T11J
+        out_T3HK[:, 2] = qkv_T3HK[:, 2]
+        return out_T3HK
+
+    @staticmethod
+    def backward(ctx: Any, dout_T3HK: Tensor) -> tuple[Tensor, None, None]:
+        cos_T11J, sin_T11J = ctx.saved_tensors
+        return _Turn.apply(dout_T3HK, cos_T11J, -sin_T11J), None, None
 
 
 @triton.jit
