@@ -44,7 +44,10 @@ from bert_kernels._launch import record_launches
 
 ALLOWED = {
     "kernels=torch": {
-        ("kernels/bert_kernels/attention_reference.py", "_groups"): "the reference cuts sequences on the host; kernels do not",
+        (
+            "kernels/bert_kernels/attention_reference.py",
+            "_groups",
+        ): "the reference cuts sequences on the host; kernels do not",
     },
     "stage 0": {
         ("bert_ds/training/loop/train_step.py", "gradient_norm"): "fp32 without ZeRO: nothing else judges the step",

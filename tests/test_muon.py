@@ -155,11 +155,14 @@ def test_the_cubic_polynomial_converges_to_an_orthogonal_matrix() -> None:
     assert torch.allclose(x @ x.T, torch.eye(6), atol=1e-4)
 
 
-def test_products_are_in_bf16_on_a_gpu_and_in_fp32_on_a_cpu_without_units_for_it(monkeypatch: Any) -> None:
-    for amx, wanted in ((False, torch.float32), (True, torch.bfloat16)):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda answer=amx: answer)
-        assert orthogonalising_dtype(torch.device("cpu")) == wanted
-        assert orthogonalising_dtype(torch.device("cuda")) == torch.bfloat16
+def test_products_are_in_bf16_on_a_gpu_and_where_a_run_computes_in_it() -> None:
+    assert orthogonalising_dtype(torch.device("cpu")) == torch.float32
+    assert orthogonalising_dtype(torch.device("cuda")) == torch.bfloat16
+    weights = {"layer.0.output_weight": nn.Parameter(gradient(1, torch.empty(6, 4)))}
+    facts = TensorFacts(no_decay=(), matrices=("layer.*",))
+    for precision, wanted in (("fp32", None), ("bf16", torch.bfloat16), ("fp16", None)):
+        made = make_optimizer(MuonConfig(lr=0.1), weights.items(), facts=facts, precision=precision)
+        assert isinstance(made, Muon) and made.ns_dtype == wanted
 
 
 def test_a_matrix_goes_to_the_rank_that_holds_most_of_it_while_that_one_has_room() -> None:

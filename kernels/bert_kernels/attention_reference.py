@@ -54,7 +54,8 @@ def attention_reference(
         check_dropout(dropout_p, dropout_seed, qkv_T3HK.device)
         keep = _Dropout(dropout_p, dropout_seed, site)
     scale = softmax_scale if softmax_scale is not None else qkv_T3HK.shape[-1] ** -0.5
-    whole, others = [], []
+    whole: list[_Group] = []
+    others: list[_Group] = []
     for starts, lengths in _groups(cu_seqlens):
         group = _Group(*_token_grid(starts, lengths, qkv_T3HK.device), scale, window, keep)
         (whole if _rows_together(lengths[0], window) == lengths[0] else others).append(group)

@@ -48,7 +48,6 @@ def rotary_reference(qkv_T3HK: Tensor, position_ids_T: Tensor, *, theta: float) 
     frequencies_J = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angles_TJ = position_ids_T.float()[:, None] * frequencies_J
     angles_T11J = angles_TJ.to(torch.promote_types(qkv_T3HK.dtype, torch.float32))[:, None, None]
-    cos, sin = angles_T11J.cos(), angles_T11J.sin()
     return _Turn.apply(qkv_T3HK, angles_T11J.cos(), angles_T11J.sin())
 
 
