@@ -199,3 +199,45 @@ def test_document_texts_start_over(tmp_path: Path) -> None:
 def test_parquet_and_zstd_are_imported_only_when_needed() -> None:
     code = "import sys, bert_ds.corpus.text.documents; assert not {'pyarrow', 'zstandard', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_rows_of_csv_keep_their_quoted_line_ends(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", 'id,text\r\n1,"one, and\r\n\r\na ""half"""\r\n2,two\r\n\r\n3,\r\n')
+    assert texts(path) == ['one, and\n\na "half"', "two"]
+    assert texts(write(tmp_path / "b.csv.gz", gzip.compress(path.read_bytes())), text_field="id") == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,body\n1,one\n", r"a\.csv: no column \"text\"; there are \['id', 'body'\]"),
+        ("id,text\n1,one,two\n", r"a\.csv, line 2: found 3 columns, wanted 2"),
+        ('id,text\n1,"one\n', r"a\.csv, line 2: unexpected end of data"),
+        (b"id,text\n1,\xff\n", r"a\.csv is not UTF-8 at byte 10 \(line 2\)"),
+    ],
+)
+def test_a_csv_that_is_none_is_named_by_its_line(content: str | bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        texts(write(tmp_path / "a.csv", content))
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "a.feather", "a.arrow.gz"])
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_arrow_is_read_as_a_stream_and_as_a_file(name: str, is_stream: bool, tmp_path: Path) -> None:
+    import pyarrow
+
+    table = pyarrow.table({"id": [1, 2, 3], "text": ["one", "two", "three"]})
+    sink = pyarrow.BufferOutputStream()
+    make = pyarrow.ipc.new_stream if is_stream else pyarrow.ipc.new_file
+    with make(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    content = sink.getvalue().to_pybytes()
+    path = write(tmp_path / name, gzip.compress(content) if name.endswith("gz") else content)
+    assert texts(path) == ["one", "two", "three"]
+    with pytest.raises(DataError, match=r"no column \"body\"; there are \['id', 'text'\]"):
+        texts(path, text_field="body")
+    with pytest.raises(DataError, match="is int64, wanted string"):
+        texts(path, text_field="id")
+    if not name.endswith("gz"):
+        with pytest.raises(DataError, match="is damaged"):
+            texts(write(tmp_path / f"cut{name}", content[: len(content) // 2]))

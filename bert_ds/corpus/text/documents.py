@@ -1,13 +1,14 @@
-"""Text files to documents, one at a time: plain text, JSON lines and parquet, each also gzip or zstd."""
+"""Text files to documents, one at a time: plain text, JSON lines, CSV, parquet and Arrow, each also gzip or zstd."""
 
 from __future__ import annotations
 
+import csv
 import html
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from bert_ds.basics.input_gate import encoding_hint
 from bert_ds.basics.ranks import DataError
@@ -20,6 +21,7 @@ _DOC_START = re.compile(r"<doc\b.*>\s*$")
 _DOC_TITLE = re.compile(r'\btitle="(.*)"[^"]*>\s*$')
 _PARQUET_ROWS_AT_ONCE = 8
 """A dictionary lets a small file hold many rows of the largest size: each is a copy of its own in memory."""
+_ARROW_FILE = b"ARROW1"
 _LINE_OVERHEAD = 64
 """Bytes that a line takes in memory beside its characters: a document may consist of empty lines."""
 _LONGEST_TAG = 4096
@@ -48,7 +50,7 @@ def read_documents(paths: Iterable[str | os.PathLike[str]], *, text_field: str =
     """Yield the non-empty documents of files and folders, in order and in constant memory.
 
     Plain text holds documents separated by blank lines, or `<doc ...>` ... `</doc>` extracts if its first line is such
-    a tag; JSON lines and parquet hold one document per row in `text_field`.
+    a tag; the other formats hold one document per row in `text_field`.
 
     Raises:
         DataError: names the file, and the line or byte where it is not what its ending says.
@@ -59,8 +61,10 @@ def read_documents(paths: Iterable[str | os.PathLike[str]], *, text_field: str =
 
 def read_file(file: InputFile, *, text_field: str = "text") -> Iterator[Document]:
     """Yield the non-empty documents of one file."""
-    if file.text_format == "parquet":
-        documents = _read_parquet(file, text_field)
+    if file.text_format in ("parquet", "arrow"):
+        documents = _read_columns(file, text_field)
+    elif file.text_format == "csv":
+        documents = _read_csv(file, text_field)
     elif file.text_format == "jsonl":
         documents = _read_jsonl(file, text_field)
     else:
@@ -179,23 +183,45 @@ def _text_of(source: str, line: str, text_field: str) -> str:
     return text
 
 
-def _read_parquet(file: InputFile, text_field: str) -> Iterator[Document]:
+def _read_csv(file: InputFile, text_field: str) -> Iterator[Document]:
+    """Yield the rows of a file with a header; a quoted text may hold line ends."""
+    csv.field_size_limit(MAX_DOCUMENT_BYTES)
+    column: int | None = None
+    with open_decompressed(file) as stream:
+        reader = csv.reader((f"{line}\n" for _, line in _lines(file, stream)), strict=True)
+        try:
+            for row in reader:
+                source = f"{file.path}, line {reader.line_num}"
+                if column is None:
+                    names = [name.strip() for name in row]
+                    if text_field not in names:
+                        raise DataError(f'{file.path}: no column "{text_field}"; there are {names}')
+                    column = names.index(text_field)
+                elif row and len(row) != len(names):
+                    raise DataError(f"{source}: found {len(row)} columns, wanted {len(names)}")
+                elif row:
+                    yield Document(source, row[column])
+        except csv.Error as error:
+            raise DataError(f"{file.path}, line {reader.line_num}: {error}") from None
+
+
+def _read_columns(file: InputFile, text_field: str) -> Iterator[Document]:
+    """Yield the rows of a parquet or an Arrow file, the latter as a stream (Hugging Face datasets) or as a file."""
     try:
         import pyarrow
-        from pyarrow import parquet
     except ImportError:
         raise DataError(f"{file.path} needs the package pyarrow: pip install pyarrow") from None
     with open_seekable(file) as stream:
         try:
-            table = parquet.ParquetFile(stream, buffer_size=1 << 20)
-            if text_field not in table.schema_arrow.names:
-                raise DataError(f'{file.path}: no column "{text_field}"; there are {table.schema_arrow.names}')
-            kind = table.schema_arrow.field(text_field).type
+            schema, batches = _parquet_batches(stream, text_field) if file.text_format == "parquet" else _arrow(stream)
+            if text_field not in schema.names:
+                raise DataError(f'{file.path}: no column "{text_field}"; there are {schema.names}')
+            kind = schema.field(text_field).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise DataError(f'{file.path}: column "{text_field}" is {kind}, wanted string')
             row = 0
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS_AT_ONCE, columns=[text_field]):
-                for value in batch.column(0):
+            for batch in batches:
+                for value in batch.column(text_field):
                     row, text = row + 1, value.as_py()
                     if text is not None and len(text) > MAX_DOCUMENT_BYTES:
                         raise DataError(f"{file.path}, row {row}: longer than {MAX_DOCUMENT_BYTES} bytes")
@@ -204,3 +230,21 @@ def _read_parquet(file: InputFile, text_field: str) -> Iterator[Document]:
                     yield Document(f"{file.path}, row {row}", text)
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise DataError(f"{file.path} is damaged: {error}") from None
+
+
+def _parquet_batches(stream: IO[bytes], text_field: str) -> tuple[Any, Iterable[Any]]:
+    from pyarrow import parquet
+
+    table = parquet.ParquetFile(stream, buffer_size=1 << 20)
+    return table.schema_arrow, table.iter_batches(batch_size=_PARQUET_ROWS_AT_ONCE, columns=[text_field])
+
+
+def _arrow(stream: IO[bytes]) -> tuple[Any, Iterable[Any]]:
+    from pyarrow import ipc
+
+    is_file = stream.read(len(_ARROW_FILE)) == _ARROW_FILE
+    stream.seek(0)
+    if not is_file:
+        return (reader := ipc.open_stream(stream)).schema, reader
+    table = ipc.open_file(stream)
+    return table.schema, (table.get_batch(index) for index in range(table.num_record_batches))

@@ -14,13 +14,16 @@ from typing import IO, Any, Literal, NamedTuple
 
 from bert_ds.basics.ranks import DataError
 
-TextFormat = Literal["text", "jsonl", "parquet"]
+TextFormat = Literal["text", "jsonl", "csv", "parquet", "arrow"]
 FORMATS: dict[str, TextFormat] = {
     ".txt": "text",
     ".text": "text",
     ".jsonl": "jsonl",
     ".json": "jsonl",
+    ".csv": "csv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
 }
 COMPRESSIONS = (".gz", ".zst")
 KNOWN_NAMES = f"{', '.join(FORMATS)}, each also with {' or '.join(COMPRESSIONS)}"
