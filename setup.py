@@ -58,6 +58,7 @@ setup(
     extras_require={
         "data": ["pyarrow>=15", "zstandard>=0.22"],
         "zh": ["jieba>=0.42"],
+        "clean": ["rensa>=0.5,<0.6"],
         "plots": ["matplotlib>=3.8"],
         "downstream": ["scikit-learn>=1.4", "scipy>=1.11"],
         "tensorboard": ["tensorboard>=2.16"],
@@ -74,6 +75,7 @@ setup(
             "pip-audit>=2.7",
             "pyarrow>=15",
             "zstandard>=0.22",
+            "rensa>=0.5,<0.6",
             "matplotlib>=3.8",
             "scikit-learn>=1.4",
             "scipy>=1.11",

@@ -20,6 +20,10 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "clean_text": Verb(
+        "Remove from a text what it repeats, exactly or nearly, and what tasks are measured on.",
+        "--input corpus/ --output clean/ --against sst2 --data DATA",
+    ),
     "train_wordpiece": Verb(
         "Train a WordPiece tokenizer on text files; the same text always gives the same tokenizer.",
         "--input corpus/ --output tokenizer/ --vocab_size 30522",
