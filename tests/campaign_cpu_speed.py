@@ -1,19 +1,20 @@
-"""Tokens a second of our unpadded ModernBERT beside transformers' padded one, on the same weights and sequences.
+"""Tokens a second of our unpadded step on a CPU beside transformers' padded one, on the same weights and sequences.
 
-    python tests/campaign_modernbert_speed.py --text FOLDER --work FOLDER
+    python tests/campaign_cpu_speed.py --text FOLDER --work FOLDER [--minutes M]
 
-Sequences are paragraphs (lines) of documents, at most 512 pieces, in the order of the text; a batch is padded to its
-longest, as a collator does. Theirs is ModernBertForMaskedLM with sdpa as it comes, and once more with its
-`sparse_prediction`, which computes scores of masked words alone as ours does. Training is a forward and a backward pass
-with 30% of the words to predict, inference the hidden states of all tokens. One process, two threads; the contestants
-take turns on every batch, and what is recorded are medians, with quartiles, of the ratio of their seconds on one batch:
-of the clock, and of the processors, which other processes disturb less. Only real tokens count. Rows:
-tests/results/modernbert_speed.jsonl; what is there is not repeated.
+Sequences are taken in the order of the text; a batch is padded to its longest, as a collator does. Three mixes of
+lengths: paragraphs of at most 512 pieces, sentences of at most 64, and running text cut every 128 pieces, which has no
+padding. Theirs is sdpa, once as it comes and once with the scores of masked words alone, as ours. Training is a forward
+and a backward pass with 30% of the words to predict and without dropout, inference the hidden states of all tokens. One
+process, two threads; the contestants take turns on every batch, and what is recorded are medians, with quartiles, of
+the ratio of their seconds on one batch: of the clock, and of the processors, which other processes disturb less. Only
+real tokens count. Rows: tests/results/cpu_speed.jsonl; what is there for this kind of machine is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -31,23 +32,31 @@ import transformers
 from campaign_rows import add_row, read_rows
 from family_cases import SPECIAL_IDS
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
+from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.families.modernbert import ModernBertConfig
 from bert_ds.corpus.text.documents import read_documents
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.text.sentences import split_sentences
+from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer, load_tokenizer
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
 from bert_ds.encoder.pretraining_model import PretrainingModel
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "tests/results/modernbert_speed.jsonl"
-SIZES = {
-    "4 x 256": ModernBertConfig(
-        vocab_size=8192, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=384
-    ),
-    "base": ModernBertConfig(),
+RESULTS = ROOT / "tests/results/cpu_speed.jsonl"
+_SMALL: dict[str, Any] = {"vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+_DRY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+CONFIGS: dict[tuple[str, str], EncoderConfig] = {
+    ("bert", "4 x 256"): BertConfig(**_SMALL, **_DRY, intermediate_size=1024, max_position_embeddings=512),
+    ("modernbert", "4 x 256"): ModernBertConfig(**_SMALL, intermediate_size=640),
+    ("bert", "base"): BertConfig(**_DRY),
+    ("modernbert", "base"): ModernBertConfig(),
 }
-BATCH, BATCHES = {"4 x 256": 32, "base": 6}, {"4 x 256": 6, "base": 4}
-LONGEST, MASKED = 512, 0.3
+ROWS_OF_BATCH = {"4 x 256": 32, "base": 8}
+MIXES = {"paragraphs": 512, "sentences": 64, "running text": 128}
+"""Name -> most pieces of a sequence."""
+MASKED = 0.3
 
 
 class Batch(NamedTuple):
@@ -61,36 +70,62 @@ class Batch(NamedTuple):
 
 
 def main() -> None:
-    """Measure what has no row yet."""
+    """Measure what has no row yet, the small sizes first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--batches", type=int, default=6, help="batches of each row, of the small size")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no row after that")
     args = parser.parse_args()
     torch.set_num_threads(2)
-    done = {(row["size"], row["dtype"]) for row in read_rows(RESULTS)}
-    for size, config in SIZES.items():
-        batches = list(made_batches(args.text, args.work, number=BATCHES[size], rows=BATCH[size]))
-        for dtype in (torch.float32, torch.bfloat16):
-            if (size, str(dtype)) not in done:
-                for row in measured(config, dtype, batches):
-                    add_row(RESULTS, {"size": size, "dtype": str(dtype), **row, "load": os.getloadavg()[0]})
+    begun, has_amx = time.monotonic(), bool(torch.cpu._is_amx_tile_supported())
+    done = {
+        (row["family"], row["size"], row["mix"], row["dtype"]) for row in read_rows(RESULTS) if row["amx"] == has_amx
+    }
+    dtypes = (torch.float32, torch.bfloat16)
+    for ((family, size), config), mix, dtype in itertools.product(CONFIGS.items(), MIXES, dtypes):
+        if (family, size, mix, str(dtype)) in done or time.monotonic() - begun > 60 * args.minutes:
+            continue
+        number = args.batches if size == "4 x 256" else max(2, args.batches // 2)
+        batches = list(made_batches(args.text, args.work, mix=mix, number=number, rows=ROWS_OF_BATCH[size]))
+        for row in measured(config, dtype, batches):
+            key = {"family": family, "size": size, "mix": mix, "dtype": str(dtype)}
+            machine = {"amx": has_amx, "load": os.getloadavg()[0], "torch": torch.__version__, "commit": commit()}
+            add_row(RESULTS, {**key, **row, **machine, "transformers": transformers.__version__})
 
 
-def made_batches(text: Path, work: Path, *, number: int, rows: int) -> Iterator[Batch]:
-    """Yield batches of the first paragraphs."""
+def commit() -> str:
+    """Return the commit that is measured."""
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def made_batches(text: Path, work: Path, *, mix: str, number: int, rows: int) -> Iterator[Batch]:
+    """Yield the first batches of a mix."""
     if not (work / "tokenizer/vocab.txt").exists():
         words = ("--input", text, "--output", work / "tokenizer", "--vocab_size", 8192)
         subprocess.run([sys.executable, ROOT / "bert_ds/train_wordpiece.py", *map(str, words)], check=True)
-    tokenizer, sequences = load_tokenizer(work / "tokenizer"), []
     generator = torch.Generator().manual_seed(1)
+    sequences = (
+        torch.from_numpy(one.astype(np.int64)) for one in pieces(text, load_tokenizer(work / "tokenizer"), mix)
+    )
+    for _ in range(number):
+        yield batch_of(list(itertools.islice(sequences, rows)), generator)
+
+
+def pieces(text: Path, tokenizer: WordPieceTokenizer, mix: str) -> Iterator[np.ndarray]:
+    """Yield the pieces of sequence after sequence."""
+    longest, kept = MIXES[mix], np.empty(0, np.uint16)
     lines = (line for document in read_documents([text]) for line in document.text.splitlines() if line.strip())
     for line in lines:
-        sequences.append(torch.from_numpy(tokenizer.encode_sentences([line])[0][:LONGEST].astype(np.int64)))
-        if len(sequences) == rows:
-            yield batch_of(sequences, generator)
-            number, sequences = number - 1, []
-        if not number:
-            return
+        if mix == "running text":
+            kept = np.concatenate([kept, tokenizer.encode_sentences([line])[0]])
+            while len(kept) >= longest:
+                yield kept[:longest]
+                kept = kept[longest:]
+        else:
+            for one in tokenizer.encode_sentences(split_sentences(line) if mix == "sentences" else [line]):
+                yield one[:longest]
 
 
 def batch_of(sequences: list[Tensor], generator: torch.Generator) -> Batch:
@@ -111,11 +146,11 @@ def batch_of(sequences: list[Tensor], generator: torch.Generator) -> Batch:
     return Batch(padded, packed, {"masked_positions": places, "masked_labels": ids_NS[chosen_NS]}, int(mask_NS.sum()))
 
 
-def measured(config: ModernBertConfig, dtype: torch.dtype, batches: list[Batch]) -> Iterator[dict[str, Any]]:
+def measured(config: EncoderConfig, dtype: torch.dtype, batches: list[Batch]) -> Iterator[dict[str, Any]]:
     """Yield a row for training and one for inference."""
     ours = PretrainingModel(config, kernels="torch", has_pair_head=False).to(dtype)
     content = hf_config(config, sentence_pair="none", special_ids=SPECIAL_IDS)
-    theirs = transformers.ModernBertForMaskedLM(transformers.ModernBertConfig.from_dict(content)).to(dtype)
+    theirs = transformers.AutoModelForMaskedLM.from_config(transformers.AutoConfig.for_model(**content)).to(dtype)
     assert theirs.config._attn_implementation == "sdpa"
     theirs.load_state_dict(to_hf(ours.state_dict(), config), strict=False)
     theirs.tie_weights()
@@ -125,12 +160,16 @@ def measured(config: ModernBertConfig, dtype: torch.dtype, batches: list[Batch])
         return _backward(ours, loss)
 
     def train_theirs(batch: Batch) -> Tensor:
-        theirs.config.sparse_prediction = theirs.sparse_prediction = False
         return _backward(theirs, theirs(**batch.padded).loss)
 
-    def train_sparse(batch: Batch) -> Tensor:
-        theirs.config.sparse_prediction = theirs.sparse_prediction = True
-        return _backward(theirs, theirs(**batch.padded).loss)
+    def train_masked_alone(batch: Batch) -> Tensor:
+        labels_NS = batch.padded["labels"]
+        hidden_PD = hidden(batch)[labels_NS >= 0]
+        scores_PV = theirs.cls(hidden_PD) if hasattr(theirs, "cls") else theirs.decoder(theirs.head(hidden_PD))
+        return _backward(theirs, cross_entropy(scores_PV.float(), labels_NS[labels_NS >= 0]))
+
+    def hidden(batch: Batch) -> Tensor:
+        return theirs.base_model(batch.padded["input_ids"], batch.padded["attention_mask"]).last_hidden_state
 
     @torch.no_grad()
     def infer_ours(batch: Batch) -> Tensor:
@@ -138,10 +177,9 @@ def measured(config: ModernBertConfig, dtype: torch.dtype, batches: list[Batch])
 
     @torch.no_grad()
     def infer_theirs(batch: Batch) -> Tensor:
-        found = theirs.model(batch.padded["input_ids"], batch.padded["attention_mask"]).last_hidden_state
-        return found[batch.padded["attention_mask"].bool()].float().square().mean()
+        return hidden(batch)[batch.padded["attention_mask"].bool()].float().square().mean()
 
-    training = {"ours": train_ours, "padded": train_theirs, "padded, sparse prediction": train_sparse}
+    training = {"ours": train_ours, "padded": train_theirs, "padded, masked words alone": train_masked_alone}
     yield {"what": "training", **compared(training, batches, is_exact=dtype == torch.float32)}
     ours.eval(), theirs.eval()
     inference = {"ours": infer_ours, "padded": infer_theirs}
