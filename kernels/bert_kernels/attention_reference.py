@@ -1,17 +1,18 @@
 """Attention over packed sequences in plain torch: what `attention` is compared with, and what computes on a CPU.
 
 Sequences of similar length are padded to the longest of them and done together. Those that fit as a whole are one
-function with a gradient of its own: autograd would keep more, and add up the gradients of all groups in tensors of the
-whole stream. Letters as in `attention`; R rows of queries, C columns of keys.
+function with a gradient of its own, or torch's attention where that is faster: autograd would keep more, and add up the
+gradients of all groups in tensors of the whole stream. Letters as in `attention`; R rows of queries, C columns of keys.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -26,6 +27,9 @@ _FEW_SCORES = 1 << 17
 _WHOLE_LENGTH = 1024
 # Queries of a block in a window, at least.
 _MIN_WINDOW_ROWS = 128
+# torch's own attention on a CPU is faster in fp32 from this length on, 3 times forward at 512; in bf16, where its
+# backward is slow, it is half as fast at any length.
+_SDPA_LENGTH = 96
 
 
 def attention_reference(
@@ -54,15 +58,26 @@ def attention_reference(
         check_dropout(dropout_p, dropout_seed, qkv_T3HK.device)
         keep = _Dropout(dropout_p, dropout_seed, site)
     scale = softmax_scale if softmax_scale is not None else qkv_T3HK.shape[-1] ** -0.5
+    has_sdpa = qkv_T3HK.dtype == torch.float32 and qkv_T3HK.device.type == "cpu" and keep is None
     whole: list[_Group] = []
-    others: list[_Group] = []
+    others: list[tuple[_Group, Callable[[Tensor, _Group], Tensor]]] = []
     for starts, lengths in _groups(cu_seqlens):
+        size = lengths[0]
         group = _Group(*_token_grid(starts, lengths, qkv_T3HK.device), scale, window, keep)
-        (whole if _rows_together(lengths[0], window) == lengths[0] else others).append(group)
+        is_whole = _rows_together(size, window) == size
+        if has_sdpa and size >= _SDPA_LENGTH and (is_whole or window is None):
+            others.append((group, _by_sdpa))
+        elif is_whole:
+            whole.append(group)
+        else:
+            others.append((group, _in_blocks))
+    if len(others) == 1 and not whole and others[0][0].first == 0:
+        group, way = others[0]
+        return way(qkv_T3HK, group)
     out_THK = _Whole.apply(qkv_T3HK, whole)
-    for group in others:
+    for group, way in others:
         rows_P, inside_P = _real_places(group)
-        out_PHK = _in_blocks(qkv_T3HK, group)
+        out_PHK = way(qkv_T3HK, group)
         out_THK = out_THK.index_copy(0, rows_P, out_PHK if inside_P is None else out_PHK.index_select(0, inside_P))
     return out_THK if keep is None else out_THK * keep_scale(dropout_p)
 
@@ -78,6 +93,8 @@ class _Group(NamedTuple):
 
     offsets_NS: Tensor
     key_mask_NS: Tensor | None
+    first: int | None
+    """Where the group begins in the stream, if it is a stretch of it without padding."""
     scale: float
     window: int | None
     dropout: _Dropout | None
@@ -142,15 +159,25 @@ class _Whole(torch.autograd.Function):
 
 def _by_head(x_TPHK: Tensor, group: _Group, *, is_padding_zero: bool = False) -> Tensor:
     """Return (P, N H, S, K) of a stream (T, P, H, K), a tensor of its own; padding is a row of it, or zero."""
-    places = (*group.offsets_NS.shape, *x_TPHK.shape[1:])
-    x_NSPHK = x_TPHK.index_select(0, group.offsets_NS.flatten()).view(places)
+    x_NSPHK = _padded(x_TPHK, group)
     if is_padding_zero and group.key_mask_NS is not None:
         x_NSPHK.masked_fill_(~group.key_mask_NS[:, :, None, None, None], 0.0)
     return x_NSPHK.permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)
 
 
+def _padded(x_TPHK: Tensor, group: _Group) -> Tensor:
+    """Return (N, S, P, H, K) of a stream (T, P, H, K): a view of it where it is a stretch."""
+    places = (*group.offsets_NS.shape, *x_TPHK.shape[1:])
+    if group.first is not None:
+        return x_TPHK.narrow(0, group.first, group.offsets_NS.numel()).view(places)
+    return x_TPHK.index_select(0, group.offsets_NS.flatten()).view(places)
+
+
 def _put(stream: Tensor, padded: Tensor, group: _Group) -> None:
     """Write (N, S, ...) to its rows of a stream (T, ...)."""
+    if group.first is not None:
+        stream.narrow(0, group.first, group.offsets_NS.numel()).view(padded.shape).copy_(padded)
+        return
     rows_P, inside_P = _real_places(group)
     flat = padded.reshape(-1, *stream.shape[1:])
     stream.index_copy_(0, rows_P, flat if inside_P is None else flat.index_select(0, inside_P))
@@ -165,11 +192,19 @@ def _real_places(group: _Group) -> tuple[Tensor, Tensor | None]:
     return rows[inside_P], inside_P
 
 
+def _by_sdpa(qkv_T3HK: Tensor, group: _Group) -> Tensor:
+    """Return the output (N S, H, K) of one padded group, by torch's own attention."""
+    q_NHSK, k_NHSK, v_NHSK = _padded(qkv_T3HK, group).permute(2, 0, 3, 1, 4).unbind(0)
+    size = q_NHSK.shape[2]
+    bias = _score_bias(group, _Block(0, size, 0, size), q_NHSK)
+    out_NHSK = F.scaled_dot_product_attention(q_NHSK, k_NHSK, v_NHSK, attn_mask=bias, scale=group.scale)
+    return out_NHSK.transpose(1, 2).flatten(0, 1)
+
+
 def _in_blocks(qkv_T3HK: Tensor, group: _Group) -> Tensor:
     """Return the output (N S, H, K) of one padded group, by blocks of queries; kept values are not scaled yet."""
     size = group.offsets_NS.shape[1]
-    grid = (*group.offsets_NS.shape, *qkv_T3HK.shape[1:])
-    q, k, v = qkv_T3HK.index_select(0, group.offsets_NS.flatten()).view(grid).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = _padded(qkv_T3HK, group).permute(2, 0, 3, 1, 4).unbind(0)
     rows = _rows_together(size, group.window)
     # Scores in a window are linear in the tokens anyway; those of everything are made again rather than kept.
     is_made_again = group.window is None and torch.is_grad_enabled()
@@ -222,27 +257,33 @@ def _kept(group: _Group, block: _Block, q: Tensor, num_heads: int) -> Tensor | N
     )[..., block.first_key :]
 
 
-def _token_grid(starts: list[int], lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Return the packed index (N, S) of each place of a padded group, and where it is real (None: everywhere).
+def _token_grid(
+    starts: list[int], lengths: list[int], device: torch.device
+) -> tuple[Tensor, Tensor | None, int | None]:
+    """Return the packed index (N, S) of each place of a padded group, where it is real, and where a stretch begins.
 
-    A place beyond the end of its sequence points to the first token of that sequence.
+    A place beyond the end of its sequence points to the first token of that sequence. The mask is None where all are
+    real, the begin where they do not follow one another.
     """
-    position = torch.arange(lengths[0], device=device)
+    size = lengths[0]
+    position = torch.arange(size, device=device)
     offsets_NS = torch.tensor(starts, device=device)[:, None] + position
-    if min(lengths) == lengths[0]:
-        return offsets_NS, None
+    if min(lengths) == size:
+        is_stretch = all(after - before == size for before, after in itertools.pairwise(starts))
+        return offsets_NS, None, starts[0] if is_stretch else None
     mask_NS = position < torch.tensor(lengths, device=device)[:, None]
-    return torch.where(mask_NS, offsets_NS, offsets_NS[:, :1]), mask_NS
+    return torch.where(mask_NS, offsets_NS, offsets_NS[:, :1]), mask_NS, None
 
 
 def _groups(cu_seqlens: Tensor) -> Iterator[tuple[list[int], list[int]]]:
     """Yield (starts, lengths) of non-empty sequences of similar length, longest first."""
     bounds = cu_seqlens.tolist()
-    spans = sorted(((stop - start, start) for start, stop in itertools.pairwise(bounds)), reverse=True)
+    spans = ((stop - start, start) for start, stop in itertools.pairwise(bounds))
+    longest_first = sorted(spans, key=lambda span: (-span[0], span[1]))
     starts: list[int] = []
     lengths: list[int] = []
     wasted = 0
-    for length, start in spans:
+    for length, start in longest_first:
         wasted += lengths[0] ** 2 - length**2 if lengths else 0
         if lengths and ((length < _MIN_FILL * lengths[0] and wasted > _FEW_SCORES) or length == 0):
             yield starts, lengths
