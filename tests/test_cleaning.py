@@ -116,8 +116,9 @@ def test_a_cleaning_that_is_killed_goes_on_to_the_same_bytes(
 
     with pytest.raises(Killed):
         clean(text_input, tmp_path / "out", settings=SETTINGS, report=kill)
-    with (tmp_path / "out/text-00000.jsonl").open("a") as file:
-        file.write('{"text": "written and never comm')
+    for name in ("text-00000.jsonl", "removed.tsv"):
+        with (tmp_path / "out" / name).open("a") as file:
+            file.write('{"text": "written and never comm')
     with pytest.raises(ConfigError, match="was begun with other text or settings"):
         clean(text_input, tmp_path / "out", settings=SETTINGS._replace(near=0.9))
     counts = clean(text_input, tmp_path / "out", settings=SETTINGS)

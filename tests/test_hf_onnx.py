@@ -117,3 +117,19 @@ def test_a_folder_without_a_head_that_its_architecture_needs_is_refused(tmp_path
     path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": ["BertForTokenClassification"]}))
     with pytest.raises(CheckpointError, match=r"transformers finds no weights for .*classifier.weight"):
         write_onnx(tmp_path / "hf", tmp_path)
+
+
+def test_predict_answers_with_the_file_as_transformers_does_with_the_folder(classifier: Path) -> None:
+    from bert_ds.downstream.tuning.predictor import Predictor
+
+    texts = ["the cat.", "a", "the 中文 naïve, reading."]
+    predict = Predictor(classifier / "onnx")
+    *answers, empty = predict([*texts, ""], batch_size=2)
+    assert predict.kind == "classification" and empty["error"] == "text is empty"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(classifier / "onnx")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier)
+    for text, answer in zip(texts, answers, strict=True):
+        with torch.no_grad():
+            shares = model(**tokenizer(text, return_tensors="pt")).logits[0].softmax(0)
+        assert list(answer["probabilities"].values()) == pytest.approx(shares.tolist(), abs=1e-4)
+        assert answer["label"] == f"LABEL_{int(shares.argmax())}"

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.model_folder import folder_problem, require_model_folder
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.configuration.run_speed import CARDS
@@ -88,6 +89,29 @@ def score_arguments(words: Words = None) -> argparse.Namespace:
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(words)
+
+
+def predict_arguments(words: Words = None) -> argparse.Namespace:
+    """Return the command line of predict.py, whose folder and input are there."""
+    parser = verb_parser("predict")
+    parser.add_argument("--model", type=Path, required=True, help="fine-tuned Hugging Face folder, or its onnx/")
+    parser.add_argument("--input", default="-", metavar="FILE", help=".txt, .jsonl or .csv (default: standard input)")
+    parser.add_argument("--output", default="-", metavar="FILE", help=".jsonl or .csv (default: standard output)")
+    parser.add_argument("--input_format", choices=("txt", "jsonl", "csv"), help="where the ending does not say it")
+    parser.add_argument("--output_format", choices=("jsonl", "csv"), help="where the ending does not say it")
+    columns = "fields of a row (text, text_pair, question, context, choices, words) by their columns"
+    parser.add_argument("--columns", nargs="+", default=[], metavar="FIELD=COLUMN", help=columns)
+    parser.add_argument("--batch_size", type=int, default=32, help="rows at a time (default %(default)s)")
+    args = parser.parse_args(words)
+    if args.batch_size < 1:
+        parser.error(f"--batch_size: found {args.batch_size}, wanted at least 1")
+    for word in args.columns:
+        if "=" not in word:
+            parser.error(f"--columns: found {word}, wanted FIELD=COLUMN")
+    require_model_folder(args.model)
+    if args.input != "-" and not Path(args.input).is_file():
+        raise DataError(f"--input {args.input}: there is no such file")
+    return args
 
 
 def probe_arguments(words: Words = None) -> argparse.Namespace:

@@ -63,6 +63,10 @@ VERBS = {
         "--task sst2 --data DATA --model runs/sst2/hf",
         is_launched=True,
     ),
+    "predict": Verb(
+        "Answer texts with a fine-tuned folder: labels, entities, answers or vectors.",
+        "--model runs/sst2/hf --input reviews.csv --columns text=review --output labels.csv",
+    ),
     "probe": Verb(
         "Ask every layer of a model what it knows of a task.", "--task ud_pos --data DATA --model runs/mine/hf"
     ),

@@ -179,12 +179,13 @@ class _Cleaning:
 
 def _append(path: Path, size: int, lines: list[str]) -> int:
     """Cut a file to a size, add lines, force them to the disk, and return the new size."""
+    added = "".join(lines).encode("utf-8")
     with path.open("ab") as file:
         file.truncate(size)
-        file.write("".join(lines).encode("utf-8"))
+        file.write(added)
         file.flush()
         os.fsync(file.fileno())
-        return file.tell()
+    return size + len(added)
 
 
 def _remove(output: Path, *, every: bool = False) -> None:

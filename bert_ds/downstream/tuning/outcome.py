@@ -219,6 +219,7 @@ def _export(outcome: Outcome, model: TaskModel, step: int, figures: dict[str, fl
             "best step": step,
             **{f"validation {name}": f"{value:.4f}" for name, value in figures.items()},
         },
+        answering=task.answering.model_dump() if task.kind == "question_answering" else {},
     )
     output = outcome.run_dir / "hf"
     try:

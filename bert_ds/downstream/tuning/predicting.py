@@ -68,7 +68,7 @@ def predict_features(
             found = torch.cat((losses[: len(terms)], metrics)).double().cpu()
             totals = found if not len(totals) else totals + found
             counts = {name: count + batch.counts[name] for name, count in counts.items()}
-            for place, arrays in zip(batch.places, _scores_of_features(batch, scores), strict=True):
+            for place, arrays in zip(batch.places, scores_of_features(batch, scores), strict=True):
                 summaries[group[place]] = summarise(features[group[place]], arrays)
     model.train(was_training)
     return _gathered(terms, summaries, totals=totals, counts=counts)
@@ -79,7 +79,7 @@ def _pack(features: Sequence[Feature], group: Sequence[int], count_targets: Coun
     return pack(chosen, counts=count_targets(chosen))
 
 
-def _scores_of_features(batch: MicroBatch, scores: dict[str, Tensor]) -> list[dict[str, np.ndarray]]:
+def scores_of_features(batch: MicroBatch, scores: dict[str, Tensor]) -> list[dict[str, np.ndarray]]:
     """Cut the scores of a batch into those of its features."""
     bounds = list(accumulate(batch.sequences, initial=0))
     token_bounds = batch.cu_seqlens[bounds].tolist()

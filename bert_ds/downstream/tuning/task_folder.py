@@ -41,6 +41,8 @@ class TaskFacts(NamedTuple):
     """Tokens of the longest sequence of the task: what the folder's tokenizer cuts to."""
     figures: Mapping[str, object]
     """Rows of the model card."""
+    answering: Mapping[str, Any] = {}
+    """Of question answering: how contexts are cut and answers chosen."""
 
 
 def make_task_model(
@@ -123,7 +125,7 @@ def read_task_folder(folder: Path, kind: Kind, *, kernels: str) -> tuple[TaskMod
             found = content.get("architectures")
             raise CheckpointError(f"{folder}: architectures is {found}, wanted {wanted} for this task")
         if form.labels_name is not None:
-            labels[form.labels_name] = _labels(folder, content)
+            labels[form.labels_name] = folder_labels(folder, content)
         sources.append(source)
     model = make_task_model(kind, sources[0].config, labels, kernels=kernels)
     state: dict[str, Tensor] = {}
@@ -160,12 +162,14 @@ def _config(form: HfForm, config: EncoderConfig, facts: TaskFacts, tokenizer: Pa
         "id2label": {str(index): name for index, name in enumerate(names)},
         "label2id": {name: index for index, name in enumerate(names)},
         **form.facts,
+        **({"question_answering": dict(facts.answering)} if facts.answering else {}),
         "finetuned_task": facts.task,
         "tokenizer_fingerprint": facts.tokenizer_fingerprint,
     }
 
 
-def _labels(folder: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
+def folder_labels(folder: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the labels of a folder in the order of their ids; DataError where they have no names."""
     names = content.get("id2label")
     found = [names.get(str(index)) for index in range(len(names))] if isinstance(names, dict) else []
     if not found or not all(isinstance(name, str) for name in found) or len(set(found)) != len(found):
