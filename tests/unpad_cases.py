@@ -223,3 +223,9 @@ def assert_same_gradients(ours: nn.Module, plain: nn.Module, *, limit: float = 1
         theirs, my = zero if theirs is None else theirs, zero if my is None else my
         off = float((my - theirs).abs().max()) / max(float(theirs.abs().max()), 1e-3)
         assert off <= limit, f"{name}: off by {off:.1e} of its largest gradient"
+
+
+def assert_same_weights(ours: nn.Module, plain: nn.Module) -> None:
+    """Assert that every parameter is equal to fp32's rounding."""
+    for (name, mine), theirs in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
