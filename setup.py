@@ -85,6 +85,8 @@ setup(
             "onnxruntime>=1.22",
             "sentence-transformers>=5.1",
             "seqeval==1.2.2",
+            "accelerate>=1.10",
+            "peft>=0.18",
         ],
     },
     entry_points={"console_scripts": ["bert-ds = bert_ds.console:main"]},

@@ -7,7 +7,7 @@ project), pieces, steps, batch, peak rate, schedule, weight decay, dropout and c
 seed on the same machine; each draws its own order and dropout. Time is that of the training steps alone. The Trainer
 pads every batch to its longest row; this project does not pad.
 
-The Trainer wants accelerate, which nothing else here needs: pip install --no-deps accelerate.
+The Trainer wants accelerate, which the extra dev brings.
 Results are appended to tests/results/hf_trainer.jsonl; what is there is not run again. --table prints them.
 """
 

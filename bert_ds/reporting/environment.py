@@ -14,7 +14,20 @@ from bert_ds.basics.whole_files import write_json
 from bert_ds.configuration.reading.config_secrets import is_secret_name, is_secret_value
 from bert_ds.folders.kept_files import keeping_files
 
-_PACKAGES = ("bert-ds", "torch", "deepspeed", "triton", "transformers", "tokenizers", "numpy", "pydantic")
+CARRIED_KERNELS = "0.1.0"
+"""Version of the package bert_kernels that bert-ds carries; the distribution bert-kernels brings the same files."""
+
+_PACKAGES = (
+    "bert-ds",
+    "bert-kernels",
+    "torch",
+    "deepspeed",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "pydantic",
+)
 _ENVIRONMENT_NAMES = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 
@@ -48,6 +61,20 @@ def library_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def other_kernels() -> str | None:
+    """Return a sentence where bert-kernels is installed beside bert-ds at another version, None where it is not.
+
+    Both bring the files of bert_kernels, so those of the one that was installed last are on disk.
+    """
+    found = library_versions().get("bert-kernels", CARRIED_KERNELS)
+    if found == CARRIED_KERNELS:
+        return None
+    return (
+        f"bert-kernels {found} is installed beside bert-ds, which carries {CARRIED_KERNELS}: one has overwritten the "
+        "other's files; pip uninstall bert-kernels, then install bert-ds again"
+    )
 
 
 def _commit() -> str | None:

@@ -3,5 +3,7 @@
 For every operator `<op>` the file `<op>.py` offers two functions of the same signature:
 `<op>_reference` is plain torch, differentiable by autograd, on any device; `<op>` is the Triton operator, for CUDA
 tensors (CPU tensors too when the environment says TRITON_INTERPRET=1). Neither falls back to the other: the caller
-chooses. This package imports torch and triton only, and importing it costs nothing.
+chooses. This package imports torch and triton only, `bert_kernels.hf` alone transformers; importing it costs nothing.
 """
+
+__version__ = "0.1.0"

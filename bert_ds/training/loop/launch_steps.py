@@ -11,7 +11,7 @@ from deepspeed import DeepSpeedEngine
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import Ranks
 from bert_ds.configuration.recipe.run_config import RunConfig
-from bert_ds.reporting.environment import write_environment
+from bert_ds.reporting.environment import other_kernels, write_environment
 from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.checkpoints.checkpoint_loader import resume
 from bert_ds.training.checkpoints.train_state import LoopSettings, TrainState
@@ -41,6 +41,8 @@ def enter(folder: LaunchFolder, ranks: Ranks, *, total_steps: int, decision: Dec
     log = RunLog(folder.path, ranks, total_steps=total_steps)
     decision.say(log.info)
     write_environment(folder.path, ranks, devices=[device_name()])
+    if (said := other_kernels()) is not None:
+        log.warning(said)
     return log
 
 
