@@ -33,6 +33,7 @@ OPS = (
     "rotary",
     "lamb",
     "layer_norm",
+    "layer_norm_autocast",
     "mlm_cross_entropy",
     "embedding",
     "attention",

@@ -36,6 +36,7 @@ REPRESENTATIVES = (
     "attention d=64 s=128 p=0.1 bfloat16",
     "attention d=64 s=512 p=0.1 bfloat16",
     "dropout_add_layer_norm p=0.1 d=1024 bfloat16",
+    "dropout_add_layer_norm autocast p=0.1 d=1024",
     "dropout_add_then_norm p=0.0 d=1024 weight only bfloat16",
     "rotary d=64 bfloat16",
     "bias_gelu none f=3072 bfloat16",

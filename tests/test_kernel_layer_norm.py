@@ -251,6 +251,12 @@ def test_what_the_kernels_cannot_do_is_refused_with_both_numbers() -> None:
         layer_norm(x, vector[:15], vector, 1e-5)
     with pytest.raises(ValueError, match=r"residual_TD must be torch.float32 \[3, 16\] as x_TD, got torch.float32 \[2"):
         dropout_add_layer_norm(x, x[:2], vector, vector, 1e-5)
+    with pytest.raises(ValueError, match=r"as x_TD, or the same in torch.float32, got torch.float16 \["):
+        dropout_add_layer_norm(x.bfloat16(), x.half(), vector, vector, 1e-5)
+    with pytest.raises(ValueError, match=r"must be torch.float32 \[3, 16\] as x_TD, got torch.bfloat16 \["):
+        dropout_add_layer_norm(x, x.bfloat16(), vector, vector, 1e-5)
+    with pytest.raises(ValueError, match=r"residual_TD must be torch.bfloat16 \[3, 16\] as x_TD, got torch.float32 \["):
+        dropout_add_then_norm(x.bfloat16(), x, vector, vector, 1e-5)
     with pytest.raises(ValueError, match="dropout_seed is None"):
         dropout_add_layer_norm(x, x, vector, vector, 1e-5, dropout_p=0.1)
     with pytest.raises(

@@ -36,6 +36,11 @@ def grown(*shape: int) -> Tensor:
     return normal(*shape).requires_grad_()
 
 
+def half(leaf: Tensor) -> Tensor:
+    """A leaf of the same numbers in fp16."""
+    return leaf.detach().half().requires_grad_()
+
+
 def index(*values: int) -> Tensor:
     return torch.tensor(values, device=DEVICE)
 
@@ -71,11 +76,13 @@ def sample_arguments() -> dict[str, list[tuple[Any, ...]]]:
             (grown(3, 16), grown(3, 16), grown(16), grown(16), grown(16), 1e-5, 0.3, SEED, 5, False),
             (grown(3, 16), grown(3, 16), grown(16), None, grown(16), 1e-5, 0.3, SEED, 5, True),
             (grown(3, 16), None, grown(16), None, None, 1e-5, 0.0, None, 0, False),
+            (half(grown(3, 16)), grown(3, 16), grown(16), None, None, 1e-5, 0.0, None, 0, False),
         ],
         "layer_norm_backward": [
             (*(normal(3, 16), normal(3, 16), normal(16), True, normal(16), 0.3, SEED, 5), *row_gradients(), None),
             (*(normal(3, 16), None, normal(16), False, normal(16), 0.3, SEED, 5), *row_gradients(), normal(3, 16)),
             (*(normal(3, 16), None, normal(16), False, None, 0.0, None, 0), *row_gradients(), None),
+            (*(normal(3, 16).half(), normal(3, 16), normal(16), False, None, 0.0, None, 0), *row_gradients(), None),
         ],
         "rotary": [(grown(3, 3, 2, 10), index(0, 1, 7), 1e4, False), (normal(3, 3, 2, 10), index(2, 0, 1), 1e4, True)],
         "bias_gelu": [(grown(3, 16), grown(16), "none")],

@@ -63,8 +63,10 @@ def attention_run(lengths: tuple[int, ...], heads: int, head_dim: int, window: i
     return differentiated(lambda x: attention(x, bounds, max(lengths), window=window, **OPTIONS), qkv)
 
 
-def layer_norm_run(rows: int, width: int) -> Run:
+def layer_norm_run(rows: int, width: int, *, wide: bool = False) -> Run:
     tensors = (normal(rows, width), normal(rows, width, seed=1), normal(width), normal(width, seed=1), normal(width))
+    if wide:
+        tensors = (tensors[0], *(tensor.float() for tensor in tensors[1:]))
     return differentiated(
         lambda x, z, w, b, c: dropout_add_layer_norm(x, z, w, b, 1e-5, x_bias_D=c, **OPTIONS), *tensors
     )
@@ -117,6 +119,7 @@ SMALL: dict[str, Callable[[], Run]] = {
     "attention, long sequences": lambda: attention_run((130, 0, 1), 1, 64),
     "attention, window": lambda: attention_run((130, 3), 1, 20, window=5),
     "dropout_add_layer_norm": lambda: layer_norm_run(13, 300),
+    "dropout_add_layer_norm, autocast": lambda: layer_norm_run(13, 300, wide=True),
     "dropout_add_then_norm": lambda: pre_norm_run(13, 300),
     "layer_norm": lambda: plain_layer_norm_run(13, 300),
     "rotary": lambda: rotary_run(37, 2, 20),
@@ -135,6 +138,7 @@ LARGE: dict[str, Callable[[], Run]] = {
     "attention, head dim 128": lambda: attention_run((512,) * 4, 12, 128),
     "attention, window": lambda: attention_run((512,) * 4, 12, 64, window=64),
     "dropout_add_layer_norm": lambda: layer_norm_run(8191, 768),
+    "dropout_add_layer_norm, autocast": lambda: layer_norm_run(8191, 768, wide=True),
     "dropout_add_then_norm": lambda: pre_norm_run(8191, 1024),
     "layer_norm": lambda: plain_layer_norm_run(8191, 1024),
     "rotary": lambda: rotary_run(8191, 12, 64),

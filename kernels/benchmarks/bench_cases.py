@@ -178,6 +178,15 @@ def layer_norm_cases(device: torch.device, *, dry_run: bool) -> Iterator[Case]:
         work = Work(3 * size, 0), Work(5 * size, 0)
         yield Case("layer_norm", f"dropout_add p=0.1 {shape}", make, fused, *work, priority)
 
+        def make_wide(make: Callable[[], Inputs] = make) -> Inputs:
+            x, *others = make().tensors
+            others = [tensor.detach().float().requires_grad_() for tensor in others]
+            return Inputs((x, *others), {"seed": torch.tensor([7], device=device)})
+
+        # Residual, output and their gradients have twice the bytes, x and its gradient have not.
+        work = Work(5 * size, 0), Work(8 * size, 0)
+        yield Case("layer_norm", f"dropout_add autocast p=0.1 {shape}", make_wide, fused, *work, priority + 1)
+
 
 def token_shapes(dry_run: bool) -> list[tuple[int, int]]:
     """Return (tokens, hidden size) of BERT-base and BERT-large."""
@@ -196,7 +205,7 @@ def _plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _plain_dropout_add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Tensor:
-    return F.layer_norm(residual + F.dropout(x + x_bias, 0.1), weight.shape, weight, bias, EPS)
+    return F.layer_norm(residual + F.dropout(x + x_bias.to(x.dtype), 0.1), weight.shape, weight, bias, EPS)
 
 
 def bias_gelu_cases(device: torch.device, *, dry_run: bool) -> Iterator[Case]:

@@ -71,6 +71,22 @@ def layer_norm_case(width: int, dropout_p: float | None, dtype: torch.dtype = to
     return Case(f"{op} d={width} {str(dtype).removeprefix('torch.')}", run, multiplies=False)
 
 
+def autocast_norm_case(width: int, dropout_p: float) -> Case:
+    """Return dropout_add_layer_norm of x in bf16, everything else in fp32."""
+
+    def run() -> None:
+        x, residual, vector = (
+            numbers(NUM_TOKENS, width, dtype=torch.bfloat16),
+            numbers(NUM_TOKENS, width),
+            numbers(width),
+        )
+        call = LayerNormCall(x, residual, vector, vector, dropout_p, torch.zeros(1, dtype=torch.int64), 0)
+        y, _, mean, rstd = layer_norm_forward(call, vector, 1e-12)
+        layer_norm_backward(call, (mean, rstd), y, has_bias=True)
+
+    return Case(f"dropout_add_layer_norm autocast p={dropout_p} d={width}", run, multiplies=False)
+
+
 def pre_norm_case(width: int, dropout_p: float, *, has_biases: bool) -> Case:
     """Return dropout_add_then_norm in bf16, with both biases or, as in ModernBERT, with the weight alone."""
 
@@ -165,6 +181,7 @@ def cases() -> list[Case]:
     attention += [attention_case(64, 512, 0.1, torch.float16), attention_case(64, 512, 0.1, torch.float32)]
     layer_norm = [layer_norm_case(width, p) for width in (768, 1024) for p in (None, 0.0, 0.1)]
     layer_norm += [layer_norm_case(width, 0.1) for width in (256, 512, 2048, 4096)]
+    layer_norm += [autocast_norm_case(width, p) for width, p in ((768, 0.0), (768, 0.1), (1024, 0.1), (4096, 0.1))]
     layer_norm += [pre_norm_case(width, 0.0, has_biases=False) for width in (768, 1024)]
     layer_norm.append(pre_norm_case(1024, 0.1, has_biases=True))
     rotary = [rotary_case(64), rotary_case(128), rotary_case(64, torch.float32)]

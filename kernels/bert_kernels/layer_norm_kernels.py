@@ -42,7 +42,7 @@ def _layer_norm_fwd_kernel(  # type: ignore[no-untyped-def]
     num_rows, eps, keep_scale, site,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     HAS_X_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, THRESHOLD: tl.constexpr, RETURNS_SUM: tl.constexpr,
-    CPU_BF16: tl.constexpr,
+    CPU_BF16_Y: tl.constexpr,
 ):  # fmt: skip
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -55,7 +55,7 @@ def _layer_norm_fwd_kernel(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     if RETURNS_SUM:
         # What is normalised is the sum as it is stored: backward and the next layer read that one.
-        rounded = as_operand(z, sum_ptr.dtype.element_ty, CPU_BF16)
+        rounded = as_operand(z, sum_ptr.dtype.element_ty, CPU_BF16_Y)
         tl.store(sum_ptr + offs, rounded, mask=mask)
         z = rounded.to(tl.float32)
     # Columns past the end must not count: x_bias and dropout leave them 0, the difference from the mean would not.
@@ -66,7 +66,7 @@ def _layer_norm_fwd_kernel(  # type: ignore[no-untyped-def]
     y = centred * rstd[:, None] * weight[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + offs_d, mask=offs_d < WIDTH, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + offs, as_operand(y, y_ptr.dtype.element_ty, CPU_BF16), mask=mask)
+    tl.store(y_ptr + offs, as_operand(y, y_ptr.dtype.element_ty, CPU_BF16_Y), mask=mask)
     tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
@@ -77,7 +77,7 @@ def _layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
     seed_ptr, num_rows, keep_scale, site,
     WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     HAS_X_BIAS: tl.constexpr, HAS_BIAS: tl.constexpr, THRESHOLD: tl.constexpr, RETURNS_SUM: tl.constexpr,
-    CPU_BF16: tl.constexpr,
+    STORES_DX: tl.constexpr, CPU_BF16_X: tl.constexpr, CPU_BF16_Y: tl.constexpr,
 ):  # fmt: skip
     # A returned sum is read as it is, and the mask is drawn where dx needs it.
     ADDS_X_BIAS: tl.constexpr = HAS_X_BIAS and not RETURNS_SUM
@@ -111,12 +111,13 @@ def _layer_norm_bwd_kernel(  # type: ignore[no-untyped-def]
         dz = (wdy - mean_wdy[:, None] - x_hat * mean_wdy_x_hat[:, None]) * rstd[:, None]
         if RETURNS_SUM:
             dz += tl.load(dsum_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dz_ptr + offs, as_operand(dz, dz_ptr.dtype.element_ty, CPU_BF16), mask=mask)
+        tl.store(dz_ptr + offs, as_operand(dz, dz_ptr.dtype.element_ty, CPU_BF16_Y), mask=mask)
         if THRESHOLD < 256:
             if RETURNS_SUM:
                 keep = keep_hidden_tile(tl.load(seed_ptr), first_row, site, THRESHOLD, BLOCK_M, BLOCK_D)
             dz = tl.where(keep, dz * keep_scale, 0.0)
-            tl.store(dx_ptr + offs, as_operand(dz, dz_ptr.dtype.element_ty, CPU_BF16), mask=mask)
+        if STORES_DX:
+            tl.store(dx_ptr + offs, as_operand(dz, dx_ptr.dtype.element_ty, CPU_BF16_X), mask=mask)
         if HAS_X_BIAS:
             dx_bias += tl.sum(dz, 0)
     partials_ptr += tl.program_id(0).to(tl.int64) * ((1 + HAS_BIAS + HAS_X_BIAS) * WIDTH)
@@ -139,12 +140,22 @@ class LayerNormCall:
     dropout_seed: Tensor | None
     site: int
 
+    @property
+    def stream_TD(self) -> Tensor:
+        """What y and the gradient of z look like: the residual, or x without one."""
+        return self.x_TD if self.residual_TD is None else self.residual_TD
+
+    @property
+    def stores_dx(self) -> bool:
+        """Whether the gradient of x is another tensor than that of z."""
+        return keep_threshold(self.dropout_p) < 256 or self.x_TD.dtype != self.stream_TD.dtype
+
     def arguments(self) -> dict[str, Any]:
         """Return the arguments that both kernels take; pointers that are not read are x's."""
         x = self.x_TD
         return {
             "x_ptr": x,
-            "residual_ptr": x if self.residual_TD is None else self.residual_TD,
+            "residual_ptr": self.stream_TD,
             "x_bias_ptr": x if self.x_bias_D is None else self.x_bias_D,
             "weight_ptr": self.weight_D,
             "seed_ptr": x if self.dropout_seed is None else self.dropout_seed,
@@ -156,7 +167,7 @@ class LayerNormCall:
             "HAS_RESIDUAL": self.residual_TD is not None,
             "HAS_X_BIAS": self.x_bias_D is not None,
             "THRESHOLD": keep_threshold(self.dropout_p),
-            "CPU_BF16": cpu_bf16(x.dtype),
+            "CPU_BF16_Y": cpu_bf16(self.stream_TD.dtype),
         }
 
 
@@ -165,8 +176,8 @@ def layer_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y (T, D), z as it is normalised (T, D; (0,) unless it is asked for), mean (T) and rstd (T)."""
     x = call.x_TD
-    y = torch.empty_like(x)
-    z = torch.empty_like(x) if returns_sum else x.new_empty(0)
+    y = torch.empty_like(call.stream_TD)
+    z = torch.empty_like(y) if returns_sum else y.new_empty(0)
     mean, rstd = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
     arguments = call.arguments()
     tile = pick_tile(LAYER_NORM, x.device, arguments["BLOCK_D"])
@@ -198,8 +209,8 @@ def layer_norm_backward(
         has_bias: whether forward had a bias after the weight.
     """
     x = call.x_TD
-    dz = torch.empty_like(x)
-    dx = torch.empty_like(x) if keep_threshold(call.dropout_p) < 256 else x.new_empty(0)
+    dz = torch.empty_like(call.stream_TD)
+    dx = torch.empty_like(x) if call.stores_dx else x.new_empty(0)
     arguments = call.arguments()
     tile = pick_tile(LAYER_NORM, x.device, arguments["BLOCK_D"])
     programs = min(tile.block_n, cdiv(x.shape[0], tile.block_m))
@@ -216,6 +227,8 @@ def layer_norm_backward(
         "BLOCK_M": tile.block_m,
         "HAS_BIAS": has_bias,
         "RETURNS_SUM": dsum is not None,
+        "STORES_DX": call.stores_dx,
+        "CPU_BF16_X": cpu_bf16(x.dtype),
     }
     launch(_layer_norm_bwd_kernel, (programs,), tile, arguments | own)
     return dz, dx, column_sums(partials, call.weight_D.dtype)
