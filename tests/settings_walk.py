@@ -17,7 +17,7 @@ from bert_ds.reporting.run_log import read_rows
 from bert_ds.training.checkpoints.checkpoint_folder import candidates
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 
-FIGURES = re.compile(r"kind|step|lr|grad_norm|num_tokens|sources|trust.*|loss.*|perplexity|.*_accuracy")
+FIGURES = re.compile(r"kind|step|lr|grad_norm|num_tokens|filling_share|sources|trust.*|loss.*|perplexity|.*_accuracy")
 """What of a row of training does not depend on a clock."""
 
 

@@ -19,15 +19,21 @@ from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.encoder.hf_folder import load_hf_folder
 from bert_ds.encoder.hf_mapping import from_hf
 from bert_ds.export_hf import export
+from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 
 STAGES = (0, 1, 2, 3)
 PLAIN = [Run(f"zero{stage}", stage) for stage in STAGES]
 MUON = Run("muon", 2, optimizer="muon")
 WHOLE = [Run(f"whole{stage}", stage, dropout=0.1, recompute=True) for stage in STAGES]
+FILLED = [
+    Run("filled", 1, settings=("training.few_shapes=true",)),
+    Run("filled, whole", 2, dropout=0.1, recompute=True, settings=("training.few_shapes=true",)),
+    Run("filled, resumed", 2, dropout=0.1, resumes="filled, whole", settings=("training.few_shapes=true",)),
+]
 RESUMED = [Run(f"resumed{stage}", stage, dropout=0.1, resumes=f"whole{stage}") for stage in STAGES]
 RUNS = {1: [PLAIN[0], PLAIN[2], Run("muon", 0, optimizer="muon"), PLAIN[1], PLAIN[3]]}
-RUNS[2] = [PLAIN[0], MUON, *PLAIN[1:], *WHOLE, *RESUMED]
+RUNS[2] = [PLAIN[0], MUON, *PLAIN[1:], *WHOLE, *RESUMED, *FILLED]
 
 
 @pytest.fixture(scope="module", params=WIRED)
@@ -50,6 +56,23 @@ def test_every_stage_on_one_and_two_ranks_is_one_curve(trained: tuple[EncoderCon
             assert losses(run_folder(folder, world_size, run)) == pytest.approx(wanted, rel=2e-5), run
     muon = [losses(run_folder(folder, world_size, MUON)) for world_size in (1, 2)]
     assert muon[0] == pytest.approx(muon[1], rel=2e-5) and muon[0] != pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_run_whose_batches_are_filled_up_is_the_same_run_and_resumes_to_the_same_bits(
+    trained: tuple[EncoderConfig, Path],
+) -> None:
+    _, folder = trained
+    plain, whole, resumed = (run_folder(folder, 2, run) for run in FILLED)
+    assert losses(plain) == pytest.approx(losses(run_folder(folder, 1, PLAIN[0])), rel=2e-5)
+    assert losses(whole) == losses(resumed) == pytest.approx(losses(run_folder(folder, 2, WHOLE[2])), rel=2e-5)
+    evaluations = (read_metrics(run / "metrics.jsonl", "evaluation")[-1]["loss"] for run in (plain, whole))
+    wanted = (
+        read_metrics(run_folder(folder, 2, run) / "metrics.jsonl", "evaluation")[-1]["loss"]
+        for run in (PLAIN[1], WHOLE[2])
+    )
+    assert list(evaluations) == pytest.approx(list(wanted), rel=2e-5)
+    shares = {row["filling_share"] for row in read_metrics(plain / "metrics.jsonl")}
+    assert all(0 < share < 0.2 for share in shares)
 
 
 def test_a_run_without_recomputed_layers_goes_on_from_one_with_them_to_the_same_bits(

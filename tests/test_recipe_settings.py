@@ -208,6 +208,7 @@ CHANGES = {
     "training.train_batch_size": Change(6),
     "training.precision": Change("bf16"),
     "training.gradient_clipping": Change(0.05),
+    "training.few_shapes": Change(True),
     "training.log_every_steps": Change(3),
     "stages.0.until": Change(0.25, STAGED),
     "stages.0.max_seq_length": Change(24, STAGED),

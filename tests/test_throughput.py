@@ -33,6 +33,14 @@ def test_padding_avoided_is_the_share_of_the_padded_batch() -> None:
     assert metered(Clock()).report(steps_left=0)["padding_avoided"] == 0.5
 
 
+def test_the_share_of_fillings_is_of_all_tokens_and_unknown_where_there_are_none() -> None:
+    meter = metered(Clock())
+    assert meter.report(steps_left=0)["filling_share"] is None
+    meter.add(num_tokens=750, padded_tokens=800, data_wait_s=0.0, filling_tokens=250)
+    assert meter.report(steps_left=0)["filling_share"] == 0.25
+    assert meter.report(steps_left=0)["filling_share"] is None
+
+
 def test_the_data_wait_is_the_mean_over_ranks() -> None:
     assert metered(Clock()).report(steps_left=0)["data_wait_share"] == 0.25
 

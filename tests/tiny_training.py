@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bert_ds.basics.loss_term import LossTerm
+from bert_ds.basics.micro_batch import NO_FILLINGS, Fillings
 from bert_ds.basics.ranks import Ranks
 from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
 from bert_ds.reporting.run_log import RunLog
@@ -71,6 +72,7 @@ class TinyBatch:
     y_T: Tensor
     pair_N: Tensor
     kind_counts: ClassVar[dict[str, int]] = {}
+    fillings: ClassVar[Fillings] = NO_FILLINGS
     example_ids: ClassVar[None] = None
 
     @property

@@ -7,11 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Fillings(NamedTuple):
+    """What lies at the end of a micro-batch to make its shape one of few; no loss sees it, and no count has it."""
+
+    tokens: int = 0
+    sequences: int = 0
+    words: int = 0
+    """To predict, as it were: their label is IGNORE_INDEX."""
+
+
+NO_FILLINGS = Fillings()
 
 
 @dataclass(frozen=True)
@@ -41,16 +53,18 @@ class MicroBatch:
     """Of a task: index of each part of the batch among the features that were packed."""
     sequences: tuple[int, ...] = ()
     """Of a task: sequences of each feature, in the order of `places`."""
+    fillings: Fillings = NO_FILLINGS
+    """Of pre-training: what the tensors hold beside this micro-batch, at their ends."""
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all sequences, [CLS] and [SEP] included."""
-        return self.input_ids_T.shape[0]
+        return self.input_ids_T.shape[0] - self.fillings.tokens
 
     @property
     def num_sequences(self) -> int:
         """Sequences in the micro-batch."""
-        return self.cu_seqlens.shape[0] - 1
+        return self.cu_seqlens.shape[0] - 1 - self.fillings.sequences
 
     @property
     def padded_tokens(self) -> int:
@@ -73,7 +87,9 @@ class MicroBatch:
         """Keyword arguments of the model's forward, without the dropout seed."""
         names = ("input_ids_T", "token_type_ids_T", "position_ids_T", "cu_seqlens", "max_seqlen", "targets")
         inputs = {name: getattr(self, name) for name in names}
-        return inputs | {"kind_counts": tuple(self.kind_counts.values())} if self.kind_counts else inputs
+        if self.kind_counts:
+            inputs["kind_counts"] = tuple(self.kind_counts.values())
+        return inputs | {"fillings": self.fillings} if any(self.fillings) else inputs
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
         values = {one.name: getattr(self, one.name) for one in fields(self)}

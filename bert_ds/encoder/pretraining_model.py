@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bert_ds.basics.micro_batch import NO_FILLINGS, Fillings
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.fused_ops import fused_ops
@@ -80,6 +81,7 @@ class PretrainingModel(nn.Module):
         max_seqlen: int,
         targets: Mapping[str, Tensor],
         kind_counts: tuple[int, ...] = (),
+        fillings: Fillings = NO_FILLINGS,
         dropout_seed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (loss_sums_L, metric_sums_M) of a packed micro-batch, see `objectives.objective.stacked`.
@@ -88,6 +90,7 @@ class PretrainingModel(nn.Module):
             input_ids_T, token_type_ids_T, position_ids_T, cu_seqlens, max_seqlen, dropout_seed: see `BertEncoder`.
             targets: by name, those that the objectives read.
             kind_counts: in an evaluation, the number of words to predict of each kind, one kind behind the other.
+            fillings: what lies at the end of the stream and of the targets and counts for nothing.
         """
         stream = {
             "input_ids_T": input_ids_T,
@@ -97,7 +100,7 @@ class PretrainingModel(nn.Module):
             "max_seqlen": max_seqlen,
             "dropout_seed": dropout_seed,
         }
-        seen = Seen(self.bert, stream, targets, kind_counts)
+        seen = Seen(self.bert, stream, targets, kind_counts, fillings=fillings)
         return stacked(self.terms, [objective.sums(self, seen) for objective in self.objectives])
 
     @torch.no_grad()

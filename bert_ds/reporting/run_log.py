@@ -158,6 +158,7 @@ def step_line(step: int, total_steps: int, *, values: Mapping[str, Any]) -> str:
         ("grad", "grad_norm", "{:.3g}"),
         ("", "tokens_per_s", "{:,.0f} tokens/s"),
         ("padding avoided", "padding_avoided", "{:.0%}"),
+        ("filling", "filling_share", "{:.1%}"),
         ("MFU", "mfu", "{:.1%}"),
         ("data wait", "data_wait_share", "{:.0%}"),
         ("slow:", "slow_rank", "{}"),

@@ -42,6 +42,8 @@ class DataSettings:
     """Place of the order, from 0, from which on the fields above hold."""
     earlier: tuple[DataStage, ...] = ()
     """What holds before that place, in turn, from place 0 on."""
+    few_shapes: bool = False
+    """Whether micro-batches are filled up to a few sizes, which makes no difference to what is trained."""
 
     @property
     def stages(self) -> tuple[DataStage, ...]:
@@ -82,7 +84,13 @@ def data_settings(run: RunConfig, stages: Sequence[RunStage]) -> DataSettings:
         for one in stages
     ]
     return DataSettings(
-        last.sequences, last.masking, run.seed, last.train_batch_size, last.first_step, earlier=tuple(earlier)
+        last.sequences,
+        last.masking,
+        run.seed,
+        last.train_batch_size,
+        last.first_step,
+        earlier=tuple(earlier),
+        few_shapes=run.training.few_shapes,
     )
 
 

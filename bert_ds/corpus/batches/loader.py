@@ -33,6 +33,7 @@ from bert_ds.corpus.batches.batch_order import Mixture, balance, deal, global_ba
 from bert_ds.corpus.batches.batch_stages import DataSettings, OpenStage, open_stages, stage_facts
 from bert_ds.corpus.batches.collate import collate
 from bert_ds.corpus.batches.evaluation_masks import EvaluationMasker, split_key
+from bert_ds.corpus.batches.few_shapes import filled
 from bert_ds.corpus.batches.mlm_masking import MaskedExample, Masker
 from bert_ds.corpus.batches.sequences import ExampleTable, build_examples, content_hash
 from bert_ds.corpus.batches.unigram import piece_counts, unigram_cross_entropy
@@ -206,7 +207,7 @@ class PretrainingData:
         masker = EvaluationMasker(vocab_size=self._tokenizer.vocab_size, special_ids=special, mask_id=special.mask)
         keys = np.array([split_key(table.split) for table in tables], dtype=np.uint64)
         own = range(rank * num_batches, (rank + 1) * num_batches)
-        return (examples.pack_held_out(np.flatnonzero(parts == part), masker, keys=keys) for part in own)
+        return (self._shaped(examples.pack_held_out(np.flatnonzero(parts == part), masker, keys=keys)) for part in own)
 
     def unigram_cross_entropy(self, num_examples: int, *, batch_size: int, world_size: int) -> float:
         """Cross-entropy in nats of all ranks' evaluated targets at [MASK] under the training text's frequencies."""
@@ -229,17 +230,15 @@ class PretrainingData:
         special = self._tokenizer.special_ids
         input_ids = np.full(length, special.mask, dtype=np.int32)
         input_ids[[0, -1]] = special.cls, special.sep
-        positions = np.arange(1, 1 + num_masked)
-        has_pair = self._settings.sequences.sentence_pair != "none"
         example = MaskedExample(
             input_ids=input_ids,
             token_type_ids=np.zeros(length, dtype=np.int8),
-            pair_label=0 if has_pair else IGNORE_INDEX,
-            positions=positions,
+            pair_label=IGNORE_INDEX if self._settings.sequences.sentence_pair == "none" else 0,
+            positions=np.arange(1, 1 + num_masked),
             labels=np.full(num_masked, special.unk, dtype=np.int32),
             key=(0, 0, 0),
         )
-        return collate([example] * micro_batch_size)
+        return self._shaped(collate([example] * micro_batch_size))
 
     def source_counts(self, first_step: int, last_step: int) -> dict[str, SourceCount]:
         """Examples and tokens of each source in steps first_step to last_step - 1, over all ranks."""
@@ -254,7 +253,12 @@ class PretrainingData:
         stage = self._stage_of(step)
         examples = stage.examples(step)
         parts = deal(examples.lengths, num_parts=split.num_parts)
-        return [examples.pack(np.flatnonzero(parts == part), stage.masker) for part in split.parts_of(rank)]
+        return [
+            self._shaped(examples.pack(np.flatnonzero(parts == part), stage.masker)) for part in split.parts_of(rank)
+        ]
+
+    def _shaped(self, batch: MicroBatch) -> MicroBatch:
+        return filled(batch) if self._settings.few_shapes else batch
 
     def _stage_of(self, step: int) -> OpenStage:
         return next(stage for stage in reversed(self._stages) if stage.settings.first_step <= step)

@@ -11,7 +11,6 @@ whole, in the dtype of the student. Letters as in `encoder/families/bert.py`.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -72,12 +71,16 @@ class TaughtWords(MaskedWords):
         """See `Objective.sums`; the teacher drops nothing."""
         positions_P = seen.targets["masked_positions"]
         taught_TD = self.teacher.hidden_states(seen.hidden_TD, **{**seen.stream, "dropout_seed": None})
-        also = partial(
-            soft_target_loss,
-            teacher=self.teacher.decoder(taught_TD.index_select(0, positions_P)),
-            vocab_size=model.config.vocab_size,
-            temperature=self.temperature,
-        )
+        taught_PD = taught_TD.index_select(0, seen.real_words(positions_P))
+
+        def also(student: Decoder) -> Tensor:
+            return soft_target_loss(
+                student._replace(transformed_PD=seen.real_words(student.transformed_PD)),
+                self.teacher.decoder(taught_PD),
+                vocab_size=model.config.vocab_size,
+                temperature=self.temperature,
+            )
+
         loss, num_correct, soft_loss = model.predictions(
             seen.hidden_TD.index_select(0, positions_P),
             seen.targets["masked_labels"],
@@ -89,7 +92,8 @@ class TaughtWords(MaskedWords):
         if len(self.terms) > 2:
             # A node of its own sums the cosine's gradients before those of other objectives are added: the last bits
             # then do not depend on whether those come before it or behind it.
-            losses["hidden"] = angle_loss(seen.hidden_TD.view_as(seen.hidden_TD), taught_TD)
+            own_TD = seen.hidden_TD.view_as(seen.hidden_TD)
+            losses["hidden"] = angle_loss(seen.real_tokens(own_TD), seen.real_tokens(taught_TD))
         return Sums(losses, {"mlm_correct": num_correct})
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_ds.basics.loss_term import LossTerm
+from bert_ds.basics.micro_batch import NO_FILLINGS, Fillings
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.encoder.fused_ops import FusedOps
 
@@ -25,12 +26,20 @@ class Seen:
         stream: arguments of its forward, the dropout seed among them.
         targets: of the batch, by name.
         kind_counts: in an evaluation, the number of words to predict of each kind, one kind behind the other.
+        fillings: what lies at the end of the stream and of the targets. Labels there are IGNORE_INDEX; an objective
+            that has a target without a label leaves them out, see `real_tokens` and `real_words`.
     """
 
     def __init__(
-        self, encoder: nn.Module, stream: dict[str, Any], targets: Mapping[str, Tensor], kind_counts: tuple[int, ...]
+        self,
+        encoder: nn.Module,
+        stream: dict[str, Any],
+        targets: Mapping[str, Tensor],
+        kind_counts: tuple[int, ...],
+        *,
+        fillings: Fillings = NO_FILLINGS,
     ) -> None:
-        self._encoder = encoder
+        self._encoder, self._fillings = encoder, fillings
         self.stream, self.targets, self.kind_counts = stream, targets, kind_counts
         self._hidden_TD: Tensor | None = None
 
@@ -43,6 +52,14 @@ class Seen:
         if self._hidden_TD is None:  # a cached property takes a lock, which torch.compile cannot see through
             self._hidden_TD = self._encoder(**self.stream)
         return self._hidden_TD
+
+    def real_tokens(self, rows: Tensor) -> Tensor:
+        """Return the rows, one for each token, without those of fillings."""
+        return rows[: rows.shape[0] - self._fillings.tokens]
+
+    def real_words(self, rows: Tensor) -> Tensor:
+        """Return the rows, one for each word to predict, without those of fillings."""
+        return rows[: rows.shape[0] - self._fillings.words]
 
 
 class Sums(NamedTuple):

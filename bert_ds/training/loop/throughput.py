@@ -52,18 +52,20 @@ class Throughput:
     num_tokens: float = 0.0
     num_flops: float = 0.0
     padded_tokens: float = 0.0
+    filling_tokens: float = 0.0
     data_wait_s: float = 0.0
     _started: float = field(init=False)
 
     def __post_init__(self) -> None:
         self._started = self.clock()
 
-    def add(self, *, num_tokens: float, padded_tokens: float, data_wait_s: float) -> None:
-        """Add one optimizer step's totals over all ranks."""
+    def add(self, *, num_tokens: float, padded_tokens: float, data_wait_s: float, filling_tokens: float = 0.0) -> None:
+        """Add one optimizer step's totals over all ranks; fillings are not among the tokens."""
         self.num_steps += 1
         self.num_tokens += num_tokens
         self.num_flops += num_tokens * (self.flops_per_token or 0.0)
         self.padded_tokens += padded_tokens
+        self.filling_tokens += filling_tokens
         self.data_wait_s += data_wait_s
 
     @contextmanager
@@ -80,12 +82,16 @@ class Throughput:
         figures = {
             "tokens_per_s": tokens_per_s,
             "padding_avoided": 1.0 - self.num_tokens / self.padded_tokens if self.padded_tokens else 0.0,
+            "filling_share": self.filling_tokens / (self.num_tokens + self.filling_tokens)
+            if self.filling_tokens
+            else None,
             "mfu": self._mfu(self.num_flops / seconds),
             "data_wait_share": min(1.0, self.data_wait_s / self.world_size / seconds),
             "seconds": seconds,
             "eta_s": steps_left * seconds / max(self.num_steps, 1),
         }
-        self.num_steps, self.num_tokens, self.num_flops, self.padded_tokens, self.data_wait_s = 0, 0.0, 0.0, 0.0, 0.0
+        self.num_steps, self.num_tokens, self.num_flops = 0, 0.0, 0.0
+        self.padded_tokens, self.filling_tokens, self.data_wait_s = 0.0, 0.0, 0.0
         self._started = self.clock()
         return figures
 

@@ -158,7 +158,10 @@ class _Training:
         applied, grad_norm = take_step(engine)
         state.advance(applied, examples=engine.train_batch_size())
         services.throughput.add(
-            num_tokens=totals.num_tokens, padded_tokens=totals.padded_tokens, data_wait_s=totals.data_wait_s
+            num_tokens=totals.num_tokens,
+            padded_tokens=totals.padded_tokens,
+            filling_tokens=totals.filling_tokens,
+            data_wait_s=totals.data_wait_s,
         )
         return Step(number, lr, totals, sums, applied, grad_norm, micro_batches)
 

@@ -28,6 +28,8 @@ class StepTotals(NamedTuple):
     """Targets by name."""
     num_tokens: float
     padded_tokens: float
+    filling_tokens: float
+    """Which are not among the others."""
     data_wait_s: float
     stop: bool
 
@@ -67,8 +69,11 @@ def agree_on_totals(micro_batches: Sequence[MicroBatch], *, data_wait_s: float, 
     counts = [sum(batch.counts[name] for batch in micro_batches) for name in names]
     tokens: float = sum(batch.num_tokens for batch in micro_batches)
     padded: float = sum(batch.padded_tokens for batch in micro_batches)
-    *counts, tokens, padded, waited, stops = sum_over_ranks([*counts, tokens, padded, data_wait_s, float(stop)])
-    return StepTotals(dict(zip(names, counts, strict=True)), tokens, padded, waited, stops > 0)
+    filling: float = sum(batch.fillings.tokens for batch in micro_batches)
+    *counts, tokens, padded, filling, waited, stops = sum_over_ranks(
+        [*counts, tokens, padded, filling, data_wait_s, float(stop)]
+    )
+    return StepTotals(dict(zip(names, counts, strict=True)), tokens, padded, filling, waited, stops > 0)
 
 
 def forward_backward(
