@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 from bench_bars import bars_table
 from bench_harness import RESULTS, append_rows, read_rows, recorded
-from gpu_first_stages import GOES_ON, ROOT, ZERO_STAGES, Stage, facts_stage, figures_in, make_stages
+from gpu_first_stages import GOES_ON, ROOT, ZERO_STAGES, Stage, counts_of_tests, facts_stage, figures_in, make_stages
 
 DONE, FAILED, UNFINISHED, WAITING = "done", "failed", "unfinished", "not tried"
 OUTCOME = "outcome"
@@ -93,11 +93,10 @@ def run_stage(stage: Stage, limit_s: float, *, log: Path, environment: Mapping[s
             if state != DONE:
                 break
     text = log.read_text(encoding="utf-8", errors="replace")
-    if passed := re.findall(r"^=*\s*(\d+ passed.*?)\s*=*$", text, re.MULTILINE):
-        note = f"{note}; {passed[-1]}".removeprefix("; ")
+    tests = counts_of_tests(text) if any("pytest" in command for command in stage.commands) else []
     if state == DONE and GOES_ON in text:
         state, note = UNFINISHED, "something is left for the next call"
-    return Outcome(state, time.monotonic() - begun, note, figures_in(text))
+    return Outcome(state, time.monotonic() - begun, note, [*figures_in(text), *tests])
 
 
 def _run(words: list[str], limit_s: float, *, output: Any, environment: Mapping[str, str]) -> int | None:

@@ -6,6 +6,8 @@ A stage is a chain of commands with a time limit. A command prints what it has m
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +18,7 @@ FIGURE = "figure: "
 GOES_ON = "run again to go on"
 """Printed by a benchmark that has left something for the next call."""
 ZERO_STAGES = (1, 2, 3)
+_MARKS = {".": "passed", "F": "failed", "E": "errors", "s": "skipped", "x": "xfailed", "X": "xpassed"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,21 @@ def figures_in(text: str) -> list[tuple[str, str, str]]:
     """Return (name, value, unit) of all figures in the output of a command."""
     lines = (line for line in text.splitlines() if line.startswith(FIGURE))
     return [tuple(json.loads(line[len(FIGURE) :])) for line in lines]
+
+
+def counts_of_tests(text: str) -> list[tuple[str, str, str]]:
+    """Return how many tests passed, failed and so on as figures, from the output of `pytest -q`.
+
+    They stand in its last line; where it was stopped before that they are counted by its marks.
+    """
+    ends = re.findall(r"^=*\s*((?:\d+ [a-z]+, )*\d+ [a-z]+) in [\d.]+s", text, re.MULTILINE)
+    if ends:
+        counts = [part.split() for part in ends[-1].split(", ")]
+    else:
+        rows = re.findall(r"^([.sxXFE]+)(?:\s+\[\s*\d+%\])?$", text, re.MULTILINE)
+        marks = Counter("".join(rows))
+        counts = [[str(marks[mark]), name] for mark, name in _MARKS.items() if marks[mark]]
+    return [(f"tests {name}", number, "") for number, name in counts]
 
 
 def facts_stage(commit: str | None) -> Stage:
