@@ -118,4 +118,7 @@ def test_the_engine_waits_as_the_readme_says(
 def test_the_shipped_files_have_what_waits_least() -> None:
     zero = {stage: json.loads((CONFIGS / f"zero{stage}.json").read_text())["zero_optimization"] for stage in (1, 2, 3)}
     assert not zero[1]["overlap_comm"] and not zero[2]["overlap_comm"]
-    assert zero[3]["reduce_bucket_size"] == zero[3]["stage3_prefetch_bucket_size"] == 50_000_000
+    # Which fits the model: see test_a_bucket_that_is_auto_holds_the_model_and_at_most_fifty_million_numbers.
+    assert zero[3]["reduce_bucket_size"] == zero[3]["stage3_prefetch_bucket_size"] == "auto"
+    for stage in (1, 2):
+        assert zero[stage]["reduce_bucket_size"] == zero[stage]["allgather_bucket_size"] == "auto"

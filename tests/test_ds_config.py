@@ -115,13 +115,25 @@ def test_the_effective_configuration_leaves_nothing_open(tmp_path: Path) -> None
     found = resolved(tmp_path, RECIPE, {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, world_size=2)
     assert "auto" not in dict(leaves(found)).values()
     assert "optimizer" not in found and "scheduler" not in found
-    assert found["zero_optimization"]["reduce_bucket_size"] == 128 * 128
     assert found["zero_optimization"]["overlap_comm"] is True
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     assert [found[name] for name in names] == [48, 24, 1, 1.0]
     assert found["zero_allow_untested_optimizer"] is True
     assert found["zero_force_ds_cpu_optimizer"] is False
     assert found["bf16"]["check_grad_overflow"] is True
+
+
+def test_a_bucket_that_is_auto_holds_the_model_and_at_most_fifty_million_numbers(tmp_path: Path) -> None:
+    names = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+    zero = {"stage": 3, **dict.fromkeys(names, "auto")}
+    odd = {"hidden_size": 3, "num_attention_heads": 1, "intermediate_size": 1, "num_hidden_layers": 1}
+    small = {**odd, "vocab_size": 8, "pad_vocab_size_to_multiple_of": 1, "max_position_embeddings": 65}
+    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    for sizes, wanted in ((small, 328), (large, 50_000_000)):
+        recipe = changed(RECIPE, "model", {**RECIPE["model"], **sizes})
+        found = resolved(tmp_path, recipe, {"zero_optimization": zero})["zero_optimization"]
+        assert [found[name] for name in names] == [wanted] * 3
+    assert load_pair(tmp_path / "run.json", tmp_path / "ds.json")[0].model.count_parameters(has_pair_head=False) > 3e8
 
 
 def test_deepspeed_reads_the_effective_configuration_as_it_was_meant(tmp_path: Path) -> None:

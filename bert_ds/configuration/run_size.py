@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from bert_ds.configuration.deepspeed_file.ds_effective import LARGEST_BUCKET
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.recipe.precision import Precision, planned
 from bert_ds.configuration.recipe.run_config import RunConfig
@@ -123,7 +124,7 @@ def memory_estimate(
     weights = (number if stage < 3 else shard + 2 * embedding) * width + num_fixed * width
     whole = {0: width + (4 if low else 0), 1: width + (4 if low else 0), 2: 0, 3: 0}[stage]
     accumulated = shard * 4 if stage >= 2 else 0
-    buckets = 2 * min(number, 50_000_000) * width if stage >= 1 else 0
+    buckets = 2 * min(number, LARGEST_BUCKET) * width if stage >= 1 else 0
     if offload:
         return MemoryEstimate(weights, number * whole + buckets, 0, activations, optimizer + accumulated)
     return MemoryEstimate(weights, number * whole + accumulated + buckets, optimizer, activations, 0)

@@ -8,6 +8,7 @@ from typing import Any
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.deepspeed_file.ds_keys import known_settings
 from bert_ds.configuration.deepspeed_file.ds_support import SWITCHED_OFF
+from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.recipe.precision import Precision, decided
 from bert_ds.configuration.recipe.run_config import TrainedRun
 
@@ -16,6 +17,9 @@ _WRITTEN_OUT = (
     *("timers", "tensorboard", "csv_monitor", "wandb", "comet"),
 )
 """Blocks whose defaults are spelled out even where the file does not mention them."""
+
+LARGEST_BUCKET = 50_000_000
+"""Numbers in a bucket of ZeRO that is "auto", at most."""
 
 _LEFT_OUT = ("optimizer", "scheduler", "api_key", "writer", "leaf_module")
 """Handed over as objects, secret, or blocks whose presence alone changes what DeepSpeed does."""
@@ -54,7 +58,7 @@ def effective_settings(
         # DeepSpeed's own default rounds what was summed in fp32 to the precision of the model on its way to the other
         # ranks: by 0.4 % in bf16, and differently for every number of ranks.
         result["communication_data_type"] = result["data_types"]["grad_accum_dtype"]
-    _fill_zero(zero, hidden_size=run.model.hidden_size)
+    _fill_zero(zero, run.model)
     if run_dir is not None:
         for monitor in ("tensorboard", "csv_monitor"):
             result[monitor]["output_path"] = os.path.join(run_dir, result[monitor]["output_path"] or "monitor")
@@ -93,15 +97,21 @@ def _fill_data_types(data_types: dict[str, Any], precision: Precision, *, stage:
         data_types["keep_in_fp32_modules"] = []
 
 
-def _fill_zero(zero: dict[str, Any], *, hidden_size: int) -> None:
+def bucket_size(model: EncoderConfig) -> int:
+    """Return what a bucket of ZeRO that is "auto" holds: a model whole, at most LARGEST_BUCKET; an even number.
+
+    Hugging Face's integration fills in hidden_size squared, which reduces the gradients of a BERT-large in 320 parts.
+    """
+    number = model.count_parameters(has_pair_head=False)
+    return min(LARGEST_BUCKET, number + number % 2)
+
+
+def _fill_zero(zero: dict[str, Any], model: EncoderConfig) -> None:
     if zero["overlap_comm"] in (None, "auto"):
         zero["overlap_comm"] = zero["stage"] == 3
-    # The sizes that Hugging Face's integration fills in for "auto".
-    sizes = {
-        "reduce_bucket_size": hidden_size**2,
-        "stage3_prefetch_bucket_size": hidden_size**2 * 9 // 10,
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
+    names = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+    # The threshold that Hugging Face's integration fills in.
+    sizes = {**dict.fromkeys(names, bucket_size(model)), "stage3_param_persistence_threshold": 10 * model.hidden_size}
     for name, size in sizes.items():
         if zero[name] == "auto":
             zero[name] = size

@@ -35,11 +35,12 @@ AUTO = frozenset(
         "zero_force_ds_cpu_optimizer",
         "zero_optimization.overlap_comm",
         "zero_optimization.reduce_bucket_size",
+        "zero_optimization.allgather_bucket_size",
         "zero_optimization.stage3_prefetch_bucket_size",
         "zero_optimization.stage3_param_persistence_threshold",
     }
 )
-"""Settings that may be "auto": what the recipe decides, and the sizes that Hugging Face's files leave open."""
+"""Settings that may be "auto": what the recipe decides, and sizes that follow from its model."""
 
 LARGEST = 1e12
 """No factor or scale of a run is larger; fp32 could not carry it."""

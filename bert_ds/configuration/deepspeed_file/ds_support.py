@@ -139,7 +139,8 @@ def _combinations(settings: dict[str, Any], given: dict[str, Any]) -> list[Probl
         problems.append(Problem("fp16.enabled", "found true, but bf16.enabled is true too: wanted one of them"))
     if given.get("bf16.immediate_grad_update") and stage != 1:
         problems.append(Problem("bf16.immediate_grad_update", f"is for stage 1, the stage is {stage}: {_UNUSED}"))
-    if (bucket := zero.get("allgather_bucket_size", 2)) % 2 or bucket == 0:
+    bucket = zero.get("allgather_bucket_size", "auto")
+    if bucket != "auto" and (bucket % 2 or bucket == 0):
         text = f"found {bucket}, wanted an even number of at least 2"
         problems.append(Problem("zero_optimization.allgather_bucket_size", text))
     return problems
