@@ -2,6 +2,7 @@
 # Pre-train on a cluster, and go on through time limits, preemption, dead ranks and dead nodes until the run is done.
 #
 #   sbatch [sbatch's own flags] slurm/pretrain.sh [RUN_JSON] [DEEPSPEED_JSON] [RUN_DIR] [options of pretrain.py]
+#   sbatch --gpus-per-node=1 slurm/pretrain.sh my_run.json ds_configs/zero1.json runs/mine
 #   sbatch --nodes=8 --gpus-per-node=8 --exclusive slurm/pretrain.sh my_run.json ds_configs/zero2.json runs/mine
 #
 # One rank per GPU; on a partition without GPUs one per --ntasks-per-node. "" takes a default: the embedded recipe,
