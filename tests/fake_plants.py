@@ -54,7 +54,7 @@ PLANTS = tuple(
             "cu_seqlens.nonzero()", "nonzero", "pretrain bert",
         ),
         (
-            "bert_ds.encoder.families.bert", "BertLayer.forward",
+            "bert_ds.encoder.bert_layers", "BertLayer.forward",
             "hidden_TD[hidden_TD > 0]", "index", "pretrain bert",
         ),
         (

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from encoder_cases import encoder_inputs, packed_inputs, small_config, spread_weights
 
-from bert_ds.encoder.families.bert import BertEncoder, BertLayer, initialise_weights
+from bert_ds.encoder.bert_layers import BertLayer, initialise_weights
+from bert_ds.encoder.families.bert import BertEncoder
 from bert_ds.encoder.fused_ops import fused_ops
 from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_kernels.dropout_mask import ATTENTION, HIDDEN, keep_mask_reference

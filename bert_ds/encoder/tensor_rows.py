@@ -66,6 +66,15 @@ def rows_from_hf(tensors: Mapping[str, Tensor], table: Sequence[TensorRow]) -> d
     return result
 
 
+def without_tied(tensors: Mapping[str, Tensor], decoder: str, *, words: str) -> dict[str, Tensor]:
+    """Return the tensors without a decoder that is the word embedding; CheckpointError where it is another."""
+    result = dict(tensors)
+    found = result.pop(decoder, None)
+    if found is not None and words in result and not torch.equal(found, result[words]):
+        raise CheckpointError(f"{decoder} differs from {words}, but this model ties the two")
+    return result
+
+
 def _check(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Raise CheckpointError listing every missing, unknown and misshapen tensor."""
     problems = [f"missing {name}" for name in wanted if name not in found]

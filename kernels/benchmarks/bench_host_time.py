@@ -34,7 +34,7 @@ from torch import Tensor
 
 from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.configuration.families.modernbert import ModernBertConfig
-from bert_ds.encoder.families.bert import BertLayer
+from bert_ds.encoder.bert_layers import BertLayer
 from bert_ds.encoder.families.modernbert import ModernBertLayer
 from bert_ds.encoder.fused_ops import FusedOps, fused_ops
 

@@ -6,16 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.families.encoder_config import BertLayersConfig
 from bert_ds.configuration.reading.config_section import DropoutProbability, PositiveFloat, Size
 
 
-class BertConfig(EncoderConfig):
+class BertConfig(BertLayersConfig):
     """The BERT encoder, in Hugging Face's spelling; the defaults are BERT-base uncased."""
 
     TITLE = "BERT"
     HF_TYPES = {"bert": {"norm_position": "post"}, "megatron-bert": {"norm_position": "pre"}}
-    SIZES = (*EncoderConfig.SIZES, "max_position_embeddings", "type_vocab_size")
+    SIZES = (*BertLayersConfig.SIZES, "max_position_embeddings", "type_vocab_size")
 
     type: Literal["bert"] = "bert"
     """Family of the encoder."""
@@ -71,21 +71,9 @@ class BertConfig(EncoderConfig):
         Args:
             has_pair_head: with pooler and two-class head, that is, with a sentence pair objective.
         """
-        hidden, inner, vocab = self.hidden_size, self.intermediate_size, self.padded_vocab_size
+        hidden = self.hidden_size
         # Of the embeddings behind the sum, or of the last layer: one LayerNorm either way.
-        embeddings = (vocab + self.max_position_embeddings + self.type_vocab_size) * hidden + 2 * hidden
-        attention = 4 * (hidden * hidden + hidden) + 2 * hidden
-        feed_forward = 2 * hidden * inner + inner + hidden + 2 * hidden
-        mlm_head = hidden * hidden + hidden + 2 * hidden + vocab
+        rows = self.padded_vocab_size + self.max_position_embeddings + self.type_vocab_size
         pair_head = hidden * hidden + hidden + 2 * hidden + 2 if has_pair_head else 0
-        return embeddings + self.num_hidden_layers * (attention + feed_forward) + mlm_head + pair_head
-
-    def layer_matrices(self) -> list[tuple[int, int]]:
-        """Return query, key, value, output and the two of the feed-forward block."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        return [(hidden, hidden)] * 4 + [(inner, hidden), (hidden, inner)]
-
-    def kept_values(self) -> int:
-        """Return 8 D + 2 F: input, q, k, v, attention output, sum and output of the first LayerNorm, sum of the second;
-        before and after GELU."""
-        return 8 * self.hidden_size + 2 * self.intermediate_size
+        layers = self.num_hidden_layers * self.layer_parameters()
+        return rows * hidden + 2 * hidden + layers + self.word_head_parameters() + pair_head

@@ -24,7 +24,11 @@ class EncoderConfig(Section):
     SIZES: ClassVar[tuple[str, ...]] = (
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"),
     )
-    """Settings, of the same name in config.json, that must be equal for weights of another model to fit."""
+    """Settings that must be equal for weights of another model to fit."""
+    HF_NAMES: ClassVar[Mapping[str, str]] = {}
+    """Settings that have another name in config.json -> that name."""
+    LAYERS: ClassVar[str]
+    """What its layers are: a student may start from layers of a teacher of another family with the same."""
 
     vocab_size: Annotated[int, Field(ge=8, le=2**24)]
     """Number of word pieces of the tokenizer, without padding rows."""
@@ -133,3 +137,29 @@ class EncoderConfig(Section):
     def kept_values(self) -> int:
         """Estimate the values per token and layer that the backward pass needs."""
         raise NotImplementedError
+
+
+class BertLayersConfig(EncoderConfig):
+    """Base of the families that are made of BERT's layers (`encoder/bert_layers.py`)."""
+
+    LAYERS = "bert"
+
+    def layer_parameters(self) -> int:
+        """Return the parameters of one layer: weights and biases of its matrices, and two LayerNorms."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        attention = 4 * (hidden * hidden + hidden) + 2 * hidden
+        return attention + 2 * hidden * inner + inner + hidden + 2 * hidden
+
+    def word_head_parameters(self) -> int:
+        """Return those of the masked-word head, whose decoder is the word embedding."""
+        return self.hidden_size * self.hidden_size + 3 * self.hidden_size + self.padded_vocab_size
+
+    def layer_matrices(self) -> list[tuple[int, int]]:
+        """Return query, key, value, output and the two of the feed-forward block."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        return [(hidden, hidden)] * 4 + [(inner, hidden), (hidden, inner)]
+
+    def kept_values(self) -> int:
+        """Return 8 D + 2 F: input, q, k, v, attention output, sum and output of the first LayerNorm, sum of the second;
+        before and after GELU."""
+        return 8 * self.hidden_size + 2 * self.intermediate_size

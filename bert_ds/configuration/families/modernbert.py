@@ -18,6 +18,7 @@ class ModernBertConfig(EncoderConfig):
 
     TITLE = "ModernBERT"
     HF_TYPES = {"modernbert": {}}
+    LAYERS = "modernbert"
     SIZES = (
         *(*EncoderConfig.SIZES, "norm_bias", "attention_bias", "mlp_bias", "decoder_bias", "classifier_bias"),
         "tie_word_embeddings",

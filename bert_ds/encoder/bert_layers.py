@@ -1,0 +1,308 @@
+"""BERT's layer, of which several families are made: what differs between them stands around it.
+
+Attention, then feed-forward, with biases everywhere and GELU; LayerNorm behind each block (Devlin et al. 2019, arXiv
+1810.04805), or in front of it as Megatron has it (Shoeybi et al. 2019, arXiv 1909.08053). Letters, where a parameter is
+read, and what dropout is a function of: `families/bert.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bert_ds.encoder.blocks import AddNorm, Dropout, refuse_partitioned, require_seed, through_layers
+from bert_ds.encoder.fused_ops import FusedOps
+from bert_ds.encoder.tensor_rows import TensorRow, linear_rows
+
+EMBEDDING_SITE = 0
+SITES_PER_LAYER = 3
+
+
+class LayerSettings(Protocol):
+    """What the layers ask of a family's settings, by BERT's names."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def hidden_dropout_prob(self) -> float: ...
+    @property
+    def attention_probs_dropout_prob(self) -> float: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+    @property
+    def norm_position(self) -> str: ...
+    @property
+    def initializer_range(self) -> float: ...
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class LayeredEncoder(nn.Module):
+    """Token stream -> hidden states: a family's embeddings, then the layers.
+
+    Args:
+        config: shape, dropout and LayerNorm settings.
+        ops: the table of fused operations.
+        embeddings: called with input_ids_T, token_type_ids_T, position_ids_T and dropout_seed.
+        activation_checkpointing: keep only each layer's input and recompute the rest in the backward pass.
+    """
+
+    def __init__(
+        self, config: LayerSettings, ops: FusedOps, embeddings: nn.Module, *, activation_checkpointing: bool
+    ) -> None:
+        super().__init__()
+        self.activation_checkpointing = activation_checkpointing
+        self.dropout_is_used = config.hidden_dropout_prob > 0 or config.attention_probs_dropout_prob > 0
+        self.embeddings = embeddings
+        make_layer = BertLayer if config.norm_position == "post" else PreNormLayer
+        self.layer = nn.ModuleList(make_layer(config, ops, layer=index) for index in range(config.num_hidden_layers))
+        self.final_norm = None
+        if config.norm_position == "pre":
+            self.final_norm = _add_norm(config, ops, site=first_free_site(config) - 1)
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        token_type_ids_T: Tensor,
+        *,
+        position_ids_T: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        dropout_seed: Tensor | None = None,
+    ) -> Tensor:
+        """Encode a packed micro-batch.
+
+        Args:
+            input_ids_T, token_type_ids_T, position_ids_T: int64 [T]; positions count from 0 in each sequence.
+            cu_seqlens: int32 [N + 1], cu_seqlens[n] is the first token of sequence n; a sequence may be empty.
+            max_seqlen: tokens of the longest sequence.
+            dropout_seed: int64 [1], on the device of the ids; needed in training mode when the config has dropout.
+
+        Returns:
+            hidden_TD in the dtype of the parameters.
+        """
+        require_seed(self, dropout_seed, drops=self.dropout_is_used)
+        hidden_TD = self.embeddings(input_ids_T, token_type_ids_T, position_ids_T, dropout_seed)
+        recompute = self.activation_checkpointing and self.training
+        stream = (cu_seqlens, max_seqlen, dropout_seed)
+        if self.final_norm is None:
+            return through_layers(self.layer, hidden_TD, *stream, recompute=recompute)
+        x_TD, residual_TD = through_layers(self.layer, (None, hidden_TD), *stream, recompute=recompute)
+        return self.final_norm(x_TD, residual_TD, dropout_seed)[0]
+
+    def token_rows(self, hidden_TD: Tensor) -> Tensor:
+        """Return what a head of tokens reads, [T, D]."""
+        return hidden_TD
+
+
+class BertLayer(nn.Module):
+    """Attention block, then feed-forward block, each followed by dropout, residual and LayerNorm."""
+
+    def __init__(self, config: LayerSettings, ops: FusedOps, *, layer: int) -> None:
+        super().__init__()
+        first_site = EMBEDDING_SITE + 1 + SITES_PER_LAYER * layer
+        self.attention = BertAttention(config, ops, first_site=first_site)
+        self.feed_forward = BertFeedForward(config, ops, site=first_site + 2)
+
+    def forward(
+        self, hidden_TD: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_seed: Tensor | None = None
+    ) -> Tensor:
+        """Return hidden_TD of the next layer."""
+        hidden_TD = self.attention(hidden_TD, cu_seqlens, max_seqlen, dropout_seed)
+        return self.feed_forward(hidden_TD, dropout_seed)
+
+
+class PreNormLayer(nn.Module):
+    """LayerNorm, attention, LayerNorm, feed-forward; what a block gives is added where the next one begins."""
+
+    def __init__(self, config: LayerSettings, ops: FusedOps, *, layer: int) -> None:
+        super().__init__()
+        first_site = EMBEDDING_SITE + 1 + SITES_PER_LAYER * layer
+        self.attention_norm = _add_norm(config, ops, site=first_site - 1)
+        self.attention = BertAttention(config, ops, first_site=first_site)
+        self.feed_forward_norm = _add_norm(config, ops, site=first_site + 1)
+        self.feed_forward = BertFeedForward(config, ops, site=first_site + 2)
+
+    def forward(
+        self,
+        x_TD: Tensor | None,
+        residual_TD: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        dropout_seed: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the feed-forward block gives, and the residual stream that it is not yet added to."""
+        normed_TD, residual_TD = self.attention_norm(x_TD, residual_TD, dropout_seed)
+        x_TD = self.attention(normed_TD, cu_seqlens, max_seqlen, dropout_seed)
+        normed_TD, residual_TD = self.feed_forward_norm(x_TD, residual_TD, dropout_seed)
+        return self.feed_forward(normed_TD, dropout_seed), residual_TD
+
+
+class BertAttention(nn.Module):
+    """Self-attention of every sequence over itself and output projection; then dropout, residual, LayerNorm if post."""
+
+    def __init__(self, config: LayerSettings, ops: FusedOps, *, first_site: int) -> None:
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.ops = ops
+        self.eps = config.layer_norm_eps
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.probs_dropout_prob = config.attention_probs_dropout_prob
+        self.output_dropout_prob = config.hidden_dropout_prob
+        self.probs_site, self.output_site = first_site, first_site + 1
+        self.has_norm = config.norm_position == "post"
+        self.qkv_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
+        self.qkv_bias = nn.Parameter(torch.empty(3 * hidden_size))
+        self.output_weight = nn.Parameter(torch.empty(hidden_size, hidden_size))
+        self.output_bias = nn.Parameter(torch.empty(hidden_size))
+        if self.has_norm:
+            self.layer_norm_weight = nn.Parameter(torch.empty(hidden_size))
+            self.layer_norm_bias = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(
+        self, hidden_TD: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_seed: Tensor | None = None
+    ) -> Tensor:
+        """Return the projection of the attention over hidden_TD; if post LayerNorm(hidden_TD + dropout(of it))."""
+        qkv_T3HK = F.linear(hidden_TD, self.qkv_weight, self.qkv_bias).view(-1, 3, self.num_heads, self.head_dim)
+        context_THK = self.ops.attention(
+            qkv_T3HK,
+            cu_seqlens,
+            max_seqlen,
+            dropout_p=self.probs_dropout_prob if self.training else 0.0,
+            dropout_seed=dropout_seed,
+            site=self.probs_site,
+        )
+        if not self.has_norm:
+            return F.linear(context_THK.flatten(1), self.output_weight, self.output_bias)
+        return self.ops.dropout_add_layer_norm(
+            F.linear(context_THK.flatten(1), self.output_weight),
+            hidden_TD,
+            self.layer_norm_weight,
+            self.layer_norm_bias,
+            self.eps,
+            x_bias_D=self.output_bias,
+            dropout_p=self.output_dropout_prob if self.training else 0.0,
+            dropout_seed=dropout_seed,
+            site=self.output_site,
+        )
+
+
+class BertFeedForward(nn.Module):
+    """Dense, GELU, dense; then dropout, residual, LayerNorm if post."""
+
+    def __init__(self, config: LayerSettings, ops: FusedOps, *, site: int) -> None:
+        super().__init__()
+        hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
+        self.ops = ops
+        self.eps = config.layer_norm_eps
+        self.approximate = gelu_approximation(config)
+        self.dropout_prob = config.hidden_dropout_prob
+        self.site = site
+        self.has_norm = config.norm_position == "post"
+        self.intermediate_weight = nn.Parameter(torch.empty(intermediate_size, hidden_size))
+        self.intermediate_bias = nn.Parameter(torch.empty(intermediate_size))
+        self.output_weight = nn.Parameter(torch.empty(hidden_size, intermediate_size))
+        self.output_bias = nn.Parameter(torch.empty(hidden_size))
+        if self.has_norm:
+            self.layer_norm_weight = nn.Parameter(torch.empty(hidden_size))
+            self.layer_norm_bias = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, hidden_TD: Tensor, dropout_seed: Tensor | None = None) -> Tensor:
+        """Return dense(gelu(dense(hidden_TD))); if post LayerNorm(hidden_TD + dropout(of it))."""
+        intermediate_TF = self.ops.bias_gelu(
+            F.linear(hidden_TD, self.intermediate_weight), self.intermediate_bias, approximate=self.approximate
+        )
+        if not self.has_norm:
+            return F.linear(intermediate_TF, self.output_weight, self.output_bias)
+        return self.ops.dropout_add_layer_norm(
+            F.linear(intermediate_TF, self.output_weight),
+            hidden_TD,
+            self.layer_norm_weight,
+            self.layer_norm_bias,
+            self.eps,
+            x_bias_D=self.output_bias,
+            dropout_p=self.dropout_prob if self.training else 0.0,
+            dropout_seed=dropout_seed,
+            site=self.site,
+        )
+
+
+def gelu_approximation(config: LayerSettings) -> str:
+    """Torch's name for the GELU that config.hidden_act asks for."""
+    return {"gelu": "none", "gelu_new": "tanh"}[config.hidden_act]
+
+
+def first_free_site(config: LayerSettings) -> int:
+    """Return the number of the first dropout mask that no layer uses."""
+    return EMBEDDING_SITE + 1 + SITES_PER_LAYER * config.num_hidden_layers
+
+
+@torch.no_grad()
+def initialise_weights(module: nn.Module, config: LayerSettings, *, seed: int) -> None:
+    """Fill every parameter as published: normal(0, initializer_range), biases 0, LayerNorm 1 and 0.
+
+    Google's code cuts the normal at two standard deviations and Hugging Face's does not: this is the latter, but
+    without its zero row for [PAD], as Google has it. Rows of the word embedding beyond vocab_size are zero and stay so.
+
+    Args:
+        module: an encoder or a model that holds one.
+        config: gives initializer_range and vocab_size.
+        seed: of a generator of its own; torch's global random state is neither read nor changed.
+
+    Raises:
+        ValueError: the parameters are partitioned already (`deepspeed.zero.Init`), so there is nothing here to fill.
+    """
+    refuse_partitioned(module)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if name.endswith("layer_norm_weight"):
+            parameter.fill_(1.0)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            parameter.normal_(0.0, config.initializer_range, generator=generator)
+        if name.endswith("word_weight"):
+            parameter[config.vocab_size :] = 0.0
+
+
+def layer_rows(name: str, hf_name: str, config: LayerSettings, *, parts: Mapping[str, str]) -> Iterator[TensorRow]:
+    """Yield the tensors of one layer with LayerNorm behind its blocks; with it in front, all but those of LayerNorms.
+
+    Args:
+        name, hf_name: of the layer, ours and transformers'.
+        config: sizes.
+        parts: by our name of a part of the layer, or "query", "key" and "value", the name of it there.
+    """
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    qkv: tuple[tuple[str, tuple[int, ...]], ...] = (("weight", (hidden,)), ("bias", ()))
+    for kind, columns in qkv:
+        theirs = tuple(f"{hf_name}.{parts[part]}.{kind}" for part in ("query", "key", "value"))
+        yield TensorRow(f"{name}.attention.qkv_{kind}", (3 * hidden, *columns), theirs, hidden)
+    is_post = config.norm_position == "post"
+    for part, shape in (
+        ("attention.output", (hidden, hidden)),
+        *([("attention.layer_norm", (hidden,))] if is_post else []),
+        ("feed_forward.intermediate", (intermediate, hidden)),
+        ("feed_forward.output", (hidden, intermediate)),
+        *([("feed_forward.layer_norm", (hidden,))] if is_post else []),
+    ):
+        yield from linear_rows(f"{name}.{part}", f"{hf_name}.{parts[part]}", *shape)
+
+
+def _add_norm(config: LayerSettings, ops: FusedOps, *, site: int) -> AddNorm:
+    dropout = Dropout(config.hidden_dropout_prob, site)
+    return AddNorm(config.hidden_size, eps=config.layer_norm_eps, dropout=dropout, ops=ops)
