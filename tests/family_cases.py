@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.configuration.families.distilbert import DistilBertConfig
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.families.modernbert import ModernBertConfig
 from bert_ds.encoder.hf_mapping import hf_config
@@ -24,6 +25,10 @@ _BERT: dict[str, Any] = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+_DISTIL: dict[str, Any] = {
+    **{name: value for name, value in _BERT.items() if not name.endswith("_prob")},
+    **dict.fromkeys(("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout"), 0.0),
+}
 _MODERN: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 24,
@@ -37,6 +42,8 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 FORMS: dict[str, EncoderConfig] = {
     "bert": BertConfig(**_BERT),
     "bert, pre-norm": BertConfig(**_BERT, norm_position="pre", hidden_act="gelu_new"),
+    "distilbert": DistilBertConfig(**_DISTIL),
+    "distilbert, tanh gelu": DistilBertConfig(**_DISTIL, activation="gelu_new"),
     "modernbert": ModernBertConfig(**_MODERN),
     "modernbert, all biases": ModernBertConfig(
         **{**_MODERN, "local_attention": 7},

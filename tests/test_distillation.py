@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from config_cases import write_json
 from encoder_cases import encoder_inputs, packed_inputs, small_config, spread_weights
 from test_pretrain import ROOT, make_workshop, pretrain_command, run
 
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.configuration.families.distilbert import DistilBertConfig
 from bert_ds.configuration.recipe.run_config import ConfigError, DistillationConfig
-from bert_ds.configuration.run_plan import make_plan
+from bert_ds.configuration.run_plan import RunPlan, make_plan
 from bert_ds.encoder.hf_folder import model_card_text, special_ids, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
 from bert_ds.encoder.initial_weights import start_from_layers
@@ -140,6 +142,18 @@ def test_layers_are_taken_from_the_teacher_in_the_order_that_is_asked_for() -> N
         assert torch.equal(tensor, theirs[source.replace("bert.layer.x.", "bert.layer.1.")]), name
 
 
+def test_a_student_without_segments_takes_all_it_has_from_layers_of_a_bert() -> None:
+    teacher = model_of(small_config(num_hidden_layers=4), seed=9)
+    names = ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+    sizes = {name: getattr(teacher.config, name) for name in names}
+    student = PretrainingModel(DistilBertConfig(**sizes, num_hidden_layers=2), has_pair_head=False)
+    start_from_layers(student, teacher, (3, 1))
+    theirs = teacher.state_dict()
+    for name, tensor in student.state_dict().items():
+        source = name.replace("bert.layer.1.", "bert.layer.x.").replace("bert.layer.0.", "bert.layer.3.")
+        assert torch.equal(tensor, theirs[source.replace("bert.layer.x.", "bert.layer.1.")]), name
+
+
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small text with its tokenizer and shards, a teacher, and a recipe that is taught by it."""
@@ -211,15 +225,20 @@ def test_a_student_starts_closer_to_its_teacher_with_layers_of_it(workshop: Path
     assert losses[1] < losses[0] - 0.5
 
 
-def problem_of(workshop: Path, **changes: Any) -> str:
-    """What is said of a recipe whose distillation section is changed."""
+def planned(workshop: Path, **changes: Any) -> RunPlan:
+    """The plan of a recipe whose distillation section is changed."""
     recipe = json.loads((workshop / "recipe.json").read_text())
     recipe["model"] |= changes.pop("model", {})
     recipe |= changes.pop("recipe", {})
     recipe["distillation"] |= changes
     (workshop / "changed.json").write_text(json.dumps(recipe))
+    return make_plan(*load_pair(workshop / "changed.json", ROOT / "ds_configs/zero2.json"), 1)
+
+
+def problem_of(workshop: Path, **changes: Any) -> str:
+    """What is said of such a recipe that is refused."""
     with pytest.raises(ConfigError) as caught:
-        make_plan(*load_pair(workshop / "changed.json", ROOT / "ds_configs/zero2.json"), 1)
+        planned(workshop, **changes)
     return str(caught.value)
 
 
@@ -238,6 +257,30 @@ def test_a_teacher_that_does_not_fit_is_refused_with_both_numbers(workshop: Path
     assert "distillation.temperature: found 0, wanted > 0" in problem_of(workshop, temperature=0)
     said = problem_of(workshop, teachers="x")
     assert 'distillation.teachers: unknown setting; did you mean "teacher"?' in said
+
+
+def test_layers_are_taken_from_another_family_where_they_are_alike(workshop: Path) -> None:
+    recipe = json.loads((workshop / "recipe.json").read_text())
+    without_pairs = {"sequences": {**recipe["sequences"], "sentence_pair": "none"}}
+    alike = {name: size for name, size in recipe["model"].items() if not name.endswith("_prob")}
+    student = {**without_pairs, "model": {**alike, "type": "distilbert"}}
+    assert planned(workshop, recipe=student, init_layers=[1, 3]).run.model.family == "distilbert"
+    modern = {**without_pairs, "model": {**alike, "type": "modernbert"}}
+    assert "init_layers takes layers of a teacher of another family than modernbert" in problem_of(
+        workshop, recipe=modern, init_layers=[1, 3]
+    )
+    facts = json.loads((workshop / "teacher/config.json").read_text())
+    sizes = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
+    distil = {name: facts[ours] for name, ours in sizes.items()} | {"hidden_dim": 7, "model_type": "distilbert"}
+    kept = {name: facts[name] for name in ("vocab_size", "max_position_embeddings")}
+    for teacher, wrong in (
+        ({**facts, "model_type": "megatron-bert"}, 'the teacher has norm_position "pre" (here post)'),
+        ({**distil, **kept}, f"the teacher has intermediate_size 7 (here {alike['intermediate_size']})"),
+        ({**distil, **kept, "hidden_dim": alike["intermediate_size"], "n_layers": 2}, "the teacher has 2 layers"),
+    ):
+        write_json(workshop / "teacher", "config.json", teacher)
+        assert wrong in problem_of(workshop, recipe=student, init_layers=[1, 3])
+    write_json(workshop / "teacher", "config.json", facts)
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(workshop: Path) -> None:

@@ -14,7 +14,7 @@ from bert_ds.configuration.families.modernbert import ModernBertConfig
 from bert_ds.encoder.hf_mapping import hf_config, model_config_from_hf, to_hf
 from bert_ds.encoder.pretraining_model import PretrainingModel
 
-OTHERS: dict[str, Any] = {
+MODERN: dict[str, Any] = {
     "vocab_size": 67,
     "hidden_size": 32,
     "intermediate_size": 44,
@@ -44,12 +44,27 @@ OTHERS: dict[str, Any] = {
     "classifier_activation": "gelu_pytorch_tanh",
     "tie_word_embeddings": False,
 }
-"""Another value of every field that makes another model."""
+DISTIL: dict[str, Any] = {
+    "vocab_size": 67,
+    "dim": 32,
+    "hidden_dim": 44,
+    "n_layers": 5,
+    "n_heads": 4,
+    "activation": "gelu_new",
+    "max_position_embeddings": 80,
+    "initializer_range": 0.03,
+    **dict.fromkeys(("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout"), 0.3),
+}
+OTHERS = {"modernbert": MODERN, "distilbert": DISTIL}
+"""Another value of every field that makes another model, by family."""
+CLASSES = {"modernbert": transformers.ModernBertConfig, "distilbert": transformers.DistilBertConfig}
 REASONS = {
     **dict.fromkeys(
         ("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id"),
         "of the tokenizer, written by the export; no score depends on it",
     ),
+    "sinusoidal_pos_embds": "how positions begin; they are in the file",
+    "tie_word_embeddings": "DistilBERT's are tied; others are refused: test_family_starts",
     "deterministic_flash_attn": "how transformers' own kernel adds up",
     "sparse_prediction": "of transformers' loss alone: scores are of every token without labels",
     "sparse_pred_ignore_index": "see sparse_prediction",
@@ -57,24 +72,25 @@ REASONS = {
 LENGTHS = tuple(range(1, 201))
 
 
-def test_every_field_of_transformers_is_read_written_or_without_an_effect() -> None:
+@pytest.mark.parametrize("family", OTHERS)
+def test_every_field_of_transformers_is_read_written_or_without_an_effect(family: str) -> None:
     inherited = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
-    fields = {field.name for field in dataclasses.fields(transformers.ModernBertConfig)}
-    assert fields - inherited == OTHERS.keys() | REASONS.keys()
+    own = {field.name for field in dataclasses.fields(CLASSES[family])} - inherited
+    assert OTHERS[family].keys() <= own <= OTHERS[family].keys() | REASONS.keys()
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_a_field_of_transformers_is_read_and_written(name: str) -> None:
-    base = settings_of(FORMS["modernbert"]).to_dict()
+@pytest.mark.parametrize(("family", "name"), [(family, name) for family, names in OTHERS.items() for name in names])
+def test_a_field_of_transformers_is_read_and_written(family: str, name: str) -> None:
+    base, wanted = settings_of(FORMS[family]).to_dict(), OTHERS[family][name]
     if name == "num_hidden_layers":
         base["layer_types"] = None
     before = model_config_from_hf(base)
-    found = model_config_from_hf({**base, name: OTHERS[name]})
+    found = model_config_from_hf({**base, name: wanted})
     assert found.spelled_out() != before.spelled_out()
     written = hf_config(found, sentence_pair="none", special_ids=SPECIAL_IDS)
-    assert written[name] == OTHERS[name]
-    read = transformers.ModernBertConfig.from_dict(written).to_dict()
-    assert read[name] == OTHERS[name]
+    assert written[name] == wanted
+    read = CLASSES[family].from_dict(written).to_dict()
+    assert read[name] == wanted
     assert model_config_from_hf(read).spelled_out() == found.spelled_out()
 
 

@@ -77,7 +77,7 @@ def test_a_run_starts_from_the_weights_of_a_run_and_of_a_folder(begun: Begun) ->
 
 def test_the_card_names_the_family(begun: Begun) -> None:
     card = (begun.exported / "README.md").read_text(encoding="utf-8")
-    title = {"bert": "BERT", "modernbert": "ModernBERT"}[begun.config.family]
+    title = {"bert": "BERT", "distilbert": "DistilBERT", "modernbert": "ModernBERT"}[begun.config.family]
     assert f"\nA {title} encoder pre-trained" in card and f"tags: [{begun.config.family}, fill-mask]" in card
 
 
@@ -128,9 +128,10 @@ def test_weights_of_another_family_are_refused(begun: Begun) -> None:
 
 
 def test_a_checkpoint_of_another_form_is_refused_with_the_field_and_both_values(begun: Begun) -> None:
-    name = {"bert": "norm_position", "modernbert": "mlp_bias"}[begun.config.family]
+    names = {"bert": "norm_position", "distilbert": "max_position_embeddings", "modernbert": "mlp_bias"}
+    name = names[begun.config.family]
     found = getattr(begun.config, name)
-    other: Any = {"post": "pre", "pre": "post", True: False, False: True}[found]
+    other: Any = {"post": "pre", "pre": "post", True: False, False: True, 64: 48}[found]
     recipe = json.loads((begun.folder / "recipe0.0.json").read_text())
     (begun.folder / "recipe0.3.json").write_text(json.dumps({**recipe, "model": {**recipe["model"], name: other}}))
     said = f"saved with model.{name} {found}, this run has model.{name} {other}"
@@ -158,10 +159,18 @@ MODERN = {**RECIPE["model"], "type": "modernbert"}
             {**RECIPE["model"], "local_attention": 8},
             'model.local_attention: unknown setting; it belongs to type "modernbert"',
         ),
-        ("model.type", "modernbrt", 'model.type: found "modernbrt", wanted one of "bert", "modernbert"; did you mean'),
-        ("model.type", 3, 'model.type: found 3, wanted one of "bert", "modernbert"'),
-        ("sequences.sentence_pair", "sop", '"sop" wants segments, which modernbert does not tell apart: wanted "none"'),
-        ("sequences.sentence_pair", "nsp", '"nsp" wants segments, which modernbert does not tell apart: wanted "none"'),
+        (
+            "model.type",
+            "modernbrt",
+            'model.type: found "modernbrt", wanted one of "bert", "distilbert", "modernbert"; did you mean',
+        ),
+        ("model.type", 3, 'model.type: found 3, wanted one of "bert", "distilbert", "modernbert"'),
+        (
+            "model",
+            {**RECIPE["model"], "type": "distilbert", "dim": 8},
+            "model.dim: unknown setting; known here: vocab_size, pad_vocab_size_to_multiple_of, hidden_size",
+        ),
+        ("model", {**RECIPE["model"], "type": "distilbert", "dropout": 1.0}, "model.dropout: found 1.0, wanted < 1.0"),
         ("model.local_attention", 0, "model.local_attention: found 0, wanted >= 2"),
         ("model.local_attention", 1, "model.local_attention: found 1, wanted >= 2"),
         ("model.num_attention_heads", 128, "model: heads are 1 wide (hidden_size 128 over num_attention_heads 128)"),
@@ -172,16 +181,31 @@ MODERN = {**RECIPE["model"], "type": "modernbert"}
 )
 def test_what_a_recipe_gets_wrong_is_one_sentence(path: str, value: object, wanted: str, tmp_path: Path) -> None:
     recipe = changed(changed(changed(RECIPE, "model", MODERN), "sequences.sentence_pair", "none"), path, value)
+    assert wanted in refused(recipe, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["distilbert", "modernbert"])
+@pytest.mark.parametrize("pair", ["nsp", "sop"])
+def test_pairs_are_refused_where_no_segments_are_told_apart(family: str, pair: str, tmp_path: Path) -> None:
+    recipe = changed(changed(RECIPE, "model.type", family), "sequences.sentence_pair", pair)
+    wanted = f'"{pair}" wants segments, which {family} does not tell apart: wanted "none"'
+    assert wanted in refused(recipe, tmp_path)
+
+
+def refused(recipe: dict[str, Any], folder: Path) -> str:
+    """The one sentence that is said of a recipe."""
     with pytest.raises(ConfigError) as found:
-        run, ds = load_pair(write_json(tmp_path, "run.json", recipe), write_json(tmp_path, "ds.json", DEEPSPEED))
+        run, ds = load_pair(write_json(folder, "run.json", recipe), write_json(folder, "ds.json", DEEPSPEED))
         make_plan(run, ds, 1)
-    assert wanted in str(found.value) and len(str(found.value).splitlines()) == 1
+    assert len(str(found.value).splitlines()) == 1
+    return str(found.value)
 
 
 FOLDER = {
     **{"model_type": "modernbert", "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2},
     **{"num_attention_heads": 2, "intermediate_size": 40},
 }
+DISTIL_FOLDER = {"model_type": "distilbert", "dim": 24, "n_layers": 2, "n_heads": 2, "hidden_dim": 40}
 
 
 @pytest.mark.parametrize(
@@ -208,6 +232,10 @@ FOLDER = {
         ({"layer_types": 5}, "layer_types is 5: "),
         ({"layer_types": ["full_attention"]}, "config.json: layer_types names 1 layers, num_hidden_layers is 2"),
         ({"local_attention": 1}, "local_attention is 1: "),
+        ({**DISTIL_FOLDER, "n_layers": 0}, "config.json: n_layers is 0: Input should be greater than"),
+        ({**DISTIL_FOLDER, "n_heads": 7}, "hidden_size 24 is not a multiple of num_attention_heads 7"),
+        ({**DISTIL_FOLDER, "activation": "relu"}, "activation is 'relu': Input should be 'gelu' or 'gelu_new'"),
+        ({**DISTIL_FOLDER, "tie_word_embeddings": False}, "tie_word_embeddings is False, wanted True"),
         ({"num_attention_heads": 8}, "config.json: heads are 3 wide"),
         ({"hidden_activation": "silu"}, "hidden_activation is 'silu': Input should be 'gelu' or 'gelu_pytorch_tanh'"),
         ({"model_type": "modernbart"}, "model_type is 'modernbart', wanted \"bert\" or"),

@@ -34,7 +34,7 @@ from bert_ds.downstream.untrained.masked_words import masked_word_figures
 from bert_ds.downstream.untrained.minimal_pairs import MinimalPair, judge_pairs
 from bert_ds.downstream.untrained.probing import layer_vectors
 from bert_ds.encoder.hf_onnx import write_onnx
-from bert_ds.encoder.pretrained import load_masked_lm
+from bert_ds.encoder.pretrained import load_masked_lm, load_pretrained
 from bert_ds.encoder.pretraining_model import PretrainingModel
 
 TEXTS = ("the film is very dull.", "we saw it in london and paris", "中文")
@@ -128,6 +128,18 @@ def test_an_onnx_file_gives_the_scores_of_masked_words_and_of_classes(pretrained
             wanted = theirs(**{key: torch.from_numpy(array) for key, array in inputs.items()}).logits.numpy()
         kept = slice(None) if found.ndim == 2 else inputs["attention_mask"].astype(bool)
         assert abs(found - wanted)[kept].max() < 1e-4 * abs(wanted).max()
+
+
+def test_a_folder_that_transformers_wrote_is_opened_by_its_name(pretrained: Path, tmp_path: Path) -> None:
+    model, tokenizer = theirs_of(pretrained)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert folder_model(tmp_path) == folder_model(pretrained)
+    found, wanted = (load_masked_lm(folder, kernels="torch").state_dict() for folder in (tmp_path, pretrained))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert load_tokenizer(tmp_path).fingerprint == load_tokenizer(pretrained).fingerprint
+    begun, wanted = (load_pretrained(folder).tensors for folder in (tmp_path, pretrained))
+    assert begun.keys() == wanted.keys()
 
 
 @EVERY_FAMILY

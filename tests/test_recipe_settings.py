@@ -46,6 +46,8 @@ RECIPE: dict[str, Any] = {
 REASONS = {
     "$schema": "for editors",
     "format": "has one value",
+    "model:distilbert.qa_dropout": "of tasks, which set it: test_task_settings",
+    "model:distilbert.seq_classif_dropout": "of tasks, which set it: test_task_settings",
     "model:modernbert.max_position_embeddings": "a limit alone: sequences.max_seq_length keeps to it",
     "model:modernbert.classifier_pooling": "of tasks: test_families",
     "model:modernbert.classifier_dropout": "of tasks, which set it: test_task_settings",
@@ -106,64 +108,59 @@ EMBEDDED = {
 }
 
 
-def modern(value: Any, *, code: int = 0, **settings: Any) -> Change:
-    """Change of a setting of a ModernBERT."""
-    return Change(
-        value,
-        {**PLAIN, "model": {**RECIPE["model"], "type": "modernbert", "local_attention": 8, **settings}},
-        code=code,
-    )
-
-
-MODERN = {
-    "type": Change("bert", {**PLAIN, "model": {**RECIPE["model"], "type": "modernbert"}}),
-    "vocab_size": Change(300, {**PLAIN, **EMBEDDED, "model.type": "modernbert"}, {"corpus.vocab_size": 300}),
-    "pad_vocab_size_to_multiple_of": modern(48),
-    "hidden_size": modern(24),
-    "num_hidden_layers": modern(1),
-    "num_attention_heads": modern(1),
-    "intermediate_size": modern(32),
-    "hidden_activation": modern("gelu_pytorch_tanh"),
-    "initializer_range": modern(0.03),
-    "initializer_cutoff_factor": modern(1.0),
-    "norm_eps": modern(1e-2),
-    "norm_bias": modern(True),
-    "attention_bias": modern(True),
-    "mlp_bias": modern(True),
-    "decoder_bias": modern(False),
-    "classifier_bias": modern(True),
-    "tie_word_embeddings": modern(False),
-    "layer_types": modern(["sliding_attention", "full_attention"]),
-    "global_attn_every_n_layers": modern(1),
-    "local_attention": modern(4),
-    "global_rope_theta": modern(10.0),
-    "local_rope_theta": modern(10.0),
-    "attention_dropout": modern(0.3),
-    "embedding_dropout": modern(0.3),
-    "mlp_dropout": modern(0.3),
-    "classifier_activation": modern("gelu_pytorch_tanh"),
+SIZES = {
+    "pad_vocab_size_to_multiple_of": 48,
+    "hidden_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 32,
+    "initializer_range": 0.03,
 }
-"""Of the settings of ModernBERT, whose weights know nothing of positions."""
+"""Another value of what every family has."""
+
+
+def of_family(family: str, values: dict[str, Any], **settings: Any) -> dict[str, Change]:
+    """Changes of the settings of a family that has no segments, and of those that all have."""
+    embedded = {**PLAIN, **EMBEDDED, "model.type": family}
+    plain = {**PLAIN, "model": {**RECIPE["model"], "type": family, **settings}}
+    changes = {
+        "type": Change("bert", {**PLAIN, "model": {**RECIPE["model"], "type": family}}),
+        "vocab_size": Change(300, embedded, {"corpus.vocab_size": 300}),
+        **{name: Change(value, plain) for name, value in {**SIZES, **values}.items()},
+    }
+    return {f"model:{family}.{name}": change for name, change in changes.items()}
+
+
+DISTIL = {"activation": "gelu_new", "dropout": 0.3, "attention_dropout": 0.3, "max_position_embeddings": 48}
+MODERN = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "initializer_cutoff_factor": 1.0,
+    "norm_eps": 1e-2,
+    **dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), True),
+    **dict.fromkeys(("decoder_bias", "tie_word_embeddings"), False),
+    "layer_types": ["sliding_attention", "full_attention"],
+    "global_attn_every_n_layers": 1,
+    "local_attention": 4,
+    **dict.fromkeys(("global_rope_theta", "local_rope_theta"), 10.0),
+    **dict.fromkeys(("attention_dropout", "embedding_dropout", "mlp_dropout"), 0.3),
+    "classifier_activation": "gelu_pytorch_tanh",
+}
 CHANGES = {
     "seed": Change(6),
     "init_from": Change("teacher"),
     "output_bias": Change("log_unigram"),
     "model:bert.vocab_size": Change(300, EMBEDDED, {"corpus.vocab_size": 300}),
-    "model:bert.pad_vocab_size_to_multiple_of": Change(48),
-    "model:bert.hidden_size": Change(24),
-    "model:bert.num_hidden_layers": Change(1),
-    "model:bert.num_attention_heads": Change(1),
-    "model:bert.intermediate_size": Change(32),
     "model:bert.hidden_act": Change("gelu_new"),
     "model:bert.hidden_dropout_prob": Change(0.3),
     "model:bert.attention_probs_dropout_prob": Change(0.3),
     "model:bert.max_position_embeddings": Change(48),
     "model:bert.type_vocab_size": Change(3),
     "model:bert.layer_norm_eps": Change(1e-2),
-    "model:bert.initializer_range": Change(0.03),
     "model:bert.norm_position": Change("pre"),
     "model:bert.type": Change("modernbert", PLAIN),
-    **{f"model:modernbert.{name}": change for name, change in MODERN.items()},
+    **{f"model:bert.{name}": Change(value) for name, value in SIZES.items()},
+    **of_family("distilbert", DISTIL),
+    **of_family("modernbert", MODERN, local_attention=8),
     "corpus:embedded.type": Change("shards", EMBEDDED, {"corpus": RECIPE["corpus"], "model.vocab_size": 64}),
     "corpus:embedded.vocab_size": Change(300, EMBEDDED, {"model.vocab_size": 300}),
     "corpus:embedded.lowercase": Change(False, EMBEDDED),

@@ -28,8 +28,8 @@ def test_the_promised_files_are_shipped() -> None:
     assert [path.stem for path in DEEPSPEED] == ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
     assert [path.stem for path in RECIPES] == [
         *("bert_base_muon", "bert_base_phase1", "bert_base_phase2", "bert_base_zh", "bert_large_phase1"),
-        *("bert_large_phase2", "bert_original", "bert_original_phase2", "distilbert_base", "embedded_default"),
-        *("modernbert_base_phase1", "modernbert_base_phase2", "modernbert_small"),
+        *("bert_large_phase2", "bert_original", "bert_original_phase2", "distilbert_base", "distilbert_small"),
+        *("embedded_default", "modernbert_base_phase1", "modernbert_base_phase2", "modernbert_small"),
     ]
 
 
@@ -81,6 +81,16 @@ def test_the_published_lamb_recipe_is_followed() -> None:
     run = load_run_config(ROOT / "ds_configs/recipes/bert_large_phase2.json")
     assert (run.training.train_batch_size, run.training.total_steps, run.optimizer.lr) == (32_768, 1_563, 4e-3)
     assert (run.sequences.max_seq_length, run.masking.max_predictions_per_seq, run.schedule.power) == (512, 80, 0.5)
+
+
+def test_the_published_distilbert_is_followed() -> None:
+    """Numbers of its paper and of the command that trained it; every other layer of BERT-base, as its script takes."""
+    run = load_run_config(ROOT / "ds_configs/recipes/distilbert_base.json")
+    assert run.model.count_parameters(has_pair_head=False) == 66_985_530 + 6 * 769  # rows that pad to a multiple of 64
+    assert (run.training.train_batch_size, run.optimizer.lr, run.training.gradient_clipping) == (4096, 5e-4, 5.0)
+    assert run.distillation is not None and run.distillation.init_layers == (0, 2, 4, 7, 9, 11)
+    weights = run.distillation.mlm_weight, run.distillation.soft_weight, run.distillation.hidden_weight
+    assert (weights, run.distillation.temperature) == ((2.0, 5.0, 1.0), 2.0)
 
 
 def test_the_published_phases_of_modernbert_are_followed() -> None:

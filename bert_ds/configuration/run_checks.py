@@ -172,19 +172,20 @@ def _teacher_problem(folder: Path, run: RunConfig) -> str | None:
         return no_family_text(content)
     equal = ["vocab_size"]
     if distillation.init_layers is not None:
-        if found.config is not type(run.model):
+        if found.config.LAYERS != run.model.LAYERS:
             return f"init_layers takes layers of a teacher of another family than {run.model.family}"
-        equal = [name for name in run.model.SIZES if name != "num_hidden_layers"]
+        fixed = [name for settings in found.config.HF_TYPES.values() for name in settings]
+        equal = [name for name in (*run.model.SIZES, *dict.fromkeys(fixed)) if name != "num_hidden_layers"]
     elif distillation.hidden_weight:
         equal.append("hidden_size")
     wrong = [
-        f"{name} {describe(content.get(name))} (here {getattr(run.model, name)})"
+        f"{name} {describe(found.given.get(name))} (here {getattr(run.model, name)})"
         for name in equal
-        if content.get(name) != getattr(run.model, name)
+        if found.given.get(name) != getattr(run.model, name)
     ]
     if wrong:
         return f"the teacher has {', '.join(wrong)}"
-    layers, positions = content.get("num_hidden_layers", 0), content.get("max_position_embeddings", 0)
+    layers, positions = found.given.get("num_hidden_layers", 0), found.given.get("max_position_embeddings", 0)
     if type(layers) is not int or type(positions) is not int:
         return f"the teacher has {describe(layers)} layers and {describe(positions)} positions, wanted whole numbers"
     if distillation.init_layers is not None and max(distillation.init_layers) >= layers:

@@ -129,13 +129,15 @@ def model_config_from_hf(content: Mapping[str, Any], *, pad_vocab_size_to_multip
         multiple = pad_vocab_size_to_multiple_of
         return FAMILY_CONFIGS[name](**settings, **fixed, pad_vocab_size_to_multiple_of=multiple)
     except ValidationError as error:
-        raise ConfigError(f"config.json: {'; '.join(map(_problem, error.errors()))}") from None
+        names = FAMILY_CONFIGS[name].HF_NAMES
+        raise ConfigError(f"config.json: {'; '.join(_problem(item, names) for item in error.errors())}") from None
 
 
-def _problem(item: Mapping[str, Any]) -> str:
-    """Say what pydantic has found, in one setting or between several."""
+def _problem(item: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """Say what pydantic has found, in one setting, by its name in the file, or between several."""
     said = item["msg"].removeprefix("Value error, ")[:300]
-    return f"{'.'.join(map(str, item['loc']))} is {repr(item['input'])[:60]}: {said}" if item["loc"] else said
+    where = ".".join(names.get(part, str(part)) for part in item["loc"])
+    return f"{where} is {repr(item['input'])[:60]}: {said}" if where else said
 
 
 def _rows(config: EncoderConfig, *, has_pair_head: bool) -> Iterator[TensorRow]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Discriminator, Tag
 
 from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.configuration.families.distilbert import DistilBertConfig
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.families.modernbert import ModernBertConfig
 
@@ -19,11 +20,18 @@ def _family(section: Any) -> str | None:
 
 
 ModelSection = Annotated[
-    Annotated[BertConfig, Tag("bert")] | Annotated[ModernBertConfig, Tag("modernbert")], Discriminator(_family)
+    Annotated[BertConfig, Tag("bert")]
+    | Annotated[DistilBertConfig, Tag("distilbert")]
+    | Annotated[ModernBertConfig, Tag("modernbert")],
+    Discriminator(_family),
 ]
 """What a recipe may hold."""
 
-FAMILY_CONFIGS: dict[str, type[EncoderConfig]] = {"bert": BertConfig, "modernbert": ModernBertConfig}
+FAMILY_CONFIGS: dict[str, type[EncoderConfig]] = {
+    "bert": BertConfig,
+    "distilbert": DistilBertConfig,
+    "modernbert": ModernBertConfig,
+}
 """By the type that a recipe names; without one it is "bert"."""
 
 HF_FAMILIES = {model_type: name for name, config in FAMILY_CONFIGS.items() for model_type in config.HF_TYPES}
@@ -35,7 +43,7 @@ class Described(NamedTuple):
 
     config: type[EncoderConfig]
     given: Mapping[str, Any]
-    """Its settings, with those that its `model_type` stands for."""
+    """Its settings under our names, with those that its `model_type` stands for."""
 
 
 def described(content: Mapping[str, Any]) -> Described | None:
@@ -43,4 +51,8 @@ def described(content: Mapping[str, Any]) -> Described | None:
     model_type = content.get("model_type")
     name = HF_FAMILIES.get(str(model_type)) if "model_type" in content else content.get("type", "bert")
     config = FAMILY_CONFIGS.get(str(name))
-    return None if config is None else Described(config, {**content, **config.HF_TYPES.get(str(model_type), {})})
+    if config is None:
+        return None
+    names = config.HF_NAMES if "model_type" in content else {}
+    renamed = {ours: content[theirs] for ours, theirs in names.items() if theirs in content}
+    return Described(config, {**content, **renamed, **config.HF_TYPES.get(str(model_type), {})})

@@ -1,0 +1,105 @@
+"""DistilBERT (Sanh et al. 2019, arXiv 1910.01108): BERT's layers, half as many, without segments and pooler."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from bert_ds.configuration.families.encoder_config import BertLayersConfig
+from bert_ds.configuration.reading.config_section import DropoutProbability, PositiveFloat, Size
+
+
+class DistilBertConfig(BertLayersConfig):
+    """The DistilBERT encoder; the defaults are DistilBERT-base uncased.
+
+    Sizes are called as in the other families, and as transformers calls them too; its config.json has the names of
+    HF_NAMES.
+    """
+
+    TITLE = "DistilBERT"
+    HF_TYPES = {"distilbert": {}}
+    HF_NAMES = {
+        "hidden_size": "dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "intermediate_size": "hidden_dim",
+    }
+    SIZES = (*BertLayersConfig.SIZES, "max_position_embeddings")
+
+    type: Literal["distilbert"] = "distilbert"
+    """Family of the encoder."""
+    vocab_size: Annotated[int, Field(ge=8, le=2**24)] = 30522
+    """Number of word pieces of the tokenizer, without padding rows."""
+    hidden_size: Size = 768
+    """Width of the residual stream; `dim` in config.json."""
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)] = 6
+    """Number of transformer layers; `n_layers` in config.json."""
+    num_attention_heads: Size = 12
+    """Number of attention heads, `n_heads` in config.json; divides hidden_size."""
+    intermediate_size: Size = 3072
+    """Width of the feed-forward layer; `hidden_dim` in config.json."""
+    activation: Literal["gelu", "gelu_new"] = "gelu"
+    """"gelu" is the published erf form, "gelu_new" the tanh approximation."""
+    dropout: DropoutProbability = 0.1
+    """Dropout after the embeddings and after both dense blocks of a layer."""
+    attention_dropout: DropoutProbability = 0.1
+    """Dropout of the attention probabilities."""
+    qa_dropout: DropoutProbability = 0.1
+    """Dropout in front of the scores of an answer's begin and end."""
+    seq_classif_dropout: DropoutProbability = 0.2
+    """Dropout in front of the classifier of whole sequences."""
+    max_position_embeddings: Size = 512
+    """Longest sequence in tokens."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of the normal initialisation of every weight matrix."""
+
+    @property
+    def family(self) -> str:
+        """ "distilbert"."""
+        return self.type
+
+    @property
+    def hidden_act(self) -> str:
+        """BERT's name for the activation."""
+        return self.activation
+
+    @property
+    def hidden_dropout_prob(self) -> float:
+        """BERT's name for the dropout of hidden states."""
+        return self.dropout
+
+    @property
+    def attention_probs_dropout_prob(self) -> float:
+        """BERT's name for the dropout of attention probabilities."""
+        return self.attention_dropout
+
+    @property
+    def layer_norm_eps(self) -> float:
+        """1e-12: config.json has no word for it."""
+        return 1e-12
+
+    @property
+    def norm_position(self) -> str:
+        """ "post": LayerNorm behind each block."""
+        return "post"
+
+    @property
+    def classifier_dropout_prob(self) -> float:
+        """That of whole sequences; a task sets all of them alike."""
+        return self.seq_classif_dropout
+
+    def with_dropout(self, probability: float) -> DistilBertConfig:
+        """Return the settings with another dropout in every place that has one."""
+        places = ("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout")
+        return self.model_copy(update=dict.fromkeys(places, probability))
+
+    def count_parameters(self, *, has_pair_head: bool) -> int:
+        """Return the trainable parameters; the decoder is tied and counts once.
+
+        Args:
+            has_pair_head: there is none, for no segment tells the texts of a pair apart.
+        """
+        rows = self.padded_vocab_size + self.max_position_embeddings
+        layers = self.num_hidden_layers * self.layer_parameters()
+        return rows * self.hidden_size + 2 * self.hidden_size + layers + self.word_head_parameters()

@@ -1,0 +1,66 @@
+"""The shipped recipes for a CPU train: some steps of each, on less text, the student's behind its teacher's."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+from forked_verbs import run_verb
+
+from bert_ds.encoder.pretrained import load_masked_lm
+from bert_ds.reporting.run_log import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+LESS = {
+    "corpus.max_bytes": 1_000_000,
+    "training.total_steps": 12,
+    "training.train_batch_size": 8,
+    "training.log_every_steps": 1,
+    "schedule.warmup_steps": 1,
+    "evaluation.num_examples": 16,
+}
+
+
+def trained(folder: Path, name: str, **others: object) -> Path:
+    """Train a shipped recipe, export it, and return its run folder."""
+    settings = {name.replace("__", "."): value for name, value in others.items()}
+    words = [f"--set={path}={value}" for path, value in {**LESS, **settings}.items()]
+    files = ("--run", ROOT / f"ds_configs/recipes/{name}.json", "--deepspeed_config", ROOT / "ds_configs/zero2.json")
+    for command in (
+        ("pretrain.py", *files, "--run_dir", folder / name, *words),
+        ("export_hf.py", "--run_dir", folder / name),
+    ):
+        done = run_verb(ROOT / "bert_ds" / command[0], *command[1:])
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / name
+
+
+def losses(run_dir: Path, name: str = "loss") -> list[float]:
+    return [row[name] for row in read_metrics(run_dir / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the default recipe is trained, as `make pretrain` does; recipes of its text share it."""
+    folder = tmp_path_factory.mktemp("small")
+    trained(folder, "embedded_default")
+    return folder
+
+
+def test_the_small_distilbert_learns_from_the_default_run(folder: Path) -> None:
+    teacher = folder / "embedded_default/hf"
+    run_dir = trained(folder, "distilbert_small", schedule__warmup_fraction="null", distillation__teacher=teacher)
+    model = load_masked_lm(run_dir / "hf")
+    assert (model.config.family, model.config.num_hidden_layers) == ("distilbert", 1)
+    soft = losses(run_dir, "loss_soft")
+    assert soft[-1] < 0.6 * soft[0] < 0.6
+
+
+def test_the_small_modernbert_learns(folder: Path) -> None:
+    run_dir = trained(folder, "modernbert_small")
+    assert load_masked_lm(run_dir / "hf").config.family == "modernbert"
+    assert losses(run_dir)[-1] < losses(run_dir)[0]
