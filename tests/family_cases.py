@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.configuration.families.distilbert import DistilBertConfig
+from bert_ds.configuration.families.electra import ElectraConfig
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.families.modernbert import ModernBertConfig
 from bert_ds.encoder.hf_mapping import hf_config
@@ -44,6 +45,8 @@ FORMS: dict[str, EncoderConfig] = {
     "bert, pre-norm": BertConfig(**_BERT, norm_position="pre", hidden_act="gelu_new"),
     "distilbert": DistilBertConfig(**_DISTIL),
     "distilbert, tanh gelu": DistilBertConfig(**_DISTIL, activation="gelu_new"),
+    "electra": ElectraConfig(**_BERT, embedding_size=16),
+    "electra, one width, tanh gelu": ElectraConfig(**_BERT, embedding_size=24, hidden_act="gelu_new"),
     "modernbert": ModernBertConfig(**_MODERN),
     "modernbert, all biases": ModernBertConfig(
         **{**_MODERN, "local_attention": 7},

@@ -265,6 +265,8 @@ def test_layers_are_taken_from_another_family_where_they_are_alike(workshop: Pat
     alike = {name: size for name, size in recipe["model"].items() if not name.endswith("_prob")}
     student = {**without_pairs, "model": {**alike, "type": "distilbert"}}
     assert planned(workshop, recipe=student, init_layers=[1, 3]).run.model.family == "distilbert"
+    electra = {**without_pairs, "model": {**alike, "type": "electra", "embedding_size": alike["hidden_size"]}}
+    assert planned(workshop, recipe=electra, init_layers=[1, 3]).run.model.family == "electra"
     modern = {**without_pairs, "model": {**alike, "type": "modernbert"}}
     assert "init_layers takes layers of a teacher of another family than modernbert" in problem_of(
         workshop, recipe=modern, init_layers=[1, 3]
@@ -276,6 +278,7 @@ def test_layers_are_taken_from_another_family_where_they_are_alike(workshop: Pat
     for teacher, wrong in (
         ({**facts, "model_type": "megatron-bert"}, 'the teacher has norm_position "pre" (here post)'),
         ({**distil, **kept}, f"the teacher has intermediate_size 7 (here {alike['intermediate_size']})"),
+        ({**facts, "model_type": "electra", "embedding_size": 5}, "the teacher has embedding_width 5 (here 32)"),
         ({**distil, **kept, "hidden_dim": alike["intermediate_size"], "n_layers": 2}, "the teacher has 2 layers"),
     ):
         write_json(workshop / "teacher", "config.json", teacher)

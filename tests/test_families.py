@@ -15,10 +15,12 @@ from family_cases import FORMS, SPECIAL_IDS, disturbed, ragged, settings_of
 
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.families.modernbert import ModernBertConfig
+from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.tuning import task_folder
 from bert_ds.encoder.families import table as family_table
 from bert_ds.encoder.families.bert import BERT
 from bert_ds.encoder.families.table import family_of, weight_patterns
-from bert_ds.encoder.fused_ops import fused_ops
+from bert_ds.encoder.fused_ops import FusedOps, fused_ops
 from bert_ds.encoder.hf_mapping import encoder_from_hf, from_hf, hf_config, model_config_from_hf, modern_names, to_hf
 from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.encoder.tensor_rows import TensorRow, rows_to_hf
@@ -164,9 +166,8 @@ def test_a_task_starts_from_all_that_transformers_would_take_from_a_pre_trained_
     assert all(torch.equal(found[name], tensor) for name, tensor in taken.items())
 
 
-@EVERY_FORM
-def test_every_place_that_drops_has_masks_of_its_own(config: EncoderConfig) -> None:
-    sites: list[int] = []
+def watching(sites: list[int]) -> FusedOps:
+    """Operators that note the places that drop."""
 
     def watched(operation: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -177,12 +178,23 @@ def test_every_place_that_drops_has_masks_of_its_own(config: EncoderConfig) -> N
         return call
 
     plain = fused_ops("torch")
-    ops = type(plain)(**{field.name: watched(getattr(plain, field.name)) for field in fields(plain)})
-    family, dropping = family_of(config), config.with_dropout(0.2)
-    encoder = family.make_encoder(dropping, ops, has_front=False)
-    family.initialise(encoder, dropping, seed=0)
-    encoder.train()(**ragged(config)[1], dropout_seed=torch.tensor([7]))
-    assert sorted(sites) == list(range(family.first_free_site(config)))
+    return FusedOps(**{field.name: watched(getattr(plain, field.name)) for field in fields(plain)})
+
+
+@EVERY_FORM
+@pytest.mark.parametrize("kind", ["classification", "multiple_choice"])
+def test_every_place_that_drops_has_masks_of_its_own(
+    kind: str, config: EncoderConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an encoder, of a front that drops in the classes of transformers, and of the head behind it."""
+    sites: list[int] = []
+    monkeypatch.setattr(task_folder, "fused_ops", lambda kernels: watching(sites))
+    dropping = config.with_dropout(0.2)
+    model = task_folder.make_task_model(KINDS[kind], dropping, {"label": ("a", "b")}, kernels="torch")
+    model.train()(**ragged(config)[1], targets={}, dropout_seed=torch.tensor([7]))
+    head = family_of(config).first_free_site(dropping)
+    has_still_front = config.family == "electra" and kind == "multiple_choice"
+    assert sorted(sites) == [site for site in range(head + 1) if not (has_still_front and site == head - 1)]
 
 
 @EVERY_FORM

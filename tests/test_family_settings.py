@@ -55,16 +55,34 @@ DISTIL: dict[str, Any] = {
     "initializer_range": 0.03,
     **dict.fromkeys(("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout"), 0.3),
 }
-OTHERS = {"modernbert": MODERN, "distilbert": DISTIL}
+ELECTRA: dict[str, Any] = {
+    "vocab_size": 67,
+    "embedding_size": 12,
+    "hidden_size": 32,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "intermediate_size": 44,
+    "hidden_act": "gelu_new",
+    "hidden_dropout_prob": 0.3,
+    "attention_probs_dropout_prob": 0.3,
+    "max_position_embeddings": 80,
+    "type_vocab_size": 3,
+    "initializer_range": 0.03,
+    "layer_norm_eps": 1e-4,
+}
+OTHERS = {"modernbert": MODERN, "distilbert": DISTIL, "electra": ELECTRA}
 """Another value of every field that makes another model, by family."""
-CLASSES = {"modernbert": transformers.ModernBertConfig, "distilbert": transformers.DistilBertConfig}
+CLASSES = {name: transformers.CONFIG_MAPPING[name] for name in OTHERS}
 REASONS = {
     **dict.fromkeys(
         ("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id"),
         "of the tokenizer, written by the export; no score depends on it",
     ),
     "sinusoidal_pos_embds": "how positions begin; they are in the file",
-    "tie_word_embeddings": "DistilBERT's are tied; others are refused: test_family_starts",
+    "tie_word_embeddings": "tied but for ModernBERT's; others are refused: test_family_starts",
+    **dict.fromkeys(("summary_type", "summary_use_proj", "summary_activation"), "others are refused: as above"),
+    **dict.fromkeys(("is_decoder", "add_cross_attention", "use_cache"), "of decoders"),
+    **dict.fromkeys(("classifier_dropout", "summary_last_dropout"), "of tasks, which set them"),
     "deterministic_flash_attn": "how transformers' own kernel adds up",
     "sparse_prediction": "of transformers' loss alone: scores are of every token without labels",
     "sparse_pred_ignore_index": "see sparse_prediction",

@@ -77,7 +77,9 @@ def test_a_run_starts_from_the_weights_of_a_run_and_of_a_folder(begun: Begun) ->
 
 def test_the_card_names_the_family(begun: Begun) -> None:
     card = (begun.exported / "README.md").read_text(encoding="utf-8")
-    title = {"bert": "BERT", "distilbert": "DistilBERT", "modernbert": "ModernBERT"}[begun.config.family]
+    title = {"bert": "BERT", "distilbert": "DistilBERT", "electra": "ELECTRA", "modernbert": "ModernBERT"}[
+        begun.config.family
+    ]
     assert f"\nA {title} encoder pre-trained" in card and f"tags: [{begun.config.family}, fill-mask]" in card
 
 
@@ -129,9 +131,10 @@ def test_weights_of_another_family_are_refused(begun: Begun) -> None:
 
 def test_a_checkpoint_of_another_form_is_refused_with_the_field_and_both_values(begun: Begun) -> None:
     names = {"bert": "norm_position", "distilbert": "max_position_embeddings", "modernbert": "mlp_bias"}
+    names["electra"] = "embedding_size"
     name = names[begun.config.family]
     found = getattr(begun.config, name)
-    other: Any = {"post": "pre", "pre": "post", True: False, False: True, 64: 48}[found]
+    other: Any = {"post": "pre", "pre": "post", True: False, False: True, 64: 48, 16: 24}[found]
     recipe = json.loads((begun.folder / "recipe0.0.json").read_text())
     (begun.folder / "recipe0.3.json").write_text(json.dumps({**recipe, "model": {**recipe["model"], name: other}}))
     said = f"saved with model.{name} {found}, this run has model.{name} {other}"
@@ -162,9 +165,9 @@ MODERN = {**RECIPE["model"], "type": "modernbert"}
         (
             "model.type",
             "modernbrt",
-            'model.type: found "modernbrt", wanted one of "bert", "distilbert", "modernbert"; did you mean',
+            'model.type: found "modernbrt", wanted one of "bert", "distilbert", "electra", "modernbert"; did you mean',
         ),
-        ("model.type", 3, 'model.type: found 3, wanted one of "bert", "distilbert", "modernbert"'),
+        ("model.type", 3, 'model.type: found 3, wanted one of "bert", "distilbert", "electra", "modernbert"'),
         (
             "model",
             {**RECIPE["model"], "type": "distilbert", "dim": 8},
@@ -190,6 +193,11 @@ def test_pairs_are_refused_where_no_segments_are_told_apart(family: str, pair: s
     recipe = changed(changed(RECIPE, "model.type", family), "sequences.sentence_pair", pair)
     wanted = f'"{pair}" wants segments, which {family} does not tell apart: wanted "none"'
     assert wanted in refused(recipe, tmp_path)
+
+
+def test_pairs_are_refused_where_no_head_learns_them(tmp_path: Path) -> None:
+    recipe = changed(changed(RECIPE, "model.type", "electra"), "sequences.sentence_pair", "sop")
+    assert '"sop" wants a head for pairs, which electra has not: wanted "none"' in refused(recipe, tmp_path)
 
 
 def refused(recipe: dict[str, Any], folder: Path) -> str:
@@ -236,6 +244,8 @@ DISTIL_FOLDER = {"model_type": "distilbert", "dim": 24, "n_layers": 2, "n_heads"
         ({**DISTIL_FOLDER, "n_heads": 7}, "hidden_size 24 is not a multiple of num_attention_heads 7"),
         ({**DISTIL_FOLDER, "activation": "relu"}, "activation is 'relu': Input should be 'gelu' or 'gelu_new'"),
         ({**DISTIL_FOLDER, "tie_word_embeddings": False}, "tie_word_embeddings is False, wanted True"),
+        ({"model_type": "electra", "summary_type": "mean"}, "summary_type is 'mean', wanted 'first'"),
+        ({"model_type": "electra", "embedding_size": 0}, "embedding_size is 0: Input should be greater than"),
         ({"num_attention_heads": 8}, "config.json: heads are 3 wide"),
         ({"hidden_activation": "silu"}, "hidden_activation is 'silu': Input should be 'gelu' or 'gelu_pytorch_tanh'"),
         ({"model_type": "modernbart"}, "model_type is 'modernbart', wanted \"bert\" or"),

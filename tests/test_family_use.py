@@ -18,10 +18,11 @@ import torch
 import transformers
 from config_cases import DEEPSPEED, RECIPE, changed, write_json
 from downstream_cases import PIECES, task_of, write_lines, write_tiny_export
-from family_cases import EVERY_FAMILY, WIRED, of_size
+from family_cases import EVERY_FAMILY, FORMS, WIRED, disturbed, of_size, settings_of
 from test_probing import encoder_of, read, tag_task
 
 from bert_ds import check_run, show_masks, submit
+from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.model_folder import folder_model
@@ -33,6 +34,7 @@ from bert_ds.downstream.untrained.masked_scores import pseudo_log_likelihoods
 from bert_ds.downstream.untrained.masked_words import masked_word_figures
 from bert_ds.downstream.untrained.minimal_pairs import MinimalPair, judge_pairs
 from bert_ds.downstream.untrained.probing import layer_vectors
+from bert_ds.encoder.hf_mapping import to_hf
 from bert_ds.encoder.hf_onnx import write_onnx
 from bert_ds.encoder.pretrained import load_masked_lm, load_pretrained
 from bert_ds.encoder.pretraining_model import PretrainingModel
@@ -140,6 +142,20 @@ def test_a_folder_that_transformers_wrote_is_opened_by_its_name(pretrained: Path
     assert load_tokenizer(tmp_path).fingerprint == load_tokenizer(pretrained).fingerprint
     begun, wanted = (load_pretrained(folder).tensors for folder in (tmp_path, pretrained))
     assert begun.keys() == wanted.keys()
+
+
+def test_a_discriminator_is_a_start_for_tasks_and_predicts_no_words(tmp_path: Path) -> None:
+    ours = disturbed(PretrainingModel(FORMS["electra"], kernels="torch", has_pair_head=False))
+    model = transformers.ElectraForPreTraining(settings_of(FORMS["electra"]))
+    names = model.load_state_dict(to_hf(ours.state_dict(), FORMS["electra"]), strict=False)
+    assert all(name.startswith("discriminator_predictions.") for name in names.missing_keys)
+    model.save_pretrained(tmp_path)
+    begun = load_pretrained(tmp_path)
+    assert len(begun.unused) == 4 and all(
+        torch.equal(begun.tensors[f"bert.{name}"], weight) for name, weight in ours.bert.state_dict().items()
+    )
+    with pytest.raises(CheckpointError, match=r"has no masked-word head: .* no fine-tuned one and no discriminator"):
+        load_masked_lm(tmp_path)
 
 
 @EVERY_FAMILY

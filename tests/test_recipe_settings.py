@@ -132,6 +132,13 @@ def of_family(family: str, values: dict[str, Any], **settings: Any) -> dict[str,
 
 
 DISTIL = {"activation": "gelu_new", "dropout": 0.3, "attention_dropout": 0.3, "max_position_embeddings": 48}
+BERT = {
+    "hidden_act": "gelu_new",
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.3),
+    "max_position_embeddings": 48,
+    "type_vocab_size": 3,
+    "layer_norm_eps": 1e-2,
+}
 MODERN = {
     "hidden_activation": "gelu_pytorch_tanh",
     "initializer_cutoff_factor": 1.0,
@@ -150,16 +157,11 @@ CHANGES = {
     "init_from": Change("teacher"),
     "output_bias": Change("log_unigram"),
     "model:bert.vocab_size": Change(300, EMBEDDED, {"corpus.vocab_size": 300}),
-    "model:bert.hidden_act": Change("gelu_new"),
-    "model:bert.hidden_dropout_prob": Change(0.3),
-    "model:bert.attention_probs_dropout_prob": Change(0.3),
-    "model:bert.max_position_embeddings": Change(48),
-    "model:bert.type_vocab_size": Change(3),
-    "model:bert.layer_norm_eps": Change(1e-2),
     "model:bert.norm_position": Change("pre"),
     "model:bert.type": Change("modernbert", PLAIN),
-    **{f"model:bert.{name}": Change(value) for name, value in SIZES.items()},
+    **{f"model:bert.{name}": Change(value) for name, value in {**SIZES, **BERT}.items()},
     **of_family("distilbert", DISTIL),
+    **of_family("electra", {**BERT, "embedding_size": 8}),
     **of_family("modernbert", MODERN, local_attention=8),
     "corpus:embedded.type": Change("shards", EMBEDDED, {"corpus": RECIPE["corpus"], "model.vocab_size": 64}),
     "corpus:embedded.vocab_size": Change(300, EMBEDDED, {"model.vocab_size": 300}),

@@ -34,7 +34,10 @@ def recipe_problems(run: RunConfig) -> list[Problem]:
     if sequences.sentence_pair != "none" and model.num_segments == 0:
         text = f'"{sequences.sentence_pair}" wants segments, which {model.family} does not tell apart: wanted "none"'
         problems.append(Problem("sequences.sentence_pair", text))
-    if sequences.sentence_pair != "none" and model.num_segments == 1:
+    elif sequences.sentence_pair != "none" and not model.learns_pairs:
+        text = f'"{sequences.sentence_pair}" wants a head for pairs, which {model.family} has not: wanted "none"'
+        problems.append(Problem("sequences.sentence_pair", text))
+    elif sequences.sentence_pair != "none" and model.num_segments == 1:
         text = f'1 segment is too few for sentence_pair "{sequences.sentence_pair}", wanted 2'
         problems.append(Problem("model.type_vocab_size", text))
     problems += start_problems(run)
@@ -170,22 +173,24 @@ def _teacher_problem(folder: Path, run: RunConfig) -> str | None:
     assert distillation is not None
     if (found := described(content)) is None:
         return no_family_text(content)
+    given = {"embedding_width": found.given.get("embedding_size", found.given.get("hidden_size")), **found.given}
     equal = ["vocab_size"]
     if distillation.init_layers is not None:
         if found.config.LAYERS != run.model.LAYERS:
             return f"init_layers takes layers of a teacher of another family than {run.model.family}"
         fixed = [name for settings in found.config.HF_TYPES.values() for name in settings]
-        equal = [name for name in (*run.model.SIZES, *dict.fromkeys(fixed)) if name != "num_hidden_layers"]
+        names = (*run.model.SIZES, "embedding_width", *dict.fromkeys(fixed))
+        equal = [name for name in names if name not in ("num_hidden_layers", "embedding_size")]
     elif distillation.hidden_weight:
         equal.append("hidden_size")
     wrong = [
-        f"{name} {describe(found.given.get(name))} (here {getattr(run.model, name)})"
+        f"{name} {describe(given.get(name))} (here {getattr(run.model, name)})"
         for name in equal
-        if found.given.get(name) != getattr(run.model, name)
+        if given.get(name) != getattr(run.model, name)
     ]
     if wrong:
         return f"the teacher has {', '.join(wrong)}"
-    layers, positions = found.given.get("num_hidden_layers", 0), found.given.get("max_position_embeddings", 0)
+    layers, positions = given.get("num_hidden_layers", 0), given.get("max_position_embeddings", 0)
     if type(layers) is not int or type(positions) is not int:
         return f"the teacher has {describe(layers)} layers and {describe(positions)} positions, wanted whole numbers"
     if distillation.init_layers is not None and max(distillation.init_layers) >= layers:

@@ -65,7 +65,7 @@ def _model_flops(model: EncoderConfig, run: RunConfig, mean_length: float) -> fl
         predictions = min(predictions, masking.max_predictions_per_seq)
     per_prediction = 6 * model.word_head_weights()
     pooler = 6 * (hidden * hidden + 2 * hidden) if run.sequences.sentence_pair != "none" else 0
-    encoder = 6 * layers * layer_weights + 12 * hidden * model.attended_tokens(mean_length)
+    encoder = 6 * (model.projection_weights + layers * layer_weights) + 12 * hidden * model.attended_tokens(mean_length)
     return encoder + (per_prediction * predictions + pooler) / mean_length
 
 
@@ -120,7 +120,7 @@ def memory_estimate(
     master = 4 if low or stage in (1, 2) else 0
     owned = number if stage == 0 else shard
     optimizer = owned * (run.optimizer.moment_bytes + master)
-    embedding = run.model.padded_vocab_size * run.model.hidden_size
+    embedding = run.model.padded_vocab_size * run.model.embedding_width
     weights = (number if stage < 3 else shard + 2 * embedding) * width + num_fixed * width
     whole = {0: width + (4 if low else 0), 1: width + (4 if low else 0), 2: 0, 3: 0}[stage]
     accumulated = shard * 4 if stage >= 2 else 0

@@ -51,7 +51,8 @@ def load_masked_lm(folder: Path, *, kernels: str = "auto", pad_vocab_size_to_mul
     source = load_hf_folder(folder, pad_vocab_size_to_multiple_of=pad_vocab_size_to_multiple_of)
     tensors, family = modern_names(source.tensors, source.config), family_of(source.config)
     if not _holds(tensors, family.word_head_rows(source.config)):
-        raise CheckpointError(f"{folder} has no masked-word head: wanted a pre-trained model, not a fine-tuned one")
+        wanted = "wanted a pre-trained model, no fine-tuned one and no discriminator"
+        raise CheckpointError(f"{folder} has no masked-word head: {wanted}")
     has_pair_head = _holds(tensors, family.pair_head_rows(source.config))
     model = PretrainingModel(source.config, kernels=kernels, has_pair_head=has_pair_head)
     model.load_state_dict(from_hf(tensors, source.config, has_pair_head=has_pair_head))

@@ -25,7 +25,7 @@ class Decoder(NamedTuple):
 
 
 class MaskedWordHead(nn.Module):
-    """Dense, GELU, LayerNorm, then a decoder: the word embedding, or a weight of its own.
+    """Dense to the width of the embeddings, GELU, LayerNorm, then a decoder: the word embedding, or its own weight.
 
     Args:
         config: sizes.
@@ -47,14 +47,14 @@ class MaskedWordHead(nn.Module):
         is_tied: bool = True,
     ) -> None:
         super().__init__()
-        hidden_size, vocab_size = config.hidden_size, config.padded_vocab_size
+        width, vocab_size = config.embedding_width, config.padded_vocab_size
         self.ops, self.eps, self.approximate = ops, eps, approximate
         self.vocab_size = config.vocab_size
-        self.transform_weight = nn.Parameter(torch.empty(hidden_size, hidden_size))
-        self.transform_bias = nn.Parameter(torch.empty(hidden_size)) if "transform" in biases else None
-        self.layer_norm_weight = nn.Parameter(torch.empty(hidden_size))
-        self.layer_norm_bias = nn.Parameter(torch.empty(hidden_size)) if "layer_norm" in biases else None
-        self.decoder_weight = None if is_tied else nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.transform_weight = nn.Parameter(torch.empty(width, config.hidden_size))
+        self.transform_bias = nn.Parameter(torch.empty(width)) if "transform" in biases else None
+        self.layer_norm_weight = nn.Parameter(torch.empty(width))
+        self.layer_norm_bias = nn.Parameter(torch.empty(width)) if "layer_norm" in biases else None
+        self.decoder_weight = None if is_tied else nn.Parameter(torch.empty(vocab_size, width))
         self.bias = nn.Parameter(torch.empty(vocab_size)) if "decoder" in biases else None
 
     def forward(

@@ -6,16 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bert_ds.configuration.families.encoder_config import BertLayersConfig
-from bert_ds.configuration.reading.config_section import DropoutProbability, PositiveFloat, Size
+from bert_ds.configuration.families.bert_layers import BertNamesConfig
+from bert_ds.configuration.reading.config_section import Size
 
 
-class BertConfig(BertLayersConfig):
+class BertConfig(BertNamesConfig):
     """The BERT encoder, in Hugging Face's spelling; the defaults are BERT-base uncased."""
 
     TITLE = "BERT"
     HF_TYPES = {"bert": {"norm_position": "post"}, "megatron-bert": {"norm_position": "pre"}}
-    SIZES = (*BertLayersConfig.SIZES, "max_position_embeddings", "type_vocab_size")
 
     type: Literal["bert"] = "bert"
     """Family of the encoder."""
@@ -29,20 +28,6 @@ class BertConfig(BertLayersConfig):
     """Number of attention heads; divides hidden_size."""
     intermediate_size: Size = 3072
     """Width of the feed-forward layer."""
-    hidden_act: Literal["gelu", "gelu_new"] = "gelu"
-    """"gelu" is the published erf form, "gelu_new" the tanh approximation."""
-    hidden_dropout_prob: DropoutProbability = 0.1
-    """Dropout after the embeddings and after both dense blocks of a layer."""
-    attention_probs_dropout_prob: DropoutProbability = 0.1
-    """Dropout of the attention probabilities."""
-    max_position_embeddings: Size = 512
-    """Longest sequence in tokens."""
-    type_vocab_size: Size = 2
-    """Number of segment ids."""
-    layer_norm_eps: PositiveFloat = 1e-12
-    """Epsilon inside the square root of every LayerNorm."""
-    initializer_range: PositiveFloat = 0.02
-    """Standard deviation of the normal initialisation of every weight matrix."""
     norm_position: Literal["post", "pre"] = "post"
     """LayerNorm behind each block, as published, or in front of it and once at the end: transformers' MegatronBert."""
 
@@ -50,20 +35,6 @@ class BertConfig(BertLayersConfig):
     def family(self) -> str:
         """ "bert"."""
         return self.type
-
-    @property
-    def num_segments(self) -> int:
-        """Number of segment ids."""
-        return self.type_vocab_size
-
-    @property
-    def classifier_dropout_prob(self) -> float:
-        """That of the hidden states."""
-        return self.hidden_dropout_prob
-
-    def with_dropout(self, probability: float) -> BertConfig:
-        """Return the settings with another dropout of hidden states and attention probabilities."""
-        return self.model_copy(update={"hidden_dropout_prob": probability, "attention_probs_dropout_prob": probability})
 
     def count_parameters(self, *, has_pair_head: bool) -> int:
         """Return the trainable parameters; the decoder is tied and counts once.

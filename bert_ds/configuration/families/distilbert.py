@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bert_ds.configuration.families.encoder_config import BertLayersConfig
+from bert_ds.configuration.families.bert_layers import BertLayersConfig
 from bert_ds.configuration.reading.config_section import DropoutProbability, PositiveFloat, Size
 
 

@@ -71,6 +71,16 @@ class EncoderConfig(Section):
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def embedding_width(self) -> int:
+        """Width E of the embeddings."""
+        return self.hidden_size
+
+    @property
+    def projection_weights(self) -> int:
+        """Matrix weights between embeddings and layers that every token passes."""
+        return 0
+
     def spelled_out(self) -> Self:
         """Return the settings in one spelling, where the same encoder can be said in several."""
         return self
@@ -79,6 +89,11 @@ class EncoderConfig(Section):
     def num_segments(self) -> int:
         """How many segments of a sequence the network tells apart; 0 where it knows of none."""
         return 0
+
+    @property
+    def learns_pairs(self) -> bool:
+        """Whether there is a head for pairs of segments in pre-training."""
+        return self.num_segments > 0
 
     @property
     def longest_probe(self) -> int:
@@ -131,35 +146,9 @@ class EncoderConfig(Section):
         return True
 
     def word_head_weights(self) -> int:
-        """Return the matrix weights that a predicted word passes: D D and V D."""
-        return self.hidden_size * self.hidden_size + self.padded_vocab_size * self.hidden_size
+        """Return the matrix weights that a predicted word passes: E D and V E."""
+        return self.embedding_width * (self.hidden_size + self.padded_vocab_size)
 
     def kept_values(self) -> int:
         """Estimate the values per token and layer that the backward pass needs."""
         raise NotImplementedError
-
-
-class BertLayersConfig(EncoderConfig):
-    """Base of the families that are made of BERT's layers (`encoder/bert_layers.py`)."""
-
-    LAYERS = "bert"
-
-    def layer_parameters(self) -> int:
-        """Return the parameters of one layer: weights and biases of its matrices, and two LayerNorms."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        attention = 4 * (hidden * hidden + hidden) + 2 * hidden
-        return attention + 2 * hidden * inner + inner + hidden + 2 * hidden
-
-    def word_head_parameters(self) -> int:
-        """Return those of the masked-word head, whose decoder is the word embedding."""
-        return self.hidden_size * self.hidden_size + 3 * self.hidden_size + self.padded_vocab_size
-
-    def layer_matrices(self) -> list[tuple[int, int]]:
-        """Return query, key, value, output and the two of the feed-forward block."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        return [(hidden, hidden)] * 4 + [(inner, hidden), (hidden, inner)]
-
-    def kept_values(self) -> int:
-        """Return 8 D + 2 F: input, q, k, v, attention output, sum and output of the first LayerNorm, sum of the second;
-        before and after GELU."""
-        return 8 * self.hidden_size + 2 * self.intermediate_size

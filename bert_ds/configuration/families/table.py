@@ -9,6 +9,7 @@ from pydantic import Discriminator, Tag
 
 from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.configuration.families.distilbert import DistilBertConfig
+from bert_ds.configuration.families.electra import ElectraConfig
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.families.modernbert import ModernBertConfig
 
@@ -22,6 +23,7 @@ def _family(section: Any) -> str | None:
 ModelSection = Annotated[
     Annotated[BertConfig, Tag("bert")]
     | Annotated[DistilBertConfig, Tag("distilbert")]
+    | Annotated[ElectraConfig, Tag("electra")]
     | Annotated[ModernBertConfig, Tag("modernbert")],
     Discriminator(_family),
 ]
@@ -30,6 +32,7 @@ ModelSection = Annotated[
 FAMILY_CONFIGS: dict[str, type[EncoderConfig]] = {
     "bert": BertConfig,
     "distilbert": DistilBertConfig,
+    "electra": ElectraConfig,
     "modernbert": ModernBertConfig,
 }
 """By the type that a recipe names; without one it is "bert"."""

@@ -76,6 +76,7 @@ class TaskModel(nn.Module):
         roles = {name: family.roles(config)[name] for name in head.roles}
         self._reads_sequences = any(name in SEQUENCE_ROLES for name in roles)
         self._tokens_pass_front = any(role.reads_front for name, role in roles.items() if name not in SEQUENCE_ROLES)
+        self._front_drops = any(role.front_drops for role in roles.values())
         has_front = any(role.reads_front for role in roles.values())
         self.bert = family.make_encoder(
             config, ops, has_front=has_front, activation_checkpointing=activation_checkpointing
@@ -110,7 +111,10 @@ class TaskModel(nn.Module):
             max_seqlen=max_seqlen,
             dropout_seed=dropout_seed,
         )
-        sequence_ND = self.bert.sequence_rows(hidden_TD, cu_seqlens) if self._reads_sequences else None
+        sequence_ND = None
+        if self._reads_sequences:
+            seed = (dropout_seed,) if self._front_drops else ()
+            sequence_ND = self.bert.sequence_rows(hidden_TD, cu_seqlens, *seed)
         token_TD = self.bert.token_rows(hidden_TD) if self._tokens_pass_front else hidden_TD
         found: HeadOutput = self.head(HeadInput(token_TD, sequence_ND, cu_seqlens, dropout_seed), targets)
         sums = found.loss_sums_L, found.metric_sums_M.detach()

@@ -145,7 +145,10 @@ def _form_rows(form: HfForm, model: TaskModel) -> list[TensorRow]:
     config = model.config
     role = role_of(config, form.role)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    encoder = list(family_of(config).encoder_rows(config, has_front=role.reads_front))
+    encoder = [
+        row._replace(hf_names=tuple(name.replace(*role.front_renamed) for name in row.hf_names))
+        for row in family_of(config).encoder_rows(config, has_front=role.reads_front)
+    ]
     if not form.classifier:
         return encoder
     names = {f"{form.classifier}.{kind}": f"{role.classifier}.{kind}" for kind in ("weight", "bias")}

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.encoder.bert_layers import (
-    EMBEDDING_SITE,
+    HF_LAYER_PARTS,
+    BertEmbeddings,
     LayeredEncoder,
     first_free_site,
     gelu_approximation,
@@ -35,7 +36,7 @@ from bert_ds.encoder.bert_layers import (
     layer_rows,
 )
 from bert_ds.encoder.blocks import first_rows
-from bert_ds.encoder.families.family import LAYER_MATRICES, Family, Role, RoleName
+from bert_ds.encoder.families.family import LAYER_MATRICES, Family, Role, RoleName, refused_settings
 from bert_ds.encoder.fused_ops import FusedOps
 from bert_ds.encoder.tensor_rows import TensorRow, linear_rows, same_row, without_tied
 from bert_ds.encoder.word_head import MaskedWordHead
@@ -54,56 +55,14 @@ class BertEncoder(LayeredEncoder):
     def __init__(
         self, config: BertConfig, ops: FusedOps, *, has_front: bool = True, activation_checkpointing: bool = False
     ) -> None:
-        super().__init__(config, ops, BertEmbeddings(config, ops), activation_checkpointing=activation_checkpointing)
+        embeddings = BertEmbeddings(config, ops, width=config.hidden_size)
+        super().__init__(config, ops, embeddings, activation_checkpointing=activation_checkpointing)
         self.pooler = BertPooler(config) if has_front else None
 
     def sequence_rows(self, hidden_TD: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Return what a head of whole sequences reads, [N, D]: the pooled [CLS]."""
         assert self.pooler is not None, "the encoder was made without its front"
         return self.pooler(hidden_TD, cu_seqlens)
-
-
-class BertEmbeddings(nn.Module):
-    """Sum of word, position and segment embedding, LayerNorm where the layers have it behind them, dropout."""
-
-    def __init__(self, config: BertConfig, ops: FusedOps) -> None:
-        super().__init__()
-        hidden_size = config.hidden_size
-        self.ops = ops
-        self.eps = config.layer_norm_eps
-        self.dropout_prob = config.hidden_dropout_prob
-        self.has_norm = config.norm_position == "post"
-        self.word_weight = nn.Parameter(torch.empty(config.padded_vocab_size, hidden_size))
-        self.position_weight = nn.Parameter(torch.empty(config.max_position_embeddings, hidden_size))
-        self.token_type_weight = nn.Parameter(torch.empty(config.type_vocab_size, hidden_size))
-        if self.has_norm:
-            self.layer_norm_weight = nn.Parameter(torch.empty(hidden_size))
-            self.layer_norm_bias = nn.Parameter(torch.empty(hidden_size))
-
-    def forward(
-        self, input_ids_T: Tensor, token_type_ids_T: Tensor, position_ids_T: Tensor, dropout_seed: Tensor | None
-    ) -> Tensor:
-        """Return hidden_TD of three int64 [T] id vectors."""
-        dropout = {
-            "dropout_p": self.dropout_prob if self.training else 0.0,
-            "dropout_seed": dropout_seed,
-            "site": EMBEDDING_SITE,
-        }
-        if not self.has_norm:
-            hidden_TD = F.embedding(input_ids_T, self.word_weight) + F.embedding(position_ids_T, self.position_weight)
-            return self.ops.dropout(hidden_TD + F.embedding(token_type_ids_T, self.token_type_weight), **dropout)
-        return self.ops.embedding(
-            input_ids_T,
-            token_type_ids_T,
-            position_ids_T,
-            self.word_weight,
-            self.position_weight,
-            self.token_type_weight,
-            self.layer_norm_weight,
-            self.layer_norm_bias,
-            self.eps,
-            **dropout,
-        )
 
 
 class BertPooler(nn.Module):
@@ -154,14 +113,6 @@ _SHARED_SETTINGS = (
     "initializer_range",
 )
 _CLASSES = {"post": "Bert", "pre": "MegatronBert"}
-_LAYER_PARTS = {
-    **{part: f"attention.self.{part}" for part in ("query", "key", "value")},
-    "attention.output": "attention.output.dense",
-    "attention.layer_norm": "attention.output.LayerNorm",
-    "feed_forward.intermediate": "intermediate.dense",
-    "feed_forward.output": "output.dense",
-    "feed_forward.layer_norm": "output.LayerNorm",
-}
 _WANTED = {
     "position_embedding_type": "absolute",
     "is_decoder": False,
@@ -183,7 +134,7 @@ def encoder_rows(config: BertConfig, *, has_front: bool) -> Iterator[TensorRow]:
         yield from linear_rows(f"{embeddings}.layer_norm", f"{embeddings}.LayerNorm", hidden)
     for layer in range(config.num_hidden_layers):
         name, hf_name = f"bert.layer.{layer}", f"bert.encoder.layer.{layer}"
-        yield from layer_rows(name, hf_name, config, parts=_LAYER_PARTS)
+        yield from layer_rows(name, hf_name, config, parts=HF_LAYER_PARTS)
         if not is_post:
             yield from linear_rows(f"{name}.attention_norm.layer_norm", f"{hf_name}.attention.ln", hidden)
             yield from linear_rows(f"{name}.feed_forward_norm.layer_norm", f"{hf_name}.ln", hidden)
@@ -241,12 +192,7 @@ def hf_settings(config: BertConfig, special_ids: Mapping[str, int]) -> dict[str,
 
 def from_hf_settings(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return our settings of a config.json, and what this encoder cannot be."""
-    problems = [
-        f"{key} is {repr(content[key])[:60]}, wanted {value!r}"
-        for key, value in _WANTED.items()
-        if content.get(key, value) != value
-    ]
-    return {key: content[key] for key in _SHARED_SETTINGS if key in content}, problems
+    return {key: content[key] for key in _SHARED_SETTINGS if key in content}, refused_settings(content, _WANTED)
 
 
 def _roles(config: BertConfig) -> dict[RoleName, Role]:

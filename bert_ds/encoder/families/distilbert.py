@@ -23,7 +23,7 @@ from bert_ds.encoder.bert_layers import (
     layer_rows,
 )
 from bert_ds.encoder.blocks import first_rows
-from bert_ds.encoder.families.family import LAYER_MATRICES, Family, Role, RoleName
+from bert_ds.encoder.families.family import LAYER_MATRICES, Family, Role, RoleName, refused_settings
 from bert_ds.encoder.fused_ops import FusedOps
 from bert_ds.encoder.tensor_rows import TensorRow, linear_rows, same_row, without_tied
 from bert_ds.encoder.word_head import MaskedWordHead
@@ -159,12 +159,10 @@ def hf_settings(config: DistilBertConfig, special_ids: Mapping[str, int]) -> dic
 
 def from_hf_settings(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return our settings of a config.json, and what this encoder cannot be."""
-    tied = content.get("tie_word_embeddings", True)
-    problems = [] if tied is True else [f"tie_word_embeddings is {repr(tied)[:60]}, wanted True"]
     names = [name for name in DistilBertConfig.model_fields if name not in _NOT_WRITTEN]
     theirs = {name: DistilBertConfig.HF_NAMES.get(name, name) for name in names}
     settings = {name: content[hf_name] for name, hf_name in theirs.items() if hf_name in content}
-    return {**settings, "type": "distilbert"}, problems
+    return {**settings, "type": "distilbert"}, refused_settings(content, {"tie_word_embeddings": True})
 
 
 def _roles(config: DistilBertConfig) -> dict[RoleName, Role]:

@@ -44,6 +44,10 @@ class Role(NamedTuple):
     """Whether the family's front (a pooler, a prediction head) lies between the encoder and that layer."""
     has_dropout: bool = True
     """Whether there is dropout in front of that layer."""
+    front_drops: bool = False
+    """Whether there is dropout in front of the front too."""
+    front_renamed: tuple[str, str] = ("", "")
+    """How `encoder_rows` names the front's dense layer, and how this class does, where that is another name."""
     without_front: Mapping[str, Any] = {}
     """Arguments that keep the class from making up a front which the weights do not have."""
 
@@ -53,7 +57,7 @@ class Family(NamedTuple):
 
     make_encoder: Callable[..., Any]
     """(config, ops, has_front=, activation_checkpointing=) -> token ids to hidden states, with `sequence_rows` and
-    `token_rows`, see `bert.BertEncoder`."""
+    `token_rows`, see `bert.BertEncoder`; with a front that drops, `sequence_rows` takes a seed."""
     word_head: Callable[..., Any]
     """(config, ops) -> the masked-word head."""
     pair_head: Callable[..., Any] | None
@@ -81,3 +85,12 @@ class Family(NamedTuple):
     """Hugging Face's tensors under today's names, without buffers and without a tied decoder."""
     first_free_site: Callable[[Any], int]
     """Number of the first dropout mask that the encoder does not use."""
+
+
+def refused_settings(content: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Return a line for each setting of a config.json that is not what a family can be alone."""
+    return [
+        f"{name} is {repr(content[name])[:60]}, wanted {value!r}"
+        for name, value in wanted.items()
+        if content.get(name, value) != value
+    ]

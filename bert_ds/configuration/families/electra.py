@@ -1,0 +1,69 @@
+"""ELECTRA (Clark et al. 2020, arXiv 2003.10555): BERT's layers behind embeddings of a width of their own, no pooler."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from bert_ds.configuration.families.bert_layers import BertNamesConfig
+from bert_ds.configuration.reading.config_section import Size
+
+
+class ElectraConfig(BertNamesConfig):
+    """The ELECTRA encoder, in Hugging Face's spelling; the defaults are ELECTRA-small's discriminator."""
+
+    TITLE = "ELECTRA"
+    HF_TYPES = {"electra": {}}
+    SIZES = (*BertNamesConfig.SIZES, "embedding_size")
+
+    type: Literal["electra"] = "electra"
+    """Family of the encoder."""
+    vocab_size: Annotated[int, Field(ge=8, le=2**24)] = 30522
+    """Number of word pieces of the tokenizer, without padding rows."""
+    embedding_size: Size = 128
+    """Width of the embeddings; where it is not hidden_size, a dense layer lies between."""
+    hidden_size: Size = 256
+    """Width of the residual stream."""
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)] = 12
+    """Number of transformer layers."""
+    num_attention_heads: Size = 4
+    """Number of attention heads; divides hidden_size."""
+    intermediate_size: Size = 1024
+    """Width of the feed-forward layer."""
+
+    @property
+    def family(self) -> str:
+        """ "electra"."""
+        return self.type
+
+    @property
+    def learns_pairs(self) -> bool:
+        """False: no class of transformers has a head for them."""
+        return False
+
+    @property
+    def norm_position(self) -> str:
+        """ "post": LayerNorm behind each block."""
+        return "post"
+
+    @property
+    def embedding_width(self) -> int:
+        """That of the settings."""
+        return self.embedding_size
+
+    @property
+    def projection_weights(self) -> int:
+        """Return D E where the widths differ."""
+        return self.hidden_size * self.embedding_size if self.embedding_size != self.hidden_size else 0
+
+    def count_parameters(self, *, has_pair_head: bool) -> int:
+        """Return the trainable parameters; the decoder is tied and counts once.
+
+        Args:
+            has_pair_head: there is none.
+        """
+        rows = self.padded_vocab_size + self.max_position_embeddings + self.type_vocab_size
+        projection = self.projection_weights + self.hidden_size if self.projection_weights else 0
+        layers = self.num_hidden_layers * self.layer_parameters()
+        return (rows + 2) * self.embedding_size + projection + layers + self.word_head_parameters()
