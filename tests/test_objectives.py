@@ -10,7 +10,7 @@ import torch
 from config_cases import write_json
 from encoder_cases import packed_inputs, small_config
 from test_recipe_settings import RECIPE
-from torch import nn
+from torch import Tensor, nn
 
 from bert_ds.basics.loss_term import LossTerm
 from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig, load_run_config
@@ -88,6 +88,9 @@ class Reversed:
 
     def heads(self, config: Any, ops: Any) -> dict[str, nn.Module]:
         return {"turner": nn.Linear(config.hidden_size, 1, bias=False)}
+
+    def tokens_read(self, model: Any, seen: Seen) -> Tensor:
+        return torch.zeros(0, dtype=torch.int64)
 
     def sums(self, model: Any, seen: Seen) -> Sums:
         hidden_TD = model.bert(**{**seen.stream, "input_ids_T": seen.stream["input_ids_T"].flip(0)})

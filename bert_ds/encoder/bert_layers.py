@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_ds.encoder.blocks import AddNorm, Dropout, refuse_partitioned, require_seed, through_layers
+from bert_ds.encoder.blocks import (
+    AddNorm,
+    Dropout,
+    at_their_tokens,
+    read_rows,
+    refuse_partitioned,
+    require_seed,
+    through_layers,
+)
 from bert_ds.encoder.fused_ops import FusedOps
 from bert_ds.encoder.tensor_rows import TensorRow, linear_rows
 
@@ -81,6 +89,9 @@ class LayeredEncoder(nn.Module):
         activation_checkpointing: keep only each layer's input and recompute the rest in the backward pass.
     """
 
+    reads_first_tokens = True
+    """Whether `sequence_rows` looks at nothing but the first token of every sequence."""
+
     def __init__(
         self, config: LayerSettings, ops: FusedOps, embeddings: nn.Module, *, activation_checkpointing: bool
     ) -> None:
@@ -103,6 +114,7 @@ class LayeredEncoder(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         dropout_seed: Tensor | None = None,
+        read_R: Tensor | None = None,
     ) -> Tensor:
         """Encode a packed micro-batch.
 
@@ -111,18 +123,22 @@ class LayeredEncoder(nn.Module):
             cu_seqlens: int32 [N + 1], cu_seqlens[n] is the first token of sequence n; a sequence may be empty.
             max_seqlen: tokens of the longest sequence.
             dropout_seed: int64 [1], on the device of the ids; needed in training mode when the config has dropout.
+            read_R: int64 [R], the tokens whose hidden states are read, where it is not all, see `through_layers`.
 
         Returns:
-            hidden_TD in the dtype of the parameters.
+            hidden_TD in the dtype of the parameters; rows that are not read have no meaning.
         """
         require_seed(self, dropout_seed, drops=self.dropout_is_used)
         hidden_TD = self.embeddings(input_ids_T, token_type_ids_T, position_ids_T, dropout_seed)
         recompute = self.activation_checkpointing and self.training
         stream = (cu_seqlens, max_seqlen, dropout_seed)
         if self.final_norm is None:
-            return through_layers(self.layer, hidden_TD, *stream, recompute=recompute)
-        x_TD, residual_TD = through_layers(self.layer, (None, hidden_TD), *stream, recompute=recompute)
-        return self.final_norm(x_TD, residual_TD, dropout_seed)[0]
+            hidden_RD = through_layers(self.layer, hidden_TD, *stream, recompute=recompute, read_R=read_R)
+        else:
+            carried = (None, hidden_TD)
+            x_RD, residual_RD = through_layers(self.layer, carried, *stream, recompute=recompute, read_R=read_R)
+            hidden_RD = self.final_norm(x_RD, residual_RD, dropout_seed)[0]
+        return at_their_tokens(hidden_RD, read_R, num_tokens=len(input_ids_T))
 
     def token_rows(self, hidden_TD: Tensor) -> Tensor:
         """Return what a head of tokens reads, [T, D]."""
@@ -181,11 +197,16 @@ class BertLayer(nn.Module):
         self.feed_forward = BertFeedForward(config, ops, site=first_site + 2)
 
     def forward(
-        self, hidden_TD: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_seed: Tensor | None = None
+        self,
+        hidden_TD: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        dropout_seed: Tensor | None = None,
+        read_R: Tensor | None = None,
     ) -> Tensor:
-        """Return hidden_TD of the next layer."""
-        hidden_TD = self.attention(hidden_TD, cu_seqlens, max_seqlen, dropout_seed)
-        return self.feed_forward(hidden_TD, dropout_seed)
+        """Return hidden_TD of the next layer, or [R, D] of the tokens that are read."""
+        hidden_RD = self.attention(hidden_TD, cu_seqlens, max_seqlen, dropout_seed, read_R)
+        return self.feed_forward(hidden_RD, dropout_seed)
 
 
 class PreNormLayer(nn.Module):
@@ -206,12 +227,16 @@ class PreNormLayer(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         dropout_seed: Tensor | None = None,
+        read_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return what the feed-forward block gives, and the residual stream that it is not yet added to."""
+        """Return what the feed-forward block gives, and the residual stream that it is not yet added to.
+
+        Both are of the tokens that are read, [R, D], where that is not all.
+        """
         normed_TD, residual_TD = self.attention_norm(x_TD, residual_TD, dropout_seed)
-        x_TD = self.attention(normed_TD, cu_seqlens, max_seqlen, dropout_seed)
-        normed_TD, residual_TD = self.feed_forward_norm(x_TD, residual_TD, dropout_seed)
-        return self.feed_forward(normed_TD, dropout_seed), residual_TD
+        x_RD = self.attention(normed_TD, cu_seqlens, max_seqlen, dropout_seed, read_R)
+        normed_RD, residual_RD = self.feed_forward_norm(x_RD, read_rows(residual_TD, read_R), dropout_seed)
+        return self.feed_forward(normed_RD, dropout_seed), residual_RD
 
 
 class BertAttention(nn.Module):
@@ -236,9 +261,17 @@ class BertAttention(nn.Module):
             self.layer_norm_bias = nn.Parameter(torch.empty(hidden_size))
 
     def forward(
-        self, hidden_TD: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_seed: Tensor | None = None
+        self,
+        hidden_TD: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        dropout_seed: Tensor | None = None,
+        read_R: Tensor | None = None,
     ) -> Tensor:
-        """Return the projection of the attention over hidden_TD; if post LayerNorm(hidden_TD + dropout(of it))."""
+        """Return the projection of the attention over hidden_TD; if post LayerNorm(hidden_TD + dropout(of it)).
+
+        Of the tokens that are read, [R, D], where that is not all.
+        """
         qkv_T3HK = F.linear(hidden_TD, self.qkv_weight, self.qkv_bias).view(-1, 3, self.num_heads, self.head_dim)
         context_THK = self.ops.attention(
             qkv_T3HK,
@@ -248,11 +281,12 @@ class BertAttention(nn.Module):
             dropout_seed=dropout_seed,
             site=self.probs_site,
         )
+        context_RD = read_rows(context_THK.flatten(1), read_R)
         if not self.has_norm:
-            return F.linear(context_THK.flatten(1), self.output_weight, self.output_bias)
+            return F.linear(context_RD, self.output_weight, self.output_bias)
         return self.ops.dropout_add_layer_norm(
-            F.linear(context_THK.flatten(1), self.output_weight),
-            hidden_TD,
+            F.linear(context_RD, self.output_weight),
+            read_rows(hidden_TD, read_R),
             self.layer_norm_weight,
             self.layer_norm_bias,
             self.eps,

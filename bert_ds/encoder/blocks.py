@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,17 +45,29 @@ class AddNorm(nn.Module):
         )
 
 
-def through_layers(layers: Iterable[nn.Module], carried: Any, *others: Any, recompute: bool) -> Any:
+def through_layers(
+    layers: Sequence[nn.Module] | nn.ModuleList,
+    carried: Any,
+    *others: Any,
+    recompute: bool,
+    read_R: Tensor | None = None,
+) -> Any:
     """Return what comes out of the last layer.
+
+    Behind the last attention every token goes its own way: of those that nobody reads nothing more is computed. With
+    30% of the words to predict that is an eighth of the work in the layers of a network of four.
 
     Args:
         layers: each turns what is carried into the like of it.
         carried: a tensor, or a tuple of tensors, that the first layer gets.
         others: the further arguments of every layer.
         recompute: keep only what is carried between layers and compute the rest again in the backward pass.
+        read_R: int64 [R], the tokens that are read; the last layer then gives their rows, in this order. None for all.
     """
-    for layer in layers:
+    for number, layer in enumerate(layers):
         arguments = carried if isinstance(carried, tuple) else (carried,)
+        if number == len(layers) - 1 and read_R is not None:
+            others = (*others, read_R)
         if recompute:
             carried = checkpoint(layer, *arguments, *others, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -63,9 +75,32 @@ def through_layers(layers: Iterable[nn.Module], carried: Any, *others: Any, reco
     return carried
 
 
+def read_rows(x_TD: Tensor, read_R: Tensor | None) -> Tensor:
+    """Return the rows of the tokens that are read, all where it is None."""
+    return x_TD if read_R is None else x_TD.index_select(0, read_R)
+
+
+def at_their_tokens(hidden_RD: Tensor, read_R: Tensor | None, *, num_tokens: int) -> Tensor:
+    """Return [T, D] with the rows of the tokens that are read in their places; the others are some other token's.
+
+    Of a token that is named more than once the first row counts.
+    """
+    if read_R is None:
+        return hidden_RD
+    place_T = torch.zeros(num_tokens, dtype=torch.int64, device=hidden_RD.device)
+    places_R = torch.arange(len(read_R), device=hidden_RD.device)
+    place_T.scatter_reduce_(0, read_R, places_R, "amin", include_self=False)
+    return hidden_RD.index_select(0, place_T)
+
+
+def first_tokens(cu_seqlens: Tensor, *, num_tokens: int) -> Tensor:
+    """Return the first token of every sequence, int64 [N]; that of an empty one is another's."""
+    return cu_seqlens[:-1].long().clamp(max=num_tokens - 1)
+
+
 def first_rows(hidden_TD: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Return the first token of every sequence, [N, D]; the row of an empty one is another's and has no meaning."""
-    return hidden_TD.index_select(0, cu_seqlens[:-1].clamp(max=hidden_TD.shape[0] - 1))
+    return hidden_TD.index_select(0, first_tokens(cu_seqlens, num_tokens=hidden_TD.shape[0]))
 
 
 def mean_rows(hidden_TD: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ class PretrainingModel(nn.Module):
             "dropout_seed": dropout_seed,
         }
         seen = Seen(self.bert, stream, targets, kind_counts, fillings=fillings)
+        seen.will_read([objective.tokens_read(self, seen) for objective in self.objectives])
         return stacked(self.terms, [objective.sums(self, seen) for objective in self.objectives])
 
     @torch.no_grad()

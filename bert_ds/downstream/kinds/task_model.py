@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bert_ds.basics.loss_term import LossTerm
 from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.encoder.blocks import first_tokens
 from bert_ds.encoder.families.family import SEQUENCE_ROLES, Role, RoleName
 from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.fused_ops import FusedOps
@@ -41,7 +42,7 @@ class HeadInput(NamedTuple):
     """What a head gets of the encoder."""
 
     token_TD: Tensor
-    """Of every token."""
+    """Of every token; has no meaning for a head that has roles with sequences alone."""
     sequence_ND: Tensor | None
     """Of every sequence; None for a head that has no role with one."""
     cu_seqlens: Tensor
@@ -75,6 +76,7 @@ class TaskModel(nn.Module):
         family = family_of(config)
         roles = {name: family.roles(config)[name] for name in head.roles}
         self._reads_sequences = any(name in SEQUENCE_ROLES for name in roles)
+        self._reads_tokens = any(name not in SEQUENCE_ROLES for name in roles)
         self._tokens_pass_front = any(role.reads_front for name, role in roles.items() if name not in SEQUENCE_ROLES)
         self._front_drops = any(role.front_drops for role in roles.values())
         has_front = any(role.reads_front for role in roles.values())
@@ -103,6 +105,9 @@ class TaskModel(nn.Module):
             targets: by name, as the head's kind makes them; {} for rows without labels.
             with_scores: for evaluation.
         """
+        read_R = None
+        if self.bert.reads_first_tokens and not self._reads_tokens:
+            read_R = first_tokens(cu_seqlens, num_tokens=len(input_ids_T))
         hidden_TD = self.bert(
             input_ids_T,
             token_type_ids_T,
@@ -110,6 +115,7 @@ class TaskModel(nn.Module):
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             dropout_seed=dropout_seed,
+            read_R=read_R,
         )
         sequence_ND = None
         if self._reads_sequences:

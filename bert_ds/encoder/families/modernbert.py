@@ -19,8 +19,10 @@ from bert_ds.configuration.families.modernbert import ModernBertConfig
 from bert_ds.encoder.blocks import (
     AddNorm,
     Dropout,
+    at_their_tokens,
     first_rows,
     mean_rows,
+    read_rows,
     refuse_partitioned,
     require_seed,
     through_layers,
@@ -53,7 +55,7 @@ class ModernBertEncoder(nn.Module):
         self.embeddings = ModernBertEmbeddings(config, ops)
         self.layer = nn.ModuleList(ModernBertLayer(config, ops, layer=i) for i in range(config.num_hidden_layers))
         self.final_norm = _add_norm(config, ops, dropout=Dropout(0.0, 0))
-        self.pooling = config.classifier_pooling
+        self.reads_first_tokens = config.classifier_pooling == "cls"
         self.front = ModernBertFront(config, ops) if has_front else None
 
     def forward(
@@ -65,6 +67,7 @@ class ModernBertEncoder(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         dropout_seed: Tensor | None = None,
+        read_R: Tensor | None = None,
     ) -> Tensor:
         """Encode a packed micro-batch.
 
@@ -74,21 +77,24 @@ class ModernBertEncoder(nn.Module):
             cu_seqlens: int32 [N + 1], cu_seqlens[n] is the first token of sequence n; a sequence may be empty.
             max_seqlen: tokens of the longest sequence.
             dropout_seed: int64 [1], on the device of the ids; needed in training mode when the config has dropout.
+            read_R: int64 [R], the tokens whose hidden states are read, where it is not all, see `through_layers`.
 
         Returns:
-            hidden_TD in the dtype of the parameters.
+            hidden_TD in the dtype of the parameters; rows that are not read have no meaning.
         """
         require_seed(self, dropout_seed, drops=self.dropout_is_used)
         hidden_TD = self.embeddings(input_ids_T, dropout_seed)
         stream = (position_ids_T, cu_seqlens, max_seqlen, dropout_seed)
         recompute = self.activation_checkpointing and self.training
-        x_TD, residual_TD = through_layers(self.layer, (None, hidden_TD), *stream, recompute=recompute)
-        return self.final_norm(x_TD, residual_TD, dropout_seed)[0]
+        carried = (None, hidden_TD)
+        x_RD, residual_RD = through_layers(self.layer, carried, *stream, recompute=recompute, read_R=read_R)
+        hidden_RD = self.final_norm(x_RD, residual_RD, dropout_seed)[0]
+        return at_their_tokens(hidden_RD, read_R, num_tokens=len(input_ids_T))
 
     def sequence_rows(self, hidden_TD: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Return what a head of whole sequences reads, [N, D]: their first token, or their mean, through the front."""
         assert self.front is not None, "the encoder was made without its front"
-        if self.pooling == "cls":
+        if self.reads_first_tokens:
             return self.front(first_rows(hidden_TD, cu_seqlens))
         return self.front(mean_rows(hidden_TD, cu_seqlens).to(hidden_TD.dtype))
 
@@ -142,14 +148,18 @@ class ModernBertLayer(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         dropout_seed: Tensor | None = None,
+        read_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return what the feed-forward block gives, and the residual stream that it is not yet added to."""
+        """Return what the feed-forward block gives, and the residual stream that it is not yet added to.
+
+        Both are of the tokens that are read, [R, D], where that is not all.
+        """
         normed_TD = residual_TD
         if self.attention_norm is not None:
             normed_TD, residual_TD = self.attention_norm(x_TD, residual_TD, dropout_seed)
-        x_TD = self.attention(normed_TD, position_ids_T, cu_seqlens, max_seqlen, dropout_seed)
-        normed_TD, residual_TD = self.feed_forward_norm(x_TD, residual_TD, dropout_seed)
-        return self.feed_forward(normed_TD, dropout_seed), residual_TD
+        x_RD = self.attention(normed_TD, position_ids_T, cu_seqlens, max_seqlen, dropout_seed, read_R)
+        normed_RD, residual_RD = self.feed_forward_norm(x_RD, read_rows(residual_TD, read_R), dropout_seed)
+        return self.feed_forward(normed_RD, dropout_seed), residual_RD
 
 
 class ModernBertAttention(nn.Module):
@@ -174,8 +184,9 @@ class ModernBertAttention(nn.Module):
         cu_seqlens: Tensor,
         max_seqlen: int,
         dropout_seed: Tensor | None = None,
+        read_R: Tensor | None = None,
     ) -> Tensor:
-        """Return the projection of the attention over normed_TD, [T, D]."""
+        """Return the projection of the attention over normed_TD, [T, D], or [R, D] of the tokens that are read."""
         qkv_T3HK = F.linear(normed_TD, self.qkv_weight, self.qkv_bias).view(-1, 3, self.num_heads, self.head_dim)
         context_THK = self.ops.attention(
             self.ops.rotary(qkv_T3HK, position_ids_T, theta=self.theta),
@@ -186,7 +197,7 @@ class ModernBertAttention(nn.Module):
             dropout_seed=dropout_seed,
             site=self.site,
         )
-        return F.linear(context_THK.flatten(1), self.output_weight, self.output_bias)
+        return F.linear(read_rows(context_THK.flatten(1), read_R), self.output_weight, self.output_bias)
 
 
 class ModernBertFeedForward(nn.Module):

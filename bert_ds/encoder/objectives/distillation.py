@@ -67,10 +67,15 @@ class TaughtWords(MaskedWords):
         if settings.hidden_weight:
             self.terms += (LossTerm("hidden", count="tokens", weight=settings.hidden_weight),)
 
+    def tokens_read(self, model: Any, seen: Seen) -> Tensor | None:
+        """See `Objective.tokens_read`."""
+        return None if len(self.terms) > 2 else super().tokens_read(model, seen)
+
     def sums(self, model: Any, seen: Seen) -> Sums:
         """See `Objective.sums`; the teacher drops nothing."""
         positions_P = seen.targets["masked_positions"]
-        taught_TD = self.teacher.hidden_states(seen.hidden_TD, **{**seen.stream, "dropout_seed": None})
+        asked = {**seen.stream, "dropout_seed": None, "read_R": seen.read_R}
+        taught_TD = self.teacher.hidden_states(seen.hidden_TD, **asked)
         taught_PD = taught_TD.index_select(0, seen.real_words(positions_P))
 
         def also(student: Decoder) -> Tensor:

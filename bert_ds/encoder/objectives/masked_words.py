@@ -36,6 +36,10 @@ class MaskedWords:
         """Return the masked-word head."""
         return {"predictions": family_of(config).word_head(config, ops)}
 
+    def tokens_read(self, model: Any, seen: Seen) -> Tensor | None:
+        """See `Objective.tokens_read`."""
+        return seen.targets["masked_positions"]
+
     def sums(self, model: Any, seen: Seen) -> Sums:
         """See `Objective.sums`."""
         hidden_PD = seen.hidden_TD.index_select(0, seen.targets["masked_positions"])

@@ -41,6 +41,7 @@ class Seen:
     ) -> None:
         self._encoder, self._fillings = encoder, fillings
         self.stream, self.targets, self.kind_counts = stream, targets, kind_counts
+        self.read_R: Tensor | None = None
         self._hidden_TD: Tensor | None = None
 
     @property
@@ -50,7 +51,7 @@ class Seen:
         An objective that shows the encoder other pieces calls `model.bert` with a stream of its own.
         """
         if self._hidden_TD is None:  # a cached property takes a lock, which torch.compile cannot see through
-            self._hidden_TD = self._encoder(**self.stream)
+            self._hidden_TD = self._encoder(**self.stream, read_R=self.read_R)
         return self._hidden_TD
 
     def real_tokens(self, rows: Tensor) -> Tensor:
@@ -60,6 +61,18 @@ class Seen:
     def real_words(self, rows: Tensor) -> Tensor:
         """Return the rows, one for each word to predict, without those of fillings."""
         return rows[: rows.shape[0] - self._fillings.words]
+
+    def will_read(self, tokens: Sequence[Tensor | None]) -> None:
+        """Say what each objective reads of `hidden_TD`, before that is asked for: other rows are not computed.
+
+        Args:
+            tokens: int64 indices into the stream, None for all.
+        """
+        if any(tokens_R is None for tokens_R in tokens):
+            return
+        read_R = torch.cat([tokens_R for tokens_R in tokens if tokens_R is not None])
+        if 0 < len(read_R) < len(self.stream["input_ids_T"]):
+            self.read_R = read_R
 
 
 class Sums(NamedTuple):
@@ -89,6 +102,10 @@ class Objective(Protocol):
 
     def heads(self, config: EncoderConfig, ops: FusedOps) -> dict[str, nn.Module]:
         """Return the modules that it adds to a model, by the names that they have in its state dict."""
+        ...
+
+    def tokens_read(self, model: Any, seen: Seen) -> Tensor | None:
+        """Return the tokens whose rows of `Seen.hidden_TD` it reads, int64; None for all."""
         ...
 
     def sums(self, model: Any, seen: Seen) -> Sums:

@@ -6,6 +6,7 @@ pooled [CLS]; which of them it learns, the corpus says. Letters as in `encoder/f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from bert_ds.basics.loss_term import LossTerm
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
+from bert_ds.encoder.blocks import first_tokens
 from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.fused_ops import FusedOps
 from bert_ds.encoder.objectives.objective import Seen, Sums
@@ -37,12 +39,23 @@ class SentencePair:
         assert pair_head is not None, "refused where the recipe is read"
         return {"seq_relationship": pair_head(config)}
 
+    def tokens_read(self, model: Any, seen: Seen) -> Tensor | None:
+        """See `Objective.tokens_read`."""
+        return tokens_of_sequences(model.bert, seen.stream)
+
     def sums(self, model: Any, seen: Seen) -> Sums:
         """See `Objective.sums`."""
         labels_N = seen.targets["pair_labels"]
         logits_N2 = pair_logits(model, seen.hidden_TD, seen.stream["cu_seqlens"]).float()
         loss = F.cross_entropy(logits_N2, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
         return Sums({"pair": loss}, {"pair_correct": (logits_N2.argmax(dim=-1) == labels_N).sum().float()})
+
+
+def tokens_of_sequences(encoder: Any, stream: Mapping[str, Any]) -> Tensor | None:
+    """Return the tokens that `sequence_rows` of an encoder reads, int64 [N]; None for all."""
+    if not encoder.reads_first_tokens:
+        return None
+    return first_tokens(stream["cu_seqlens"], num_tokens=len(stream["input_ids_T"]))
 
 
 def pair_logits(model: Any, hidden_TD: Tensor, cu_seqlens: Tensor) -> Tensor:
