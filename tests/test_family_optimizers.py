@@ -76,7 +76,7 @@ def test_muon_makes_the_matrices_of_layers_orthogonal_each_by_itself_and_nothing
         if "layer." in name and parameter.dim() > 1:
             number = num_parts(name, config)
             for gradient, part in zip(parameter.grad.chunk(number), moved.chunk(number), strict=True):
-                wanted = orthogonalise(gradient, coefficients=JORDAN, steps=5).flatten()
+                wanted = orthogonalise(gradient, polynomials=[JORDAN] * 5).flatten()
                 assert torch.cosine_similarity(part.flatten(), wanted, dim=0) > 0.9999, name
                 shapes.append(tuple(part.shape))
         else:  # the first step of AdamW is the sign of the gradient

@@ -92,6 +92,7 @@ def two_steps(**settings: Any) -> list[torch.Tensor]:
     [
         ({"ns_steps": 4}, {"qkv", "tall"}),
         ({"ns_coefficients": (1.5, -0.5, 0.0)}, {"qkv", "tall"}),
+        ({"ns_coefficients": (*[JORDAN] * 4, (1.5, -0.5, 0.0))}, {"qkv", "tall"}),
         ({"nesterov": False}, {"qkv", "tall"}),
         ({"momentum": 0.9}, {"qkv", "tall"}),
         ({"adamw_lr": 0.03}, {"embedding", "dense_bias"}),
@@ -131,7 +132,7 @@ def test_torch_muon_takes_the_same_steps_without_nesterov_and_with(shape: tuple[
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40), (24, 24)])
 def test_singular_values_are_brought_near_one_and_the_singular_vectors_stay(shape: tuple[int, int]) -> None:
     x = gradient(3, torch.empty(shape))
-    found = orthogonalise(x, coefficients=JORDAN, steps=5).double()
+    found = orthogonalise(x, polynomials=[JORDAN] * 5).double()
     u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
     value = s / math.sqrt(float((s * s).sum()))
     for _ in range(5):
@@ -142,16 +143,16 @@ def test_singular_values_are_brought_near_one_and_the_singular_vectors_stay(shap
 
 def test_the_norm_of_a_large_matrix_is_summed_in_fp64() -> None:
     x = gradient(4, torch.empty(768, 3072)) * torch.linspace(0.01, 3.0, 3072)
-    scaled = orthogonalise(x, coefficients=(1.0, 0.0, 0.0), steps=1)
+    scaled = orthogonalise(x, polynomials=[(1.0, 0.0, 0.0)] * 1)
     assert float(scaled.double().norm()) == pytest.approx(1.0, abs=1e-7)
 
 
 def test_a_matrix_of_zeros_stays_zero() -> None:
-    assert not orthogonalise(torch.zeros(4, 6), coefficients=JORDAN, steps=5).any()
+    assert not orthogonalise(torch.zeros(4, 6), polynomials=[JORDAN] * 5).any()
 
 
 def test_the_cubic_polynomial_converges_to_an_orthogonal_matrix() -> None:
-    x = orthogonalise(gradient(2, torch.empty(6, 9)), coefficients=(1.5, -0.5, 0.0), steps=20)
+    x = orthogonalise(gradient(2, torch.empty(6, 9)), polynomials=[(1.5, -0.5, 0.0)] * 20)
     assert torch.allclose(x @ x.T, torch.eye(6), atol=1e-4)
 
 
@@ -222,6 +223,11 @@ def test_where_the_layers_are_frozen_or_there_are_none_muon_is_refused() -> None
             r"optimizer: ns_coefficients \[3.0, 2.0, 1.0\] diverge: a singular value of 0.01 becomes .* at most 2$",
         ),
         ({"lr": 1e-3, "ns_coefficients": [-1.0, 0.0, 0.0]}, "becomes -0.01 after 1 steps"),
+        (
+            {"lr": 1e-3, "ns_coefficients": [[1.5, -0.5, 0.0], [3.0, 2.0, 1.0]], "ns_steps": 2},
+            r"ns_coefficients \[3.0, 2.0, 1.0\] diverge: .* after 2 steps",
+        ),
+        ({"lr": 1e-3, "ns_coefficients": [[1.5, -0.5, 0.0]]}, "has polynomials of 1 steps, ns_steps is 5"),
         ({"lr": 1e-3, "ns_steps": 0}, "optimizer.ns_steps: found 0, wanted >= 1$"),
         ({"lr": 0.0}, "optimizer.lr: found 0.0, wanted > 0.0$"),
         ({"lr": 1e-3, "adamw_lr": 0.0}, "optimizer.adamw_lr: found 0.0, wanted > 0.0$"),

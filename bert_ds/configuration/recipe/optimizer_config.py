@@ -9,7 +9,7 @@ place for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -149,6 +149,10 @@ class LionConfig(OptimizerSettings):
     """Decay of every weight except biases and LayerNorm; three to ten times AdamW's."""
 
 
+Polynomial = tuple[float, float, float]
+"""(a, b, c) of a s + b s^3 + c s^5."""
+
+
 class MuonConfig(MomentConfig):
     """Muon (Jordan et al. 2024; scale and decay of Liu et al. 2025, arXiv 2502.16982) for the matrices of the layers.
 
@@ -168,10 +172,14 @@ class MuonConfig(MomentConfig):
     """Decay rate of the matrices' momentum."""
     nesterov: bool = True
     """Orthogonalise momentum x b + (1 - momentum) g instead of b."""
-    ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
-    """(a, b, c) of the polynomial a s + b s^3 + c s^5 that is applied to every singular value."""
+    ns_coefficients: Polynomial | Annotated[tuple[Polynomial, ...], Field(min_length=1, max_length=20)] = (
+        3.4445,
+        -4.7750,
+        2.0315,
+    )
+    """(a, b, c) of the polynomial a s + b s^3 + c s^5 that is applied to every singular value; or one of each step."""
     ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
-    """How often the polynomial is applied."""
+    """How often a polynomial is applied; with one of each step as many as there are."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW: decay rates of the two moments."""
     eps: PositiveFloat = 1e-6
@@ -181,10 +189,14 @@ class MuonConfig(MomentConfig):
 
     @model_validator(mode="after")
     def _check(self) -> MuonConfig:
-        a, b, c = self.ns_coefficients
+        polynomials = step_polynomials(self.ns_coefficients, self.ns_steps)
+        if len(polynomials) != self.ns_steps:
+            raise ValueError(
+                f"ns_coefficients has polynomials of {len(polynomials)} steps, ns_steps is {self.ns_steps}"
+            )
         for start in (k / 100 for k in range(1, 101)):
             value = start
-            for step in range(1, self.ns_steps + 1):
+            for step, (a, b, c) in enumerate(polynomials, start=1):
                 value = a * value + b * value**3 + c * value**5
                 if not 0 < value <= _MAX_SINGULAR_VALUE:
                     raise ValueError(
@@ -196,6 +208,13 @@ class MuonConfig(MomentConfig):
     def matrix_flops(self, shapes: Iterable[tuple[int, int]]) -> int:
         """Return the FLOPs of orthogonalising matrices of these rows and columns."""
         return sum(orthogonalising_flops(*shape, self.ns_steps) for shape in shapes)
+
+
+def step_polynomials(coefficients: Polynomial | Sequence[Polynomial], steps: int) -> tuple[Polynomial, ...]:
+    """Return the polynomial of each step: the only one in all of `steps`, or those that are given."""
+    if all(isinstance(value, float | int) for value in coefficients):
+        return (tuple(coefficients),) * steps  # type: ignore[return-value]
+    return tuple(coefficients)  # type: ignore[arg-type]
 
 
 def orthogonalising_flops(rows: int, columns: int, steps: int) -> int:

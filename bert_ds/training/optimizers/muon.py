@@ -26,16 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bert_ds.configuration.recipe.optimizer_config import Polynomial, step_polynomials
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.training.optimizers.elementwise_optimizers import descend
 from bert_ds.training.optimizers.lamb import LambFlags, adam_scalars, adam_settings
 from bert_ds.training.optimizers.muon_exchange import MatrixExchange, Shape, make_exchange
-from bert_ds.training.optimizers.newton_schulz import (
-    Coefficients,
-    orthogonalise,
-    orthogonalising_dtype,
-    update_scale,
-)
+from bert_ds.training.optimizers.newton_schulz import orthogonalise, orthogonalising_dtype, update_scale
 from bert_ds.training.optimizers.sharded_optimizer import (
     GroupStep,
     NamedParameters,
@@ -46,7 +42,7 @@ from bert_ds.training.optimizers.sharded_optimizer import (
 from bert_kernels.flat_shard import Piece
 from bert_kernels.lamb import update_moments
 
-JORDAN: Coefficients = (3.4445, -4.7750, 2.0315)
+JORDAN: Polynomial = (3.4445, -4.7750, 2.0315)
 """Jordan et al. 2024, and `torch.optim.Muon`."""
 
 
@@ -61,7 +57,7 @@ class Muon(ShardedOptimizer):
             the two stays.
         momentum: b.
         nesterov: look one step ahead.
-        ns_coefficients, ns_steps: see `orthogonalise`.
+        ns_coefficients, ns_steps: see `step_polynomials` and `orthogonalise`.
         betas, eps: of AdamW.
         weight_decay, weight_decay_of: see `ShardedOptimizer`.
 
@@ -81,7 +77,7 @@ class Muon(ShardedOptimizer):
         adamw_lr: float | None = None,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: Coefficients = JORDAN,
+        ns_coefficients: Polynomial | Sequence[Polynomial] = JORDAN,
         ns_steps: int = 5,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-6,
@@ -93,7 +89,7 @@ class Muon(ShardedOptimizer):
         entries = list(named_parameters)
         self._matrix_shapes = _matrix_shapes(entries, matrices)
         self._nesterov, self._momentum = nesterov, momentum
-        self._coefficients, self._ns_steps = ns_coefficients, ns_steps
+        self._polynomials = step_polynomials(ns_coefficients, ns_steps)
         self._adamw_scale = 1.0 if adamw_lr is None else adamw_lr / lr
         self._exchanges: dict[int, MatrixExchange] = {}
         settings = adam_settings(lr, betas, eps)
@@ -168,7 +164,7 @@ class Muon(ShardedOptimizer):
         return piece.grad.lerp(piece.exp_avg, self._momentum) if self._nesterov else piece.exp_avg
 
     def _orthogonalise(self, update_MN: Tensor) -> Tensor:
-        return orthogonalise(update_MN, coefficients=self._coefficients, steps=self._ns_steps)
+        return orthogonalise(update_MN, polynomials=self._polynomials)
 
     def _adamw(self, shard: ShardStep, group: GroupStep, *, but: Iterable[int]) -> None:
         """One step of AdamW over what is no matrix."""
