@@ -7,11 +7,11 @@
     python tests/campaign_race.py tasks    --work FOLDER --data FOLDER   # three tasks from the models of families
     python tests/campaign_race.py table
 
-4 layers of 256, 8,192 pieces, sequences of 64. Ours is `campaign_race.json` with `training.max_minutes`, which pays for
-its evaluations and for timing itself; the rivals of `plain_transformers.py` are not charged for theirs. All are judged
-by `score.py --task masked_words` on the validation split of the shards. The contestants of a phase are run one after
-the other, in turns of their seeds. Rows: tests/results/race.jsonl; what is there for this kind of machine
-(AMX or not) is not repeated.
+4 layers of 256, 8,192 pieces, sequences of 64. Ours is `campaign_race.json`, its parts `campaign_race_parts.json`, with
+`training.max_minutes`, which pays for its evaluations and for timing itself; the rivals of `plain_transformers.py` are
+not charged for theirs. All are judged by `score.py --task masked_words` on the validation split of the shards. The
+contestants of a phase are run one after the other, in turns of their seeds. Rows: tests/results/race.jsonl; what is
+there for this kind of machine (AMX or not) is not repeated.
 """
 
 from __future__ import annotations
@@ -40,19 +40,9 @@ from bert_ds.training.launch.launch_precision import faster_precision, gemm_rate
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE, RESULTS = ROOT / "tests/campaign_race.json", ROOT / "tests/results/race.jsonl"
-BERT = {"vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
-BERT |= {"intermediate_size": 1024, "max_position_embeddings": 128}
-BERT |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 RATES, BATCHES, SEEDS = (1e-3, 2e-3, 4e-3), (32, 64), (1, 2, 3)
 
-PARTS: dict[str, dict[str, Any]] = {
-    "post-norm bert": {"model": BERT},
-    "pre-norm bert": {"model": {**BERT, "norm_position": "pre"}},
-    "adamw": {"optimizer": {"type": "adamw", "lr": 0.002, "betas": [0.9, 0.98]}},
-    "15 %": {"masking.mlm_probability": 0.15},
-    "80/10/10": {"masking": {"mlm_probability": 0.3}},
-    "no packing": {"sequences.cross_documents": False},
-}
+PARTS: dict[str, dict[str, Any]] = json.loads((ROOT / "tests/campaign_race_parts.json").read_bytes())
 """Name -> what of our recipe is exchanged."""
 FAMILIES = ("ours", "pre-norm bert", "post-norm bert")
 RIVALS: dict[str, tuple[str, ...]] = {
@@ -179,11 +169,12 @@ def folder_of(entry: Entry, work: Path) -> Path:
 
 def ours(entry: Entry, run_dir: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Pre-train by the verb and export; return steps, tokens, seconds and the curve."""
-    changes = dict(PARTS.get(entry.name, {}))
-    optimizer = changes.pop("optimizer", None) or {**json.loads(RECIPE.read_text())["optimizer"], "adamw_lr": entry.lr}
-    optimizer["lr"] = entry.lr if optimizer["type"] == "adamw" else 2 * entry.lr
+    optimizer = {**json.loads(RECIPE.read_text())["optimizer"], "lr": 2 * entry.lr, "adamw_lr": entry.lr}
+    changes = {"optimizer": optimizer, **PARTS.get(entry.name, {})}
+    if changes["optimizer"]["type"] == "adamw":
+        changes["optimizer"] = {**changes["optimizer"], "lr": entry.lr}
     training = {"training.train_batch_size": entry.batch, "training.max_minutes": entry.minutes, "seed": entry.seed}
-    settings = {**changes, "optimizer": optimizer, **training, "evaluation.every_steps": every_steps(entry)}
+    settings = {**changes, **training, "evaluation.every_steps": every_steps(entry)}
     words = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
     options = [option for word in (*_paths(args.work), *words) for option in ("--set", word)]
     if not (run_dir / "DONE").exists():

@@ -18,7 +18,6 @@ STILL_LONG = {
     "ds_configs/generate.py": 310,
     "tests/campaign_configs.py": 330,
     "tests/campaign_fuzz.py": 370,
-    "tests/campaign_race.py": 310,
     "tests/test_build.py": 410,
     "tests/test_checkpoints.py": 320,
     "tests/test_export_hf.py": 310,
