@@ -229,10 +229,7 @@ class PreNormLayer(nn.Module):
         dropout_seed: Tensor | None = None,
         read_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return what the feed-forward block gives, and the residual stream that it is not yet added to.
-
-        Both are of the tokens that are read, [R, D], where that is not all.
-        """
+        """Return what the feed-forward block gives, and the residual stream that it is to be added to, [R, D] both."""
         normed_TD, residual_TD = self.attention_norm(x_TD, residual_TD, dropout_seed)
         x_RD = self.attention(normed_TD, cu_seqlens, max_seqlen, dropout_seed, read_R)
         normed_RD, residual_RD = self.feed_forward_norm(x_RD, read_rows(residual_TD, read_R), dropout_seed)
@@ -268,10 +265,7 @@ class BertAttention(nn.Module):
         dropout_seed: Tensor | None = None,
         read_R: Tensor | None = None,
     ) -> Tensor:
-        """Return the projection of the attention over hidden_TD; if post LayerNorm(hidden_TD + dropout(of it)).
-
-        Of the tokens that are read, [R, D], where that is not all.
-        """
+        """Return the projection of the attention, [R, D]; if post LayerNorm(hidden + dropout(projection))."""
         qkv_T3HK = F.linear(hidden_TD, self.qkv_weight, self.qkv_bias).view(-1, 3, self.num_heads, self.head_dim)
         context_THK = self.ops.attention(
             qkv_T3HK,

@@ -1,10 +1,8 @@
 """Optimizer section of a recipe, and what everybody else has to know of each optimizer.
 
 Ours run at any ZeRO stage; the others are foreign kernels selected by name, for comparison. One more optimizer of ours
-is a class here, in the union at the end, and a row in `training/optimizers/factory`.
-
-None of them clips: the global gradient norm is known to DeepSpeed alone, so `training.gradient_clipping` is the one
-place for it.
+is a class here, in the union at the end, and a row in `training/optimizers/factory`. None clips: DeepSpeed alone knows
+the global gradient norm, so `training.gradient_clipping` is the one place.
 """
 
 from __future__ import annotations
@@ -151,6 +149,8 @@ class LionConfig(OptimizerSettings):
 
 Polynomial = tuple[float, float, float]
 """(a, b, c) of a s + b s^3 + c s^5."""
+JORDAN: Polynomial = (3.4445, -4.7750, 2.0315)
+"""Jordan et al. 2024, and `torch.optim.Muon`."""
 
 
 class MuonConfig(MomentConfig):
@@ -172,11 +172,7 @@ class MuonConfig(MomentConfig):
     """Decay rate of the matrices' momentum."""
     nesterov: bool = True
     """Orthogonalise momentum x b + (1 - momentum) g instead of b."""
-    ns_coefficients: Polynomial | Annotated[tuple[Polynomial, ...], Field(min_length=1, max_length=20)] = (
-        3.4445,
-        -4.7750,
-        2.0315,
-    )
+    ns_coefficients: Polynomial | Annotated[tuple[Polynomial, ...], Field(min_length=1, max_length=20)] = JORDAN
     """(a, b, c) of the polynomial a s + b s^3 + c s^5 that is applied to every singular value; or one of each step."""
     ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
     """How often a polynomial is applied; with one of each step as many as there are."""
@@ -189,11 +185,9 @@ class MuonConfig(MomentConfig):
 
     @model_validator(mode="after")
     def _check(self) -> MuonConfig:
-        polynomials = step_polynomials(self.ns_coefficients, self.ns_steps)
-        if len(polynomials) != self.ns_steps:
-            raise ValueError(
-                f"ns_coefficients has polynomials of {len(polynomials)} steps, ns_steps is {self.ns_steps}"
-            )
+        polynomials, wanted = step_polynomials(self.ns_coefficients, self.ns_steps), self.ns_steps
+        if len(polynomials) != wanted:
+            raise ValueError(f"ns_coefficients has polynomials of {len(polynomials)} steps, ns_steps is {wanted}")
         for start in (k / 100 for k in range(1, 101)):
             value = start
             for step, (a, b, c) in enumerate(polynomials, start=1):
@@ -212,9 +206,8 @@ class MuonConfig(MomentConfig):
 
 def step_polynomials(coefficients: Polynomial | Sequence[Polynomial], steps: int) -> tuple[Polynomial, ...]:
     """Return the polynomial of each step: the only one in all of `steps`, or those that are given."""
-    if all(isinstance(value, float | int) for value in coefficients):
-        return (tuple(coefficients),) * steps  # type: ignore[return-value]
-    return tuple(coefficients)  # type: ignore[arg-type]
+    is_one = all(isinstance(value, float | int) for value in coefficients)
+    return (tuple(coefficients),) * steps if is_one else tuple(coefficients)  # type: ignore[arg-type,return-value]
 
 
 def orthogonalising_flops(rows: int, columns: int, steps: int) -> int:

@@ -17,23 +17,26 @@ from torch import Tensor, nn
 
 from bert_ds.configuration.families.modernbert import ModernBertConfig
 from bert_ds.encoder.blocks import (
-    AddNorm,
     Dropout,
     at_their_tokens,
     first_rows,
     mean_rows,
-    read_rows,
     refuse_partitioned,
     require_seed,
     through_layers,
 )
 from bert_ds.encoder.families.family import LAYER_MATRICES, Family, Role, RoleName
 from bert_ds.encoder.fused_ops import FusedOps
+from bert_ds.encoder.modernbert_layers import (
+    APPROXIMATIONS,
+    EMBEDDING_SITE,
+    SITES_PER_LAYER,
+    ModernBertEmbeddings,
+    ModernBertLayer,
+    add_norm,
+)
 from bert_ds.encoder.tensor_rows import TensorRow, linear_rows
 from bert_ds.encoder.word_head import MaskedWordHead
-
-EMBEDDING_SITE = 0
-SITES_PER_LAYER = 3
 
 
 class ModernBertEncoder(nn.Module):
@@ -54,7 +57,7 @@ class ModernBertEncoder(nn.Module):
         self.dropout_is_used = max(config.attention_dropout, config.embedding_dropout, config.mlp_dropout) > 0
         self.embeddings = ModernBertEmbeddings(config, ops)
         self.layer = nn.ModuleList(ModernBertLayer(config, ops, layer=i) for i in range(config.num_hidden_layers))
-        self.final_norm = _add_norm(config, ops, dropout=Dropout(0.0, 0))
+        self.final_norm = add_norm(config, ops, dropout=Dropout(0.0, 0))
         self.reads_first_tokens = config.classifier_pooling == "cls"
         self.front = ModernBertFront(config, ops) if has_front else None
 
@@ -104,135 +107,13 @@ class ModernBertEncoder(nn.Module):
         return self.front(hidden_TD)
 
 
-class ModernBertEmbeddings(nn.Module):
-    """Word embedding, LayerNorm, dropout."""
-
-    def __init__(self, config: ModernBertConfig, ops: FusedOps) -> None:
-        super().__init__()
-        self.ops, self.eps, self.dropout_prob = ops, config.norm_eps, config.embedding_dropout
-        self.word_weight = nn.Parameter(torch.empty(config.padded_vocab_size, config.hidden_size))
-        self.layer_norm_weight = nn.Parameter(torch.empty(config.hidden_size))
-        self.layer_norm_bias = nn.Parameter(torch.empty(config.hidden_size)) if config.norm_bias else None
-
-    def forward(self, input_ids_T: Tensor, dropout_seed: Tensor | None) -> Tensor:
-        """Return hidden_TD of int64 [T] ids."""
-        words_TD = F.embedding(input_ids_T, self.word_weight)
-        return self.ops.dropout(
-            self.ops.layer_norm(words_TD, self.layer_norm_weight, self.layer_norm_bias, self.eps),
-            dropout_p=self.dropout_prob if self.training else 0.0,
-            dropout_seed=dropout_seed,
-            site=EMBEDDING_SITE,
-        )
-
-
-class ModernBertLayer(nn.Module):
-    """LayerNorm, attention, LayerNorm, feed-forward; what a block gives is added where the next one begins.
-
-    The first layer has no LayerNorm in front of its attention: the embedding ends with one.
-    """
-
-    def __init__(self, config: ModernBertConfig, ops: FusedOps, *, layer: int) -> None:
-        super().__init__()
-        first_site = EMBEDDING_SITE + 1 + SITES_PER_LAYER * layer
-        none, written = Dropout(0.0, 0), Dropout(config.attention_dropout, first_site + 1)
-        self.attention_norm = _add_norm(config, ops, dropout=none) if layer else None
-        self.attention = ModernBertAttention(config, ops, has_window=config.has_window[layer], site=first_site)
-        self.feed_forward_norm = _add_norm(config, ops, dropout=written)
-        self.feed_forward = ModernBertFeedForward(config, ops, site=first_site + 2)
-
-    def forward(
-        self,
-        x_TD: Tensor | None,
-        residual_TD: Tensor,
-        position_ids_T: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        dropout_seed: Tensor | None = None,
-        read_R: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return what the feed-forward block gives, and the residual stream that it is not yet added to.
-
-        Both are of the tokens that are read, [R, D], where that is not all.
-        """
-        normed_TD = residual_TD
-        if self.attention_norm is not None:
-            normed_TD, residual_TD = self.attention_norm(x_TD, residual_TD, dropout_seed)
-        x_RD = self.attention(normed_TD, position_ids_T, cu_seqlens, max_seqlen, dropout_seed, read_R)
-        normed_RD, residual_RD = self.feed_forward_norm(x_RD, read_rows(residual_TD, read_R), dropout_seed)
-        return self.feed_forward(normed_RD, dropout_seed), residual_RD
-
-
-class ModernBertAttention(nn.Module):
-    """Self-attention of every sequence over itself or over a window, positions by rotation, output projection."""
-
-    def __init__(self, config: ModernBertConfig, ops: FusedOps, *, has_window: bool, site: int) -> None:
-        super().__init__()
-        hidden_size, has_bias = config.hidden_size, config.attention_bias
-        self.ops, self.site, self.probs_dropout_prob = ops, site, config.attention_dropout
-        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.window = config.window if has_window else None
-        self.theta = config.local_rope_theta if has_window else config.global_rope_theta
-        self.qkv_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
-        self.qkv_bias = nn.Parameter(torch.empty(3 * hidden_size)) if has_bias else None
-        self.output_weight = nn.Parameter(torch.empty(hidden_size, hidden_size))
-        self.output_bias = nn.Parameter(torch.empty(hidden_size)) if has_bias else None
-
-    def forward(
-        self,
-        normed_TD: Tensor,
-        position_ids_T: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        dropout_seed: Tensor | None = None,
-        read_R: Tensor | None = None,
-    ) -> Tensor:
-        """Return the projection of the attention over normed_TD, [T, D], or [R, D] of the tokens that are read."""
-        qkv_T3HK = F.linear(normed_TD, self.qkv_weight, self.qkv_bias).view(-1, 3, self.num_heads, self.head_dim)
-        context_THK = self.ops.attention(
-            self.ops.rotary(qkv_T3HK, position_ids_T, theta=self.theta),
-            cu_seqlens,
-            max_seqlen,
-            window=self.window,
-            dropout_p=self.probs_dropout_prob if self.training else 0.0,
-            dropout_seed=dropout_seed,
-            site=self.site,
-        )
-        return F.linear(read_rows(context_THK.flatten(1), read_R), self.output_weight, self.output_bias)
-
-
-class ModernBertFeedForward(nn.Module):
-    """Dense to both halves, gelu of the first times the second, dropout, dense."""
-
-    def __init__(self, config: ModernBertConfig, ops: FusedOps, *, site: int) -> None:
-        super().__init__()
-        hidden_size, inner, has_bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.ops, self.site, self.dropout_prob = ops, site, config.mlp_dropout
-        self.approximate = _APPROXIMATIONS[config.hidden_activation]
-        self.intermediate_weight = nn.Parameter(torch.empty(2 * inner, hidden_size))
-        self.intermediate_bias = nn.Parameter(torch.empty(2 * inner)) if has_bias else None
-        self.output_weight = nn.Parameter(torch.empty(hidden_size, inner))
-        self.output_bias = nn.Parameter(torch.empty(hidden_size)) if has_bias else None
-
-    def forward(self, normed_TD: Tensor, dropout_seed: Tensor | None = None) -> Tensor:
-        """Return what is added to the residual stream, [T, D]."""
-        halves_TG = F.linear(normed_TD, self.intermediate_weight)
-        gated_TF = self.ops.geglu(halves_TG, self.intermediate_bias, approximate=self.approximate)
-        dropped_TF = self.ops.dropout(
-            gated_TF,
-            dropout_p=self.dropout_prob if self.training else 0.0,
-            dropout_seed=dropout_seed,
-            site=self.site,
-        )
-        return F.linear(dropped_TF, self.output_weight, self.output_bias)
-
-
 class ModernBertFront(nn.Module):
     """Dense, activation, LayerNorm between the encoder and the head of a task, row by row."""
 
     def __init__(self, config: ModernBertConfig, ops: FusedOps) -> None:
         super().__init__()
         hidden_size = config.hidden_size
-        self.ops, self.eps, self.approximate = ops, config.norm_eps, _APPROXIMATIONS[config.classifier_activation]
+        self.ops, self.eps, self.approximate = ops, config.norm_eps, APPROXIMATIONS[config.classifier_activation]
         self.dense_weight = nn.Parameter(torch.empty(hidden_size, hidden_size))
         self.dense_bias = nn.Parameter(torch.empty(hidden_size)) if config.classifier_bias else None
         self.layer_norm_weight = nn.Parameter(torch.empty(hidden_size))
@@ -286,17 +167,12 @@ def _word_head(config: ModernBertConfig, ops: FusedOps) -> MaskedWordHead:
         config,
         ops,
         eps=config.norm_eps,
-        approximate=_APPROXIMATIONS[config.classifier_activation],
+        approximate=APPROXIMATIONS[config.classifier_activation],
         biases=tuple(name for name, is_there in has.items() if is_there),
         is_tied=config.tie_word_embeddings,
     )
 
 
-def _add_norm(config: ModernBertConfig, ops: FusedOps, *, dropout: Dropout) -> AddNorm:
-    return AddNorm(config.hidden_size, eps=config.norm_eps, dropout=dropout, ops=ops, has_bias=config.norm_bias)
-
-
-_APPROXIMATIONS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
 _WORDS = "model.embeddings.tok_embeddings.weight"
 _DECODER = "decoder.weight"
 _LAYER_TYPES = {False: "full_attention", True: "sliding_attention"}

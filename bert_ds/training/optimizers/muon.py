@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bert_ds.configuration.recipe.optimizer_config import Polynomial, step_polynomials
+from bert_ds.configuration.recipe.optimizer_config import JORDAN, Polynomial, step_polynomials
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.training.optimizers.elementwise_optimizers import descend
 from bert_ds.training.optimizers.lamb import LambFlags, adam_scalars, adam_settings
@@ -41,9 +41,6 @@ from bert_ds.training.optimizers.sharded_optimizer import (
 )
 from bert_kernels.flat_shard import Piece
 from bert_kernels.lamb import update_moments
-
-JORDAN: Polynomial = (3.4445, -4.7750, 2.0315)
-"""Jordan et al. 2024, and `torch.optim.Muon`."""
 
 
 class Muon(ShardedOptimizer):
