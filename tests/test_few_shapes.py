@@ -21,6 +21,7 @@ from bert_ds.corpus.batches.collate import collate, grouped_by_kind
 from bert_ds.corpus.batches.few_shapes import filled, size_above
 from bert_ds.corpus.batches.loader import PretrainingData, Source
 from bert_ds.corpus.batches.mlm_masking import MaskedExample
+from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.objectives.distillation import TaughtWords
 from bert_ds.encoder.objectives.masked_words import MaskedWords
 from bert_ds.encoder.objectives.objective import Objective
@@ -95,7 +96,7 @@ def model_of(config: EncoderConfig, *, taught: bool) -> PretrainingModel:
     """A model in fp64 on all that its family can learn, by a teacher too."""
     teacher = disturbed(PretrainingModel(config, kernels="torch", has_pair_head=False), seed=9)
     words = TaughtWords(teacher, TAUGHT) if taught else MaskedWords()
-    pairs = (SentencePair(),) if config.num_segments else ()
+    pairs = (SentencePair(),) if family_of(config).pair_head is not None else ()
     objectives: tuple[Objective, ...] = (words, *pairs)
     return disturbed(PretrainingModel(config, kernels="torch", objectives=objectives)).double()
 
