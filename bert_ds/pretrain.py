@@ -38,10 +38,11 @@ from bert_ds.configuration.deepspeed_file.ds_config import resolve_ds_config
 from bert_ds.configuration.plan_table import plan_table
 from bert_ds.configuration.recipe.precision import decided, with_precision
 from bert_ds.configuration.recipe.run_config import RunConfig, dump_run_config
+from bert_ds.configuration.run_checks import drawn_weights
 from bert_ds.configuration.run_plan import RunPlan, make_plan
 from bert_ds.corpus.batches.batch_stages import data_settings
 from bert_ds.corpus.batches.loader import PretrainingData, Source
-from bert_ds.corpus.batches.plan_batches import longest_batches, training_batches, validation_batches
+from bert_ds.corpus.batches.plan_batches import evaluated_batches, held_out_batches, longest_batches, training_batches
 from bert_ds.corpus.shards.embedded import CorpusFolders, build_embedded, embedded_folders
 from bert_ds.corpus.shards.shard_folder import MANIFEST
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
@@ -66,7 +67,7 @@ from bert_ds.training.launch.preflight import preflight
 from bert_ds.training.launch.process_group import device_name, joined_ranks
 from bert_ds.training.launch.restart import StopRequest, follow_launcher, mark_done
 from bert_ds.training.launch.run_folder import prove_same_files, refuse_foreign_folders, write_tokenizer
-from bert_ds.training.loop.evaluation import Evaluation, evaluate
+from bert_ds.training.loop.evaluation import Evaluation, evaluate_sources
 from bert_ds.training.loop.launch_steps import LaunchFolder, enter, recipe_loop, start_state, train_watched
 from bert_ds.training.loop.rank_times import RankTimes
 from bert_ds.training.loop.replay import replay_step
@@ -162,7 +163,7 @@ def open_run(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace) -> Opened
             plan,
             lambda: build_engine(plan, data, ds_config, run_dir),
             batches=lambda place: training_batches(plan, data, ranks, start=place),
-            held_out=lambda: list(validation_batches(run, data, ranks)),
+            held_out=lambda: held_out_batches(run, data, ranks),
             run_dir=run_dir,
             log=log,
         )
@@ -192,7 +193,7 @@ def make_services(opened: OpenedRun, state: TrainState, stages: StageChanges, *,
         throughput=stages.throughput,
         save=saver.save,
         settle=saver.settle if policy.asynchronous else None,
-        evaluate=lambda reached: Evaluation(evaluate(engine, validation_batches(run, data, ranks))),
+        evaluate=lambda reached: Evaluation(evaluate_sources(engine, evaluated_batches(run, data, ranks))),
         row_facts=lambda step: row_facts(data, stages, step + state.passed_over),
         roll_back=go_back,
         rank_times=RankTimes(engine.module) if ranks.world_size > 1 else None,
@@ -214,7 +215,8 @@ def open_corpus(plan: RunPlan, run_dir: Path, *, log: RunLog) -> PretrainingData
         sources = [Source(folders.shards, "docstrings")]
     else:
         folders = CorpusFolders(Path(run.corpus.tokenizer), Path(run.corpus.sources[0].path))
-        sources = [Source(Path(source.path), source.path, source.weight) for source in run.corpus.sources]
+        weights = drawn_weights(run.corpus)
+        sources = [Source(Path(one.path), one.path, by) for one, by in zip(run.corpus.sources, weights, strict=True)]
     prove_same_files([source.folder / MANIFEST for source in sources])
     on_main_rank(lambda: write_tokenizer(run_dir, load_tokenizer(folders.tokenizer).save))
     settings = data_settings(run, plan.stages)
@@ -259,7 +261,7 @@ def build_model(plan: RunPlan, run_dir: Path) -> PretrainingModel:
 def announce(plan: RunPlan, data: PretrainingData, *, log: RunLog) -> dict[str, Any]:
     """Log the derived numbers, the warnings and the facts of the data; return them for the start row."""
     settings = plan.run.evaluation
-    evaluated = {"batch_size": settings.batch_size, "world_size": plan.world_size}
+    evaluated: dict[str, Any] = {"batch_size": settings.batch_size, "world_size": plan.world_size}
     data.evaluation_batches(settings.num_examples, rank=0, **evaluated)  # too few of them are refused on every rank
     unigram = data.unigram_cross_entropy(settings.num_examples, **evaluated) if log.is_main else None
     data_facts = {**data.facts(num_parts=plan.split.num_parts), "unigram_cross_entropy": unigram}

@@ -20,8 +20,10 @@ from torch.nn.functional import cross_entropy
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.recipe.run_config import RunConfig, load_run_config
+from bert_ds.configuration.run_checks import drawn_weights
 from bert_ds.corpus.batches.batch_stages import DataSettings
 from bert_ds.corpus.batches.loader import PretrainingData, Source
+from bert_ds.corpus.shards.shard_folder import read_manifest
 from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.reporting.run_log import read_metrics, read_rows
 from bert_ds.training.checkpoints.checkpoint_folder import parse_manifest, write_manifest
@@ -200,6 +202,30 @@ def test_a_row_of_a_mixture_counts_the_tokens_of_its_own_step(workshop: Workshop
     for row in rows:
         assert sum(source["tokens"] for source in row["sources"].values()) == row["num_tokens"]
         assert sum(source["examples"] for source in row["sources"].values()) == RECIPE["training"]["train_batch_size"]
+
+
+def test_every_source_is_judged_by_itself_and_drawn_from_at_its_temperature(workshop: Workshop) -> None:
+    changes = {**MIXED, "evaluation": {"num_examples": 10**6, "batch_size": 4}, "corpus.temperature": 4.0}
+    changes["sequences"] = {"max_seq_length": 64, "short_seq_prob": 0.0, "sentence_pair": "none"}  # no drawn pairs
+    run_dir = workshop.run(changes)
+    run = recipe_of(run_dir)
+    (row,) = read_metrics(run_dir / "metrics.jsonl", "evaluation")
+    targets = {name: row[f"mlm_masked_targets of {name}"] for name in ("shards", "more")}
+    assert min(targets.values()) > 0 and sum(targets.values()) == row["mlm_masked_targets"]
+    total = sum(row[f"loss_mlm_masked of {name}"] * count for name, count in targets.items())
+    assert total / sum(targets.values()) == pytest.approx(row["loss_mlm_masked"], rel=1e-5)
+    assert row["loss_mlm_masked of shards"] != row["loss_mlm_masked of more"]
+
+    given = [2.0, 1.0]
+    tokens = [read_manifest(Path(source.path)).splits["train"].num_tokens for source in run.corpus.sources]
+    seen = [weight * count for weight, count in zip(given, tokens, strict=True)]
+    drawn = [weight * count for weight, count in zip(drawn_weights(run.corpus), tokens, strict=True)]
+    assert sum(drawn) == pytest.approx(sum(seen))
+    assert drawn[0] / drawn[1] == pytest.approx((seen[0] / seen[1]) ** 0.25)
+    (start,) = read_metrics(run_dir / "metrics.jsonl", "start")
+    by_source = list(start["data"]["examples_per_epoch_by_source"].values())
+    assert by_source[0] / by_source[1] == pytest.approx(drawn[0] / drawn[1], rel=0.2)
+    assert drawn_weights(run.corpus.model_copy(update={"temperature": 1.0})) == (2.0, 1.0)
 
 
 BY_THE_CLOCK = {"training.total_steps": None, "training.max_minutes": 0.05, "evaluation.every_steps": 7}

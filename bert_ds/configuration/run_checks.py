@@ -150,18 +150,37 @@ def teacher_model(run: RunConfig) -> EncoderConfig | None:
     return folder_model(Path(run.distillation.teacher)) if run.distillation is not None else None
 
 
+def drawn_weights(corpus: ShardCorpus) -> tuple[float, ...]:
+    """Return how many times the examples of each source are seen in an epoch, its temperature applied.
+
+    An epoch stays as long as it is: the sum of weight x tokens (multilingual BERT's smoothing, Conneau et al. 2020,
+    arXiv 1911.02116). The weights as given where a manifest is not there.
+    """
+    weights = tuple(source.weight for source in corpus.sources)
+    tokens = [_train_tokens(Path(source.path)) for source in corpus.sources]
+    if corpus.temperature == 1.0 or not all(tokens):
+        return weights
+    seen = [weight * (count or 0) for weight, count in zip(weights, tokens, strict=True)]
+    drawn = [one ** (1 / corpus.temperature) for one in seen]
+    return tuple(share * sum(seen) / sum(drawn) / (count or 1) for share, count in zip(drawn, tokens, strict=True))
+
+
 def corpus_tokens(run: RunConfig) -> int | None:
     """Return the training tokens of one epoch, weights applied; None where a manifest is not there."""
     if not isinstance(run.corpus, ShardCorpus):
         return None
     total = 0.0
     for source in run.corpus.sources:
-        found = read_json_file(Path(source.path) / "manifest.json")
-        tokens = (found.get("splits", {}).get("train") or {}).get("num_tokens") if isinstance(found, dict) else None
-        if not isinstance(tokens, int):
+        if (tokens := _train_tokens(Path(source.path))) is None:
             return None
         total += tokens * source.weight
     return int(total)
+
+
+def _train_tokens(shards: Path) -> int | None:
+    found = read_json_file(shards / "manifest.json")
+    tokens = (found.get("splits", {}).get("train") or {}).get("num_tokens") if isinstance(found, dict) else None
+    return tokens if isinstance(tokens, int) else None
 
 
 def _teacher_problem(folder: Path, run: RunConfig) -> str | None:

@@ -43,6 +43,8 @@ class ShardCorpus(Section):
     """The shard folders."""
     tokenizer: Annotated[str, Field(min_length=1)]
     """Tokenizer folder; its fingerprint must be the one stored in every manifest."""
+    temperature: Annotated[float, Field(ge=1.0, le=100.0)] = 1.0
+    """Sources are drawn from in proportion to (weight x tokens) ^ (1 / temperature): above 1 small ones more often."""
 
     @model_validator(mode="after")
     def _check(self) -> ShardCorpus:

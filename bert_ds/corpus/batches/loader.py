@@ -179,9 +179,9 @@ class PretrainingData:
         return batches
 
     def evaluation_batches(
-        self, num_examples: int, *, batch_size: int, rank: int, world_size: int
+        self, num_examples: int, *, batch_size: int, rank: int, world_size: int, source: str | None = None
     ) -> Iterator[MicroBatch]:
-        """Yield this rank's share of held-out examples, with fixed pairs and the masks of `evaluation_masks`.
+        """Yield this rank's share of held-out examples, of a named source alone, with the masks of `evaluation_masks`.
 
         Every rank gets the same number of batches and none is empty; their sizes differ by one at most. The examples
         are the same for any seed and any number of ranks, but with a batch_size of 1 those beyond a multiple of
@@ -190,7 +190,7 @@ class PretrainingData:
         Raises:
             DataError: there are fewer validation examples than ranks.
         """
-        tables = self._validation_tables
+        tables = [table for name, table in self._validation_tables if source in (None, name)]
         count = min(num_examples, sum(table.num_examples for table in tables))
         num_batches = min(-(-count // (batch_size * world_size)), count // world_size)
         if not num_batches:
@@ -264,10 +264,10 @@ class PretrainingData:
         return next(stage for stage in reversed(self._stages) if stage.settings.first_step <= step)
 
     @cached_property
-    def _validation_tables(self) -> list[ExampleTable]:
-        splits = [open_shards(source.folder, "validation") for source in self._sources]
+    def _validation_tables(self) -> list[tuple[str, ExampleTable]]:
+        splits = [(source.name, open_shards(source.folder, "validation")) for source in self._sources]
         sequences = self._settings.sequences
-        return [self._table(split, sequences, _EVALUATION_SEED) for split in splits if split.num_tokens]
+        return [(name, self._table(split, sequences, _EVALUATION_SEED)) for name, split in splits if split.num_tokens]
 
     def _table(self, split: ShardSplit, sequences: SequenceConfig, seed: int) -> ExampleTable:
         cache_dirs = (split.folder,) if self._cache_dir is None else (split.folder, self._cache_dir)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from bert_ds.basics.micro_batch import MicroBatch
-from bert_ds.basics.ranks import Ranks
+from bert_ds.basics.ranks import DataError, Ranks
 from bert_ds.configuration.recipe.run_config import RunConfig
 from bert_ds.configuration.run_plan import RunPlan
 from bert_ds.corpus.batches.loader import PretrainingData
@@ -21,12 +22,30 @@ def training_batches(plan: RunPlan, data: PretrainingData, ranks: Ranks, *, star
     )
 
 
-def validation_batches(run: RunConfig, data: PretrainingData, ranks: Ranks) -> Iterator[MicroBatch]:
-    """Yield this rank's held-out batches, the same at every evaluation."""
+def evaluated_batches(
+    run: RunConfig, data: PretrainingData, ranks: Ranks
+) -> Iterator[tuple[str, Iterator[MicroBatch]]]:
+    """Yield this rank's held-out batches, the same at every evaluation, under "", and then those of each of several
+    sources under its name, together about as many again. A source with fewer of them than ranks is left out."""
     settings = run.evaluation
-    return data.evaluation_batches(
-        settings.num_examples, batch_size=settings.batch_size, rank=ranks.rank, world_size=ranks.world_size
-    )
+    spread: dict[str, Any] = {
+        "batch_size": settings.batch_size,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+    }
+    yield "", data.evaluation_batches(settings.num_examples, **spread)
+    of_each = max(settings.num_examples // len(data.names), ranks.world_size)
+    for name in data.names if len(data.names) > 1 else ():
+        try:
+            batches = data.evaluation_batches(of_each, source=name, **spread)
+        except DataError:
+            continue
+        yield name, batches
+
+
+def held_out_batches(run: RunConfig, data: PretrainingData, ranks: Ranks) -> list[MicroBatch]:
+    """Return all batches that this rank has in an evaluation."""
+    return [batch for _, batches in evaluated_batches(run, data, ranks) for batch in batches]
 
 
 def longest_batches(plan: RunPlan, data: PretrainingData) -> Callable[[int], MicroBatch]:

@@ -61,6 +61,24 @@ def evaluate(engine: DeepSpeedEngine, batches: Iterable[MicroBatch]) -> dict[str
     return _evaluated(engine.module.terms, agreed[: len(totals)], counts=counted, kinds=kinds)
 
 
+def evaluate_sources(engine: DeepSpeedEngine, sources: Iterable[tuple[str, Iterable[MicroBatch]]]) -> dict[str, float]:
+    """Return the means of an evaluation and, of each source, loss and number of its targets at [MASK]; a collective.
+
+    Args:
+        engine: see `evaluate`.
+        sources: "" and the batches of the evaluation, then the path of a folder and the batches of each source, whose
+            figures are called `FIGURE of NAME`: the last part of the path, or all of it where two end alike.
+    """
+    found = {path: evaluate(engine, batches) for path, batches in sources}
+    means = found.pop("")
+    ends = [path.rstrip("/").rpartition("/")[2] for path in found]
+    for end, (path, of_source) in zip(ends, found.items(), strict=True):
+        name = end if ends.count(end) == 1 else path
+        figures = [figure for figure in ("loss_mlm_masked", "mlm_masked_targets") if figure in of_source]
+        means |= {f"{figure} of {name}": of_source[figure] for figure in figures}
+    return means
+
+
 def _evaluated(
     terms: Sequence[LossTerm], sums: Sequence[float], *, counts: Mapping[str, float], kinds: Sequence[str]
 ) -> dict[str, float]:
