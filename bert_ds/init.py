@@ -26,7 +26,16 @@ from bert_ds.configuration.deepspeed_file.ds_config import load_ds_config
 from bert_ds.configuration.model_folder import folder_model, has_pair_head
 from bert_ds.configuration.reading.config_files import ConfigError, shipped_file
 from bert_ds.configuration.recipe.run_config import RunConfig, load_run_config
-from bert_ds.configuration.run_choice import Choice, Measure, choose, enough_tokens, on_card, on_cpu, useful_tokens
+from bert_ds.configuration.run_choice import (
+    CPU_SHARES,
+    Choice,
+    Measure,
+    choose,
+    enough_tokens,
+    on_card,
+    on_cpu,
+    useful_tokens,
+)
 from bert_ds.configuration.run_plan import epoch_warnings, make_plan
 from bert_ds.configuration.run_speed import CARDS
 from bert_ds.corpus.shards.shard_folder import MANIFEST, TOKENIZER_FOLDER, read_manifest
@@ -114,8 +123,9 @@ def cpu_measure() -> Measure:
         width = run.model.hidden_size
         if width not in rates:
             found = gemm_rates(run.model)
-            precision = run.training.precision
-            rates[width] = getattr(found, faster_precision(found) if precision == "auto" else precision)
+            setting = run.training.precision
+            is_bf16 = (faster_precision(found) if setting == "auto" else setting) == "bf16"
+            rates[width] = CPU_SHARES["bf16"] * found.bf16 if is_bf16 else CPU_SHARES["fp32"] * found.fp32
         return rates[width]
 
     return on_cpu(rate)

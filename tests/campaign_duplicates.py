@@ -15,7 +15,6 @@ import random
 import resource
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -40,10 +39,9 @@ def main() -> None:
     source = args.work / "planted.jsonl"
     rows = [*own, *(text for _, text in planted)]
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows), encoding="utf-8")
-    output, begun = args.work / "clean", time.perf_counter()
+    output = args.work / "clean"
     command = [sys.executable, str(ROOT / "bert_ds/clean_text.py"), "--input", str(source), "--output", str(output)]
     subprocess.run(command, check=True, cwd=ROOT)
-    seconds = time.perf_counter() - begun
     lines = [line.split("\t")[0] for line in (output / "removed.tsv").read_text(encoding="utf-8").splitlines()]
     removed = [int(line.rpartition(" ")[2]) - 1 for line in lines]
     found = Counter(planted[number - len(own)][0] for number in removed if number >= len(own))
@@ -54,7 +52,6 @@ def main() -> None:
         "bytes": source.stat().st_size,
         "found": {f"{share:.0%}": f"{found[share]} of {total[share]}" for share in SHARES},
         "wrongly_removed": sum(number < len(own) for number in removed),
-        "seconds": round(seconds, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_mb": round(usage.ru_maxrss / 1000),
     }

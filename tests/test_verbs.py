@@ -163,6 +163,19 @@ def test_a_folder_that_is_no_model_is_told_apart(tmp_path: Path, monkeypatch: py
     assert folder_problem(Path("runs/mine/hf")) is None
 
 
+def test_weights_of_another_form_name_it_when_they_are_loaded(tmp_path: Path) -> None:
+    from downstream_cases import CONFIG, write_tiny_export
+
+    from bert_ds.basics.ranks import CheckpointError
+    from bert_ds.encoder.initial_weights import load_initial_weights
+    from bert_ds.encoder.pretraining_model import PretrainingModel
+
+    folder = write_tiny_export(tmp_path / "hf", has_pair_head=False)
+    model = PretrainingModel(CONFIG, has_pair_head=True)
+    with pytest.raises(CheckpointError, match=r"has no head for sentence pairs: wanted sequences\.sentence_pair=none"):
+        load_initial_weights(model, folder, read_run=lambda path: {})
+
+
 @pytest.mark.parametrize("source", ["hub", "run"])
 def test_weights_without_a_pair_head_name_the_setting_that_takes_them(source: str, tmp_path: Path) -> None:
     import numpy as np

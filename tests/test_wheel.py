@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from corpus_fixtures import random_documents, write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("bert_ds", "kernels", "ds_configs", "slurm", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -94,6 +96,14 @@ def test_the_installed_command_checks_a_run_in_an_empty_folder(installed: Path, 
     checked = bert_ds(installed, tmp_path, *words)
     assert checked.returncode == 0, checked.stderr
     assert "bert_base_phase1: lamb" in checked.stdout and "ZeRO stage 2" in checked.stdout
+
+
+def test_the_installed_command_writes_a_recipe_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards", random_documents(60), random_documents(20, seed=1))
+    made = bert_ds(installed, tmp_path, "init", "my.json", "--corpus", "shards", "--gpu", "H100", "--hours", "1")
+    assert made.returncode == 0, made.stderr
+    schema = json.loads((tmp_path / "my.json").read_text())["$schema"]
+    assert Path(schema) == installed / "bert_ds/_shipped/ds_configs/schema.json" and Path(schema).is_file()
 
 
 def test_the_installed_command_passes_a_verb_s_exit_code_on(installed: Path, tmp_path: Path) -> None:
