@@ -102,8 +102,8 @@ def compare(config: EncoderConfig, python: Path, folder: Path) -> Iterator[dict[
     WordPieceTokenizer(PIECES, TextRules()).save(folder / "tokenizer")
     batch, roles = Packed(*ragged(config)), family_of(config).roles(config)
     save_file({name: tensor.contiguous() for name, tensor in batch.padded.items()}, folder / "inputs.safetensors")
-    is_megatron = "Megatron" in roles["encoder"].architecture
-    attention = {"attn_implementation": "eager" if is_megatron else "sdpa"}
+    is_eager = roles["encoder"].architecture.startswith(("Megatron", "Electra"))  # in 4.57 they have nothing else
+    attention = {"attn_implementation": "eager" if is_eager else "sdpa"}
     orders, models = [], {}
     for name, role in roles.items():
         model = disturbed(model_of(config, name)).double().eval()
@@ -173,7 +173,7 @@ def write(folder: Path, model: Any, *, role: str, tokenizer: Path) -> None:
             config=hf_config(model.config, sentence_pair=objective, special_ids=special_ids(tokenizer)),
             tensors=to_hf(model.state_dict(), model.config),
             tokenizer=tokenizer,
-            model_card=model_card_text("tiny", {}),
+            model_card=model_card_text("tiny", model.config, {}),
         )
     model.double()
 
