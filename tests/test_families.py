@@ -11,10 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from family_cases import FORMS, SPECIAL_IDS, disturbed, ragged, settings_of
+from config_cases import RECIPE, changed
+from family_cases import FORMS, SPECIAL_IDS, disturbed, of_size, ragged, settings_of
 
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.families.modernbert import ModernBertConfig
+from bert_ds.configuration.recipe.run_config import RunConfig
+from bert_ds.configuration.run_size import flops_per_token, memory_estimate
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.tuning import task_folder
 from bert_ds.encoder.families import table as family_table
@@ -218,6 +221,21 @@ def test_a_window_is_counted_as_what_it_sees() -> None:
     assert config.attended_tokens(23) == 2 * 23 + 2 * 9
     assert config.attended_tokens(5) == 4 * 5
     assert FORMS["bert"].attended_tokens(23) == 3 * 23
+
+
+def test_embeddings_of_another_width_are_counted_as_what_they_are() -> None:
+    """16 wide under 24: a dense layer more for every token, fewer weights behind a word, less to gather."""
+    recipe = changed(changed(RECIPE, "sequences.sentence_pair", "none"), "training.precision", "fp32")
+    narrow, same = (
+        RunConfig.model_validate({**recipe, "model": of_size(FORMS["electra"], embedding_size=width).model_dump()})
+        for width in (16, 24)
+    )
+    predictions_per_token = 0.15
+    wanted = 6 * 24 * 16 + 6 * predictions_per_token * (16 - 24) * (24 + 64)
+    assert flops_per_token(narrow, 32.0) - flops_per_token(same, 32.0) == pytest.approx(wanted)
+    number = narrow.model.count_parameters(has_pair_head=False)
+    found = memory_estimate(narrow, stage=3, world_size=1, offload=False, activations=0)
+    assert found.weights == 4 * (number + 2 * 64 * 16)
 
 
 def test_a_modernbert_begins_with_the_deviations_that_transformers_draws() -> None:
