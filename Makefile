@@ -9,6 +9,7 @@
 # make bench-gpu  the kernel benchmarks and the whole training step, 9 minutes on one NVIDIA GPU; rows into
 #                 kernels/benchmarks/results, pictures into kernels/README.md; again to go on where it stopped
 # make bench-cpu  the torch references of the operators on this CPU
+# make bench-unpad  transformers models plain and unpadded, side by side, on a GPU or this CPU; again to go on
 # make bench-host the host's time of every operator and of a layer, kernels recorded and not run; AGAINST=commit: beside those
 # make test-gpu   the kernels on an NVIDIA GPU, among that a thousand runs of equal bits; make sanitize-gpu: the same at
 #                 small sizes under compute-sanitizer
@@ -16,7 +17,7 @@
 #                 peer, context, init, duplicates and cpu-speed (each wants
 #                 TEXT=folder of text), lamb, muon, kernels, configs, fuzz, deepspeed (the newest release instead of the
 #                 pinned one), kills, storms, folders, start, checkpoint, damage (wants root, for a small disk in memory), gpu-first (its dry run),
-#                 families, slurm, modules-of-a-step, downstream (wants DATA=folder of the data sets), hf-trainer (DATA and
+#                 families, unpad, slurm, modules-of-a-step, downstream (wants DATA=folder of the data sets), hf-trainer (DATA and
 #                 MODEL=pre-trained folder)
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
 
@@ -30,7 +31,7 @@ DEEPSPEED_CONFIG := ds_configs/zero2.json
 .PHONY: pretrain test test-fast test-slurm check format env env-dev clean bench-gpu gpu-first
 .PHONY: campaign-kills campaign-folders campaign-storms campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-peer campaign-lamb campaign-muon campaign-kernels campaign-configs campaign-fuzz campaign-slurm
-.PHONY: campaign-init campaign-duplicates campaign-families campaign-gpu-first campaign-cpu-speed campaign-context campaign-few-shapes campaign-start campaign-modules-of-a-step bench-cpu bench-host test-gpu sanitize-gpu
+.PHONY: campaign-unpad campaign-init campaign-duplicates campaign-families campaign-gpu-first campaign-cpu-speed campaign-context campaign-few-shapes campaign-start campaign-modules-of-a-step bench-cpu bench-host bench-unpad test-gpu sanitize-gpu
 
 env:
 	@.ci/make_env.sh
@@ -81,6 +82,14 @@ campaign-start: env-dev
 
 campaign-deepspeed: env-dev
 	$(BIN)/python tests/campaign_deepspeed.py
+
+# The oldest transformers that is supported lies in a folder of its own, before the installed one.
+campaign-unpad: env-dev
+	@[[ -f runs/transformers-oldest/installed ]] || { $(BIN)/python -m pip --disable-pip-version-check install --quiet \
+	  --target runs/transformers-oldest transformers==5.3.0 && touch runs/transformers-oldest/installed; }
+	PYTHONPATH=kernels $(BIN)/python tests/campaign_unpad.py
+	PYTHONPATH=$(CURDIR)/runs/transformers-oldest:kernels $(BIN)/python tests/campaign_unpad.py
+	$(BIN)/python -m pytest -m "" tests/test_unpad*.py
 
 # TRITON=3.7.1 takes that triton instead of the installed one.
 campaign-kernels: env-dev
@@ -160,6 +169,9 @@ bench-gpu: env-dev
 
 bench-cpu: env-dev
 	$(BIN)/python kernels/benchmarks/bench_ops.py --on_cpu --minutes 9
+
+bench-unpad: env-dev
+	PYTHONPATH=kernels $(BIN)/python kernels/benchmarks/bench_unpad.py
 
 bench-host: env-dev
 	$(BIN)/python kernels/benchmarks/bench_host_time.py $(if $(AGAINST),--against $(AGAINST))

@@ -65,7 +65,10 @@ def test_triton_draws_the_masks_of_the_references_and_repeats_its_bits() -> None
 def test_recomputed_layers_draw_the_same_masks() -> None:
     kept = unpad(cases.make_model("BertForMaskedLM", **DROPOUT), kernels="torch")
     again = copy.deepcopy(kept)
-    again.gradient_checkpointing_enable()
+    # The masks come from the call's key, not from a state of the generator that a recomputation would restore.
+    again.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    for model in (kept, again):
+        model.bert.embeddings.dropout.p = 0.0
     batch = cases.make_batch("BertForMaskedLM")
     assert torch.equal(trained(again, batch).loss, trained(kept, batch).loss)
     cases.assert_same_gradients(again, kept)

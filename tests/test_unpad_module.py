@@ -17,6 +17,8 @@ import unpad_cases as cases
 from torch import nn
 
 from bert_kernels.hf import describe, repad, unpad
+from bert_kernels.hf.operators import attention_over_tokens, operators_for
+from bert_kernels.hf.packing import pack_bounds
 
 
 def facts(model: nn.Module) -> dict[str, Any]:
@@ -123,6 +125,20 @@ def test_the_same_seed_gives_the_same_bits_with_dropout() -> None:
         torch.manual_seed(seed)
         losses.append(ours(**batch.inputs).loss)
     assert torch.equal(losses[0], losses[2]) and not torch.equal(losses[0], losses[1])
+
+
+@pytest.mark.parametrize("kernels", [None, "torch"])
+def test_the_attention_function_minds_the_scale_and_the_window_that_it_is_given(kernels: Any) -> None:
+    packing = pack_bounds(torch.tensor([0, 5, 12]), 12)
+    packing.operators = None if kernels is None else operators_for(kernels, torch.device("cpu"))
+    query, key, value = torch.randn(3, 1, 2, 12, 4, dtype=torch.float64).unbind()
+    found, _ = attention_over_tokens(
+        nn.Module(), query, key, value, None, scaling=0.3, sliding_window=3, bert_kernels_packing=packing
+    )
+    row = torch.arange(12)
+    seen = ((row[:, None] - row).abs() <= 2) & ((row[:, None] < 5) == (row < 5))
+    scores = (query @ key.transpose(-1, -2) * 0.3).masked_fill(~seen, float("-inf"))
+    torch.testing.assert_close(found, (scores.softmax(-1) @ value).transpose(1, 2))
 
 
 def test_dropout_of_attention_is_that_of_torch() -> None:
