@@ -19,6 +19,7 @@ from pathlib import Path
 if __name__ == "__main__":  # a script run by path finds its package beside itself
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bert_ds.configuration.auto_batch import with_auto_micro_batch
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.plan_table import plan_table
 from bert_ds.configuration.recipe.precision import planned_on_gpus
@@ -46,6 +47,8 @@ def main() -> int:
         run, ds = load_pair(args.run, args.deepspeed_config, overrides=args.set)
         run = planned_on_gpus(run) if gpu_memory or args.gpu else run
         plan = make_plan(run, ds, world_size, gpu_memory_bytes=gpu_memory)
+        if gpu_memory:  # without the text every sequence counts as full
+            plan = with_auto_micro_batch(plan, memory_bytes=gpu_memory)
         predicted = speed_rows(plan, args.gpu, _card(args)) if args.gpu else []
         return show([*plan_table(plan), *predicted], plan.warnings)
     task, ds = checked_task(args)

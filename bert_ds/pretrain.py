@@ -75,7 +75,7 @@ from bert_ds.training.loop.stage_changes import StageChanges
 from bert_ds.training.loop.step_budget import with_total_steps
 from bert_ds.training.loop.throughput import Throughput, peak_flops
 from bert_ds.training.loop.train_loop import Services
-from bert_ds.training.loop.trial_step import try_longest
+from bert_ds.training.loop.trial_step import settle_micro_batch, try_longest
 from bert_ds.training.optimizers.factory import make_optimizer
 from bert_ds.training.optimizers.param_groups import TensorFacts
 
@@ -158,6 +158,9 @@ def open_run(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace) -> Opened
     folder = LaunchFolder(run_dir, descriptions(run, ds_config), args.resume)
     log = enter(folder, ranks, total_steps=run.training.total_steps or 0, decision=decision)
     data = open_corpus(plan, run_dir, log=log)
+    plan = settle_micro_batch(plan, data.mean_lengths(), log=log)
+    ds_config = resolve_ds_config(run, plan.ds, ranks.world_size, run_dir=str(run_dir))
+    folder = folder._replace(descriptions=descriptions(run, ds_config))
     if run.training.total_steps is None and not (args.dry_run or args.find_micro_batch):
         plan = with_total_steps(
             plan,

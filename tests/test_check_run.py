@@ -82,6 +82,16 @@ def test_warnings_do_not_change_the_exit_code() -> None:
     assert "warning: corpus.tokenizer:" in found.stderr and "warning: a rank needs about" in found.stderr
 
 
+def test_the_memory_of_a_gpu_settles_an_open_micro_batch() -> None:
+    words = ("--run", "ds_configs/recipes/bert_base_phase1.json", "--deepspeed_config", "ds_configs/zero1.json")
+    sizes = [
+        next(line for line in check_run(*words, *memory).stdout.splitlines() if line.startswith("global batch"))
+        for memory in ((), ("--gpu_memory_gb", "80"), ("--gpu_memory_gb", "16"))
+    ]
+    found = [int(line.split(" = ")[1].split()[0]) for line in sizes]
+    assert found[0] == 128 and found[2] < found[1] == 512
+
+
 @pytest.mark.parametrize(("memory", "precision"), [((), "planned for fp32"), (("--gpu_memory_gb", "80"), "bf16")])
 def test_with_the_memory_of_a_gpu_the_run_is_planned_as_a_gpu_trains_it(memory: Sequence[str], precision: str) -> None:
     found = check_run("--deepspeed_config", "ds_configs/zero2.json", *memory)

@@ -118,6 +118,18 @@ def test_a_run_is_what_transformers_and_torch_make_of_the_same_batches(workshop:
     assert [last[name] for name in ("loss_mlm", "loss_pair", "loss")] == pytest.approx(wanted, rel=2e-4)
 
 
+def test_an_open_micro_batch_is_settled_by_the_real_lengths_of_the_text(workshop: Workshop) -> None:
+    short = {
+        "training.total_steps": 1,
+        "schedule.warmup_steps": 0,
+        "sequences": {"max_seq_length": 64, "short_seq_prob": 1.0},
+    }
+    run_dir = workshop.run({**short, "training.train_batch_size": 384})
+    (row,) = read_metrics(run_dir / "metrics.jsonl")
+    assert 192 * 64 < row["num_tokens"] < 16_384 < 384 * 64
+    assert json.loads((run_dir / "ds_config.json").read_text())["train_micro_batch_size_per_gpu"] == 384
+
+
 @pytest.mark.parametrize("sentence_pair", ["nsp", "none"])
 def test_the_first_step_of_lamb_moves_every_part_by_the_rate_times_its_norm(
     sentence_pair: str, workshop: Workshop

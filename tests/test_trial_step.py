@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_training import TinyBatch, TinyModel, ds_config, join_alone, micro_batch, tiny_engine
 
-from bert_ds.training.loop.trial_step import fits_in_memory, largest_that_fits, probe_longest
+from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
+from bert_ds.training.loop.trial_step import fits_in_memory, largest_that_fits, probe_longest, try_longest
 
 
 class SlowToStart(TinyModel):
@@ -58,3 +59,43 @@ def test_the_largest_micro_batch_is_found_by_running_out_of_memory(stage: int) -
 @pytest.mark.parametrize(("largest", "found"), [(0, None), (1, 1), (5, 4), (8, 8), (1000, 64)])
 def test_doubling_finds_the_largest_size_that_fits(largest: int, found: int | None) -> None:
     assert largest_that_fits(lambda size: size <= largest, start=1, limit=64) == found
+
+
+def test_doubling_begins_where_it_is_told_and_ends_where_the_batch_cannot_be_cut() -> None:
+    tried: list[int] = []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return True
+
+    assert largest_that_fits(fits, start=24, limit=144) == 48
+    assert tried == [24, 48]
+
+
+class Said:
+    """A log that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def info(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_the_search_begins_at_the_planned_micro_batch() -> None:
+    join_alone()
+    asked: list[int] = []
+
+    def longest(size: int) -> Any:
+        asked.append(size)
+        return TinyBatch(torch.ones(size, 7), torch.ones(size), torch.zeros(1, dtype=torch.int64))
+
+    log: Any = Said()
+    for split in (BatchSplit(2, 8, 1), BatchSplit(8, 2, 1)):
+        engine = tiny_engine(ds_config(0), model=HungryModel())
+        try_longest(engine, longest, split=split, log=log, search=True)
+    assert asked == [2, 4, 8, 8]
+    assert log.lines == [
+        '"train_micro_batch_size_per_gpu": 4',
+        'a micro-batch of 8 does not fit: set "train_micro_batch_size_per_gpu" to 4 and look again',
+    ]

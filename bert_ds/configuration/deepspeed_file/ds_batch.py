@@ -8,7 +8,7 @@ from bert_ds.configuration.reading.config_problems import Problem
 from bert_ds.configuration.recipe.run_config import TrainedRun
 
 AUTO_TOKENS = 16_384
-"""Upper bound on the tokens of a micro-batch that is "auto"."""
+"""Upper bound on the tokens of a micro-batch that is "auto"; see `auto_batch` for what a launch knows besides."""
 
 
 class BatchSplit(NamedTuple):
@@ -51,13 +51,13 @@ def split_batch(
     """
     total = run.training.train_batch_size
     if total % world_size:
-        near = _nearest(total, world_size, _divisors(total))
+        near = _nearest(total, world_size, divisors(total))
         text = f"the recipe's global batch of {total} is not a multiple of {world_size} ranks; with {near} ranks it is"
         return Problem("train_batch_size", text)
     share = total // world_size
     if micro is None and accumulation is not None:
         if share % accumulation:
-            near = _nearest(share, accumulation, _divisors(share))
+            near = _nearest(share, accumulation, divisors(share))
             text = (
                 f"{accumulation} does not divide a rank's share of {share} examples ({total} over {world_size} ranks)"
             )
@@ -65,7 +65,7 @@ def split_batch(
         micro = share // accumulation
     if micro is None:
         longest = max(1, AUTO_TOKENS // run.max_seq_length)
-        micro = max(one for one in _divisors(share) if one <= longest)
+        micro = max(one for one in divisors(share) if one <= longest)
     if share % micro:
         return _micro_problem(total, world_size, micro)
     if accumulation not in (None, share // micro):
@@ -77,21 +77,22 @@ def split_batch(
     return BatchSplit(micro, share // micro, world_size)
 
 
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a positive number, the smallest first."""
+    small = [one for one in range(1, int(number**0.5) + 1) if number % one == 0]
+    return sorted({*small, *(number // one for one in small)})
+
+
 def _micro_problem(total: int, world_size: int, micro: int) -> Problem:
     share = total // world_size
     text = (
         f"{micro} x {world_size} ranks does not divide train_batch_size {total}; with {world_size} ranks "
-        f"{_nearest(share, micro, _divisors(share))} does"
+        f"{_nearest(share, micro, divisors(share))} does"
     )
     if total % micro == 0:
-        ranks = _divisors(total // micro)
+        ranks = divisors(total // micro)
         text += f", with a micro-batch of {micro} {_nearest(total // micro, world_size, ranks)} ranks do"
     return Problem("train_micro_batch_size_per_gpu", text)
-
-
-def _divisors(number: int) -> list[int]:
-    small = [one for one in range(1, int(number**0.5) + 1) if number % one == 0]
-    return sorted({*small, *(number // one for one in small)})
 
 
 def _nearest(number: int, wanted: int, divisors: list[int]) -> str:

@@ -1,17 +1,19 @@
-"""Trying a step before a run: peak memory on the longest batch, and the largest micro-batch that fits."""
+"""Before a run: the micro-batch that is left open, peak memory on the longest batch, the largest batch that fits."""
 
 from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from deepspeed import DeepSpeedEngine
 
 from bert_ds.basics.micro_batch import MicroBatch
+from bert_ds.configuration.auto_batch import micro_batch_text, with_auto_micro_batch
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
+from bert_ds.configuration.run_plan import RunPlan
 from bert_ds.reporting.run_log import RunLog
 from bert_ds.training.agreement import max_over_ranks
 from bert_ds.training.loop.dropout_seeds import dropout_seed
@@ -35,6 +37,23 @@ class TrialStep(NamedTuple):
     """Weighted loss of the first step."""
 
 
+def settle_micro_batch(plan: RunPlan, mean_lengths: Sequence[float], *, log: RunLog) -> RunPlan:
+    """Return the plan with a micro-batch by the text and the smallest GPU where its file leaves it open; a collective.
+
+    Args:
+        plan: of the run.
+        mean_lengths: tokens of an example in each stage, the same on all ranks.
+        log: is told what was chosen.
+    """
+    memory = None
+    if torch.cuda.is_available():
+        memory = -int(max_over_ranks(-float(torch.cuda.get_device_properties(None).total_memory)))
+    settled = with_auto_micro_batch(plan, mean_lengths=mean_lengths, memory_bytes=memory)
+    if settled is not plan:
+        log.info(micro_batch_text(settled.split, memory_bytes=memory))
+    return settled
+
+
 def try_longest(
     engine: DeepSpeedEngine, longest: Callable[[int], MicroBatch], *, split: BatchSplit, log: RunLog, search: bool
 ) -> None:
@@ -45,12 +64,16 @@ def try_longest(
         longest: the largest batch that can come of a micro-batch of so many examples.
         split: of the global batch.
         log: is told what was found.
-        search: look for the largest.
+        search: look for the largest, from the planned one on.
     """
     if search:
-        limit = split.micro_batch_size * split.accumulation
-        best = largest_that_fits(lambda size: fits_in_memory(engine, longest(size)), start=1, limit=limit)
-        log.info(f'"train_micro_batch_size_per_gpu": {best}' if best else "not even a micro-batch of 1 fits")
+        start, limit = split.micro_batch_size, split.micro_batch_size * split.accumulation
+        best = largest_that_fits(lambda size: fits_in_memory(engine, longest(size)), start=start, limit=limit)
+        smaller = (
+            f'set "train_micro_batch_size_per_gpu" to {start // 2} and look again' if start > 1 else "it is the least"
+        )
+        found = f'"train_micro_batch_size_per_gpu": {best}'
+        log.info(found if best else f"a micro-batch of {start} does not fit: {smaller}")
         return
     probe = probe_longest(engine, longest(split.micro_batch_size))
     log.info(
@@ -109,10 +132,10 @@ def fits_in_memory(engine: DeepSpeedEngine, batch: MicroBatch) -> bool:
 
 
 def largest_that_fits(fits: Callable[[int], bool], *, start: int, limit: int) -> int | None:
-    """Return the largest of start, 2 start, 4 start ... up to limit for which fits is true; None if not even start."""
+    """Return the largest of start, 2 start, 4 start ... that divides limit and fits; None if not even start fits."""
     best = None
     size = start
-    while size <= limit and fits(size):
+    while size <= limit and limit % size == 0 and fits(size):
         best, size = size, 2 * size
     return best
 
