@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_kernel_layer_norm import DEVICE, check_by_the_2x_rule, fused, inputs, out_and_gradients
+from test_kernel_layer_norm import DEVICE, SEED, check_by_the_2x_rule, fused, inputs, out_and_gradients
 from torch import Tensor
 
 from bert_kernels.layer_norm import dropout_add_layer_norm, dropout_add_layer_norm_reference
+from bert_kernels.layer_norm_kernels import LayerNormCall, layer_norm_backward, layer_norm_forward
 
 
 def autocast_inputs(num_rows: int, width: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
@@ -43,6 +44,16 @@ def test_the_mixed_operator_is_what_autocast_computes_to_the_last_digits_of_fp32
         mixed, wanted = out_and_gradients(op, tensors), out_and_gradients(op, exact)
         assert torch.equal(mixed.pop("dx"), wanted.pop("dx").bfloat16())
         assert all(torch.equal(mixed[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_the_kernel_writes_the_gradient_of_x_in_its_16_bits(dropout_p: float) -> None:
+    """A gradient in fp32 would be converted by a launch of torch's own."""
+    x, residual, weight, bias, _ = autocast_inputs(4, 16).values()
+    call = LayerNormCall(x, residual, weight, None, dropout_p, SEED if dropout_p else None, 0)
+    y, _, mean, rstd = layer_norm_forward(call, bias, 1e-5)
+    dz, dx, _ = layer_norm_backward(call, (mean, rstd), torch.ones_like(y), has_bias=True)
+    assert (dz.dtype, dx.dtype, dx.shape) == (torch.float32, torch.bfloat16, x.shape)
 
 
 def test_plain_autocast_gives_the_same_numbers() -> None:
