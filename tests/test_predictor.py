@@ -208,6 +208,8 @@ def test_a_folder_without_a_head_is_named_and_rows_of_another_form_too(
         Predictor(tiny_export)
     with pytest.raises(ConfigError, match="there is no such folder"):
         Predictor(tmp_path / "nope")
+    with pytest.raises(ConfigError, match=r"has no config\.json: did you mean .*/hf\?"):
+        Predictor(reviews.parent)
     answers = Predictor(reviews)([("the film", "great"), 3, {"body": "x"}, {"text": 7}, Fault("why"), "a " * 500])
     assert [answer.get("error") for answer in answers] == [
         None,
@@ -240,6 +242,9 @@ def test_the_helpers_of_a_notebook_read_and_change_nothing(tmp_path: Path) -> No
         _ = bert_ds.load_histroy
 
 
-def test_checking_a_recipe_in_a_notebook_imports_no_torch() -> None:
-    code = "import sys, bert_ds; bert_ds.check(); assert not {'torch', 'transformers'} & set(sys.modules)"
+def test_checking_a_recipe_in_a_notebook_imports_no_torch_and_predicting_no_deepspeed() -> None:
+    code = "import sys, bert_ds; bert_ds.check(); assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    code += (
+        "import bert_ds.predict; assert not {'deepspeed', 'transformers'} & set(sys.modules)"  # which writes to stdout
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -6,6 +6,7 @@ Targets are [T, ...] or [N, ...]; N sequences, T tokens of all sequences togethe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -38,6 +39,19 @@ def pack(features: Sequence[Feature], *, counts: dict[str, float]) -> MicroBatch
         places=tuple(places),
         sequences=tuple(len(feature.sequence_lengths) for feature in ordered),
     )
+
+
+def scores_of_features(batch: MicroBatch, scores: dict[str, Tensor]) -> list[dict[str, np.ndarray]]:
+    """Cut the scores of a batch, [N, ...] or [T, ...], into those of its features, in the batch's own order."""
+    bounds = list(accumulate(batch.sequences, initial=0))
+    token_bounds = batch.cu_seqlens[bounds].tolist()
+    arrays = {
+        name: tensor.float().cpu().numpy() for name, tensor in scores.items()
+    }  # host sync: scores are wanted here
+    return [
+        {name: array[slice(*(token if name.startswith("token_") else rows))] for name, array in arrays.items()}
+        for rows, token in zip(pairwise(bounds), pairwise(token_bounds), strict=True)
+    ]
 
 
 def _join(arrays: Sequence[np.ndarray]) -> Tensor:

@@ -7,7 +7,6 @@ the forward of a ZeRO-3 model is a collective.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor
 from bert_ds.basics.loss_term import LossTerm, metric_names
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.downstream.rows.features import Feature
-from bert_ds.downstream.rows.task_batch import pack
+from bert_ds.downstream.rows.task_batch import pack, scores_of_features
 from bert_ds.downstream.rows.task_batches import CountTargets
 from bert_ds.training.agreement import gather_json, max_over_ranks, sum_over_ranks
 from bert_ds.training.loop.evaluation import named_means
@@ -77,19 +76,6 @@ def predict_features(
 def _pack(features: Sequence[Feature], group: Sequence[int], count_targets: CountTargets) -> MicroBatch:
     chosen = [features[index] for index in group]
     return pack(chosen, counts=count_targets(chosen))
-
-
-def scores_of_features(batch: MicroBatch, scores: dict[str, Tensor]) -> list[dict[str, np.ndarray]]:
-    """Cut the scores of a batch into those of its features."""
-    bounds = list(accumulate(batch.sequences, initial=0))
-    token_bounds = batch.cu_seqlens[bounds].tolist()
-    arrays = {
-        name: tensor.float().cpu().numpy() for name, tensor in scores.items()
-    }  # host sync: scores are wanted here
-    return [
-        {name: array[slice(*(token if name.startswith("token_") else rows))] for name, array in arrays.items()}
-        for rows, token in zip(pairwise(bounds), pairwise(token_bounds), strict=True)
-    ]
 
 
 def _gathered(

@@ -156,6 +156,9 @@ def kind_of(folder: Path) -> str:
     """
     if all((folder / part / "config.json").is_file() for part in ("intent", "tags")):
         return "intent_slot"
+    if not (folder / "config.json").is_file():
+        (below, *_) = sorted(path.parent for path in folder.glob("*/config.json"))
+        raise ConfigError(f"--model {folder} has no config.json: did you mean {below}?")
     content = read_json(folder / "config.json")
     config = model_config_from_hf({**content})
     (architecture, *_) = content.get("architectures") or ["none"]

@@ -14,8 +14,7 @@ from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.rows.examples import Labels
 from bert_ds.downstream.rows.features import Feature
-from bert_ds.downstream.rows.task_batch import pack
-from bert_ds.downstream.tuning.predicting import scores_of_features
+from bert_ds.downstream.rows.task_batch import pack, scores_of_features
 from bert_ds.downstream.tuning.task_folder import folder_labels, read_task_folder
 from bert_ds.encoder.hf_folder import read_json
 from bert_ds.encoder.hf_onnx import ONNX_FILE
