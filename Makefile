@@ -17,7 +17,7 @@
 #                 peer, context, init, duplicates and cpu-speed (each wants
 #                 TEXT=folder of text), lamb, muon, kernels, configs, fuzz, deepspeed (the newest release instead of the
 #                 pinned one), kills, storms, folders, start, checkpoint, damage (wants root, for a small disk in memory), gpu-first (its dry run),
-#                 families, unpad, slurm, modules-of-a-step, downstream (wants DATA=folder of the data sets), hf-trainer (DATA and
+#                 predict (wants DATA), families, unpad, slurm, modules-of-a-step, downstream (wants DATA=folder of the data sets), hf-trainer (DATA and
 #                 MODEL=pre-trained folder)
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
 
@@ -31,7 +31,7 @@ DEEPSPEED_CONFIG := ds_configs/zero2.json
 .PHONY: pretrain test test-fast test-slurm check format env env-dev clean bench-gpu gpu-first
 .PHONY: campaign-kills campaign-folders campaign-storms campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-peer campaign-lamb campaign-muon campaign-kernels campaign-configs campaign-fuzz campaign-slurm
-.PHONY: campaign-unpad campaign-init campaign-duplicates campaign-families campaign-gpu-first campaign-cpu-speed campaign-context campaign-few-shapes campaign-start campaign-modules-of-a-step bench-cpu bench-host bench-unpad test-gpu sanitize-gpu
+.PHONY: campaign-predict campaign-unpad campaign-init campaign-duplicates campaign-families campaign-gpu-first campaign-cpu-speed campaign-context campaign-few-shapes campaign-start campaign-modules-of-a-step bench-cpu bench-host bench-unpad test-gpu sanitize-gpu
 
 env:
 	@.ci/make_env.sh
@@ -111,6 +111,10 @@ campaign-hf-trainer: env-dev
 	@[[ -n "$(DATA)" && -n "$(MODEL)" ]] || { echo "DATA=folder of the data sets and MODEL=pre-trained Hugging Face folder are wanted"; exit 2; }
 	$(BIN)/python -c "import accelerate" || { echo "the Trainer wants accelerate: $(BIN)/pip install --no-deps accelerate"; exit 2; }
 	$(BIN)/python tests/campaign_hf_trainer.py --data $(DATA) --model $(MODEL) --work runs/$@
+
+campaign-predict: env-dev
+	@[[ -n "$(DATA)" ]] || { echo "DATA=folder is missing: the folder that holds sst2"; exit 2; }
+	$(BIN)/python tests/campaign_predict.py --data $(DATA) --work runs/$@
 
 campaign-lamb: env-dev
 	$(BIN)/python -m pytest -m campaign tests/test_lamb_campaign.py
