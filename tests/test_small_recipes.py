@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,9 @@ LESS = {
 }
 
 
-def trained(folder: Path, name: str, **others: object) -> Path:
+def trained(folder: Path, name: str, others: Mapping[str, object] = {}) -> Path:
     """Train a shipped recipe, export it, and return its run folder."""
-    settings = {name.replace("__", "."): value for name, value in others.items()}
-    words = [f"--set={path}={value}" for path, value in {**LESS, **settings}.items()]
+    words = [f"--set={path}={value}" for path, value in {**LESS, **others}.items()]
     files = ("--run", ROOT / f"ds_configs/recipes/{name}.json", "--deepspeed_config", ROOT / "ds_configs/zero2.json")
     for command in (
         ("pretrain.py", *files, "--run_dir", folder / name, *words),
@@ -53,7 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_small_distilbert_learns_from_the_default_run(folder: Path) -> None:
     teacher = folder / "embedded_default/hf"
-    run_dir = trained(folder, "distilbert_small", schedule__warmup_fraction="null", distillation__teacher=teacher)
+    others = {"schedule.warmup_fraction": "null", "optimizer.lr": 5e-4, "distillation.teacher": teacher}
+    run_dir = trained(folder, "distilbert_small", others)
     model = load_masked_lm(run_dir / "hf")
     assert (model.config.family, model.config.num_hidden_layers) == ("distilbert", 1)
     soft = losses(run_dir, "loss_soft")
