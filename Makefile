@@ -181,7 +181,7 @@ bench-host: env-dev
 	$(BIN)/python kernels/benchmarks/bench_host_time.py $(if $(AGAINST),--against $(AGAINST))
 
 test-gpu: env-dev
-	$(BIN)/python -m pytest -m "not campaign" tests/test_kernel*.py
+	$(BIN)/python -m pytest -m "not campaign" tests/test_kernel*.py tests/test_unpad_kernels.py
 
 # Races, accesses out of bounds and barriers that not all threads reach; compute-sanitizer comes with the CUDA toolkit.
 sanitize-gpu: env-dev

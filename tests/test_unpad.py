@@ -11,7 +11,7 @@ import unpad_cases as cases
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bert_kernels.hf import unpad
+from bert_kernels.hf import repad, unpad
 
 FIRST_READ = (
     *("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction"),
@@ -198,6 +198,13 @@ def test_a_model_made_of_the_config_of_an_unpadded_one_still_minds_its_mask() ->
         batch = cases.make_batch("ModernBertModel", mask)
         theirs, mine = plain(**batch.inputs)[0], heir(**batch.inputs)[0]
         torch.testing.assert_close(mine[batch.keep], theirs[batch.keep])
+
+
+def test_two_encoders_may_share_a_config() -> None:
+    first = cases.make_model("BertModel")
+    pair = nn.ModuleList([first, type(first)(first.config).double()])
+    repad(unpad(pair))
+    assert first.config._attn_implementation == "sdpa"
 
 
 def test_two_encoders_in_one_module_of_a_person_are_both_unpadded() -> None:

@@ -10,8 +10,11 @@ import torch
 import unpad_cases as cases
 from torch import nn
 
+from bert_kernels.attention import attention_reference
 from bert_kernels.hf import describe, unpad
 from bert_kernels.hf.layers import is_plain
+from bert_kernels.hf.operators import SITE, attention_over_tokens, operators_for
+from bert_kernels.hf.packing import pack_bounds
 
 FUSED = ("BertForMaskedLM", "RobertaForSequenceClassification", "ElectraForTokenClassification")
 CALLED = ("DistilBertForMaskedLM", "ModernBertForTokenClassification")
@@ -76,8 +79,23 @@ def test_recomputed_layers_draw_the_same_masks() -> None:
 
 def test_each_layer_drops_by_a_mask_of_its_own() -> None:
     model = unpad(cases.make_model("DistilBertModel", attention_dropout=0.5), kernels="torch").train()
-    sites = [getattr(each.attention, "_bert_kernels_site") for each in model.transformer.layer]  # noqa: B009
+    sites = [getattr(each.attention, SITE) for each in model.transformer.layer]
     assert sites == [0, 3]
+
+
+def test_the_attention_function_draws_by_the_site_of_its_module() -> None:
+    packing = pack_bounds(torch.tensor([0, 5, 12]), 12)
+    packing.operators = operators_for("torch", torch.device("cpu"))
+    qkv_T3HK = torch.randn(12, 3, 2, 4)
+    query, key, value = (x.transpose(0, 1)[None] for x in qkv_T3HK.unbind(1))
+    module = nn.Module()
+    for site in (3, 6):
+        setattr(module, SITE, site)
+        found, _ = attention_over_tokens(module, query, key, value, None, dropout=0.5, bert_kernels_packing=packing)
+        wanted = attention_reference(
+            qkv_T3HK, packing.cu_seqlens, 7, dropout_p=0.5, dropout_seed=packing.key(), site=site
+        )
+        torch.testing.assert_close(found[0], wanted)
 
 
 def test_evaluation_draws_nothing() -> None:
@@ -141,3 +159,16 @@ def test_plain_parts_are_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
     model(**cases.make_batch("BertModel").inputs)
     assert seen == [model.pooler.dense]
     assert "2 layers fused by torch references" in describe(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*FUSED, *CALLED])
+def test_on_a_card_the_operators_give_the_numbers_of_the_plain_model(name: str) -> None:
+    plain, ours = (model.float().cuda() for model in cases.pair(name))
+    batch = cases.make_batch(name)
+    inputs = {key: value.cuda() for key, value in batch.inputs.items()}
+    theirs, mine = (model.train()(**inputs, output_hidden_states=True) for model in (plain, ours))
+    for one, other in zip(mine.hidden_states, theirs.hidden_states, strict=True):
+        torch.testing.assert_close(one.cpu()[batch.keep], other.cpu()[batch.keep], atol=2e-3, rtol=2e-3)
+    theirs.loss.backward(), mine.loss.backward()
+    cases.assert_same_gradients(ours, plain, limit=1e-2)

@@ -194,6 +194,33 @@ def test_a_label_at_padding_is_refused(name: str, train: bool) -> None:
         model(**batch.inputs)
 
 
+def test_flat_labels_at_padding_are_refused_and_too_few_are_the_error_of_the_plain_model() -> None:
+    plain, ours = cases.pair("BertForMaskedLM")
+    inputs = cases.make_batch("BertForMaskedLM").inputs
+    flat = inputs | {"labels": inputs["labels"].flatten()}
+    torch.testing.assert_close(ours.train()(**flat).loss, plain(**flat).loss)
+    flat["labels"][11] = 1
+    with pytest.raises(ValueError, match="labels: a label other than -100"):
+        ours.eval()(**flat)
+    short = inputs | {"labels": inputs["labels"][:, :11].contiguous()}
+    for model in (plain, ours.train()):
+        with pytest.raises(ValueError, match="batch_size"):
+            model(**short)
+
+
+def test_tracing_is_refused() -> None:
+    model = unpad(cases.make_model("BertForTokenClassification", return_dict=False))
+    ids, mask = (cases.make_batch("BertForTokenClassification").inputs[key] for key in ("input_ids", "attention_mask"))
+    with pytest.raises(ValueError, match="cannot be traced or exported"):
+        torch.jit.trace(model, (ids, mask), check_trace=False)
+
+
+def test_positions_of_several_rows_may_be_given_once_and_fall() -> None:
+    plain, ours = cases.pair("BertModel")
+    inputs = {"input_ids": torch.ones(4, 12, dtype=torch.long), "position_ids": torch.arange(12, 0, -1)[None]}
+    torch.testing.assert_close(ours(**inputs)[0], plain(**inputs)[0])
+
+
 def test_the_loss_of_answers_is_refused_with_padding_and_equal_without() -> None:
     plain, ours = cases.pair("BertForQuestionAnswering")
     answers = {"start_positions": torch.tensor([1, 2, 0, 3]), "end_positions": torch.tensor([2, 3, 0, 4])}

@@ -1,5 +1,7 @@
 """Real tokens a second of transformers models, plain and unpadded, side by side in turns.
 
+On a CPU these are processor seconds of one thread, which others on the machine disturb least.
+
     python kernels/benchmarks/bench_unpad.py [--minutes 9] [--sizes small base] [--dry_run]
 
 A cell is a size, a mix of lengths, a kind of call and a dtype. All ways of a cell take turns, round by round, after one
@@ -18,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +30,6 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 from bert_kernels.hf import unpad
 
-RECORD = RESULTS / "unpad.csv"
 SIZES = {"small": (4, 256, 32), "base": (12, 768, 8)}
 """Layers, hidden size, rows of a batch."""
 # Pieces of SST-2's phrases at ten evenly spaced quantiles, as the mean of 13 and the longest of 66 have them.
@@ -86,12 +88,15 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
     parser.add_argument("--commit", help="the commit, where git cannot say it")
     parser.add_argument("--dry_run", action="store_true")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     facts, budget, longest_s = circumstances(device, args.commit), Budget(args.minutes), 0.0
-    done = set() if args.dry_run else recorded(RECORD, facts, ("size", "mix", "call", "dtype"))
+    done = set() if args.dry_run else recorded(args.results / "unpad.csv", facts, ("size", "mix", "call", "dtype"))
     for names in itertools.product(args.sizes, args.dtypes, CALLS, MIXES):
         cell = Cell(names[0], names[3], names[2], names[1])
         if (cell.size, cell.mix, cell.call, cell.dtype) in done or not budget.allows(longest_s):
@@ -104,7 +109,7 @@ def main() -> None:
                 f"{cell.size:5} {cell.dtype} {cell.call:15} {cell.mix:34} {row.way:9} {row.tokens_per_s:>9} {row.ratio}"
             )
         if not args.dry_run:
-            append_rows(RECORD, rows)
+            append_rows(args.results / "unpad.csv", rows)
 
 
 def measure(cell: Cell, device: torch.device, facts: dict[str, str], *, rounds: int, tiny: bool) -> list[UnpadRow]:
@@ -234,9 +239,9 @@ def step_of(cell: Cell, model: Any, batch: dict[str, Any]) -> Step:
 def _seconds(step: Step, device: torch.device) -> tuple[float, str]:
     """Return the time of a step and its peak of memory on a card."""
     if device.type != "cuda":
-        start = time.perf_counter()
+        start = time.process_time()
         step()
-        return time.perf_counter() - start, ""
+        return time.process_time() - start, ""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()

@@ -81,6 +81,7 @@ def make_stages(work: Path, *, results: Path, commit: str | None, dry_run: bool)
     bench = ("--results", str(results), "--minutes", "{minutes}", *(("--commit", commit) if commit else ()))
     base = _words(work, "bert_base", 1)
     interpreted = {"TRITON_INTERPRET": "1"} if dry_run else {}
+    tiny_unpad = ("--sizes", "small", "--dtypes", "fp32", "--dry_run")
     stages = [
         Stage("kernel_tests", 75.0, (_kernel_tests(dry_run),), environment=interpreted),
         Stage("waits", 75.0, (_step("waits", *base, "--run_dir", str(work / "waits")),)),
@@ -92,6 +93,7 @@ def make_stages(work: Path, *, results: Path, commit: str | None, dry_run: bool)
             "benchmarks", 3600.0, ((_beside("bench_gpu.py"), *bench, *(("--dry_run",) if dry_run else ())),),
             least_s=90.0, environment=interpreted,
         ),
+        Stage("unpad", 100.0, ((_beside("bench_unpad.py"), *bench, *(tiny_unpad if dry_run else ())),)),
         Stage("profile", 75.0, (_step("profile", *base, "--run_dir", str(work / "profile")),)),
         *(
             Stage(f"memory_zero{stage}", 60.0, (

@@ -91,7 +91,7 @@ def word_head(original: Callable[..., Any]) -> Callable[..., Any]:
         if state is None:
             return original(self, *args, **kwargs)
         call = _arguments(original, self, args, kwargs)
-        if any(call.get(name) is None for name in state.labels):
+        if any(call.get(name) is None for name in state.labels) or not _is_for_each_token(call["labels"], call):
             return original(self, **call)
         if not self.training or getattr(self, "sparse_prediction", False):  # the latter takes the places itself
             _refuse_labels_at_padding(call)
@@ -133,12 +133,19 @@ def answer_head(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def _is_for_each_token(labels: Tensor, call: dict[str, Any]) -> bool:
+    """Return whether there is a label for every place; where not, transformers has an error of its own."""
+    ids = call.get("input_ids")
+    source = call.get("inputs_embeds") if ids is None else ids
+    return source is not None and labels.numel() == source.shape[:2].numel()
+
+
 def _refuse_labels_at_padding(call: dict[str, Any]) -> None:
     labels, mask = call.get("labels"), call.get("attention_mask")
-    if labels is None or not isinstance(mask, Tensor) or labels.shape != mask.shape:
+    if labels is None or not isinstance(mask, Tensor) or labels.numel() != mask.numel():
         return
     # A host wait, on labels that came with the batch: nothing of the model is in flight yet.
-    if bool(((labels != IGNORED) & (mask == 0)).any()):
+    if bool(((labels.flatten() != IGNORED) & (mask.flatten() == 0)).any()):
         raise ValueError(_label_at_padding())
 
 
@@ -198,6 +205,8 @@ def _refuse(module: Any, call: dict[str, Any]) -> None:
     for name, why in _REFUSED.items():
         if call.get(name) is not None and call[name] is not False:
             raise ValueError(f"{name}: {why}{_UNDO}")
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise ValueError(f"an unpadded model cannot be traced or exported: the layout of one batch would stay{_UNDO}")
     if getattr(module.config, "output_attentions", False):
         raise ValueError(f"config.output_attentions is true: {_REFUSED['output_attentions']}{_UNDO}")
     if module.config._attn_implementation != ATTENTION_NAME:
@@ -216,7 +225,8 @@ def _packing_of(call: dict[str, Any], source: Tensor, needs: Needs | None, *, ev
             raise ValueError(f"cu_seq_lens_q: wanted one row without attention_mask, got {batch} rows{_UNDO}")
         return pack_bounds(bounds["cu_seq_lens_q"], length)
     if mask is None:
-        _refuse_restarts(call.get("position_ids"))
+        if batch == 1:
+            _refuse_restarts(call.get("position_ids"))
         return pack_full(batch, length, source.device) if even_if_full else None
     if not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, length):
         found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -239,7 +249,7 @@ def _refuse_hidden(keep_BS: Tensor, needs: Needs | None) -> None:
 
 def _refuse_restarts(positions: Tensor | None) -> None:
     """Refuse sequences that only their positions tell apart; flash-attention takes them so, no other attention does."""
-    if positions is not None and positions.shape[0] == 1 and bool((positions.diff() < 0).any()):
+    if positions is not None and bool((positions.diff() < 0).any()):
         raise ValueError(
             "position_ids fall within a row: say where its sequences begin by cu_seq_lens_q and max_length_q, as "
             "DataCollatorWithFlattening(return_flash_attn_kwargs=True) does"

@@ -57,9 +57,11 @@ def unpad(model: Model, *, kernels: Kernels = "auto") -> Model:
     parts = parts_of(model)
     _refuse(model, parts)
     needs = _needs(parts)
+    # Two encoders may share a config: what it said is noted before the first change.
+    before = {id(part.module.config): part.module.config._attn_implementation for part in parts if part.name == ENCODER}
     for part in parts:
         if part.name == ENCODER:
-            _unpad_encoder(part, kernels, needs)
+            _unpad_encoder(part, kernels, needs=needs, attention_before=before[id(part.module.config)])
         elif part.is_own:  # a person's own forward reads what it likes
             _unpad_head(part)
     return model
@@ -168,11 +170,12 @@ def _needs(parts: list[Part]) -> Needs | None:
     return "first" if "first" in found else "any" if "any" in found else None
 
 
-def _unpad_encoder(part: Part, kernels: Kernels, needs: Needs | None) -> None:
+def _unpad_encoder(part: Part, kernels: Kernels, *, needs: Needs | None, attention_before: str) -> None:
     encoder, family = part.module, part.family
     own_positions = hasattr(encoder.embeddings, "create_position_ids_from_input_ids")
     window = getattr(encoder.config, "sliding_window", None)
-    state = EncoderState(kernels, needs, encoder.config._attn_implementation, own_positions, window)
+    before = "sdpa" if attention_before == ATTENTION_NAME else attention_before  # of a model made of this config
+    state = EncoderState(kernels, needs, before, own_positions, window)
     # Not through the property: that would also change the configs below this one.
     encoder.config._attn_implementation_internal = ATTENTION_NAME
     inner = [each for each in parts_of(encoder) if each.module is not encoder]
