@@ -59,7 +59,7 @@ def test_what_matters_most_comes_first(first: ModuleType, tmp_path: Path) -> Non
     stages = first.make_stages(tmp_path, results=tmp_path, commit=None, dry_run=False)
     assert [each.name for each in stages] == [
         *("kernel_tests", "waits", "pretrain", "zero1", "zero2", "zero3", "modernbert", "muon", "benchmarks"),
-        *("profile", "memory_zero1", "memory_zero2", "memory_zero3"),
+        *("unpad", "profile", "memory_zero1", "memory_zero2", "memory_zero3"),
     ]
     by_name = {each.name: " ".join(word for command in each.commands for word in command) for each in stages}
     assert "-m gpu" in by_name["kernel_tests"]
@@ -68,6 +68,7 @@ def test_what_matters_most_comes_first(first: ModuleType, tmp_path: Path) -> Non
             f"zero{number}.json" in by_name[f"zero{number}"] and f"zero{number}.json" in by_name[f"memory_zero{number}"]
         )
         assert "bert_base.json" in by_name[f"zero{number}"]
+    assert "bench_unpad.py" in by_name["unpad"] and "--minutes {minutes}" in by_name["unpad"]
     assert "modernbert_base.json" in by_name["modernbert"] and "bert_base_muon.json" in by_name["muon"]
     assert "--run " not in by_name["pretrain"] and "--require_below_unigram 0.5" in by_name["pretrain"]
 
