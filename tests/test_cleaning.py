@@ -71,6 +71,8 @@ def test_without_near_duplicates_only_equal_words_count(tmp_path: Path) -> None:
     texts = [" ".join(words) for words in (prose(1), changed(prose(1), 0.01, seed=3), prose(1))]
     counts = clean(given(texts), tmp_path / "out", settings=SETTINGS._replace(near=1.0))
     assert counts[:3] == (2, 1, 0)
+    assert clean(given(texts), tmp_path / "stricter", settings=SETTINGS._replace(near=0.99))[:3] == (2, 1, 0)
+    assert clean(given(texts), tmp_path / "looser", settings=SETTINGS)[:3] == (1, 1, 1)
 
 
 def test_chinese_documents_are_compared_by_their_characters(tmp_path: Path) -> None:

@@ -136,6 +136,15 @@ def reviews(tmp_path_factory: pytest.TempPathFactory, tiny_export: Path) -> Path
     return folder / "hf"
 
 
+def test_scores_come_in_the_order_of_the_features_whatever_their_lengths(reviews: Path) -> None:
+    predict = Predictor(reviews)
+    texts = ["dull", "the film is very great", "it is", "we saw the play in paris and in london"]
+    features = [predict._asked(text).features[0] for text in texts]
+    together, alone = predict._scorer(features), [predict._scorer([one])[0] for one in features]
+    for one, other in zip(together, alone, strict=True):
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
     monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words)])
     bert_ds.predict.main()
