@@ -25,6 +25,7 @@ from bert_ds.basics.whole_files import write_text
 from bert_ds.configuration.deepspeed_file.ds_config import load_ds_config
 from bert_ds.configuration.model_folder import folder_model, has_pair_head
 from bert_ds.configuration.reading.config_files import ConfigError, shipped_file
+from bert_ds.configuration.recipe.precision import computed_in
 from bert_ds.configuration.recipe.run_config import RunConfig, load_run_config
 from bert_ds.configuration.run_choice import (
     CPU_SHARES,
@@ -123,8 +124,7 @@ def cpu_measure() -> Measure:
         width = run.model.hidden_size
         if width not in rates:
             found = gemm_rates(run.model)
-            setting = run.training.precision
-            is_bf16 = (faster_precision(found) if setting == "auto" else setting) == "bf16"
+            is_bf16 = computed_in(run, where_auto=faster_precision(found)) == "bf16"
             rates[width] = CPU_SHARES["bf16"] * found.bf16 if is_bf16 else CPU_SHARES["fp32"] * found.fp32
         return rates[width]
 

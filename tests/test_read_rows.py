@@ -133,3 +133,16 @@ def test_no_word_to_predict_reads_all() -> None:
     with rows_of_last_layer(model.bert) as rows:
         losses_L, _ = model(**packed, targets=none)
     assert rows == [len(packed["input_ids_T"])] and losses_L.tolist() == [0.0]
+
+
+def test_where_dropout_is_on_its_masks_are_those_of_whole_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = WIRED["bert"].model_copy(update={"hidden_dropout_prob": 0.3})
+    model = PretrainingModel(config, kernels="torch", has_pair_head=False).double()
+    _, packed = ragged(config)
+    inputs = {**packed, "targets": targets_of(packed, pairs=False), "dropout_seed": torch.tensor([5])}
+    with rows_of_last_layer(model.bert) as rows:
+        found = losses_and_gradients(model, **inputs)
+        model.eval()(**inputs)
+    assert rows == [len(packed["input_ids_T"]), len(inputs["targets"]["masked_positions"])]
+    monkeypatch.setattr(Seen, "will_read", lambda *_: None)
+    assert_alike(found, losses_and_gradients(model.train(), **inputs))

@@ -22,6 +22,7 @@ from bert_ds.encoder.blocks import (
     refuse_partitioned,
     require_seed,
     through_layers,
+    where_nothing_drops,
 )
 from bert_ds.encoder.fused_ops import FusedOps
 from bert_ds.encoder.tensor_rows import TensorRow, linear_rows
@@ -129,6 +130,7 @@ class LayeredEncoder(nn.Module):
             hidden_TD in the dtype of the parameters; rows that are not read have no meaning.
         """
         require_seed(self, dropout_seed, drops=self.dropout_is_used)
+        read_R = where_nothing_drops(self, read_R, drops=self.dropout_is_used)
         hidden_TD = self.embeddings(input_ids_T, token_type_ids_T, position_ids_T, dropout_seed)
         recompute = self.activation_checkpointing and self.training
         stream = (cu_seqlens, max_seqlen, dropout_seed)

@@ -75,6 +75,11 @@ def through_layers(
     return carried
 
 
+def where_nothing_drops(module: nn.Module, read_R: Tensor | None, *, drops: bool) -> Tensor | None:
+    """Return the tokens that are read; None, all, where dropout is on: its masks go by a token's row in the stream."""
+    return None if module.training and drops else read_R
+
+
 def read_rows(x_TD: Tensor, read_R: Tensor | None) -> Tensor:
     """Return the rows of the tokens that are read, all where it is None."""
     return x_TD if read_R is None else x_TD.index_select(0, read_R)

@@ -46,6 +46,11 @@ def planned(setting: PrecisionSetting) -> Precision:
     return "fp32" if setting == "auto" else setting
 
 
+def computed_in(run: _File, *, where_auto: Precision) -> Precision:
+    """Return what a recipe or a task computes in on a machine for which "auto" is known to mean `where_auto`."""
+    return where_auto if run.training.precision == "auto" else run.training.precision
+
+
 def planned_on_gpus(run: Trained) -> Trained:
     """Return the recipe as GPUs will train it, bf16 where the launch decides; the same where it does not."""
     return with_precision(run, "bf16") if run.training.precision == "auto" else run

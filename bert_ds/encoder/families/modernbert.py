@@ -24,6 +24,7 @@ from bert_ds.encoder.blocks import (
     refuse_partitioned,
     require_seed,
     through_layers,
+    where_nothing_drops,
 )
 from bert_ds.encoder.families.family import LAYER_MATRICES, Family, Role, RoleName
 from bert_ds.encoder.fused_ops import FusedOps
@@ -86,6 +87,7 @@ class ModernBertEncoder(nn.Module):
             hidden_TD in the dtype of the parameters; rows that are not read have no meaning.
         """
         require_seed(self, dropout_seed, drops=self.dropout_is_used)
+        read_R = where_nothing_drops(self, read_R, drops=self.dropout_is_used)
         hidden_TD = self.embeddings(input_ids_T, dropout_seed)
         stream = (position_ids_T, cu_seqlens, max_seqlen, dropout_seed)
         recompute = self.activation_checkpointing and self.training
