@@ -31,7 +31,7 @@ DEEPSPEED_CONFIG := ds_configs/zero2.json
 .PHONY: pretrain test test-fast test-slurm check format env env-dev clean bench-gpu gpu-first
 .PHONY: campaign-kills campaign-folders campaign-storms campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-peer campaign-lamb campaign-muon campaign-kernels campaign-configs campaign-fuzz campaign-slurm
-.PHONY: campaign-predict campaign-unpad campaign-init campaign-duplicates campaign-families campaign-gpu-first campaign-cpu-speed campaign-context campaign-few-shapes campaign-start campaign-modules-of-a-step bench-cpu bench-host bench-unpad test-gpu sanitize-gpu
+.PHONY: campaign-predict campaign-unpad campaign-init campaign-duplicates campaign-families campaign-gpu-first campaign-cpu-speed campaign-context campaign-few-shapes campaign-compile campaign-start campaign-modules-of-a-step bench-cpu bench-host bench-unpad test-gpu sanitize-gpu
 
 env:
 	@.ci/make_env.sh
@@ -66,6 +66,9 @@ check: env-dev
 campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-peer campaign-cpu-speed campaign-context campaign-few-shapes campaign-init campaign-duplicates: env-dev
 	@[[ -n "$(TEXT)" ]] || { echo "TEXT=folder is missing: the text that the measurement is made on"; exit 2; }
 	$(BIN)/python tests/$(subst -,_,$@).py --text $(TEXT) --work runs/$@
+
+campaign-compile: env-dev
+	$(BIN)/pytest -q -m campaign tests/test_compiled_layers.py
 
 campaign-race: env-dev
 	@[[ -n "$(TEXT)" ]] || { echo "TEXT=folder is missing: the text that the measurement is made on"; exit 2; }

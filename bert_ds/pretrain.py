@@ -46,6 +46,7 @@ from bert_ds.corpus.batches.plan_batches import evaluated_batches, held_out_batc
 from bert_ds.corpus.shards.embedded import CorpusFolders, build_embedded, embedded_folders
 from bert_ds.corpus.shards.shard_folder import MANIFEST
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.encoder.compiled_layers import compile_layers
 from bert_ds.encoder.distillation import make_student
 from bert_ds.encoder.families.table import weight_patterns
 from bert_ds.encoder.fused_ops import kernels_for
@@ -227,8 +228,7 @@ def open_corpus(plan: RunPlan, run_dir: Path, *, log: RunLog) -> PretrainingData
 
 
 def build_engine(plan: RunPlan, data: PretrainingData, ds_config: dict[str, Any], run_dir: Path) -> DeepSpeedEngine:
-    """Make model and optimizer and hand them to DeepSpeed; a collective. A checkpoint that is loaded later replaces all
-    that weights start from here."""
+    """Make model and optimizer and hand them to DeepSpeed; a collective. A checkpoint replaces the weights later."""
     run = plan.run
     model = build_model(plan, run_dir)
     if run.init_from is not None:
@@ -255,10 +255,14 @@ def build_model(plan: RunPlan, run_dir: Path) -> PretrainingModel:
         "init_seed": run.seed,
     }
     if distillation is None:
-        return PretrainingModel(run.model, **options)
-    tokenizer = load_tokenizer(run_dir / "tokenizer")
-    check_tokenizer(Path(distillation.teacher), vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
-    return make_student(run.model, distillation, **options)
+        model = PretrainingModel(run.model, **options)
+    else:
+        tokenizer, teacher = load_tokenizer(run_dir / "tokenizer"), Path(distillation.teacher)
+        check_tokenizer(teacher, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
+        model = make_student(run.model, distillation, **options)
+    if run.training.compile:
+        compile_layers(model.bert.layer, kernels=options["kernels"])
+    return model
 
 
 def announce(plan: RunPlan, data: PretrainingData, *, log: RunLog) -> dict[str, Any]:
@@ -287,11 +291,9 @@ def follow_stages(plan: RunPlan, data: PretrainingData, engine: DeepSpeedEngine,
 
 def row_facts(data: PretrainingData, stages: StageChanges, number: int) -> dict[str, Any]:
     """Return what the row of a batch, counted from 1, says besides: its stage, and what each source gave to it."""
-    facts = stages.row(number - 1)
-    if len(data.names) == 1:
-        return facts
-    counts = data.source_counts(number - 1, number)
-    return {**facts, "sources": {name: count._asdict() for name, count in counts.items()}}
+    counts = data.source_counts(number - 1, number) if len(data.names) > 1 else {}
+    sources = {"sources": {name: count._asdict() for name, count in counts.items()}} if counts else {}
+    return {**stages.row(number - 1), **sources}
 
 
 if __name__ == "__main__":

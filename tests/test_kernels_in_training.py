@@ -30,8 +30,11 @@ RECIPE = """{
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny shards and a recipe."""
-    folder = tmp_path_factory.mktemp("kernels")
+    return make_workshop(tmp_path_factory.mktemp("kernels"))
+
+
+def make_workshop(folder: Path) -> Path:
+    """Put tiny shards and a recipe into a folder, and return it."""
     generator = torch.Generator().manual_seed(0)
 
     def document() -> list[list[int]]:

@@ -54,6 +54,7 @@ REASONS = {
     "name": "a label: it stands in run_config.json and in the model card of the export",
     "training.kernels": "the same figures by other means: test_kernels_in_training",
     "training.max_minutes": "becomes total_steps by the clock: test_step_budget, test_pretrain_wiring",
+    "training.compile": "the same figures by a compiler, on kernels: test_compiled_layers",
     "training.num_workers": "the same batches by other processes: test_loader",
     "checkpoints.asynchronous": "the same checkpoints, written later: test_checkpoint_saver",
     **{

@@ -40,6 +40,9 @@ def recipe_problems(run: RunConfig) -> list[Problem]:
     elif sequences.sentence_pair != "none" and model.num_segments == 1:
         text = f'1 segment is too few for sentence_pair "{sequences.sentence_pair}", wanted 2'
         problems.append(Problem("model.type_vocab_size", text))
+    if training.compile and training.kernels == "torch":
+        text = 'true wants the Triton kernels, but training.kernels is "torch": wanted "auto" or "triton" there'
+        problems.append(Problem("training.compile", text))
     problems += start_problems(run)
     pair, is_distilled = sequences.sentence_pair, run.distillation is not None
     problems += objective_problems(run.objectives, sentence_pair=pair, is_distilled=is_distilled)
@@ -57,7 +60,7 @@ def recipe_problems(run: RunConfig) -> list[Problem]:
 
 
 def spread_problems(run: TrainedRun, *, stage: int, offloaded: bool) -> list[Problem]:
-    """Return optimizers that do not compute what they claim, or do not run, at this ZeRO stage.
+    """Return what does not compute what it claims, or does not run, at this ZeRO stage: optimizers, compiled layers.
 
     Args:
         run: the recipe, or a task.
@@ -65,6 +68,9 @@ def spread_problems(run: TrainedRun, *, stage: int, offloaded: bool) -> list[Pro
         offloaded: optimizer state lies on the host.
     """
     optimizer = run.optimizer
+    if run.training.compile and stage == 3:
+        text = "true at stage 3, whose hooks gather the weights inside of a layer: wanted false, or stage 0, 1 or 2"
+        return [Problem("training.compile", text)]
     if optimizer.sharded_fault and stage != 0:
         wrong = f"{optimizer.sharded_fault} at stage {stage}: wanted stage 0, or"
     elif optimizer.runs_on == "host" and not offloaded:

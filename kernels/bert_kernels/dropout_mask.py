@@ -166,16 +166,24 @@ def _bytes_kept(rows: Tensor, heads: Tensor, num_calls: int, dropout_p: float, s
     """Return which bytes of calls 0 .. num_calls - 1 of each row are kept: bool (rows, 16 num_calls)."""
     check_dropout(dropout_p, seed, rows.device)
     calls = torch.arange(num_calls, device=rows.device)
-    kept = torch.empty(len(rows), 16 * num_calls, dtype=torch.bool, device=rows.device)
-    rows_per_chunk = max(1, _CALLS_PER_CHUNK // max(1, num_calls)) if rows.device.type == "cpu" else max(1, len(rows))
     threshold = keep_threshold(dropout_p)
+    # A compiled graph serves any number of rows, so nothing may be done so many times as there are.
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        return _bytes_of_calls(calls, rows, heads, seed, site) < threshold
+    kept = torch.empty(len(rows), 16 * num_calls, dtype=torch.bool, device=rows.device)
+    rows_per_chunk = max(1, _CALLS_PER_CHUNK // max(1, num_calls))
     for start in range(0, len(rows), rows_per_chunk):
         part = slice(start, start + rows_per_chunk)
-        counters = torch.broadcast_tensors(calls, rows[part, None], heads[part, None], torch.full_like(calls, site))
-        # int64 -> int32 keeps the low 32 bits; their four bytes in memory order are the little-endian ones.
-        words = philox_words(counters, seed).to(torch.int32).permute(1, 2, 0).contiguous()
-        torch.lt(words.view(torch.uint8).flatten(1), threshold, out=kept[part])
+        torch.lt(_bytes_of_calls(calls, rows[part], heads[part], seed, site), threshold, out=kept[part])
     return kept
+
+
+def _bytes_of_calls(calls: Tensor, rows: Tensor, heads: Tensor, seed: Tensor, site: int) -> Tensor:
+    """Return the 16 bytes of each of the calls of each row: uint8 (rows, 16 calls)."""
+    counters = torch.broadcast_tensors(calls, rows[:, None], heads[:, None], torch.full_like(calls, site))
+    # int64 -> int32 keeps the low 32 bits; their four bytes in memory order are the little-endian ones.
+    words = philox_words(counters, seed).to(torch.int32).permute(1, 2, 0).contiguous()
+    return words.view(torch.uint8).flatten(1)
 
 
 def dropout_reference(

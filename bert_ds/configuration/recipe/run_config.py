@@ -101,6 +101,8 @@ class TrainingConfig(Section):
     """auto: the Triton kernels on CUDA, torch elsewhere."""
     log_every_steps: PositiveInt = 10
     """Steps between two lines of the log and rows of metrics.jsonl."""
+    compile: bool = False
+    """Compile the layers (torch.compile) around the Triton kernels; on GPUs, at ZeRO stage 0, 1 or 2."""
     few_shapes: bool = False
     """Fill micro-batches up to a few sizes, by at most 1 part in 16, with tokens that no loss sees."""
     num_workers: Annotated[int, Field(ge=0, le=1000)] = 1
