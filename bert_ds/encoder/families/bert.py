@@ -28,7 +28,6 @@ from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.encoder.bert_layers import (
     HF_LAYER_PARTS,
-    BertEmbeddings,
     LayeredEncoder,
     first_free_site,
     gelu_approximation,
@@ -36,6 +35,7 @@ from bert_ds.encoder.bert_layers import (
     layer_rows,
 )
 from bert_ds.encoder.blocks import first_rows
+from bert_ds.encoder.families.embeddings import BertEmbeddings
 from bert_ds.encoder.families.family import LAYER_MATRICES, Family, Role, RoleName, refused_settings
 from bert_ds.encoder.fused_ops import FusedOps
 from bert_ds.encoder.tensor_rows import TensorRow, linear_rows, same_row, without_tied

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from bert_ds.configuration.families.electra import ElectraConfig
 from bert_ds.encoder import bert_layers
-from bert_ds.encoder.bert_layers import HF_LAYER_PARTS, BertEmbeddings, LayeredEncoder, initialise_weights, layer_rows
+from bert_ds.encoder.bert_layers import HF_LAYER_PARTS, LayeredEncoder, initialise_weights, layer_rows
 from bert_ds.encoder.blocks import first_rows
+from bert_ds.encoder.families.embeddings import ProjectedEmbeddings
 from bert_ds.encoder.families.family import LAYER_MATRICES, Family, Role, RoleName, refused_settings
 from bert_ds.encoder.fused_ops import FusedOps
 from bert_ds.encoder.tensor_rows import TensorRow, linear_rows, same_row, without_tied
@@ -37,7 +38,7 @@ class ElectraEncoder(LayeredEncoder):
     def __init__(
         self, config: ElectraConfig, ops: FusedOps, *, has_front: bool = True, activation_checkpointing: bool = False
     ) -> None:
-        embeddings = ElectraEmbeddings(config, ops)
+        embeddings = ProjectedEmbeddings(config, ops, has_projection=config.embedding_size != config.hidden_size)
         super().__init__(config, ops, embeddings, activation_checkpointing=activation_checkpointing)
         self.front = ElectraFront(config, ops) if has_front else None
 
@@ -45,26 +46,6 @@ class ElectraEncoder(LayeredEncoder):
         """Return what a head of whole sequences reads, [N, D]: [CLS] through the front, which drops with a seed."""
         assert self.front is not None, "the encoder was made without its front"
         return self.front(first_rows(hidden_TD, cu_seqlens), dropout_seed)
-
-
-class ElectraEmbeddings(BertEmbeddings):
-    """BERT's embeddings of width E, and a dense layer to D where that is another."""
-
-    def __init__(self, config: ElectraConfig, ops: FusedOps) -> None:
-        super().__init__(config, ops, width=config.embedding_size)
-        self.has_projection = config.embedding_size != config.hidden_size
-        if self.has_projection:
-            self.projection_weight = nn.Parameter(torch.empty(config.hidden_size, config.embedding_size))
-            self.projection_bias = nn.Parameter(torch.empty(config.hidden_size))
-
-    def forward(
-        self, input_ids_T: Tensor, token_type_ids_T: Tensor, position_ids_T: Tensor, dropout_seed: Tensor | None
-    ) -> Tensor:
-        """Return hidden_TD of three int64 [T] id vectors."""
-        embedded_TE = super().forward(input_ids_T, token_type_ids_T, position_ids_T, dropout_seed)
-        if not self.has_projection:
-            return embedded_TE
-        return F.linear(embedded_TE, self.projection_weight, self.projection_bias)
 
 
 class ElectraFront(nn.Module):

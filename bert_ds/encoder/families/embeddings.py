@@ -1,0 +1,95 @@
+"""Embeddings that several families begin with: words, positions and segments, as BERT has them.
+
+Letters as in `families/bert.py`, and E for the width of the embeddings.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bert_ds.encoder.bert_layers import EMBEDDING_SITE, LayerSettings
+from bert_ds.encoder.fused_ops import FusedOps
+
+
+class EmbeddingSettings(LayerSettings, Protocol):
+    """What word, position and segment embeddings ask besides."""
+
+    @property
+    def padded_vocab_size(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def type_vocab_size(self) -> int: ...
+
+
+class ProjectedSettings(EmbeddingSettings, Protocol):
+    """What a width of their own asks besides."""
+
+    @property
+    def embedding_size(self) -> int: ...
+
+
+class BertEmbeddings(nn.Module):
+    """Sum of word, position and segment embedding, LayerNorm where the layers have it behind them, dropout."""
+
+    def __init__(self, config: EmbeddingSettings, ops: FusedOps, *, width: int) -> None:
+        super().__init__()
+        self.ops = ops
+        self.eps = config.layer_norm_eps
+        self.dropout_prob = config.hidden_dropout_prob
+        self.has_norm = config.norm_position == "post"
+        self.word_weight = nn.Parameter(torch.empty(config.padded_vocab_size, width))
+        self.position_weight = nn.Parameter(torch.empty(config.max_position_embeddings, width))
+        self.token_type_weight = nn.Parameter(torch.empty(config.type_vocab_size, width))
+        if self.has_norm:
+            self.layer_norm_weight = nn.Parameter(torch.empty(width))
+            self.layer_norm_bias = nn.Parameter(torch.empty(width))
+
+    def forward(
+        self, input_ids_T: Tensor, token_type_ids_T: Tensor, position_ids_T: Tensor, dropout_seed: Tensor | None
+    ) -> Tensor:
+        """Return hidden_TD of three int64 [T] id vectors."""
+        dropout = {
+            "dropout_p": self.dropout_prob if self.training else 0.0,
+            "dropout_seed": dropout_seed,
+            "site": EMBEDDING_SITE,
+        }
+        if not self.has_norm:
+            hidden_TD = F.embedding(input_ids_T, self.word_weight) + F.embedding(position_ids_T, self.position_weight)
+            return self.ops.dropout(hidden_TD + F.embedding(token_type_ids_T, self.token_type_weight), **dropout)
+        return self.ops.embedding(
+            input_ids_T,
+            token_type_ids_T,
+            position_ids_T,
+            self.word_weight,
+            self.position_weight,
+            self.token_type_weight,
+            self.layer_norm_weight,
+            self.layer_norm_bias,
+            self.eps,
+            **dropout,
+        )
+
+
+class ProjectedEmbeddings(BertEmbeddings):
+    """BERT's embeddings of a width E of their own, and a dense layer to D where there is one."""
+
+    def __init__(self, config: ProjectedSettings, ops: FusedOps, *, has_projection: bool) -> None:
+        super().__init__(config, ops, width=config.embedding_size)
+        self.has_projection = has_projection
+        if has_projection:
+            self.projection_weight = nn.Parameter(torch.empty(config.hidden_size, config.embedding_size))
+            self.projection_bias = nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(
+        self, input_ids_T: Tensor, token_type_ids_T: Tensor, position_ids_T: Tensor, dropout_seed: Tensor | None
+    ) -> Tensor:
+        """Return hidden_TD of three int64 [T] id vectors."""
+        embedded_TE = super().forward(input_ids_T, token_type_ids_T, position_ids_T, dropout_seed)
+        if not self.has_projection:
+            return embedded_TE
+        return F.linear(embedded_TE, self.projection_weight, self.projection_bias)
