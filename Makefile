@@ -22,8 +22,6 @@
 # PYTHON=python3.12 make ...   chooses the interpreter of a new .venv
 
 SHELL := /bin/bash
-# Two threads and a loader process share two cores: an OpenMP thread that spins while it waits takes the core of another.
-export GOMP_SPINCOUNT ?= 1000
 BIN := .venv/bin
 RUN_DIR := runs/default
 DEEPSPEED_CONFIG := ds_configs/zero2.json
@@ -45,6 +43,9 @@ pretrain: env
 	@$(BIN)/python bert_ds/report.py --run_dir $(RUN_DIR) --require_below_unigram 0.5
 	@[[ -f $(RUN_DIR)/hf/model.safetensors ]] || $(BIN)/python bert_ds/export_hf.py --run_dir $(RUN_DIR)
 	@$(BIN)/python bert_ds/show_masks.py --model $(RUN_DIR)/hf
+
+# Tests start more threads than there are cores: one that spins while it waits takes the core of another.
+test test-fast test-slurm: export GOMP_SPINCOUNT ?= 1000
 
 test: env-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15 -m "not campaign and not gpu and not slurm"

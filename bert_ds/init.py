@@ -85,6 +85,8 @@ def given_sections(args: argparse.Namespace) -> dict[str, Any]:
         **sections,
         "model": {**sections.get("model", {}), "vocab_size": tokenizer.vocab_size},
         "corpus": {"type": "shards", "sources": [source], "tokenizer": parts},
+        # On a CPU code is made and kept for every shape of a bf16 product.
+        "training": {**sections.get("training", {}), "few_shapes": not args.gpu},
     }
 
 

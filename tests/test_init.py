@@ -74,7 +74,7 @@ def test_the_recipe_is_valid_where_it_lies_and_names_what_it_was_made_for(
     assert Path(content["$schema"]) == shipped_file("schema.json")
     assert run.training.train_batch_size % 4 == 0
     assert (run.model.family, run.optimizer.type, run.masking.mask_token_fraction) == ("modernbert", "muon", 1.0)
-    assert make_plan(run, ds, 4).warnings == ()
+    assert make_plan(run, ds, 4).warnings == () and not run.training.few_shapes
     said = capsys.readouterr()
     assert "120 minutes at about" in said.out and "4 H100, counted from data sheets" in said.out
     assert "the run reads its corpus" in said.err and "times: more text is wanted" in said.err
@@ -150,6 +150,15 @@ def test_a_shipped_recipe_keeps_its_network_and_objective_and_gets_a_batch_that_
     assert of_original["warmup_fraction"] == 0.0111 and "warmup_steps" not in of_original
     assert content["training"]["max_minutes"] == 180 and "total_steps" not in content["training"]
     load_run_config(tmp_path / "my.json")
+
+
+@pytest.mark.parametrize("base", [None, "bert_base"])
+def test_a_recipe_for_the_cores_here_fills_up_to_few_shapes(
+    base: str | None, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bert_ds.init, "cpu_measure", lambda: at_speed(20_000))
+    made(tmp_path, corpus, *(("--from", base) if base else ()), "--minutes", 30)
+    assert load_run_config(tmp_path / "my.json").training.few_shapes
 
 
 @pytest.mark.parametrize(("has_head", "pair"), [(True, "nsp"), (False, "none")])

@@ -64,6 +64,32 @@ def test_a_rank_without_a_gpu_of_its_own_says_what_it_sees(calls: list[Any], mon
     assert calls == []
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_on_a_cpu_what_tensors_free_is_kept_for_the_next_step(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[int, int] = {}
+    monkeypatch.setattr(process_group.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=asked.__setitem__))
+    monkeypatch.setattr(process_group, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: device))
+    process_group.keep_freed_memory()
+    trim_threshold, mmap_threshold = -1, -3
+    assert set(asked) == ({trim_threshold, -2, mmap_threshold} if device == "cpu" else set())
+    if asked:
+        assert asked[trim_threshold] == 2**31 - 1 and asked[mmap_threshold] == 2**30
+
+
+def test_a_rank_on_a_cpu_keeps_freed_memory_before_it_meets_the_others(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_group, "keep_freed_memory", lambda: calls.append("memory"))
+    with process_group.joined_ranks(Ranks(5, 1, 8)):
+        pass
+    assert calls.index("memory") < calls.index("meet")
+
+
+def test_a_c_library_without_mallopt_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_group.ctypes, "CDLL", lambda name: SimpleNamespace())
+    process_group.keep_freed_memory()
+
+
 @pytest.mark.parametrize("limit_s", [0.0, 600.0, 3600.0])
 def test_a_collective_waits_longer_than_the_watchdog_is_patient(limit_s: float) -> None:
     assert collective_timeout(limit_s) >= timedelta(minutes=30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.launch.start_watch import START_LIMIT_S, joined, meet
 from bert_ds.training.agreement import COLLECTIVE_TIMEOUT, host_group
 from bert_ds.training.deepspeed_names import missing_name
+
+_MALLOC_SETTINGS = {-1: 2**31 - 1, -2: 2**26, -3: 2**30}
+"""glibc's M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD: never trimmed, grown by 64 MB, mapped from 1 GB on."""
 
 
 @contextmanager
@@ -54,6 +58,7 @@ def joined_ranks(
     # NCCL ends a process whose own watchdog is stuck for so long; ours leaves stacks and an exit record.
     os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(round(timeout.total_seconds())))
     leave_out_shared_memory_operator()
+    keep_freed_memory()
     meet(start_limit_s)
     deepspeed.init_distributed(
         dist_backend="nccl" if get_accelerator().device_name() == "cuda" else "gloo",
@@ -101,6 +106,18 @@ def leave_out_shared_memory_operator() -> None:
         if not hasattr(deepspeed.ops, "__compatible_ops__"):
             raise ConfigError(missing_name("deepspeed.ops", "__compatible_ops__"))
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def keep_freed_memory() -> None:
+    """On a CPU let the C library keep what tensors free for the next ones, instead of giving it back at every step.
+
+    glibc maps what is large by itself and trims its heap: the pages of every activation would be handed out, zeroed
+    and taken back in each step (mallopt(3)). What a process holds stays at its peak. Other C libraries are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if get_accelerator().device_name() == "cpu" and mallopt is not None:
+        for parameter, value in _MALLOC_SETTINGS.items():
+            mallopt(parameter, value)
 
 
 def device_name() -> str:
