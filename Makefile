@@ -14,7 +14,7 @@
 # make test-gpu   the kernels on an NVIDIA GPU, among that a thousand runs of equal bits; make sanitize-gpu: the same at
 #                 small sizes under compute-sanitizer
 # make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, muon-curves, shards, race,
-#                 peer, context, init, duplicates and cpu-speed (each wants
+#                 context, init, duplicates and cpu-speed (each wants
 #                 TEXT=folder of text), lamb, muon, kernels, configs, fuzz, deepspeed (the newest release instead of the
 #                 pinned one), kills, storms, folders, start, checkpoint, damage (wants root, for a small disk in memory), gpu-first (its dry run),
 #                 predict (wants DATA), families, unpad, slurm, modules-of-a-step, downstream (wants DATA=folder of the data sets), hf-trainer (DATA and
@@ -28,7 +28,7 @@ DEEPSPEED_CONFIG := ds_configs/zero2.json
 
 .PHONY: pretrain test test-fast test-slurm check format env env-dev clean bench-gpu gpu-first
 .PHONY: campaign-kills campaign-folders campaign-storms campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
-.PHONY: campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-peer campaign-lamb campaign-muon campaign-kernels campaign-configs campaign-fuzz campaign-slurm
+.PHONY: campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-lamb campaign-muon campaign-kernels campaign-configs campaign-fuzz campaign-slurm
 .PHONY: campaign-predict campaign-unpad campaign-init campaign-duplicates campaign-families campaign-gpu-first campaign-cpu-speed campaign-context campaign-few-shapes campaign-compile campaign-start campaign-modules-of-a-step bench-cpu bench-host bench-unpad test-gpu sanitize-gpu
 
 env:
@@ -64,7 +64,7 @@ check: env-dev
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/audit.py
 
-campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-peer campaign-cpu-speed campaign-context campaign-few-shapes campaign-init campaign-duplicates: env-dev
+campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-cpu-speed campaign-context campaign-few-shapes campaign-init campaign-duplicates: env-dev
 	@[[ -n "$(TEXT)" ]] || { echo "TEXT=folder is missing: the text that the measurement is made on"; exit 2; }
 	$(BIN)/python tests/$(subst -,_,$@).py --text $(TEXT) --work runs/$@
 
