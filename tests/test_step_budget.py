@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from tiny_training import TinyBatch, ds_config, full_weights, join_alone, micro_batch, tiny_engine
 
 from bert_ds.configuration.recipe.run_config import ConfigError, TrainingConfig
+from bert_ds.training.loop import step_budget
 from bert_ds.training.loop.step_budget import Costs, over_stages, steps_that_fit, time_steps
 
 
@@ -44,30 +44,44 @@ def test_a_run_has_steps_or_minutes(found: str, lengths: dict[str, Any]) -> None
         TrainingConfig(train_batch_size=1, **lengths)
 
 
-class SlowBatches:
-    """Each is waited for; counts what was taken."""
+class Clock:
+    """Stands still but while a batch is waited for: the first steps take long."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.taken = seconds, 0
+    def __init__(self, *seconds: float) -> None:
+        self.now, self.taken, self._seconds = 0.0, 0, seconds
 
     def __iter__(self) -> Iterator[Sequence[TinyBatch]]:
         return self
 
     def __next__(self) -> Sequence[TinyBatch]:
-        time.sleep(self.seconds)
+        self.now += self._seconds[min(self.taken, len(self._seconds) - 1)]
         self.taken += 1
         return [micro_batch(1, 1), micro_batch(1, 2)]
 
+    def perf_counter(self) -> float:
+        return self.now
 
-def test_timing_takes_whole_steps_with_their_batches_and_leaves_the_weights_alone() -> None:
+
+@pytest.mark.parametrize(
+    ("minutes", "seconds", "steps", "step_s"),
+    [
+        (0.5, (1.0,), 8, 1.0),
+        (5.0, (1.0,), 8, 1.0),
+        (10.0, (1.0,), 12, 1.0),
+        (0.5, (9.0,) * 3 + (5.0, 3.0, 2.0, 2.0, 1.0), 8, 1.0),
+        (10.0, (9.0,) * 3 + (5.0, 3.0, 1.0, 0.5), 9, 0.5),
+    ],
+)
+def test_timing_takes_whole_steps_with_their_batches_and_counts_the_later_half(
+    minutes: float, seconds: tuple[float, ...], steps: int, step_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     join_alone()
     engine = tiny_engine(ds_config(2, accumulation=2))
-    before, batches = full_weights(engine), SlowBatches(0.02)
-    costs = time_steps(engine, iter(batches), held_out=[micro_batch(1, 1)] * 40, minutes=0.5)
-    assert batches.taken >= 3 + 8
-    assert costs.step_s >= 0.02
-    assert costs.step_s * (batches.taken - 3) >= 0.02 * 30  # 2 % of the half minute
-    assert costs.spent_s >= costs.step_s * (batches.taken - 3) + costs.evaluation_s / 10
+    before, clock = full_weights(engine), Clock(*seconds)
+    monkeypatch.setattr(step_budget, "time", clock)
+    costs = time_steps(engine, iter(clock), held_out=[micro_batch(1, 1)] * 40, minutes=minutes)
+    assert clock.taken == 3 + steps
+    assert costs == Costs(pytest.approx(step_s), 0.0, pytest.approx(clock.now))
     assert torch.equal(full_weights(engine), before)
     assert engine.basic_optimizer.state, "no optimizer step was taken"
 

@@ -44,7 +44,7 @@ class Costs(NamedTuple):
     """What a run takes, of the slowest rank, in seconds."""
 
     step_s: float
-    """Mean of the timed steps, their batches included."""
+    """Mean of the later half of the timed steps, their batches included."""
     evaluation_s: float
     """Of one evaluation."""
     spent_s: float
@@ -99,7 +99,8 @@ def time_steps(
 ) -> Costs:
     """Take whole steps at a rate of 0, the first ones untimed, and a part of an evaluation; a collective.
 
-    At least 8 steps are timed, and for 2 % of the minutes but no longer than 30 s. The engine is for throwing away.
+    At least 8 steps are timed, and for 2 % of the minutes but no longer than 30 s. The later half of them counts:
+    before it a shape of a batch may be met for the first time, and code be made. The engine is for throwing away.
 
     Args:
         engine: of the run, or one like it.
@@ -112,18 +113,17 @@ def time_steps(
     engine.train()
     for step in range(1, _UNTIMED_STEPS + 1):
         _take(engine, batches, step=step)
-    enough_s, timed, started = min(_TIMED_S, _TIMED_SHARE * 60 * minutes), 0, time.perf_counter()
-    while True:
-        timed += 1
-        _take(engine, batches, step=_UNTIMED_STEPS + timed)
-        taken_s = max_over_ranks(time.perf_counter() - started)
-        if timed >= _TIMED_STEPS and taken_s >= enough_s:
-            break
+    enough_s, started, taken_s = min(_TIMED_S, _TIMED_SHARE * 60 * minutes), time.perf_counter(), [0.0]
+    while len(taken_s) <= _TIMED_STEPS or taken_s[-1] < enough_s:
+        _take(engine, batches, step=_UNTIMED_STEPS + len(taken_s))
+        taken_s.append(max_over_ranks(time.perf_counter() - started))
+    half = (len(taken_s) - 1) // 2
+    step_s = (taken_s[-1] - taken_s[half]) / (len(taken_s) - 1 - half)
     part = held_out[:_EVALUATED_BATCHES]
     started = time.perf_counter()
     evaluate(engine, part)
     evaluation_s = max_over_ranks((time.perf_counter() - started) * len(held_out) / len(part))
-    return Costs(taken_s / timed, evaluation_s, max_over_ranks(time.perf_counter() - begun))
+    return Costs(step_s, evaluation_s, max_over_ranks(time.perf_counter() - begun))
 
 
 def over_stages(timed: Sequence[tuple[float, Costs]]) -> Costs:
