@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bert_ds.configuration.families.albert import AlbertConfig
 from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.configuration.families.distilbert import DistilBertConfig
 from bert_ds.configuration.families.electra import ElectraConfig
@@ -39,8 +40,18 @@ _MODERN: dict[str, Any] = {
     "max_position_embeddings": 64,
     "local_attention": 8,
 }
+_ALBERT: dict[str, Any] = {**_BERT, "embedding_size": 16, "classifier_dropout": 0.0}
+_SHARED: dict[str, Any] = {**_ALBERT, "embedding_size": 24}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 FORMS: dict[str, EncoderConfig] = {
+    "albert": AlbertConfig(**_ALBERT),
+    "albert, groups, erf gelu": AlbertConfig(
+        **{**_SHARED, "num_hidden_layers": 4}, num_hidden_groups=2, hidden_act="gelu"
+    ),
+    "albert, attention shared": AlbertConfig(**_SHARED, shared_parts="attention"),
+    "albert, feed-forward shared in groups": AlbertConfig(
+        **{**_SHARED, "num_hidden_layers": 4}, shared_parts="feed_forward", num_hidden_groups=2
+    ),
     "bert": BertConfig(**_BERT),
     "bert, pre-norm": BertConfig(**_BERT, norm_position="pre", hidden_act="gelu_new"),
     "distilbert": DistilBertConfig(**_DISTIL),

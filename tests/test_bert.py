@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from encoder_cases import encoder_inputs, packed_inputs, small_config, spread_weights
 
 from bert_ds.encoder.bert_layers import BertLayer, initialise_weights
-from bert_ds.encoder.families.bert import BertEncoder
 from bert_ds.encoder.fused_ops import fused_ops
 from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_kernels.dropout_mask import ATTENTION, HIDDEN, keep_mask_reference
@@ -116,15 +115,6 @@ def test_dropout_depends_on_the_seed_only() -> None:
         other = model.bert(**batch, dropout_seed=SEED + 1)
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
-
-
-def test_every_dropout_has_a_site_of_its_own() -> None:
-    config = small_config(num_hidden_layers=3)
-    model = BertEncoder(config, fused_ops("torch"))
-    sites = [0]
-    for layer in model.layer:
-        sites += [layer.attention.probs_site, layer.attention.output_site, layer.feed_forward.site]
-    assert sites == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
 def test_a_layer_drops_where_the_paper_does() -> None:

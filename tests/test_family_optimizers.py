@@ -81,4 +81,4 @@ def test_muon_makes_the_matrices_of_layers_orthogonal_each_by_itself_and_nothing
                 shapes.append(tuple(part.shape))
         else:  # the first step of AdamW is the sign of the gradient
             assert torch.allclose(moved, ADAMW_LR * parameter.grad.sign(), rtol=1e-3, atol=1e-6), name
-    assert sorted(shapes) == sorted(config.layer_matrices() * config.num_hidden_layers)
+    assert sorted(shapes) == sorted(config.own_matrices())

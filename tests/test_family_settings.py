@@ -70,7 +70,8 @@ ELECTRA: dict[str, Any] = {
     "initializer_range": 0.03,
     "layer_norm_eps": 1e-4,
 }
-OTHERS = {"modernbert": MODERN, "distilbert": DISTIL, "electra": ELECTRA}
+ALBERT = {**ELECTRA, "num_hidden_groups": 3, "hidden_act": "gelu", "classifier_dropout_prob": 0.3}
+OTHERS = {"albert": ALBERT, "modernbert": MODERN, "distilbert": DISTIL, "electra": ELECTRA}
 """Another value of every field that makes another model, by family."""
 CLASSES = {name: transformers.CONFIG_MAPPING[name] for name in OTHERS}
 REASONS = {
@@ -83,6 +84,7 @@ REASONS = {
     **dict.fromkeys(("summary_type", "summary_use_proj", "summary_activation"), "others are refused: as above"),
     **dict.fromkeys(("is_decoder", "add_cross_attention", "use_cache"), "of decoders"),
     **dict.fromkeys(("classifier_dropout", "summary_last_dropout"), "of tasks, which set them"),
+    "inner_group_num": "layers of a group that differ; others than 1 are refused: as above",
     "deterministic_flash_attn": "how transformers' own kernel adds up",
     "sparse_prediction": "of transformers' loss alone: scores are of every token without labels",
     "sparse_pred_ignore_index": "see sparse_prediction",

@@ -77,9 +77,7 @@ def test_a_run_starts_from_the_weights_of_a_run_and_of_a_folder(begun: Begun) ->
 
 def test_the_card_names_the_family(begun: Begun) -> None:
     card = (begun.exported / "README.md").read_text(encoding="utf-8")
-    title = {"bert": "BERT", "distilbert": "DistilBERT", "electra": "ELECTRA", "modernbert": "ModernBERT"}[
-        begun.config.family
-    ]
+    title = begun.config.TITLE
     assert f"\nA {title} encoder pre-trained" in card and f"tags: [{begun.config.family}, fill-mask]" in card
 
 
@@ -131,7 +129,7 @@ def test_weights_of_another_family_are_refused(begun: Begun) -> None:
 
 def test_a_checkpoint_of_another_form_is_refused_with_the_field_and_both_values(begun: Begun) -> None:
     names = {"bert": "norm_position", "distilbert": "max_position_embeddings", "modernbert": "mlp_bias"}
-    names["electra"] = "embedding_size"
+    names |= dict.fromkeys(("albert", "electra"), "embedding_size")
     name = names[begun.config.family]
     found = getattr(begun.config, name)
     other: Any = {"post": "pre", "pre": "post", True: False, False: True, 64: 48, 16: 24}[found]
@@ -145,6 +143,7 @@ def test_a_checkpoint_of_another_form_is_refused_with_the_field_and_both_values(
 
 
 MODERN = {**RECIPE["model"], "type": "modernbert"}
+ALBERT = {**RECIPE["model"], "type": "albert"}
 
 
 @pytest.mark.parametrize(
@@ -165,9 +164,20 @@ MODERN = {**RECIPE["model"], "type": "modernbert"}
         (
             "model.type",
             "modernbrt",
-            'model.type: found "modernbrt", wanted one of "bert", "distilbert", "electra", "modernbert"; did you mean',
+            'model.type: found "modernbrt", wanted one of "albert", "bert", "distilbert", "electra", "modernbert"; did',
         ),
-        ("model.type", 3, 'model.type: found 3, wanted one of "bert", "distilbert", "electra", "modernbert"'),
+        ("model.type", 3, 'model.type: found 3, wanted one of "albert", "bert", "distilbert", "electra", "modernbert"'),
+        ("model", {**ALBERT, "num_hidden_groups": 3}, "model: num_hidden_groups 3 does not divide num_hidden_layers 2"),
+        (
+            "model",
+            {**ALBERT, "embedding_size": 129},
+            "model: embedding_size 129 is more than hidden_size 128",
+        ),
+        (
+            "model",
+            {**ALBERT, "shared_parts": "attention", "embedding_size": 64},
+            'model: shared_parts "attention" wants embedding_size 128, the hidden_size, and not 64: no class of transf',
+        ),
         (
             "model",
             {**RECIPE["model"], "type": "distilbert", "dim": 8},
@@ -195,9 +205,16 @@ def test_pairs_are_refused_where_no_segments_are_told_apart(family: str, pair: s
     assert wanted in refused(recipe, tmp_path)
 
 
-def test_pairs_are_refused_where_no_head_learns_them(tmp_path: Path) -> None:
-    recipe = changed(changed(RECIPE, "model.type", "electra"), "sequences.sentence_pair", "sop")
-    assert '"sop" wants a head for pairs, which electra has not: wanted "none"' in refused(recipe, tmp_path)
+@pytest.mark.parametrize(
+    ("family", "pair", "wanted"),
+    [
+        ("electra", "sop", '"sop" wants a head for pairs, which electra has not: wanted "none"'),
+        ("albert", "nsp", '"nsp" wants a head that learns it, which albert has not: wanted "sop" or "none"'),
+    ],
+)
+def test_pairs_are_refused_where_no_head_learns_them(family: str, pair: str, wanted: str, tmp_path: Path) -> None:
+    recipe = changed(changed(RECIPE, "model.type", family), "sequences.sentence_pair", pair)
+    assert wanted in refused(recipe, tmp_path)
 
 
 def refused(recipe: dict[str, Any], folder: Path) -> str:
@@ -246,6 +263,10 @@ DISTIL_FOLDER = {"model_type": "distilbert", "dim": 24, "n_layers": 2, "n_heads"
         ({**DISTIL_FOLDER, "tie_word_embeddings": False}, "tie_word_embeddings is False, wanted True"),
         ({"model_type": "electra", "summary_type": "mean"}, "summary_type is 'mean', wanted 'first'"),
         ({"model_type": "electra", "embedding_size": 0}, "embedding_size is 0: Input should be greater than"),
+        ({"model_type": "albert", "inner_group_num": 2}, "inner_group_num is 2, wanted 1"),
+        ({"model_type": "albert", "num_hidden_groups": 5}, "num_hidden_groups 5 does not divide num_hidden_layers 2"),
+        ({"model_type": "albert", "embedding_size": 25}, "embedding_size 25 is more than hidden_size 24"),
+        ({"model_type": "albert", "classifier_dropout_prob": 1}, "classifier_dropout_prob is 1: Input should be less"),
         ({"num_attention_heads": 8}, "config.json: heads are 3 wide"),
         ({"hidden_activation": "silu"}, "hidden_activation is 'silu': Input should be 'gelu' or 'gelu_pytorch_tanh'"),
         ({"model_type": "modernbart"}, "model_type is 'modernbart', wanted \"bert\" or"),

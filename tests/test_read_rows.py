@@ -28,10 +28,19 @@ from bert_ds.encoder.pretraining_model import PretrainingModel
 def rows_of_last_layer(encoder: Any) -> Iterator[list[int]]:
     """Note how many rows each forward of the last feed-forward block has."""
     rows: list[int] = []
-    block: nn.Module = encoder.layer[-1].feed_forward
-    hook = block.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    entered: list[nn.Module] = []
+    block: nn.Module = encoder.layer[-1].feed_forward  # which other layers may call too
+
+    def note(_: nn.Module, inputs: Any) -> None:
+        if entered:
+            rows.append(len(inputs[0]))
+            entered.clear()
+
+    hooks = [encoder.layer[-1].register_forward_pre_hook(lambda layer, _: entered.append(layer))]
+    hooks.append(block.register_forward_pre_hook(note))
     yield rows
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
 
 
 def targets_of(packed: dict[str, Any], *, pairs: bool) -> dict[str, Tensor]:

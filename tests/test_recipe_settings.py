@@ -46,6 +46,7 @@ RECIPE: dict[str, Any] = {
 REASONS = {
     "$schema": "for editors",
     "format": "has one value",
+    "model:albert.classifier_dropout": "of tasks, which set it: test_task_settings",
     "model:distilbert.qa_dropout": "of tasks, which set it: test_task_settings",
     "model:distilbert.seq_classif_dropout": "of tasks, which set it: test_task_settings",
     "model:modernbert.max_position_embeddings": "a limit alone: sequences.max_seq_length keeps to it",
@@ -100,6 +101,7 @@ ROUGH = {
 """A run in which ripples of the loss count as spikes."""
 TAUGHT = {"distillation": {"teacher": "teacher"}}
 WEIGHED = [{"type": "masked_words", "weight": 0.5}, {"type": "sentence_pair", "weight": 2.0}]
+STAGE = {"until": 0.25, "max_seq_length": 24, "train_batch_size": 6, "mlm_probability": 0.25}
 STAGED = {"stages": [{"until": 0.5, "max_seq_length": 16, "train_batch_size": 8, "mlm_probability": 0.4}]}
 EMBEDDED = {
     "corpus": {"type": "embedded", "vocab_size": 400, "max_bytes": 1_000_000},
@@ -120,12 +122,12 @@ SIZES = {
 """Another value of what every family has."""
 
 
-def of_family(family: str, values: dict[str, Any], **settings: Any) -> dict[str, Change]:
-    """Changes of the settings of a family that has no segments, and of those that all have."""
-    embedded = {**PLAIN, **EMBEDDED, "model.type": family}
+def of_family(family: str, values: dict[str, Any], *, other: str = "", **settings: Any) -> dict[str, Change]:
+    """Changes of the settings of a family trained without pairs; `other` is one that has the settings too."""
+    embedded = {**PLAIN, **EMBEDDED, "model.type": family, **{f"model.{key}": settings[key] for key in settings}}
     plain = {**PLAIN, "model": {**RECIPE["model"], "type": family, **settings}}
     changes = {
-        "type": Change("bert", {**PLAIN, "model": {**RECIPE["model"], "type": family}}),
+        "type": Change(other or "bert", plain if other else {**PLAIN, "model": {**RECIPE["model"], "type": family}}),
         "vocab_size": Change(300, embedded, {"corpus.vocab_size": 300}),
         **{name: Change(value, plain) for name, value in {**SIZES, **values}.items()},
     }
@@ -140,6 +142,7 @@ BERT = {
     "type_vocab_size": 3,
     "layer_norm_eps": 1e-2,
 }
+ALBERT = {**BERT, "hidden_act": "gelu", "embedding_size": 8, "num_hidden_groups": 2, "shared_parts": "attention"}
 MODERN = {
     "hidden_activation": "gelu_pytorch_tanh",
     "initializer_cutoff_factor": 1.0,
@@ -162,6 +165,7 @@ CHANGES = {
     "model:bert.type": Change("modernbert", PLAIN),
     **{f"model:bert.{name}": Change(value) for name, value in {**SIZES, **BERT}.items()},
     **of_family("distilbert", DISTIL),
+    **of_family("albert", ALBERT, other="electra", embedding_size=16),
     **of_family("electra", {**BERT, "embedding_size": 8}),
     **of_family("modernbert", MODERN, local_attention=8),
     "corpus:embedded.type": Change("shards", EMBEDDED, {"corpus": RECIPE["corpus"], "model.vocab_size": 64}),
@@ -211,10 +215,7 @@ CHANGES = {
     "training.gradient_clipping": Change(0.05),
     "training.few_shapes": Change(True),
     "training.log_every_steps": Change(3),
-    "stages.0.until": Change(0.25, STAGED),
-    "stages.0.max_seq_length": Change(24, STAGED),
-    "stages.0.train_batch_size": Change(6, STAGED),
-    "stages.0.mlm_probability": Change(0.25, STAGED),
+    **{f"stages.0.{name}": Change(value, STAGED) for name, value in STAGE.items()},
     "evaluation.every_steps": Change(2),
     "evaluation.num_examples": Change(12),
     "evaluation.batch_size": Change(3),
@@ -226,9 +227,7 @@ CHANGES = {
     "recovery.max_bad_steps": Change(3, ROUGH),
     "recovery.max_rollbacks": Change(0, ROUGH),
     "distillation.teacher": Change("teacher2", TAUGHT),
-    "distillation.temperature": Change(1.0, TAUGHT),
-    "distillation.mlm_weight": Change(1.0, TAUGHT),
-    "distillation.soft_weight": Change(1.0, TAUGHT),
+    **{f"distillation.{name}": Change(1.0, TAUGHT) for name in ("temperature", "mlm_weight", "soft_weight")},
     "distillation.hidden_weight": Change(0.0, TAUGHT),
     "distillation.init_layers": Change([1, 0], TAUGHT),
 }

@@ -27,6 +27,7 @@ DEEPSPEED = sorted((ROOT / "ds_configs").glob("zero*.json"))
 def test_the_promised_files_are_shipped() -> None:
     assert [path.stem for path in DEEPSPEED] == ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
     assert [path.stem for path in RECIPES] == [
+        *("albert_base", "albert_small"),
         *("bert_base_muon", "bert_base_phase1", "bert_base_phase2", "bert_base_zh", "bert_large_phase1"),
         *("bert_large_phase2", "bert_original", "bert_original_phase2", "distilbert_base", "distilbert_small"),
         *("embedded_default", "modernbert_base_phase1", "modernbert_base_phase2", "modernbert_small"),
@@ -81,6 +82,17 @@ def test_the_published_lamb_recipe_is_followed() -> None:
     run = load_run_config(ROOT / "ds_configs/recipes/bert_large_phase2.json")
     assert (run.training.train_batch_size, run.training.total_steps, run.optimizer.lr) == (32_768, 1_563, 4e-3)
     assert (run.sequences.max_seq_length, run.masking.max_predictions_per_seq, run.schedule.power) == (512, 80, 0.5)
+
+
+def test_the_published_albert_is_followed() -> None:
+    """Sizes of its base model and the defaults of its published script; no correction of the moments, as there."""
+    run = load_run_config(ROOT / "ds_configs/recipes/albert_base.json")
+    without_pooler, head, padding = 11_683_584 - 768 * 769, 98_688 + 30_000, 16 * 129
+    assert run.model.count_parameters(has_pair_head=False) == without_pooler + head + padding
+    assert (run.training.train_batch_size, run.training.total_steps, run.optimizer.lr) == (4096, 125_000, 0.00176)
+    assert (run.schedule.num_warmup_steps(125_000), run.max_seq_length) == (3125, 512)
+    assert run.sequences.sentence_pair == "sop"
+    assert not run.optimizer.bias_correction  # type: ignore[union-attr]
 
 
 def test_the_published_distilbert_is_followed() -> None:

@@ -61,6 +61,14 @@ def test_the_small_distilbert_learns_from_the_default_run(folder: Path) -> None:
     assert soft[-1] < 0.6 * soft[0] < 0.6
 
 
+def test_the_small_albert_learns_words_and_the_order_of_sentences(folder: Path) -> None:
+    run_dir = trained(folder, "albert_small")
+    model = load_masked_lm(run_dir / "hf")
+    assert model.config.family == "albert" and model.has_pair_head
+    assert losses(run_dir)[-1] < losses(run_dir)[0]
+    assert max(losses(run_dir, "loss_pair")) > 0.1
+
+
 def test_the_small_modernbert_learns(folder: Path) -> None:
     run_dir = trained(folder, "modernbert_small")
     assert load_masked_lm(run_dir / "hf").config.family == "modernbert"

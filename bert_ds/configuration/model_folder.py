@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from bert_ds.basics.input_gate import MAX_JSON_BYTES, open_regular, read_json
 from bert_ds.configuration.families.encoder_config import EncoderConfig
-from bert_ds.configuration.families.table import HF_FAMILIES, described
+from bert_ds.configuration.families.table import FAMILY_CONFIGS, HF_FAMILIES, described
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.configuration.reading.config_problems import describe, did_you_mean, one_of
 from bert_ds.configuration.recipe.run_config import RunConfig
@@ -93,7 +93,8 @@ def has_pair_head(folder: Path, recipe: Any = None) -> bool:
     try:
         with open_regular(folder / "model.safetensors") as file:
             size = int.from_bytes(file.read(8), "little")
-            return size > MAX_JSON_BYTES or b"seq_relationship" in file.read(size)
+            names = b"" if size > MAX_JSON_BYTES else file.read(size)
+        return not names or any(config.PAIR_HEAD.encode() in names for config in FAMILY_CONFIGS.values())
     except (OSError, ValueError):
         return True
 

@@ -34,8 +34,10 @@ def recipe_problems(run: RunConfig) -> list[Problem]:
     if sequences.sentence_pair != "none" and model.num_segments == 0:
         text = f'"{sequences.sentence_pair}" wants segments, which {model.family} does not tell apart: wanted "none"'
         problems.append(Problem("sequences.sentence_pair", text))
-    elif sequences.sentence_pair != "none" and not model.learns_pairs:
-        text = f'"{sequences.sentence_pair}" wants a head for pairs, which {model.family} has not: wanted "none"'
+    elif sequences.sentence_pair not in ("none", *model.learned_pairs):
+        wanted = " or ".join(f'"{word}"' for word in (*model.learned_pairs, "none"))
+        what = "that learns it" if model.learned_pairs else "for pairs"
+        text = f'"{sequences.sentence_pair}" wants a head {what}, which {model.family} has not: wanted {wanted}'
         problems.append(Problem("sequences.sentence_pair", text))
     elif sequences.sentence_pair != "none" and model.num_segments == 1:
         text = f'1 segment is too few for sentence_pair "{sequences.sentence_pair}", wanted 2'

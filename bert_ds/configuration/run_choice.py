@@ -71,8 +71,7 @@ class Choice(NamedTuple):
     @property
     def weights(self) -> int:
         """Matrix weights of all layers."""
-        model = self.plan.run.model
-        return model.num_hidden_layers * sum(rows * columns for rows, columns in model.layer_matrices())
+        return sum(rows * columns for rows, columns in self.plan.run.model.own_matrices())
 
     @property
     def epochs(self) -> float | None:

@@ -71,7 +71,7 @@ def _model_flops(model: EncoderConfig, run: RunConfig, mean_length: float) -> fl
 
 def optimizer_flops(run: RunConfig) -> int:
     """Return the FLOPs of a step's matrix products in the optimizer, over all ranks together; 0 where it has none."""
-    return run.model.num_hidden_layers * run.optimizer.matrix_flops(run.model.layer_matrices())
+    return run.optimizer.matrix_flops(run.model.own_matrices())
 
 
 def activation_bytes(run: RunConfig, micro_batch_size: int, *, recompute: bool) -> int:

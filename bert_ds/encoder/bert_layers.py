@@ -67,6 +67,7 @@ class LayerSettings(Protocol):
     def initializer_range(self) -> float: ...
     @property
     def vocab_size(self) -> int: ...
+    def owner(self, layer: int, part: str) -> int: ...
 
 
 class LayeredEncoder(nn.Module):
@@ -91,6 +92,7 @@ class LayeredEncoder(nn.Module):
         self.embeddings = embeddings
         make_layer = BertLayer if config.norm_position == "post" else PreNormLayer
         self.layer = nn.ModuleList(make_layer(config, ops, layer=index) for index in range(config.num_hidden_layers))
+        share_parts(self.layer, config)
         self.final_norm = None
         if config.norm_position == "pre":
             self.final_norm = _add_norm(config, ops, site=first_free_site(config) - 1)
@@ -142,8 +144,9 @@ class BertLayer(nn.Module):
     def __init__(self, config: LayerSettings, ops: FusedOps, *, layer: int) -> None:
         super().__init__()
         first_site = EMBEDDING_SITE + 1 + SITES_PER_LAYER * layer
-        self.attention = BertAttention(config, ops, first_site=first_site)
-        self.feed_forward = BertFeedForward(config, ops, site=first_site + 2)
+        self.first_site = first_site
+        self.attention = BertAttention(config, ops)
+        self.feed_forward = BertFeedForward(config, ops)
 
     def forward(
         self,
@@ -154,8 +157,9 @@ class BertLayer(nn.Module):
         read_R: Tensor | None = None,
     ) -> Tensor:
         """Return hidden_TD of the next layer, or [R, D] of the tokens that are read."""
-        hidden_RD = self.attention(hidden_TD, cu_seqlens, max_seqlen, dropout_seed, read_R)
-        return self.feed_forward(hidden_RD, dropout_seed)
+        site = self.first_site
+        hidden_RD = self.attention(hidden_TD, cu_seqlens, max_seqlen, dropout_seed, read_R, first_site=site)
+        return self.feed_forward(hidden_RD, dropout_seed, site=site + 2)
 
 
 class PreNormLayer(nn.Module):
@@ -164,10 +168,11 @@ class PreNormLayer(nn.Module):
     def __init__(self, config: LayerSettings, ops: FusedOps, *, layer: int) -> None:
         super().__init__()
         first_site = EMBEDDING_SITE + 1 + SITES_PER_LAYER * layer
+        self.first_site = first_site
         self.attention_norm = _add_norm(config, ops, site=first_site - 1)
-        self.attention = BertAttention(config, ops, first_site=first_site)
+        self.attention = BertAttention(config, ops)
         self.feed_forward_norm = _add_norm(config, ops, site=first_site + 1)
-        self.feed_forward = BertFeedForward(config, ops, site=first_site + 2)
+        self.feed_forward = BertFeedForward(config, ops)
 
     def forward(
         self,
@@ -180,15 +185,16 @@ class PreNormLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return what the feed-forward block gives, and the residual stream that it is to be added to, [R, D] both."""
         normed_TD, residual_TD = self.attention_norm(x_TD, residual_TD, dropout_seed)
-        x_RD = self.attention(normed_TD, cu_seqlens, max_seqlen, dropout_seed, read_R)
+        site = self.first_site
+        x_RD = self.attention(normed_TD, cu_seqlens, max_seqlen, dropout_seed, read_R, first_site=site)
         normed_RD, residual_RD = self.feed_forward_norm(x_RD, read_rows(residual_TD, read_R), dropout_seed)
-        return self.feed_forward(normed_RD, dropout_seed), residual_RD
+        return self.feed_forward(normed_RD, dropout_seed, site=site + 2), residual_RD
 
 
 class BertAttention(nn.Module):
     """Self-attention of every sequence over itself and output projection; then dropout, residual, LayerNorm if post."""
 
-    def __init__(self, config: LayerSettings, ops: FusedOps, *, first_site: int) -> None:
+    def __init__(self, config: LayerSettings, ops: FusedOps) -> None:
         super().__init__()
         hidden_size = config.hidden_size
         self.ops = ops
@@ -196,7 +202,6 @@ class BertAttention(nn.Module):
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.probs_dropout_prob = config.attention_probs_dropout_prob
         self.output_dropout_prob = config.hidden_dropout_prob
-        self.probs_site, self.output_site = first_site, first_site + 1
         self.has_norm = config.norm_position == "post"
         self.qkv_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
         self.qkv_bias = nn.Parameter(torch.empty(3 * hidden_size))
@@ -213,6 +218,8 @@ class BertAttention(nn.Module):
         max_seqlen: int,
         dropout_seed: Tensor | None = None,
         read_R: Tensor | None = None,
+        *,
+        first_site: int,
     ) -> Tensor:
         """Return the projection of the attention, [R, D]; if post LayerNorm(hidden + dropout(projection))."""
         qkv_T3HK = F.linear(hidden_TD, self.qkv_weight, self.qkv_bias).view(-1, 3, self.num_heads, self.head_dim)
@@ -222,7 +229,7 @@ class BertAttention(nn.Module):
             max_seqlen,
             dropout_p=self.probs_dropout_prob if self.training else 0.0,
             dropout_seed=dropout_seed,
-            site=self.probs_site,
+            site=first_site,
         )
         context_RD = read_rows(context_THK.flatten(1), read_R)
         if not self.has_norm:
@@ -236,21 +243,20 @@ class BertAttention(nn.Module):
             x_bias_D=self.output_bias,
             dropout_p=self.output_dropout_prob if self.training else 0.0,
             dropout_seed=dropout_seed,
-            site=self.output_site,
+            site=first_site + 1,
         )
 
 
 class BertFeedForward(nn.Module):
     """Dense, GELU, dense; then dropout, residual, LayerNorm if post."""
 
-    def __init__(self, config: LayerSettings, ops: FusedOps, *, site: int) -> None:
+    def __init__(self, config: LayerSettings, ops: FusedOps) -> None:
         super().__init__()
         hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
         self.ops = ops
         self.eps = config.layer_norm_eps
         self.approximate = gelu_approximation(config)
         self.dropout_prob = config.hidden_dropout_prob
-        self.site = site
         self.has_norm = config.norm_position == "post"
         self.intermediate_weight = nn.Parameter(torch.empty(intermediate_size, hidden_size))
         self.intermediate_bias = nn.Parameter(torch.empty(intermediate_size))
@@ -260,7 +266,7 @@ class BertFeedForward(nn.Module):
             self.layer_norm_weight = nn.Parameter(torch.empty(hidden_size))
             self.layer_norm_bias = nn.Parameter(torch.empty(hidden_size))
 
-    def forward(self, hidden_TD: Tensor, dropout_seed: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_TD: Tensor, dropout_seed: Tensor | None = None, *, site: int) -> Tensor:
         """Return dense(gelu(dense(hidden_TD))); if post LayerNorm(hidden_TD + dropout(of it))."""
         intermediate_TF = self.ops.bias_gelu(
             F.linear(hidden_TD, self.intermediate_weight), self.intermediate_bias, approximate=self.approximate
@@ -276,8 +282,21 @@ class BertFeedForward(nn.Module):
             x_bias_D=self.output_bias,
             dropout_p=self.dropout_prob if self.training else 0.0,
             dropout_seed=dropout_seed,
-            site=self.site,
+            site=site,
         )
+
+
+def share_parts(layers: nn.ModuleList, config: LayerSettings) -> None:
+    """Let each layer call the attention and the feed-forward block that the settings say it has in common with another.
+
+    A part is a child of its owner alone: its weights have one name, in checkpoints and for an optimizer, and ZeRO-3
+    gathers them in each call of it.
+    """
+    for number, layer in enumerate(layers):
+        for part in ("attention", "feed_forward"):
+            if (owner := config.owner(number, part)) != number:
+                delattr(layer, part)
+                object.__setattr__(layer, part, getattr(layers[owner], part))
 
 
 def gelu_approximation(config: LayerSettings) -> str:

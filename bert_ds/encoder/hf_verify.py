@@ -56,9 +56,9 @@ def verify_export(
     """
     facts = read_json(folder / "config.json")
     exported = model_config_from_hf(facts, pad_vocab_size_to_multiple_of=config.pad_vocab_size_to_multiple_of)
-    found, wanted = exported.spelled_out(), config.spelled_out()
+    found, wanted = exported.spelled_out(), config.exported()
     if found != wanted:
-        different = [key for key, value in wanted.model_dump().items() if getattr(found, key) != value]
+        different = [key for key, value in wanted.model_dump().items() if getattr(found, key, None) != value]
         raise CheckpointError(f"{folder}/config.json differs from the run in {', '.join(different)}")
     has_pair_head = "seq_relationship.weight" in state_dict
     role = family_of(config).roles(config)["pre-training" if has_pair_head else "masked words"]
@@ -70,7 +70,7 @@ def verify_export(
         raise CheckpointError(f"{folder}: transformers loads other values for {', '.join(changed)}")
     ours = PretrainingModel(config, kernels="torch", has_pair_head=has_pair_head).eval()
     ours.load_state_dict(state_dict)
-    check = _compare_scores(ours, theirs)
+    check = _compare_scores(ours, theirs, role)
     if not check.max_difference <= MAX_RELATIVE_DIFFERENCE * check.scale:
         raise CheckpointError(
             f"{folder}: scores differ from transformers' by {check.max_difference:.3e}, "
@@ -143,7 +143,7 @@ def probe_sequences(config: EncoderConfig) -> ProbeSequences:
 
 
 @torch.no_grad()
-def _compare_scores(ours: PretrainingModel, theirs: Any) -> ExportCheck:
+def _compare_scores(ours: PretrainingModel, theirs: Any, role: Role) -> ExportCheck:
     """Compare all scores on the probe sequences."""
     probe = probe_sequences(ours.config)
     mask_NS = probe.padded["attention_mask"].bool()
@@ -151,7 +151,7 @@ def _compare_scores(ours: PretrainingModel, theirs: Any) -> ExportCheck:
     found = ours.logits(**probe.packed, masked_positions_P=torch.arange(int(mask_NS.sum())))
     pairs = [(found.mlm_PV, (wanted.logits if found.pair_N2 is None else wanted.prediction_logits)[mask_NS])]
     if found.pair_N2 is not None:
-        pairs.append((found.pair_N2, wanted.seq_relationship_logits))
+        pairs.append((found.pair_N2, getattr(wanted, role.pair_scores)))
     differences = [(a - b).abs().max().item() for a, b in pairs]
     return ExportCheck(max(differences), max(b.abs().max().item() for _, b in pairs))
 

@@ -34,7 +34,7 @@ def load_initial_weights(
         tensors = read_run(folder)
     else:
         source = load_hf_folder(folder, pad_vocab_size_to_multiple_of=model.config.pad_vocab_size_to_multiple_of)
-        if model.has_pair_head and not any("seq_relationship" in name for name in source.tensors):
+        if model.has_pair_head and not any(model.config.PAIR_HEAD in name for name in source.tensors):
             raise CheckpointError(
                 f"init_from {folder} has no head for sentence pairs: wanted sequences.sentence_pair=none"
             )
@@ -71,7 +71,10 @@ def start_from_layers(model: PretrainingModel, teacher: PretrainingModel, layers
     """
     own, theirs = model.state_dict(), teacher.state_dict()
 
+    def taken(found: re.Match) -> str:
+        return f"bert.layer.{teacher.config.owner(layers[int(found[1])], found[2])}.{found[2]}."
+
     def source(name: str) -> str:
-        return re.sub(r"^bert\.layer\.(\d+)", lambda match: f"bert.layer.{layers[int(match[1])]}", name)
+        return re.sub(r"^bert\.layer\.(\d+)\.(\w+)\.", taken, name)
 
     model.load_state_dict({name: theirs.get(source(name), tensor) for name, tensor in own.items()})

@@ -15,9 +15,16 @@ class BertLayersConfig(EncoderConfig):
 
     def layer_parameters(self) -> int:
         """Return the parameters of one layer: weights and biases of its matrices, and two LayerNorms."""
+        return self.attention_parameters() + self.feed_forward_parameters()
+
+    def attention_parameters(self) -> int:
+        """Return those of a layer's attention and the LayerNorm of it."""
+        return 4 * (self.hidden_size * self.hidden_size + self.hidden_size) + 2 * self.hidden_size
+
+    def feed_forward_parameters(self) -> int:
+        """Return those of a layer's feed-forward block and the LayerNorm of it."""
         hidden, inner = self.hidden_size, self.intermediate_size
-        attention = 4 * (hidden * hidden + hidden) + 2 * hidden
-        return attention + 2 * hidden * inner + inner + hidden + 2 * hidden
+        return 2 * hidden * inner + inner + hidden + 2 * hidden
 
     def word_head_parameters(self) -> int:
         """Return those of the masked-word head, whose decoder is the word embedding."""
@@ -26,8 +33,15 @@ class BertLayersConfig(EncoderConfig):
 
     def layer_matrices(self) -> list[tuple[int, int]]:
         """Return query, key, value, output and the two of the feed-forward block."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        return [(hidden, hidden)] * 4 + [(inner, hidden), (hidden, inner)]
+        return self.attention_matrices() + self.feed_forward_matrices()
+
+    def attention_matrices(self) -> list[tuple[int, int]]:
+        """Return query, key, value and output."""
+        return [(self.hidden_size, self.hidden_size)] * 4
+
+    def feed_forward_matrices(self) -> list[tuple[int, int]]:
+        """Return the two of the feed-forward block."""
+        return [(self.intermediate_size, self.hidden_size), (self.hidden_size, self.intermediate_size)]
 
     def kept_values(self) -> int:
         """Return 8 D + 2 F: input, q, k, v, attention output, sum and output of the first LayerNorm, sum of the second;

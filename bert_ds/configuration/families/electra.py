@@ -38,9 +38,9 @@ class ElectraConfig(BertNamesConfig):
         return self.type
 
     @property
-    def learns_pairs(self) -> bool:
-        """False: no class of transformers has a head for them."""
-        return False
+    def learned_pairs(self) -> tuple[str, ...]:
+        """None: no class of transformers has a head for them."""
+        return ()
 
     @property
     def norm_position(self) -> str:

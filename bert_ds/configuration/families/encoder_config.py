@@ -27,6 +27,8 @@ class EncoderConfig(Section):
     """Settings that must be equal for weights of another model to fit."""
     HF_NAMES: ClassVar[Mapping[str, str]] = {}
     """Settings that have another name in config.json -> that name."""
+    PAIR_HEAD: ClassVar[str] = "seq_relationship"
+    """How names of the head for pairs begin in Hugging Face's files, or what they hold."""
     LAYERS: ClassVar[str]
     """What its layers are: a student may start from layers of a teacher of another family with the same."""
 
@@ -85,15 +87,37 @@ class EncoderConfig(Section):
         """Return the settings in one spelling, where the same encoder can be said in several."""
         return self
 
+    def exported(self) -> EncoderConfig:
+        """Return what an export says of the encoder: where transformers cannot say it, another that computes the same.
+
+        In one spelling, and perhaps of another family.
+        """
+        return self.spelled_out()
+
+    def owner(self, layer: int, part: str) -> int:
+        """Return the layer whose weights a part of a layer has, its own unless layers share: the first that uses them.
+
+        Args:
+            layer: counted from 0.
+            part: "attention" or "feed_forward".
+        """
+        return layer
+
+    @property
+    def shares_layers(self) -> bool:
+        """Whether a weight is used in more than one layer."""
+        parts = ("attention", "feed_forward")
+        return any(self.owner(layer, part) != layer for layer in range(self.num_hidden_layers) for part in parts)
+
     @property
     def num_segments(self) -> int:
         """How many segments of a sequence the network tells apart; 0 where it knows of none."""
         return 0
 
     @property
-    def learns_pairs(self) -> bool:
-        """Whether there is a head for pairs of segments in pre-training."""
-        return self.num_segments > 0
+    def learned_pairs(self) -> tuple[str, ...]:
+        """What a head for pairs of segments may learn in pre-training; nothing where there is none."""
+        return ("nsp", "sop") if self.num_segments else ()
 
     @property
     def longest_probe(self) -> int:
@@ -135,6 +159,10 @@ class EncoderConfig(Section):
     def layer_matrices(self) -> list[tuple[int, int]]:
         """Return rows and columns of the matrices of one layer, each as an optimizer may treat it whole."""
         raise NotImplementedError
+
+    def own_matrices(self) -> list[tuple[int, int]]:
+        """Return those of all layers, one that several layers share once."""
+        return self.layer_matrices() * self.num_hidden_layers
 
     def attended_tokens(self, length: float) -> float:
         """Return how many keys a token sees in a sequence of `length` tokens, summed over all layers."""

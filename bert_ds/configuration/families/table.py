@@ -7,6 +7,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Discriminator, Tag
 
+from bert_ds.configuration.families.albert import AlbertConfig
 from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.configuration.families.distilbert import DistilBertConfig
 from bert_ds.configuration.families.electra import ElectraConfig
@@ -21,7 +22,8 @@ def _family(section: Any) -> str | None:
 
 
 ModelSection = Annotated[
-    Annotated[BertConfig, Tag("bert")]
+    Annotated[AlbertConfig, Tag("albert")]
+    | Annotated[BertConfig, Tag("bert")]
     | Annotated[DistilBertConfig, Tag("distilbert")]
     | Annotated[ElectraConfig, Tag("electra")]
     | Annotated[ModernBertConfig, Tag("modernbert")],
@@ -30,6 +32,7 @@ ModelSection = Annotated[
 """What a recipe may hold."""
 
 FAMILY_CONFIGS: dict[str, type[EncoderConfig]] = {
+    "albert": AlbertConfig,
     "bert": BertConfig,
     "distilbert": DistilBertConfig,
     "electra": ElectraConfig,

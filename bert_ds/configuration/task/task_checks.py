@@ -31,6 +31,12 @@ def checked_split(run: TrainedTask, ds: DsConfig, world_size: int, *, knows_step
     if task.freeze.layers > model.num_hidden_layers:
         text = f"{task.freeze.layers} is more than the model's num_hidden_layers {model.num_hidden_layers}"
         in_task.append(Problem("freeze.layers", text))
+    if model.shares_layers and task.freeze.layers:
+        text = f"{task.freeze.layers} of this model's layers cannot be frozen alone, they share weights: wanted 0"
+        in_task.append(Problem("freeze.layers", text))
+    if model.shares_layers and task.layerwise_lr_decay != 1.0:
+        text = f"{task.layerwise_lr_decay} wants layers with weights of their own, this model's share them: wanted 1.0"
+        in_task.append(Problem("layerwise_lr_decay", text))
     in_ds = [one for one in pair_problems(run, ds) if knows_steps or not one.path.startswith("scheduler")]
     split = ds.split_batch(run, world_size)
     in_ds += [split] if isinstance(split, Problem) else []

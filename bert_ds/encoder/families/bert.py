@@ -35,7 +35,7 @@ from bert_ds.encoder.bert_layers import (
     layer_rows,
 )
 from bert_ds.encoder.blocks import first_rows
-from bert_ds.encoder.families.embeddings import BertEmbeddings
+from bert_ds.encoder.families.embeddings import BertEmbeddings, EmbeddingSettings
 from bert_ds.encoder.families.family import LAYER_MATRICES, Family, Role, RoleName, refused_settings
 from bert_ds.encoder.fused_ops import FusedOps
 from bert_ds.encoder.tensor_rows import TensorRow, linear_rows, same_row, without_tied
@@ -50,12 +50,19 @@ class BertEncoder(LayeredEncoder):
         ops: the table of fused operations.
         has_front: whether the pooler (dense and tanh on [CLS]) exists.
         activation_checkpointing: keep only each layer's input and recompute the rest in the backward pass.
+        embeddings: None for BERT's.
     """
 
     def __init__(
-        self, config: BertConfig, ops: FusedOps, *, has_front: bool = True, activation_checkpointing: bool = False
+        self,
+        config: EmbeddingSettings,
+        ops: FusedOps,
+        *,
+        has_front: bool = True,
+        activation_checkpointing: bool = False,
+        embeddings: nn.Module | None = None,
     ) -> None:
-        embeddings = BertEmbeddings(config, ops, width=config.hidden_size)
+        embeddings = BertEmbeddings(config, ops, width=config.hidden_size) if embeddings is None else embeddings
         super().__init__(config, ops, embeddings, activation_checkpointing=activation_checkpointing)
         self.pooler = BertPooler(config) if has_front else None
 
@@ -68,7 +75,7 @@ class BertEncoder(LayeredEncoder):
 class BertPooler(nn.Module):
     """Dense and tanh on the [CLS] token of every sequence."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: EmbeddingSettings) -> None:
         super().__init__()
         self.dense_weight = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size))
         self.dense_bias = nn.Parameter(torch.empty(config.hidden_size))
@@ -81,7 +88,7 @@ class BertPooler(nn.Module):
 class PairHead(nn.Module):
     """Two scores from the pooled [CLS]: index 0 means is next (NSP) or in order (SOP), as Hugging Face has it."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: EmbeddingSettings) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(2, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(2))

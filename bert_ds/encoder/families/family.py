@@ -48,6 +48,8 @@ class Role(NamedTuple):
     """Whether there is dropout in front of the front too."""
     front_renamed: tuple[str, str] = ("", "")
     """How `encoder_rows` names the front's dense layer, and how this class does, where that is another name."""
+    pair_scores: str = "seq_relationship_logits"
+    """In pre-training, its name for what the head for pairs gives."""
     without_front: Mapping[str, Any] = {}
     """Arguments that keep the class from making up a front which the weights do not have."""
 

@@ -8,13 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.encoder.families.albert import ALBERT
 from bert_ds.encoder.families.bert import BERT
 from bert_ds.encoder.families.distilbert import DISTILBERT
 from bert_ds.encoder.families.electra import ELECTRA
 from bert_ds.encoder.families.family import Family
 from bert_ds.encoder.families.modernbert import MODERNBERT
 
-FAMILIES: dict[str, Family] = {"bert": BERT, "distilbert": DISTILBERT, "electra": ELECTRA, "modernbert": MODERNBERT}
+FAMILIES: dict[str, Family] = {
+    "albert": ALBERT,
+    "bert": BERT,
+    "distilbert": DISTILBERT,
+    "electra": ELECTRA,
+    "modernbert": MODERNBERT,
+}
 
 
 def weight_patterns(config: EncoderConfig) -> tuple[Sequence[str], Mapping[str, Sequence[str]], Sequence[str]]:
