@@ -269,7 +269,7 @@ DISTIL_FOLDER = {"model_type": "distilbert", "dim": 24, "n_layers": 2, "n_heads"
         ({"model_type": "albert", "classifier_dropout_prob": 1}, "classifier_dropout_prob is 1: Input should be less"),
         ({"num_attention_heads": 8}, "config.json: heads are 3 wide"),
         ({"hidden_activation": "silu"}, "hidden_activation is 'silu': Input should be 'gelu' or 'gelu_pytorch_tanh'"),
-        ({"model_type": "modernbart"}, "model_type is 'modernbart', wanted \"bert\" or"),
+        ({"model_type": "modernbart"}, "model_type is 'modernbart', wanted \"albert\" or"),
     ],
 )
 def test_what_a_folder_is_and_this_project_cannot_be_is_named(settings: dict[str, Any], wanted: str) -> None:

@@ -166,7 +166,7 @@ def test_a_missing_pair_head_is_refused_when_the_run_has_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "roberta"}, "model_type is 'roberta', wanted \"bert\""),
+        ({"model_type": "xlnet"}, 'model_type is \'xlnet\', wanted "albert" or "bert"'),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key', wanted 'absolute'"),
         ({"is_decoder": True}, "is_decoder is True, wanted False"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False, wanted True"),
