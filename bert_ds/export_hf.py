@@ -4,6 +4,7 @@
     python bert_ds/export_hf.py --model runs/mine/hf --onnx        a folder there is already, fine-tuned or not
 
 With --onnx the folder gets an onnx/ with model.onnx, config.json and tokenizer, run once in onnxruntime to prove it.
+With --layers 0 2 --output FOLDER a network of these layers alone is written.
 Exit codes: 0 done, 2 configuration, 3 data or a disk that is full, 4 checkpoint. An older export is replaced by a whole
 new one or stays as it is.
 """
@@ -11,6 +12,7 @@ new one or stays as it is.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from bert_ds.launch.command_line import answer_early, run_main
@@ -23,6 +25,7 @@ if __name__ == "__main__":
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from bert_ds.basics.ranks import CheckpointError
+from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.recipe.run_config import RunConfig, load_run_config
 from bert_ds.configuration.run_stages import stages_text
 from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
@@ -30,6 +33,7 @@ from bert_ds.encoder.hf_folder import model_card_text, special_ids, write_hf_fol
 from bert_ds.encoder.hf_mapping import hf_config, share_unseen_segments, to_hf
 from bert_ds.encoder.hf_onnx import ONNX_FILE, write_onnx
 from bert_ds.encoder.hf_verify import verify_export
+from bert_ds.encoder.initial_weights import layers_alone
 from bert_ds.folders.replaced_folders import ONNX_FOLDER, replaced_export
 from bert_ds.reporting.run_log import AT_MASK, read_metrics
 from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint, read_manifest
@@ -44,36 +48,44 @@ def main() -> None:
         if args.model is not None:
             said = [export_onnx(source, folder, shown=output)]
         else:
-            said = [export(source, args.checkpoint, folder, shown=output)]
+            said = [export(source, args.checkpoint, folder, shown=output, layers=args.layers)]
             if args.onnx:
                 (folder / ONNX_FOLDER).mkdir()
                 said.append(export_onnx(folder, folder / ONNX_FOLDER, shown=output / ONNX_FOLDER))
     print("\n".join(said))
 
 
-def export(run_dir: Path, name: str | None, folder: Path, *, shown: Path) -> str:
-    """Write a checkpoint of a run into an empty folder, which will be called `shown`; return what to say of it."""
+def export(run_dir: Path, name: str | None, folder: Path, *, shown: Path, layers: Sequence[int] | None = None) -> str:
+    """Write a checkpoint of a run into an empty folder, which will be called `shown`; return what to say of it.
+
+    With `layers` the network of these alone is written.
+    """
     run = load_run_config(run_dir / "run_config.json")
     checkpoint = find_checkpoint(run_dir, name)
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet")
     state_dict = load_fp32_state_dict(checkpoint)
+    model: EncoderConfig = run.model
+    facts = _facts(run, checkpoint, run_dir / "metrics.jsonl")
+    if layers is not None:
+        state_dict, model = layers_alone(state_dict, model, layers)
+        facts |= {"layers": f"{', '.join(map(str, layers))} of {run.model.num_hidden_layers}; figures are of all"}
     tokenizer = run_dir / "tokenizer"
 
     sentence_pair = run.sequences.sentence_pair
     if sentence_pair == "none":
         state_dict = share_unseen_segments(state_dict)
-    config = hf_config(run.model, sentence_pair=sentence_pair, special_ids=special_ids(tokenizer))
+    config = hf_config(model, sentence_pair=sentence_pair, special_ids=special_ids(tokenizer))
     # So that a task notices when the folder's tokenizer is exchanged for another of the same size.
     config["tokenizer_fingerprint"] = load_tokenizer(tokenizer).fingerprint
     write_hf_folder(
         folder,
         config=config,
-        tensors=to_hf(state_dict, run.model),
+        tensors=to_hf(state_dict, model),
         tokenizer=tokenizer,
-        model_card=model_card_text(run.name, run.model, _facts(run, checkpoint, run_dir / "metrics.jsonl")),
+        model_card=model_card_text(run.name, model, facts),
     )
-    check = verify_export(folder, run.model, state_dict=state_dict, tokenizer=tokenizer)
+    check = verify_export(folder, model, state_dict=state_dict, tokenizer=tokenizer)
     return (
         f"exported {checkpoint.name} to {shown}: transformers' scores differ by at most "
         f"{check.max_difference:.1e} (largest score {check.scale:.1f}), tokenizer equal"

@@ -214,6 +214,7 @@ CHANGES = {
     "training.precision": Change("bf16"),
     "training.gradient_clipping": Change(0.05),
     "training.few_shapes": Change(True),
+    "training.layer_drop": Change(0.5),
     "training.log_every_steps": Change(3),
     **{f"stages.0.{name}": Change(value, STAGED) for name, value in STAGE.items()},
     "evaluation.every_steps": Change(2),

@@ -48,7 +48,7 @@ def flops_per_token(run: RunConfig, mean_length: float) -> float:
         run: the recipe.
         mean_length: tokens of a sequence; sequences of unequal length cost a little more, attention being quadratic.
     """
-    return _model_flops(run.model, run, mean_length)
+    return _model_flops(run.model, run, mean_length, kept_layers=1 - run.training.layer_drop)
 
 
 def teacher_flops_per_token(teacher: EncoderConfig, run: RunConfig, mean_length: float) -> float:
@@ -56,7 +56,7 @@ def teacher_flops_per_token(teacher: EncoderConfig, run: RunConfig, mean_length:
     return _model_flops(teacher, run, mean_length) / 3
 
 
-def _model_flops(model: EncoderConfig, run: RunConfig, mean_length: float) -> float:
+def _model_flops(model: EncoderConfig, run: RunConfig, mean_length: float, *, kept_layers: float = 1.0) -> float:
     masking = run.masking
     hidden, layers = model.hidden_size, model.num_hidden_layers
     layer_weights = sum(rows * columns for rows, columns in model.layer_matrices())
@@ -65,7 +65,8 @@ def _model_flops(model: EncoderConfig, run: RunConfig, mean_length: float) -> fl
         predictions = min(predictions, masking.max_predictions_per_seq)
     per_prediction = 6 * model.word_head_weights()
     pooler = 6 * (hidden * hidden + 2 * hidden) if run.sequences.sentence_pair != "none" else 0
-    encoder = 6 * (model.projection_weights + layers * layer_weights) + 12 * hidden * model.attended_tokens(mean_length)
+    in_layers = 6 * layers * layer_weights + 12 * hidden * model.attended_tokens(mean_length)
+    encoder = 6 * model.projection_weights + kept_layers * in_layers
     return encoder + (per_prediction * predictions + pooler) / mean_length
 
 

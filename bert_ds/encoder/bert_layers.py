@@ -8,7 +8,7 @@ read, and what dropout is a function of: `families/bert.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bert_ds.encoder.blocks import (
     AddNorm,
     Dropout,
+    PassedOver,
     at_their_tokens,
     read_rows,
     refuse_partitioned,
@@ -107,6 +108,7 @@ class LayeredEncoder(nn.Module):
         max_seqlen: int,
         dropout_seed: Tensor | None = None,
         read_R: Tensor | None = None,
+        passed_over: frozenset[int] = frozenset(),
     ) -> Tensor:
         """Encode a packed micro-batch.
 
@@ -116,6 +118,7 @@ class LayeredEncoder(nn.Module):
             max_seqlen: tokens of the longest sequence.
             dropout_seed: int64 [1], on the device of the ids; needed in training mode when the config has dropout.
             read_R: int64 [R], the tokens whose hidden states are read, where it is not all, see `through_layers`.
+            passed_over: layers that have no effect, counted from 0.
 
         Returns:
             hidden_TD in the dtype of the parameters; rows that are not read have no meaning.
@@ -123,13 +126,14 @@ class LayeredEncoder(nn.Module):
         require_seed(self, dropout_seed, drops=self.dropout_is_used)
         read_R = where_nothing_drops(self, read_R, drops=self.dropout_is_used)
         hidden_TD = self.embeddings(input_ids_T, token_type_ids_T, position_ids_T, dropout_seed)
-        recompute = self.activation_checkpointing and self.training
         stream = (cu_seqlens, max_seqlen, dropout_seed)
+        past = PassedOver(passed_over, (torch.zeros_like(cu_seqlens), 0, dropout_seed)) if passed_over else None
+        recompute = self.activation_checkpointing and self.training
+        how: dict[str, Any] = {"recompute": recompute, "read_R": read_R, "passed_over": past}
         if self.final_norm is None:
-            hidden_RD = through_layers(self.layer, hidden_TD, *stream, recompute=recompute, read_R=read_R)
+            hidden_RD = through_layers(self.layer, hidden_TD, *stream, **how)
         else:
-            carried = (None, hidden_TD)
-            x_RD, residual_RD = through_layers(self.layer, carried, *stream, recompute=recompute, read_R=read_R)
+            x_RD, residual_RD = through_layers(self.layer, (None, hidden_TD), *stream, **how)
             hidden_RD = self.final_norm(x_RD, residual_RD, dropout_seed)[0]
         return at_their_tokens(hidden_RD, read_R, num_tokens=len(input_ids_T))
 

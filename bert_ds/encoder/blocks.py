@@ -19,6 +19,15 @@ class Dropout(NamedTuple):
     site: int
 
 
+class PassedOver(NamedTuple):
+    """Layers that a step is taken without (LayerDrop, Fan et al. 2020, arXiv 1909.11556)."""
+
+    layers: frozenset[int]
+    """Counted from 0."""
+    no_tokens: tuple[Any, ...]
+    """What a layer gets beside the hidden states where there are no tokens."""
+
+
 class AddNorm(nn.Module):
     """What a block of a pre-norm network begins with: the last block's output is dropped and added, then normalised."""
 
@@ -51,6 +60,7 @@ def through_layers(
     *others: Any,
     recompute: bool,
     read_R: Tensor | None = None,
+    passed_over: PassedOver | None = None,
 ) -> Any:
     """Return what comes out of the last layer.
 
@@ -63,9 +73,14 @@ def through_layers(
         others: the further arguments of every layer.
         recompute: keep only what is carried between layers and compute the rest again in the backward pass.
         read_R: int64 [R], the tokens that are read; the last layer then gives their rows, in this order. None for all.
+        passed_over: layers of no effect.
     """
     for number, layer in enumerate(layers):
         arguments = carried if isinstance(carried, tuple) else (carried,)
+        if passed_over is not None and number in passed_over.layers:
+            rows = read_R if number == len(layers) - 1 else None
+            carried = _carried_past(layer, arguments, passed_over.no_tokens, read_R=rows)
+            continue
         if number == len(layers) - 1 and read_R is not None:
             others = (*others, read_R)
         if recompute:
@@ -73,6 +88,21 @@ def through_layers(
         else:
             carried = layer(*arguments, *others)
     return carried
+
+
+def _carried_past(layer: nn.Module, arguments: tuple[Any, ...], no_tokens: tuple[Any, ...], *, read_R: Any) -> Any:
+    """Return what a layer was to get, as it is; the layer computes no tokens.
+
+    So its weights have zeros for gradients, as a weight of no effect has, at every ZeRO stage. With none at all
+    DeepSpeed 0.19.8 would step at stage 3 with the gradient of an earlier step (`stage3.partition_grads` writes over
+    it where there is one, and nothing else does), and would record the order of its modules anew in every step.
+    """
+    none = [None if x_TD is None else x_TD.new_empty(0, x_TD.shape[1]).requires_grad_() for x_TD in arguments]
+    found = layer(*none, *no_tokens)
+    *first, last_TD = arguments
+    last_TD = torch.cat([last_TD, *(found if isinstance(found, tuple) else (found,))])
+    past = tuple(None if x_TD is None else read_rows(x_TD, read_R) for x_TD in (*first, last_TD))
+    return past if len(past) > 1 else past[0]
 
 
 def where_nothing_drops(module: nn.Module, read_R: Tensor | None, *, drops: bool) -> Tensor | None:

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from bert_ds.basics.ranks import CheckpointError
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.encoder.hf_folder import load_hf_folder
 from bert_ds.encoder.hf_mapping import from_hf
 from bert_ds.encoder.pretraining_model import PretrainingModel
+
+_OF_LAYER = re.compile(r"^bert\.layer\.(\d+)\.(\w+)\.")
 
 
 def load_initial_weights(
@@ -59,6 +63,34 @@ def start_at_unigram(model: PretrainingModel, counts: np.ndarray) -> None:
         bias_V[: len(seen)] = (seen / seen.sum()).log()
 
 
+def layers_alone(
+    state_dict: Mapping[str, Tensor], config: EncoderConfig, layers: Sequence[int]
+) -> tuple[dict[str, Tensor], EncoderConfig]:
+    """Return the weights and the settings of the network of some layers of a model.
+
+    Args:
+        state_dict: of a pre-training model.
+        config: of it.
+        layers: counted from 0, one behind the other.
+
+    Raises:
+        ConfigError: there is no network of these layers.
+    """
+    try:
+        smaller = config.with_layers(layers)
+    except ValueError as error:
+        raise ConfigError(f"--layers: {error}") from None
+    kept: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        if (found := _OF_LAYER.match(name)) is None:
+            kept[name] = tensor
+            continue
+        number, part = int(found[1]), found[2]
+        for place in [place for place, layer in enumerate(layers) if config.owner(layer, part) == number][:1]:
+            kept[f"bert.layer.{place}.{part}.{name[found.end() :]}"] = tensor
+    return kept, smaller
+
+
 def start_from_layers(model: PretrainingModel, teacher: PretrainingModel, layers: Sequence[int]) -> None:
     """Copy a teacher's embeddings, heads and some of its layers into a new model of the same sizes.
 
@@ -75,6 +107,6 @@ def start_from_layers(model: PretrainingModel, teacher: PretrainingModel, layers
         return f"bert.layer.{teacher.config.owner(layers[int(found[1])], found[2])}.{found[2]}."
 
     def source(name: str) -> str:
-        return re.sub(r"^bert\.layer\.(\d+)\.(\w+)\.", taken, name)
+        return _OF_LAYER.sub(taken, name)
 
     model.load_state_dict({name: theirs.get(source(name), tensor) for name, tensor in own.items()})

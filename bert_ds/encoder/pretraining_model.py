@@ -41,6 +41,7 @@ class PretrainingModel(nn.Module):
         activation_checkpointing: recompute each layer in the backward pass.
         init_seed: seed of the initial weights.
         objectives: what it is trained on, masked words among them.
+        layer_drop: share of the layers that a step is taken without; who trains draws them.
     """
 
     predictions: MaskedWordHead
@@ -55,10 +56,11 @@ class PretrainingModel(nn.Module):
         activation_checkpointing: bool = False,
         init_seed: int = 0,
         objectives: Sequence[Objective] | None = None,
+        layer_drop: float = 0.0,
     ) -> None:
         super().__init__()
         ops, family = fused_ops(kernels), family_of(config)
-        self.config = config
+        self.config, self.layer_drop = config, layer_drop
         self.objectives = tuple(plain_objectives(has_pair_head=has_pair_head) if objectives is None else objectives)
         self.terms = ordered_terms(self.objectives)
         self.has_pair_head = any(isinstance(objective, SentencePair) for objective in self.objectives)
@@ -83,11 +85,13 @@ class PretrainingModel(nn.Module):
         kind_counts: tuple[int, ...] = (),
         fillings: Fillings = NO_FILLINGS,
         dropout_seed: Tensor | None = None,
+        passed_over: frozenset[int] = frozenset(),
     ) -> tuple[Tensor, Tensor]:
         """Return (loss_sums_L, metric_sums_M) of a packed micro-batch, see `objectives.objective.stacked`.
 
         Args:
-            input_ids_T, token_type_ids_T, position_ids_T, cu_seqlens, max_seqlen, dropout_seed: see `BertEncoder`.
+            input_ids_T, token_type_ids_T, position_ids_T, cu_seqlens, max_seqlen: see `BertEncoder`.
+            dropout_seed, passed_over: see there too.
             targets: by name, those that the objectives read.
             kind_counts: in an evaluation, the number of words to predict of each kind, one kind behind the other.
             fillings: what lies at the end of the stream and of the targets and counts for nothing.
@@ -99,6 +103,7 @@ class PretrainingModel(nn.Module):
             "cu_seqlens": cu_seqlens,
             "max_seqlen": max_seqlen,
             "dropout_seed": dropout_seed,
+            "passed_over": passed_over,
         }
         seen = Seen(self.bert, stream, targets, kind_counts, fillings=fillings)
         seen.will_read([objective.tokens_read(self, seen) for objective in self.objectives])

@@ -145,7 +145,12 @@ def export_hf_arguments(words: Words = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", metavar="global_stepN", help="name of the checkpoint (default: the newest)")
     parser.add_argument("--onnx", action="store_true", help="write an ONNX file and its tokenizer as well")
     parser.add_argument("--output", type=Path, help="folder to write (default: RUN_DIR/hf or MODEL/onnx)")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", metavar="N", help="export a network of these layers alone, counted from 0"
+    )
     args = parser.parse_args(words)
+    if args.layers is not None and (args.model is not None or args.output is None):
+        parser.error("--layers makes another network of a run: wanted --run_dir and --output beside it")
     if args.model is not None and (not args.onnx or args.checkpoint):
         parser.error("--model is a finished folder: wanted --onnx beside it, and no --checkpoint")
     if args.model is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -102,6 +103,12 @@ class AlbertConfig(BertNamesConfig):
         """Return the first layer of the group, where it is a part that is shared."""
         size = self.num_hidden_layers // self.num_hidden_groups
         return layer // size * size if self.shared_parts in ("all", part) else layer
+
+    def _of_layers(self, layers: Sequence[int]) -> dict[str, Any]:
+        """Return nothing more where all layers are one; parts of groups are no groups."""
+        if self.num_hidden_groups > 1 or self.shared_parts != "all":
+            raise ValueError(f"found {list(layers)}, but some of the layers share weights, and none of those is alone")
+        return {}
 
     def own_matrices(self) -> list[tuple[int, int]]:
         """Return those of all layers, one that several layers share once."""

@@ -6,7 +6,7 @@ sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
@@ -132,6 +132,23 @@ class EncoderConfig(Section):
     def with_dropout(self, probability: float) -> Self:
         """Return the settings with another dropout in all places that fine-tuning changes; 0 switches it off."""
         raise NotImplementedError
+
+    def with_layers(self, layers: Sequence[int]) -> Self:
+        """Return the settings of the network of some layers alone.
+
+        Args:
+            layers: counted from 0, one behind the other.
+
+        Raises:
+            ValueError: there is no such layer, or no network of those.
+        """
+        if not layers or sorted({*layers}) != list(layers) or not {*layers} <= {*range(self.num_hidden_layers)}:
+            raise ValueError(f"found {list(layers)}, wanted numbers from 0 to {self.num_hidden_layers - 1} that rise")
+        return type(self)(**{**self.model_dump(), "num_hidden_layers": len(layers), **self._of_layers(layers)})
+
+    def _of_layers(self, layers: Sequence[int]) -> dict[str, Any]:
+        """Return what else changes with the layers; ValueError where those cannot be alone."""
+        return {}
 
     def form(self) -> dict[str, str]:
         """Return what trained weights belong to, by field of a recipe: not dropout, nor how weights begin."""

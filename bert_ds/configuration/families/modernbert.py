@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -115,6 +116,14 @@ class ModernBertConfig(EncoderConfig):
         if self.layer_types is not None:
             return tuple(kind == "sliding_attention" for kind in self.layer_types)
         return tuple(layer % self.global_attn_every_n_layers != 0 for layer in range(self.num_hidden_layers))
+
+    def _of_layers(self, layers: Sequence[int]) -> dict[str, Any]:
+        """Return what each of them sees; the first has no LayerNorm in front of it, which the others have."""
+        if layers[0] != 0:
+            raise ValueError(f"found {list(layers)}, wanted 0 among them: no other can be ModernBERT's first layer")
+        kinds = self.spelled_out().layer_types
+        assert kinds is not None
+        return {"layer_types": tuple(kinds[layer] for layer in layers)}
 
     def spelled_out(self) -> ModernBertConfig:
         """Return the settings with the type of every layer, and without the number that it may follow from."""

@@ -30,6 +30,7 @@ from bert_ds.configuration.reading.config_files import (
 )
 from bert_ds.configuration.reading.config_problems import section_problems
 from bert_ds.configuration.reading.config_section import (
+    DropoutProbability,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -97,6 +98,8 @@ class TrainingConfig(Section):
     """Dtype of weights and activations; optimizer state is always fp32. auto: bf16 on CUDA and where it is faster."""
     gradient_clipping: NonNegativeFloat = 1.0
     """Global gradient norm is clipped to this; 0 switches clipping off."""
+    layer_drop: DropoutProbability = 0.0
+    """LayerDrop: in each step every layer is left out with this probability, for the whole global batch."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """auto: the Triton kernels on CUDA, torch elsewhere."""
     log_every_steps: PositiveInt = 10

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bert_ds.configuration.families.modernbert import ModernBertConfig
 from bert_ds.encoder.blocks import (
     Dropout,
+    PassedOver,
     at_their_tokens,
     first_rows,
     mean_rows,
@@ -72,6 +73,7 @@ class ModernBertEncoder(nn.Module):
         max_seqlen: int,
         dropout_seed: Tensor | None = None,
         read_R: Tensor | None = None,
+        passed_over: frozenset[int] = frozenset(),
     ) -> Tensor:
         """Encode a packed micro-batch.
 
@@ -82,6 +84,7 @@ class ModernBertEncoder(nn.Module):
             max_seqlen: tokens of the longest sequence.
             dropout_seed: int64 [1], on the device of the ids; needed in training mode when the config has dropout.
             read_R: int64 [R], the tokens whose hidden states are read, where it is not all, see `through_layers`.
+            passed_over: layers that have no effect, counted from 0.
 
         Returns:
             hidden_TD in the dtype of the parameters; rows that are not read have no meaning.
@@ -90,9 +93,12 @@ class ModernBertEncoder(nn.Module):
         read_R = where_nothing_drops(self, read_R, drops=self.dropout_is_used)
         hidden_TD = self.embeddings(input_ids_T, dropout_seed)
         stream = (position_ids_T, cu_seqlens, max_seqlen, dropout_seed)
+        past = None
+        if passed_over:
+            past = PassedOver(passed_over, (position_ids_T[:0], torch.zeros_like(cu_seqlens), 0, dropout_seed))
         recompute = self.activation_checkpointing and self.training
-        carried = (None, hidden_TD)
-        x_RD, residual_RD = through_layers(self.layer, carried, *stream, recompute=recompute, read_R=read_R)
+        how: dict[str, Any] = {"recompute": recompute, "read_R": read_R, "passed_over": past}
+        x_RD, residual_RD = through_layers(self.layer, (None, hidden_TD), *stream, **how)
         hidden_RD = self.final_norm(x_RD, residual_RD, dropout_seed)[0]
         return at_their_tokens(hidden_RD, read_R, num_tokens=len(input_ids_T))
 

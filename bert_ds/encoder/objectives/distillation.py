@@ -74,7 +74,7 @@ class TaughtWords(MaskedWords):
     def sums(self, model: Any, seen: Seen) -> Sums:
         """See `Objective.sums`; the teacher drops nothing."""
         positions_P = seen.targets["masked_positions"]
-        asked = {**seen.stream, "dropout_seed": None, "read_R": seen.read_R}
+        asked = {**seen.stream, "dropout_seed": None, "passed_over": frozenset(), "read_R": seen.read_R}
         taught_TD = self.teacher.hidden_states(seen.hidden_TD, **asked)
         taught_PD = taught_TD.index_select(0, seen.real_words(positions_P))
 

@@ -17,7 +17,7 @@ from deepspeed import DeepSpeedEngine
 
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.whole_files import write_json
-from bert_ds.training.loop.dropout_seeds import dropout_seed
+from bert_ds.training.loop.dropout_seeds import drops_of
 from bert_ds.training.loop.step_loss import step_loss
 
 _NUM_LARGEST = 10
@@ -56,7 +56,7 @@ def gradient_report(
         part = dist.get_rank() * len(micro_batches) + micro_step
         inputs = batch.to(engine.device).model_inputs()
         # Through the module: the engine would take the backward of its own output for one of its micro-steps.
-        loss_sums_L, _ = engine.module(**inputs, dropout_seed=dropout_seed(seed, step, part, device=engine.device))
+        loss_sums_L, _ = engine.module(**inputs, **drops_of(engine.module, seed, step, part, device=engine.device))
         loss = step_loss(loss_sums_L, counts, terms=terms)
         gradients = torch.autograd.grad(loss, [one for _, one in named], allow_unused=True)
         norms = {

@@ -1,11 +1,44 @@
-"""One 64-bit dropout seed per micro-batch: a documented hash, so that no random state is ever saved."""
+"""What a step drops: a 64-bit dropout seed per micro-batch, and layers. A documented hash: no random state is saved."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _MASK = 2**64 - 1
+_LAYERS = 2**32
+"""Names the draws of layers, where the others have a number of a micro-batch."""
+
+
+def drops_of(module: nn.Module, seed: int, step: int, part: int, *, device: torch.device | str) -> dict[str, Any]:
+    """Return the arguments of a model's forward that say what a micro-batch drops.
+
+    Args:
+        module: of pre-training, which may have a `layer_drop`, or of a task.
+        seed, step, part, device: see `dropout_seed`.
+    """
+    drops: dict[str, Any] = {"dropout_seed": dropout_seed(seed, step, part, device=device)}
+    model: Any = module
+    if layer_drop := getattr(model, "layer_drop", 0.0):
+        drops["passed_over"] = passed_over(seed, step, num_layers=len(model.bert.layer), layer_drop=layer_drop)
+    return drops
+
+
+def passed_over(seed: int, step: int, *, num_layers: int, layer_drop: float) -> frozenset[int]:
+    """Return the layers that a step is taken without, each with probability layer_drop: those of all its micro-batches.
+
+    A function of seed, step and layer and of nothing else, so it is the same on every rank.
+
+    Args:
+        seed: the run's seed, non-negative.
+        step: optimizer step, from 1.
+        num_layers: of the encoder; they are counted from 0.
+        layer_drop: in [0, 1).
+    """
+    drawn = [dropout_seed_value(seed, step, _LAYERS + layer) % 2**64 / 2**64 for layer in range(num_layers)]
+    return frozenset(layer for layer, number in enumerate(drawn) if number < layer_drop)
 
 
 def splitmix64(value: int) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import DivergedError
 from bert_ds.training.agreement import sum_over_ranks
-from bert_ds.training.loop.dropout_seeds import dropout_seed
+from bert_ds.training.loop.dropout_seeds import drops_of
 from bert_ds.training.loop.loss_guard import LossGuard
 from bert_ds.training.loop.step_loss import poison_if_not_finite, step_loss
 from bert_ds.training.optimizers.factory import StepGuard
@@ -103,7 +103,7 @@ def forward_backward(
         inputs: dict[str, Any] = {"dropout_seed": None, **batch.to(engine.device).model_inputs()}
         if seed is not None:
             part = dist.get_rank() * accumulation + micro_step
-            inputs["dropout_seed"] = dropout_seed(seed, step, part, device=engine.device)
+            inputs |= drops_of(engine.module, seed, step, part, device=engine.device)
         loss_sums_L, metric_sums_M = engine(**inputs)
         loss = poison_if_not_finite(step_loss(loss_sums_L, counts, terms=terms))
         sums = torch.cat([loss_sums_L.detach(), metric_sums_M.detach()]).double()
