@@ -259,7 +259,7 @@ DISTIL_FOLDER = {"model_type": "distilbert", "dim": 24, "n_layers": 2, "n_heads"
         ({"local_attention": 1}, "local_attention is 1: "),
         ({**DISTIL_FOLDER, "n_layers": 0}, "config.json: n_layers is 0: Input should be greater than"),
         ({**DISTIL_FOLDER, "n_heads": 7}, "hidden_size 24 is not a multiple of num_attention_heads 7"),
-        ({**DISTIL_FOLDER, "activation": "relu"}, "activation is 'relu': Input should be 'gelu' or 'gelu_new'"),
+        ({**DISTIL_FOLDER, "activation": "tanh"}, "activation is 'tanh': Input should be 'gelu', 'gelu_new', 'relu'"),
         ({**DISTIL_FOLDER, "tie_word_embeddings": False}, "tie_word_embeddings is False, wanted True"),
         ({"model_type": "electra", "summary_type": "mean"}, "summary_type is 'mean', wanted 'first'"),
         ({"model_type": "electra", "embedding_size": 0}, "embedding_size is 0: Input should be greater than"),

@@ -171,7 +171,7 @@ def test_a_missing_pair_head_is_refused_when_the_run_has_one() -> None:
         ({"is_decoder": True}, "is_decoder is True, wanted False"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False, wanted True"),
         ({"_attn_implementation_internal": "evil/repository"}, "_attn_implementation_internal is a private setting"),
-        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"hidden_act": "tanh"}, "hidden_act is 'tanh'"),
         ({"hidden_size": "32"}, "hidden_size is '32'"),
     ],
 )

@@ -1,6 +1,6 @@
 """BERT's layer, of which several families are made: what differs between them stands around it.
 
-Attention, then feed-forward, with biases everywhere and GELU; LayerNorm behind each block (Devlin et al. 2019, arXiv
+Attention, then feed-forward, with biases everywhere; LayerNorm behind each block (Devlin et al. 2019, arXiv
 1810.04805), or in front of it as Megatron has it (Shoeybi et al. 2019, arXiv 1909.08053). Letters, where a parameter is
 read, and what dropout is a function of: `families/bert.py`.
 """
@@ -18,6 +18,7 @@ from bert_ds.encoder.blocks import (
     AddNorm,
     Dropout,
     PassedOver,
+    activated,
     at_their_tokens,
     read_rows,
     refuse_partitioned,
@@ -252,14 +253,14 @@ class BertAttention(nn.Module):
 
 
 class BertFeedForward(nn.Module):
-    """Dense, GELU, dense; then dropout, residual, LayerNorm if post."""
+    """Dense, activation, dense; then dropout, residual, LayerNorm if post."""
 
     def __init__(self, config: LayerSettings, ops: FusedOps) -> None:
         super().__init__()
         hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
         self.ops = ops
         self.eps = config.layer_norm_eps
-        self.approximate = gelu_approximation(config)
+        self.act = config.hidden_act
         self.dropout_prob = config.hidden_dropout_prob
         self.has_norm = config.norm_position == "post"
         self.intermediate_weight = nn.Parameter(torch.empty(intermediate_size, hidden_size))
@@ -271,10 +272,9 @@ class BertFeedForward(nn.Module):
             self.layer_norm_bias = nn.Parameter(torch.empty(hidden_size))
 
     def forward(self, hidden_TD: Tensor, dropout_seed: Tensor | None = None, *, site: int) -> Tensor:
-        """Return dense(gelu(dense(hidden_TD))); if post LayerNorm(hidden_TD + dropout(of it))."""
-        intermediate_TF = self.ops.bias_gelu(
-            F.linear(hidden_TD, self.intermediate_weight), self.intermediate_bias, approximate=self.approximate
-        )
+        """Return dense(act(dense(hidden_TD))); if post LayerNorm(hidden_TD + dropout(of it))."""
+        inner_TF = F.linear(hidden_TD, self.intermediate_weight)
+        intermediate_TF = activated(self.ops, inner_TF, self.intermediate_bias, self.act)
         if not self.has_norm:
             return F.linear(intermediate_TF, self.output_weight, self.output_bias)
         return self.ops.dropout_add_layer_norm(
@@ -301,11 +301,6 @@ def share_parts(layers: nn.ModuleList, config: LayerSettings) -> None:
             if (owner := config.owner(number, part)) != number:
                 delattr(layer, part)
                 object.__setattr__(layer, part, getattr(layers[owner], part))
-
-
-def gelu_approximation(config: LayerSettings) -> str:
-    """Torch's name for the GELU that config.hidden_act asks for."""
-    return {"gelu": "none", "gelu_new": "tanh"}[config.hidden_act]
 
 
 def first_free_site(config: LayerSettings) -> int:

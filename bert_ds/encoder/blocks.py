@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +18,24 @@ class Dropout(NamedTuple):
 
     probability: float
     site: int
+
+
+APPROXIMATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+"""Torch's name for the GELU of a setting."""
+_OTHERS = {"relu": F.relu, "silu": F.silu}
+
+
+def activated(ops: FusedOps, x_TF: Tensor, bias_F: Tensor | None, act: str) -> Tensor:
+    """Return act(x + bias); GELU and bias are one operation, the others are torch's.
+
+    Args:
+        act: of the settings, by Hugging Face's names.
+    """
+    if act in _OTHERS:
+        return _OTHERS[act](x_TF if bias_F is None else x_TF + bias_F)
+    if bias_F is None:
+        return F.gelu(x_TF, approximate=APPROXIMATIONS[act])
+    return ops.bias_gelu(x_TF, bias_F, approximate=APPROXIMATIONS[act])
 
 
 class PassedOver(NamedTuple):

@@ -10,13 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_ds.configuration.families.modernbert import ModernBertConfig
-from bert_ds.encoder.blocks import AddNorm, Dropout, read_rows
+from bert_ds.encoder.blocks import APPROXIMATIONS, AddNorm, Dropout, read_rows
 from bert_ds.encoder.fused_ops import FusedOps
 
 EMBEDDING_SITE = 0
 SITES_PER_LAYER = 3
-APPROXIMATIONS = {"gelu": "none", "gelu_pytorch_tanh": "tanh"}
-"""Torch's name for the GELU of a setting."""
 
 
 def add_norm(config: ModernBertConfig, ops: FusedOps, *, dropout: Dropout) -> AddNorm:

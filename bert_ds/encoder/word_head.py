@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.encoder.blocks import activated
 from bert_ds.encoder.fused_ops import FusedOps
 
 
@@ -25,13 +26,13 @@ class Decoder(NamedTuple):
 
 
 class MaskedWordHead(nn.Module):
-    """Dense to the width of the embeddings, GELU, LayerNorm, then a decoder: the word embedding, or its own weight.
+    """Dense to the width of the embeddings, activation, LayerNorm, then a decoder: the word embedding, or its weight.
 
     Args:
         config: sizes.
         ops: the table of fused operations.
         eps: of the LayerNorm.
-        approximate: "none" or "tanh", torch's name for the GELU.
+        act: the activation, by Hugging Face's names.
         biases: which of "transform", "layer_norm" and "decoder" have a bias.
         is_tied: whether the decoder is the word embedding.
     """
@@ -42,13 +43,13 @@ class MaskedWordHead(nn.Module):
         ops: FusedOps,
         *,
         eps: float,
-        approximate: str = "none",
+        act: str = "gelu",
         biases: tuple[str, ...] = ("transform", "layer_norm", "decoder"),
         is_tied: bool = True,
     ) -> None:
         super().__init__()
         width, vocab_size = config.embedding_width, config.padded_vocab_size
-        self.ops, self.eps, self.approximate = ops, eps, approximate
+        self.ops, self.eps, self.act = ops, eps, act
         self.vocab_size = config.vocab_size
         self.transform_weight = nn.Parameter(torch.empty(width, config.hidden_size))
         self.transform_bias = nn.Parameter(torch.empty(width)) if "transform" in biases else None
@@ -95,11 +96,8 @@ class MaskedWordHead(nn.Module):
     def transform(self, hidden_PD: Tensor) -> Tensor:
         """Return what the decoder is applied to, [P, D]."""
         dense_PD = F.linear(hidden_PD, self.transform_weight)
-        if self.transform_bias is None:
-            gelu_PD = F.gelu(dense_PD, approximate=self.approximate)
-        else:
-            gelu_PD = self.ops.bias_gelu(dense_PD, self.transform_bias, approximate=self.approximate)
-        return self.ops.layer_norm(gelu_PD, self.layer_norm_weight, self.layer_norm_bias, self.eps)
+        active_PD = activated(self.ops, dense_PD, self.transform_bias, self.act)
+        return self.ops.layer_norm(active_PD, self.layer_norm_weight, self.layer_norm_bias, self.eps)
 
     def decoder(self, hidden_PD: Tensor, word_weight_VD: Tensor) -> Decoder:
         """Return what gives the scores of masked tokens; the bias is zeros where there is none.

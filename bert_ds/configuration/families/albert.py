@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from bert_ds.configuration.families.bert import BertConfig
-from bert_ds.configuration.families.bert_layers import BertNamesConfig
+from bert_ds.configuration.families.bert_layers import Activation, BertNamesConfig
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.reading.config_section import DropoutProbability, Size
 
@@ -41,8 +41,8 @@ class AlbertConfig(BertNamesConfig):
     """Number of attention heads; divides hidden_size."""
     intermediate_size: Size = 3072
     """Width of the feed-forward layer."""
-    hidden_act: Literal["gelu", "gelu_new"] = "gelu_new"
-    """"gelu" is the erf form, "gelu_new" the tanh approximation, which is the published one."""
+    hidden_act: Activation = "gelu_new"
+    """"gelu" is the erf form, "gelu_new" the tanh approximation, which is the published one; or "relu" or "silu"."""
     hidden_dropout_prob: DropoutProbability = 0.0
     """Dropout after the embeddings and after both dense blocks of a layer."""
     attention_probs_dropout_prob: DropoutProbability = 0.0

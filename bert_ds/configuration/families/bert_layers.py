@@ -7,6 +7,9 @@ from typing import Literal, Self
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.reading.config_section import DropoutProbability, PositiveFloat, Size
 
+Activation = Literal["gelu", "gelu_new", "relu", "silu"]
+"""Between the two matrices of a feed-forward block, and in the masked-word head."""
+
 
 class BertLayersConfig(EncoderConfig):
     """Base of all of them: what follows from the sizes."""
@@ -54,8 +57,8 @@ class BertNamesConfig(BertLayersConfig):
 
     SIZES = (*BertLayersConfig.SIZES, "max_position_embeddings", "type_vocab_size")
 
-    hidden_act: Literal["gelu", "gelu_new"] = "gelu"
-    """"gelu" is the published erf form, "gelu_new" the tanh approximation."""
+    hidden_act: Activation = "gelu"
+    """"gelu" is the published erf form, "gelu_new" the tanh approximation; or "relu" or "silu"."""
     hidden_dropout_prob: DropoutProbability = 0.1
     """Dropout after the embeddings, after both dense blocks of a layer, and in front of a classifier."""
     attention_probs_dropout_prob: DropoutProbability = 0.1

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bert_ds.configuration.families.bert_layers import BertLayersConfig
+from bert_ds.configuration.families.bert_layers import Activation, BertLayersConfig
 from bert_ds.configuration.reading.config_section import DropoutProbability, PositiveFloat, Size
 
 
@@ -39,8 +39,8 @@ class DistilBertConfig(BertLayersConfig):
     """Number of attention heads, `n_heads` in config.json; divides hidden_size."""
     intermediate_size: Size = 3072
     """Width of the feed-forward layer; `hidden_dim` in config.json."""
-    activation: Literal["gelu", "gelu_new"] = "gelu"
-    """"gelu" is the published erf form, "gelu_new" the tanh approximation."""
+    activation: Activation = "gelu"
+    """"gelu" is the published erf form, "gelu_new" the tanh approximation; or "relu" or "silu"."""
     dropout: DropoutProbability = 0.1
     """Dropout after the embeddings and after both dense blocks of a layer."""
     attention_dropout: DropoutProbability = 0.1

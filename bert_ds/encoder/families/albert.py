@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.families.albert import AlbertConfig
-from bert_ds.encoder.bert_layers import first_free_site, gelu_approximation, initialise_weights, layer_rows
+from bert_ds.encoder.bert_layers import first_free_site, initialise_weights, layer_rows
 from bert_ds.encoder.families.bert import BERT, BertEncoder, PairHead
 from bert_ds.encoder.families.embeddings import ProjectedEmbeddings
 from bert_ds.encoder.families.family import LAYER_MATRICES, Family, Role, RoleName, refused_settings
@@ -31,7 +31,7 @@ def make_encoder(config: AlbertConfig, ops: FusedOps, **others: Any) -> BertEnco
 
 
 def _word_head(config: AlbertConfig, ops: FusedOps) -> MaskedWordHead:
-    return MaskedWordHead(config, ops, eps=config.layer_norm_eps, approximate=gelu_approximation(config))
+    return MaskedWordHead(config, ops, eps=config.layer_norm_eps, act=config.hidden_act)
 
 
 _DECODER, _DECODER_BIAS = "predictions.decoder.weight", "predictions.decoder.bias"

@@ -30,7 +30,6 @@ from bert_ds.encoder.bert_layers import (
     HF_LAYER_PARTS,
     LayeredEncoder,
     first_free_site,
-    gelu_approximation,
     initialise_weights,
     layer_rows,
 )
@@ -99,7 +98,7 @@ class PairHead(nn.Module):
 
 
 def _word_head(config: BertConfig, ops: FusedOps) -> MaskedWordHead:
-    return MaskedWordHead(config, ops, eps=config.layer_norm_eps, approximate=gelu_approximation(config))
+    return MaskedWordHead(config, ops, eps=config.layer_norm_eps, act=config.hidden_act)
 
 
 _DECODER = "cls.predictions.decoder.weight"

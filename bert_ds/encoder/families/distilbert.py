@@ -18,7 +18,6 @@ from bert_ds.encoder.bert_layers import (
     EMBEDDING_SITE,
     LayeredEncoder,
     first_free_site,
-    gelu_approximation,
     initialise_weights,
     layer_rows,
 )
@@ -91,7 +90,7 @@ class DistilBertFront(nn.Module):
 
 
 def _word_head(config: DistilBertConfig, ops: FusedOps) -> MaskedWordHead:
-    return MaskedWordHead(config, ops, eps=config.layer_norm_eps, approximate=gelu_approximation(config))
+    return MaskedWordHead(config, ops, eps=config.layer_norm_eps, act=config.hidden_act)
 
 
 _DECODER = "vocab_projector.weight"

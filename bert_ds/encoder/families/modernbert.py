@@ -19,6 +19,7 @@ from bert_ds.configuration.families.modernbert import ModernBertConfig
 from bert_ds.encoder.blocks import (
     Dropout,
     PassedOver,
+    activated,
     at_their_tokens,
     first_rows,
     mean_rows,
@@ -30,7 +31,6 @@ from bert_ds.encoder.blocks import (
 from bert_ds.encoder.families.family import LAYER_MATRICES, Family, Role, RoleName
 from bert_ds.encoder.fused_ops import FusedOps
 from bert_ds.encoder.modernbert_layers import (
-    APPROXIMATIONS,
     EMBEDDING_SITE,
     SITES_PER_LAYER,
     ModernBertEmbeddings,
@@ -121,7 +121,7 @@ class ModernBertFront(nn.Module):
     def __init__(self, config: ModernBertConfig, ops: FusedOps) -> None:
         super().__init__()
         hidden_size = config.hidden_size
-        self.ops, self.eps, self.approximate = ops, config.norm_eps, APPROXIMATIONS[config.classifier_activation]
+        self.ops, self.eps, self.act = ops, config.norm_eps, config.classifier_activation
         self.dense_weight = nn.Parameter(torch.empty(hidden_size, hidden_size))
         self.dense_bias = nn.Parameter(torch.empty(hidden_size)) if config.classifier_bias else None
         self.layer_norm_weight = nn.Parameter(torch.empty(hidden_size))
@@ -129,7 +129,7 @@ class ModernBertFront(nn.Module):
 
     def forward(self, rows_RD: Tensor) -> Tensor:
         """Return [R, D]."""
-        active_RD = F.gelu(F.linear(rows_RD, self.dense_weight, self.dense_bias), approximate=self.approximate)
+        active_RD = activated(self.ops, F.linear(rows_RD, self.dense_weight, self.dense_bias), None, self.act)
         return self.ops.layer_norm(active_RD, self.layer_norm_weight, self.layer_norm_bias, self.eps)
 
 
@@ -175,7 +175,7 @@ def _word_head(config: ModernBertConfig, ops: FusedOps) -> MaskedWordHead:
         config,
         ops,
         eps=config.norm_eps,
-        approximate=APPROXIMATIONS[config.classifier_activation],
+        act=config.classifier_activation,
         biases=tuple(name for name, is_there in has.items() if is_there),
         is_tied=config.tie_word_embeddings,
     )
