@@ -53,7 +53,7 @@ from bert_ds.encoder.tensor_rows import rows_to_hf
 
 RESULTS = Path(__file__).parent / "results/families.jsonl"
 CASES: dict[str, EncoderConfig] = {
-    **FORMS,
+    **{name: form for name, form in FORMS.items() if form.exported() == form.spelled_out()},
     "modernbert, all biases, every third layer sees all": of_size(FORMS["modernbert, all biases"], layer_types=None),
     "modernbert, every layer sees all": of_size(FORMS["modernbert"], global_attn_every_n_layers=1),
 }

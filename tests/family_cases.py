@@ -54,6 +54,7 @@ FORMS: dict[str, EncoderConfig] = {
     ),
     "bert": BertConfig(**_BERT),
     "bert, pre-norm": BertConfig(**_BERT, norm_position="pre", hidden_act="gelu_new"),
+    "bert, sinusoids": BertConfig(**_BERT, positions="sinusoid"),
     "bert, silu": BertConfig(**_BERT, hidden_act="silu"),
     "distilbert": DistilBertConfig(**_DISTIL),
     "distilbert, tanh gelu": DistilBertConfig(**_DISTIL, activation="gelu_new"),

@@ -92,7 +92,8 @@ def scores_of(model: Any, role: str, padded: dict[str, Tensor]) -> dict[str, Ten
     if role == "question answering":
         return {"scores": torch.stack([found.start_logits, found.end_logits], dim=-1)[mask_NS]}
     if role == "pre-training":
-        return {"scores": found.prediction_logits[mask_NS], "pair": found.seq_relationship_logits}
+        pair = next(found[name] for name in ("seq_relationship_logits", "sop_logits") if name in found)
+        return {"scores": found.prediction_logits[mask_NS], "pair": pair}
     return {"scores": found.logits if role == "sequence classification" else found.logits[mask_NS]}
 
 

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from encoder_cases import encoder_inputs, packed_inputs, small_config, spread_weights
 
+from bert_ds.basics.ranks import CheckpointError
 from bert_ds.encoder.bert_layers import BertLayer, initialise_weights
+from bert_ds.encoder.families.embeddings import sinusoids
 from bert_ds.encoder.fused_ops import fused_ops
+from bert_ds.encoder.hf_mapping import from_hf, to_hf
 from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_kernels.dropout_mask import ATTENTION, HIDDEN, keep_mask_reference
 
@@ -185,3 +190,18 @@ def test_low_precision_parameters_give_low_precision_hidden_states_near_fp32(dty
 def test_an_unknown_kernel_choice_is_refused() -> None:
     with pytest.raises(ValueError, match='kernels is "cuda", wanted "auto", "triton" or "torch"'):
         fused_ops("cuda")
+
+
+def test_sinusoids_are_the_published_positions_no_weights_and_the_table_of_an_export() -> None:
+    table = sinusoids(50, 24)
+    assert table[0].tolist() == [0.0, 1.0] * 12
+    assert table[7, 5].item() == pytest.approx(math.cos(7 / 10_000 ** (4 / 24)), rel=1e-6)
+    config = small_config(positions="sinusoid")
+    model = PretrainingModel(config, kernels="torch")
+    assert "bert.embeddings.position_weight" not in model.state_dict()
+    tensors = to_hf(model.state_dict(), config)
+    name = "bert.embeddings.position_embeddings.weight"
+    assert torch.equal(tensors[name], sinusoids(config.max_position_embeddings, config.hidden_size))
+    assert from_hf(tensors, config, has_pair_head=True).keys() == model.state_dict().keys()
+    with pytest.raises(CheckpointError, match="position_weight is not the table that the settings of the model fix"):
+        from_hf({**tensors, name: tensors[name] + 1.0}, config, has_pair_head=True)

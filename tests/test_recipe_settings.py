@@ -99,6 +99,7 @@ ROUGH = {
     "training.total_steps": 20,
 }
 """A run in which ripples of the loss count as spikes."""
+CAREFUL = {"spike_sigmas": 3.0, "spike_window": 9, "max_bad_steps": 3, "max_rollbacks": 0}
 TAUGHT = {"distillation": {"teacher": "teacher"}}
 WEIGHED = [{"type": "masked_words", "weight": 0.5}, {"type": "sentence_pair", "weight": 2.0}]
 STAGE = {"until": 0.25, "max_seq_length": 24, "train_batch_size": 6, "mlm_probability": 0.25}
@@ -162,6 +163,7 @@ CHANGES = {
     "output_bias": Change("log_unigram"),
     "model:bert.vocab_size": Change(300, EMBEDDED, {"corpus.vocab_size": 300}),
     "model:bert.norm_position": Change("pre"),
+    "model:bert.positions": Change("sinusoid"),
     "model:bert.type": Change("modernbert", PLAIN),
     **{f"model:bert.{name}": Change(value) for name, value in {**SIZES, **BERT}.items()},
     **of_family("distilbert", DISTIL),
@@ -223,10 +225,7 @@ CHANGES = {
     "checkpoints.every_steps": Change(3),
     "checkpoints.keep_last": Change(1, {"checkpoints.every_steps": 2}),
     "checkpoints.keep_every_steps": Change(2, {"checkpoints": {"every_steps": 1, "keep_last": 1}}),
-    "recovery.spike_sigmas": Change(3.0, ROUGH),
-    "recovery.spike_window": Change(9, ROUGH),
-    "recovery.max_bad_steps": Change(3, ROUGH),
-    "recovery.max_rollbacks": Change(0, ROUGH),
+    **{f"recovery.{name}": Change(value, ROUGH) for name, value in CAREFUL.items()},
     "distillation.teacher": Change("teacher2", TAUGHT),
     **{f"distillation.{name}": Change(1.0, TAUGHT) for name in ("temperature", "mlm_weight", "soft_weight")},
     "distillation.hidden_weight": Change(0.0, TAUGHT),

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.families.table import FAMILY_CONFIGS, HF_FAMILIES
 from bert_ds.configuration.recipe.run_config import ConfigError
@@ -27,7 +29,8 @@ def to_hf(state_dict: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, 
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape.
     """
-    return rows_to_hf(state_dict, list(_rows(config, has_pair_head="seq_relationship.weight" in state_dict)))
+    rows = list(_rows(config, has_pair_head="seq_relationship.weight" in state_dict))
+    return rows_to_hf({**state_dict, **family_of(config).fixed_tensors(config)}, rows)
 
 
 def share_unseen_segments(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -48,13 +51,18 @@ def from_hf(tensors: Mapping[str, Tensor], config: EncoderConfig, *, has_pair_he
     Old names are understood. The front and the pair classifier are dropped when the run has no pair head.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown, of another shape, or the decoder is not the word embedding.
+        CheckpointError: a tensor is missing, unknown, of another shape, the decoder is not the word embedding, or what
+            is fixed by the settings is another.
     """
     tensors = modern_names(tensors, config)
     if not has_pair_head:
         dropped = _hf_names(config, has_pair_head=True) - _hf_names(config, has_pair_head=False)
         tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
-    return rows_from_hf(tensors, list(_rows(config, has_pair_head=has_pair_head)))
+    found = rows_from_hf(tensors, list(_rows(config, has_pair_head=has_pair_head)))
+    for name, wanted in family_of(config).fixed_tensors(config).items():
+        if not torch.equal(own := found.pop(name), wanted.to(own.dtype)):
+            raise CheckpointError(f"{name} is not the table that the settings of the model fix")
+    return found
 
 
 def encoder_from_hf(tensors: Mapping[str, Tensor], config: EncoderConfig) -> tuple[dict[str, Tensor], tuple[str, ...]]:

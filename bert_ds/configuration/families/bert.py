@@ -31,10 +31,17 @@ class BertConfig(BertNamesConfig):
     norm_position: Literal["post", "pre"] = "post"
     """LayerNorm behind each block, as published, or in front of it and once at the end: transformers' MegatronBert."""
 
+    positions: Literal["learned", "sinusoid"] = "learned"
+    """A vector learned for each position, or fixed sinusoids, which are exported as the table that they are."""
+
     @property
     def family(self) -> str:
         """ "bert"."""
         return self.type
+
+    def exported(self) -> BertConfig:
+        """Return the settings with positions as a table like any other, of which config.json says no more."""
+        return self.model_copy(update={"positions": "learned"})
 
     def count_parameters(self, *, has_pair_head: bool) -> int:
         """Return the trainable parameters; the decoder is tied and counts once.
@@ -44,7 +51,8 @@ class BertConfig(BertNamesConfig):
         """
         hidden = self.hidden_size
         # Of the embeddings behind the sum, or of the last layer: one LayerNorm either way.
-        rows = self.padded_vocab_size + self.max_position_embeddings + self.type_vocab_size
+        num_positions = self.max_position_embeddings if self.positions == "learned" else 0
+        rows = self.padded_vocab_size + num_positions + self.type_vocab_size
         pair_head = hidden * hidden + hidden + 2 * hidden + 2 if has_pair_head else 0
         layers = self.num_hidden_layers * self.layer_parameters()
         return rows * hidden + 2 * hidden + layers + self.word_head_parameters() + pair_head

@@ -34,7 +34,7 @@ from bert_ds.encoder.bert_layers import (
     layer_rows,
 )
 from bert_ds.encoder.blocks import first_rows
-from bert_ds.encoder.families.embeddings import BertEmbeddings, EmbeddingSettings
+from bert_ds.encoder.families.embeddings import BertEmbeddings, EmbeddingSettings, sinusoids
 from bert_ds.encoder.families.family import LAYER_MATRICES, Family, Role, RoleName, refused_settings
 from bert_ds.encoder.fused_ops import FusedOps
 from bert_ds.encoder.tensor_rows import TensorRow, linear_rows, same_row, without_tied
@@ -61,7 +61,9 @@ class BertEncoder(LayeredEncoder):
         activation_checkpointing: bool = False,
         embeddings: nn.Module | None = None,
     ) -> None:
-        embeddings = BertEmbeddings(config, ops, width=config.hidden_size) if embeddings is None else embeddings
+        if embeddings is None:
+            has_sinusoids = getattr(config, "positions", "learned") == "sinusoid"
+            embeddings = BertEmbeddings(config, ops, width=config.hidden_size, has_sinusoids=has_sinusoids)
         super().__init__(config, ops, embeddings, activation_checkpointing=activation_checkpointing)
         self.pooler = BertPooler(config) if has_front else None
 
@@ -214,6 +216,12 @@ def _roles(config: BertConfig) -> dict[RoleName, Role]:
     }
 
 
+def _fixed_tensors(config: BertConfig) -> dict[str, Tensor]:
+    if config.positions == "learned":
+        return {}
+    return {"bert.embeddings.position_weight": sinusoids(config.max_position_embeddings, config.hidden_size)}
+
+
 BERT = Family(
     make_encoder=BertEncoder,
     word_head=_word_head,
@@ -231,4 +239,5 @@ BERT = Family(
     from_hf_settings=from_hf_settings,
     modern_names=modern_names,
     first_free_site=first_free_site,
+    fixed_tensors=_fixed_tensors,
 )

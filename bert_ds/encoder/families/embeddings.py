@@ -34,16 +34,27 @@ class ProjectedSettings(EmbeddingSettings, Protocol):
 
 
 class BertEmbeddings(nn.Module):
-    """Sum of word, position and segment embedding, LayerNorm where the layers have it behind them, dropout."""
+    """Sum of word, position and segment embedding, LayerNorm where the layers have it behind them, dropout.
 
-    def __init__(self, config: EmbeddingSettings, ops: FusedOps, *, width: int) -> None:
+    Args:
+        config: sizes, dropout and LayerNorm settings.
+        ops: the table of fused operations.
+        width: of the embeddings.
+        has_sinusoids: whether positions are those of `sinusoids`, and no weights.
+    """
+
+    def __init__(self, config: EmbeddingSettings, ops: FusedOps, *, width: int, has_sinusoids: bool = False) -> None:
         super().__init__()
         self.ops = ops
         self.eps = config.layer_norm_eps
         self.dropout_prob = config.hidden_dropout_prob
         self.has_norm = config.norm_position == "post"
         self.word_weight = nn.Parameter(torch.empty(config.padded_vocab_size, width))
-        self.position_weight = nn.Parameter(torch.empty(config.max_position_embeddings, width))
+        if has_sinusoids:
+            table_SD = sinusoids(config.max_position_embeddings, width)
+            self.register_buffer("position_weight", table_SD, persistent=False)
+        else:
+            self.position_weight = nn.Parameter(torch.empty(config.max_position_embeddings, width))
         self.token_type_weight = nn.Parameter(torch.empty(config.type_vocab_size, width))
         if self.has_norm:
             self.layer_norm_weight = nn.Parameter(torch.empty(width))
@@ -73,6 +84,16 @@ class BertEmbeddings(nn.Module):
             self.eps,
             **dropout,
         )
+
+
+def sinusoids(num_positions: int, width: int) -> Tensor:
+    """Return the positions of Vaswani et al. (2017, arXiv 1706.03762, section 3.5), fp32 [S, D].
+
+    Column 2i is sin(s / 10000^(2i / D)), column 2i + 1 its cosine.
+    """
+    columns = torch.arange(width, dtype=torch.float64)
+    angles_SD = torch.arange(num_positions, dtype=torch.float64)[:, None] / 10_000.0 ** (columns // 2 * 2 / width)
+    return torch.where(columns % 2 == 0, angles_SD.sin(), angles_SD.cos()).float()
 
 
 class ProjectedEmbeddings(BertEmbeddings):

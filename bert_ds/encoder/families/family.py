@@ -87,6 +87,8 @@ class Family(NamedTuple):
     """Hugging Face's tensors under today's names, without buffers and without a tied decoder."""
     first_free_site: Callable[[Any], int]
     """Number of the first dropout mask that the encoder does not use."""
+    fixed_tensors: Callable[[Any], Mapping[str, Tensor]] = lambda config: {}
+    """Tensors of `encoder_rows` that are no weights but follow from the settings: they are in exports alone."""
 
 
 def refused_settings(content: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
