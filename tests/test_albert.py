@@ -18,6 +18,7 @@ from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.deepspeed_file.ds_config import load_ds_config
 from bert_ds.configuration.families.albert import AlbertConfig
 from bert_ds.configuration.families.bert import BertConfig
+from bert_ds.configuration.model_folder import has_pair_head
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.configuration.task.task_checks import checked_split
 from bert_ds.configuration.task.task_config import load_task, trained_task
@@ -25,7 +26,7 @@ from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.hf_folder import load_hf_folder
 from bert_ds.encoder.hf_mapping import from_hf, to_hf
 from bert_ds.encoder.hf_verify import verify_export
-from bert_ds.encoder.initial_weights import start_from_layers
+from bert_ds.encoder.initial_weights import load_initial_weights, start_from_layers
 from bert_ds.encoder.pretraining_model import PretrainingModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +92,31 @@ def test_a_student_takes_the_weights_of_the_group_that_a_layer_of_the_teacher_is
     theirs = teacher.state_dict()
     for name, weight in student.state_dict().items():
         assert torch.equal(weight, theirs[name.replace("layer.1.", "layer.2.")]), name
+
+
+@EVERY_SHARING
+def test_a_run_of_pairs_starts_from_a_folder_with_their_head_and_from_no_other(
+    config: AlbertConfig, tmp_path: Path
+) -> None:
+    config = of_size(config, vocab_size=len(PIECES))  # type: ignore[assignment]
+    for has_head in (True, False):
+        (tmp_path / str(has_head)).mkdir()
+        folder = write_tiny_export(tmp_path / str(has_head) / "hf", has_pair_head=has_head, encoder=config)
+        assert has_pair_head(folder) == has_head
+        model = PretrainingModel(config, kernels="torch", has_pair_head=True)
+        if config.exported() is not config:
+            continue  # the folder is a BERT's, which no such run starts from
+        if has_head:
+            load_initial_weights(model, folder, read_run=load_nothing)
+            wanted = load_hf_folder(folder).tensors["sop_classifier.classifier.weight"]
+            assert torch.equal(model.state_dict()["seq_relationship.weight"], wanted)
+        else:
+            with pytest.raises(CheckpointError, match="has no head for sentence pairs"):
+                load_initial_weights(model, folder, read_run=load_nothing)
+
+
+def load_nothing(folder: Path) -> dict[str, torch.Tensor]:
+    raise AssertionError("the folder is no run")
 
 
 def test_rates_and_frozen_layers_want_layers_with_weights_of_their_own(tmp_path: Path) -> None:
