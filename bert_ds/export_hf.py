@@ -28,7 +28,7 @@ from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.recipe.run_config import RunConfig, load_run_config
 from bert_ds.configuration.run_stages import stages_text
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.encoder.hf_folder import model_card_text, special_ids, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, share_unseen_segments, to_hf
 from bert_ds.encoder.hf_onnx import ONNX_FILE, write_onnx

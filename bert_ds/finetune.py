@@ -43,7 +43,8 @@ from bert_ds.configuration.deepspeed_file.ds_config import DsConfig, resolve_ds_
 from bert_ds.configuration.recipe.precision import decided, with_precision
 from bert_ds.configuration.task.task_checks import checked_split
 from bert_ds.configuration.task.task_config import TaskConfig, TrainedTask, dump_task, trained_task
-from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer, load_tokenizer
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.kinds.trivial import trivial_figures
 from bert_ds.downstream.rows.task_batches import features_fingerprint, step_batches
@@ -79,7 +80,7 @@ class Start:
 
     ds: DsConfig
     pretrained: Pretrained
-    tokenizer: WordPieceTokenizer
+    tokenizer: TextTokenizer
     rows: TaskRows
     ranks: Ranks
     stop: StopRequest

@@ -40,7 +40,7 @@ from bert_ds.configuration.run_choice import (
 from bert_ds.configuration.run_plan import epoch_warnings, make_plan
 from bert_ds.configuration.run_speed import CARDS
 from bert_ds.corpus.shards.shard_folder import MANIFEST, TOKENIZER_FOLDER, read_manifest
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.launch.command_line import run_main
 from bert_ds.launch.verb_arguments import init_arguments
 

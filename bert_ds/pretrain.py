@@ -45,7 +45,7 @@ from bert_ds.corpus.batches.loader import PretrainingData, Source
 from bert_ds.corpus.batches.plan_batches import evaluated_batches, held_out_batches, longest_batches, training_batches
 from bert_ds.corpus.shards.embedded import CorpusFolders, build_embedded, embedded_folders
 from bert_ds.corpus.shards.shard_folder import MANIFEST
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.encoder.compiled_layers import compile_layers
 from bert_ds.encoder.distillation import make_student
 from bert_ds.encoder.families.table import weight_patterns

@@ -24,7 +24,7 @@ from bert_ds.basics.whole_files import write_json
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.configuration.task.task_config import TaskConfig, load_task
 from bert_ds.configuration.task.task_kinds import KIND_FACTS
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.downstream.scores.figures import draw_probes
 from bert_ds.downstream.scores.metrics import require_metrics
 from bert_ds.downstream.tuning.task_rows import TaskRows, read_task

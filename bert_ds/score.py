@@ -40,7 +40,7 @@ from bert_ds.basics.ranks import DataError, Ranks, read_ranks
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.configuration.task.task_kinds import KIND_FACTS
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.downstream.kinds.table import KINDS, UNTRAINED
 from bert_ds.downstream.scores.metrics import require_metrics
 from bert_ds.downstream.tuning.outcome import (

@@ -27,7 +27,7 @@ import transformers
 from campaign_rows import add_row
 
 from bert_ds.corpus.text.documents import read_documents
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.encoder.pretrained import load_masked_lm
 from bert_ds.reporting.run_log import read_metrics
 

@@ -39,7 +39,8 @@ from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.families.modernbert import ModernBertConfig
 from bert_ds.corpus.text.documents import read_documents
 from bert_ds.corpus.text.sentences import split_sentences
-from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer, load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
+from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
 from bert_ds.encoder.pretraining_model import PretrainingModel
 

@@ -35,7 +35,7 @@ import torch
 import transformers
 
 from bert_ds.configuration.task.task_config import load_task
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.kinds.trivial import trivial_figures
 from bert_ds.downstream.tuning.task_rows import read_task

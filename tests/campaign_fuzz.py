@@ -40,7 +40,7 @@ from bert_ds.configuration.task.task_data_config import DataFile
 from bert_ds.corpus.shards.shard_folder import read_manifest
 from bert_ds.corpus.text.documents import read_documents
 from bert_ds.corpus.text.sentences import split_sentences
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.downstream.rows.records import read_records
 from bert_ds.downstream.tuning.evaluation_history import read_history as read_evaluations
 from bert_ds.encoder.hf_folder import load_hf_folder

@@ -105,7 +105,7 @@ def train_with_trainer(args: argparse.Namespace) -> dict[str, Any]:
 
     from bert_ds.configuration.families.bert import BertConfig
     from bert_ds.configuration.task.task_config import load_task, trained_task
-    from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+    from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
     from bert_ds.downstream.scores.metrics import class_figures
     from bert_ds.downstream.tuning.task_rows import read_task
 

@@ -38,7 +38,7 @@ from bert_ds.encoder.hf_folder import load_hf_folder
 print(len(load_hf_folder(Path(sys.argv[1])).tensors), "tensors")
 """
 TOKENIZER = """
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 print(load_tokenizer(sys.argv[1]).vocab_size, "pieces")
 """
 CONFIG = """

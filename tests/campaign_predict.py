@@ -24,7 +24,7 @@ from campaign_rows import add_row
 
 import bert_ds
 from bert_ds.configuration.families.modernbert import ModernBertConfig
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.corpus.tokenizer.wordpiece_training import train_wordpiece
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.tuning.task_folder import TaskFacts, make_task_model, write_task_folder

@@ -30,7 +30,7 @@ from bert_ds.configuration.recipe.run_config import MaskingConfig, SequenceConfi
 from bert_ds.corpus.batches.batch_stages import DataSettings
 from bert_ds.corpus.batches.loader import PretrainingData, Source
 from bert_ds.corpus.text.documents import read_documents
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests/results/shards.json"

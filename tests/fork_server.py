@@ -184,6 +184,7 @@ def _import_all() -> None:
     import bert_ds.report
     import bert_ds.score
     import bert_ds.show_masks
+    import bert_ds.train_tokenizer
     import bert_ds.train_wordpiece
 
     assert conftest and muon_optimizer and torch._dynamo and sklearn.metrics and bert_ds

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, SpecialIds, TextRules, WordPieceTokenizer
+from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
 from bert_ds.downstream.rows.answer_windows import (
     Candidate,
     answer_characters,
@@ -19,7 +19,6 @@ from bert_ds.downstream.rows.answer_windows import (
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 PIECES = [*SPECIAL_PIECES, *LETTERS, *(f"##{letter}" for letter in LETTERS), *"0123456789.,()-中国北京", "##1"]
 TOKENIZER = WordPieceTokenizer(PIECES, TextRules())
-SPECIAL = SpecialIds(0, 1, 2, 3, 4)
 
 
 def ids(*values: int) -> np.ndarray:
@@ -27,7 +26,7 @@ def ids(*values: int) -> np.ndarray:
 
 
 def test_windows_overlap_by_the_stride_and_hold_question_and_context() -> None:
-    windows = cut_windows(ids(10, 11), ids(*range(20, 27)), special_ids=SPECIAL, max_seq_length=9, stride=2)
+    windows = cut_windows(ids(10, 11), ids(*range(20, 27)), tokenizer=TOKENIZER, max_seq_length=9, stride=2)
     assert [window.input_ids.tolist() for window in windows] == [
         [2, 10, 11, 3, 20, 21, 22, 23, 3],
         [2, 10, 11, 3, 22, 23, 24, 25, 3],
@@ -38,17 +37,17 @@ def test_windows_overlap_by_the_stride_and_hold_question_and_context() -> None:
 
 
 def test_a_long_question_leaves_no_gap_between_windows_and_a_longer_one_is_refused() -> None:
-    windows = cut_windows(ids(*range(10, 16)), ids(20, 21, 22), special_ids=SPECIAL, max_seq_length=10, stride=128)
+    windows = cut_windows(ids(*range(10, 16)), ids(20, 21, 22), tokenizer=TOKENIZER, max_seq_length=10, stride=128)
     assert [window.input_ids[8:-1].tolist() for window in windows] == [[20], [21], [22]]
     with pytest.raises(ValueError, match="the question has 7 pieces, wanted at most 6 for max_seq_length 10"):
-        cut_windows(ids(*range(10, 17)), ids(20), special_ids=SPECIAL, max_seq_length=10, stride=128)
+        cut_windows(ids(*range(10, 17)), ids(20), tokenizer=TOKENIZER, max_seq_length=10, stride=128)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 5), st.integers(9, 20), st.integers(1, 30))
 def test_every_piece_is_in_a_window(num_context: int, num_question: int, length: int, stride: int) -> None:
     context = np.arange(100, 100 + num_context)
-    windows = cut_windows(np.arange(num_question), context, special_ids=SPECIAL, max_seq_length=length, stride=stride)
+    windows = cut_windows(np.arange(num_question), context, tokenizer=TOKENIZER, max_seq_length=length, stride=stride)
     held = {piece for w in windows for piece in w.input_ids[w.first_token : w.first_token + w.num_pieces].tolist()}
     assert held == set(context.tolist())
     assert all(len(window.input_ids) <= length for window in windows)
@@ -83,7 +82,7 @@ def test_an_answer_of_characters_that_are_no_piece_has_none() -> None:
 
 
 def test_the_target_of_a_window_that_does_not_hold_the_whole_answer_is_cls() -> None:
-    first, second = cut_windows(ids(10), ids(20, 21, 22, 23, 24), special_ids=SPECIAL, max_seq_length=7, stride=2)
+    first, second = cut_windows(ids(10), ids(20, 21, 22, 23, 24), tokenizer=TOKENIZER, max_seq_length=7, stride=2)
     assert target_tokens(first, (1, 2)) == (4, 5)
     assert target_tokens(second, (1, 2)) == (0, 0)
     assert target_tokens(second, (4, 4)) == (5, 5)
@@ -91,7 +90,7 @@ def test_the_target_of_a_window_that_does_not_hold_the_whole_answer_is_cls() -> 
 
 
 def test_the_best_candidates_are_spans_of_the_context_of_bounded_length() -> None:
-    window = cut_windows(ids(10), ids(20, 21, 22), special_ids=SPECIAL, max_seq_length=10, stride=2)[0]
+    window = cut_windows(ids(10), ids(20, 21, 22), tokenizer=TOKENIZER, max_seq_length=10, stride=2)[0]
     start = np.array([9.0, 9.0, 9.0, 1.0, 0.0, 3.0, 9.0])
     end = np.array([9.0, 9.0, 9.0, 2.0, 0.0, 5.0, 9.0])
     found = best_candidates(window, start, end, max_answer_pieces=2, num_best=3)

@@ -26,7 +26,7 @@ from tiny_training import join_alone
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.task.task_config import load_task
 from bert_ds.configuration.task.task_sections import FreezeConfig
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.kinds.task_model import TaskModel
 from bert_ds.downstream.rows.task_batch import pack

@@ -28,7 +28,7 @@ from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.model_folder import folder_model
 from bert_ds.configuration.run_plan import make_plan
 from bert_ds.configuration.task.task_config import load_task
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.downstream.untrained.masked_lm import open_masked_lm, open_with_transformers
 from bert_ds.downstream.untrained.masked_scores import pseudo_log_likelihoods
 from bert_ds.downstream.untrained.masked_words import masked_word_figures

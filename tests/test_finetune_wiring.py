@@ -11,7 +11,7 @@ from downstream_cases import write_lines, write_task
 from forked_verbs import run_verb
 
 from bert_ds.configuration.task.task_config import load_task
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.downstream.rows.task_batches import features_fingerprint
 from bert_ds.downstream.tuning.task_rows import read_task
 from bert_ds.training.checkpoints.checkpoint_folder import read_manifest

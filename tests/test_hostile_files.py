@@ -24,7 +24,7 @@ from bert_ds.basics.ranks import CheckpointError, DataError
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.corpus.batches.sequences import _read_cache
 from bert_ds.corpus.shards.shard_folder import read_manifest as read_shard_manifest
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.encoder.hf_folder import load_hf_folder
 from bert_ds.training.checkpoints.checkpoint_engine import VerifiedCheckpointEngine
 from bert_ds.training.checkpoints.checkpoint_loader import checkpoint_folder

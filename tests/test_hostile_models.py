@@ -16,7 +16,7 @@ import torch
 from bert_ds.basics.ranks import CheckpointError, DataError
 from bert_ds.basics.tensor_files import load_tensor_file
 from bert_ds.configuration.recipe.run_config import ConfigError
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.encoder.hf_folder import copy_member, load_hf_folder, write_hf_folder
 
 

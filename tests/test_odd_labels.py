@@ -12,7 +12,7 @@ from downstream_cases import task_of, write_lines
 
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import ConfigError
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.downstream.kinds.kind import Prediction
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.rows.examples import Example, score_of, sorted_labels

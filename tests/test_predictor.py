@@ -29,7 +29,7 @@ import bert_ds.predict
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.configuration.task.task_config import load_task
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.downstream.rows.asked_rows import Fault
 from bert_ds.downstream.rows.free_words import joined_words, split_words
 from bert_ds.downstream.tuning.outcome import measure_side

@@ -15,7 +15,7 @@ from forked_verbs import run_verb
 
 import bert_ds.probe
 from bert_ds.configuration.task.task_config import TaskConfig, load_task
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
 from bert_ds.downstream.untrained.probing import (
     ProbeRows,

@@ -16,7 +16,7 @@ import bert_ds.score
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.task.task_config import load_task
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.downstream.kinds import untrained_kinds
 from bert_ds.downstream.kinds.split_rows import split_rows
 from bert_ds.downstream.kinds.table import UNTRAINED

@@ -15,7 +15,8 @@ from bert_ds.corpus.shards.embedded import embedded_folders
 from bert_ds.corpus.shards.shard_folder import open_shards, verify_shards
 from bert_ds.corpus.text.documents import Document
 from bert_ds.corpus.text.text_input import DocumentInput
-from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, SpecialIds, TextRules, WordPieceTokenizer
+from bert_ds.corpus.tokenizer.text_tokenizer import SpecialIds
+from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
 
 LETTERS = "abcdefghij"
 TOKENIZER = WordPieceTokenizer([*SPECIAL_PIECES, ".", *LETTERS], TextRules())

@@ -15,7 +15,7 @@ from tiny_training import ds_config
 from bert_ds.basics.ranks import DataError, Ranks
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.task.task_config import load_task, trained_task
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.rows.features import Feature
 from bert_ds.downstream.rows.task_batches import features_fingerprint, step_batches

@@ -22,7 +22,8 @@ from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
 from bert_ds.configuration.task.task_config import TaskConfig, load_task
 from bert_ds.configuration.task.task_kinds import KIND_FACTS, WORD_METRICS
-from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer, load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
+from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
 from bert_ds.downstream.kinds.kind import Prediction
 from bert_ds.downstream.kinds.table import KINDS, UNTRAINED
 from bert_ds.downstream.kinds.task_model import TaskModel, role_of

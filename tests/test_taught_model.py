@@ -16,7 +16,7 @@ from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.task.task_config import TaskConfig, load_task
 from bert_ds.configuration.task.task_sections import TaskDistillationConfig
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.kinds.task_model import TaskModel
 from bert_ds.downstream.rows.task_batch import pack

@@ -9,7 +9,7 @@ from typing import Any
 from downstream_cases import task_of, write_lines
 
 from bert_ds.configuration.task.task_config import TaskConfig
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.kinds.trivial import most_frequent_tags, trivial_figures
 from bert_ds.downstream.tuning.task_rows import read_task

@@ -238,7 +238,7 @@ def _tokenizer_problem(folder: Path, vocab_size: int) -> str | None:
         content = read_json_file(folder / "tokenizer.json")
     model = content.get("model") if isinstance(content, dict) else None
     pieces = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(pieces, dict):
+    if not isinstance(pieces, dict | list):
         return f"{folder} holds neither vocab.txt nor tokenizer.json"
     return _vocab_text(len(pieces), vocab_size)
 

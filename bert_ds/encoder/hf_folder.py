@@ -22,7 +22,7 @@ from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.encoder.hf_mapping import model_config_from_hf
 
 _TOKENIZER_KEYS = (
-    *("do_lower_case", "strip_accents", "tokenize_chinese_chars"),
+    *("do_lower_case", "strip_accents", "tokenize_chinese_chars", "add_prefix_space"),
     *("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"),
 )
 """What of tokenizer_config.json goes into an export; a key such as auto_map would make others run code."""
@@ -98,7 +98,7 @@ def write_hf_folder(
         folder: where to; see `replaced_export`.
         config: content of config.json, from `hf_config`.
         tensors: fp32, from `to_hf`.
-        tokenizer: folder with tokenizer.json, vocab.txt and tokenizer_config.json.
+        tokenizer: folder with tokenizer.json and tokenizer_config.json; of WordPiece with vocab.txt.
         model_card: text of README.md, from `model_card_text`.
         max_length: tokens, special ones included, that `truncation=True` cuts to; None is all that the model has
             positions for.
@@ -109,10 +109,8 @@ def write_hf_folder(
         OSError: a file cannot be written.
     """
     refuse_broken_tensors(tensors, where=f"export to {folder}")
-    missing = [
-        name for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json") if not (tokenizer / name).is_file()
-    ]
-    if missing:
+    files = _tokenizer_files(tokenizer)
+    if missing := [name for name in (*files, "tokenizer_config.json") if not (tokenizer / name).is_file()]:
         raise DataError(f"tokenizer folder {tokenizer} lacks {', '.join(missing)}")
     write_json(folder / "config.json", config)
     try:
@@ -120,12 +118,12 @@ def write_hf_folder(
     except SafetensorError as error:  # the tensors are sound: it is the disk
         raise OSError(f"model.safetensors: {error}") from None
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it for its owner alone
-    for name in ("tokenizer.json", "vocab.txt"):
+    for name in files:
         copy_member(tokenizer / name, folder / name)
     # Without these, transformers makes no [CLS] and [SEP], or lets 600 tokens run into an index error.
     facts = {
-        "tokenizer_class": "BertTokenizer",
-        "model_max_length": max_length or config["max_position_embeddings"],
+        "tokenizer_class": "BertTokenizer" if len(files) > 1 else "PreTrainedTokenizerFast",
+        "model_max_length": max_length or model_config_from_hf(config).max_position_embeddings,
         "model_input_names": _input_names(config),
     }
     kept = harmless_tokenizer_facts(read_json(tokenizer / "tokenizer_config.json"))
@@ -144,13 +142,20 @@ def harmless_config(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def special_ids(tokenizer: Path) -> dict[str, int]:
-    """Return the ids of "pad", "cls" and "sep", read from a tokenizer folder's vocab.txt; DataError without one."""
-    path = tokenizer / "vocab.txt"
-    pieces = read_text(path, error=DataError).split("\n") if path.exists() else []
-    for piece in ("[PAD]", "[CLS]", "[SEP]"):
-        if piece not in pieces:
-            raise DataError(f"{path} has no piece {piece}: wanted the vocabulary of a BERT tokenizer")
-    return {name: pieces.index(f"[{name.upper()}]") for name in ("pad", "cls", "sep")}
+    """Return the ids of "pad", "cls" and "sep" of a tokenizer folder; DataError where it has none of them."""
+    path, facts = tokenizer / _tokenizer_files(tokenizer)[-1], tokenizer / "tokenizer_config.json"
+    if path.name == "vocab.txt":
+        pieces = read_text(path, error=DataError).split("\n") if path.exists() else []
+        ids = {piece: index for index, piece in reversed(list(enumerate(pieces)))}
+    else:
+        vocab = read_json(path)["model"].get("vocab") or {}
+        ids = {row[0]: index for index, row in enumerate(vocab)} if isinstance(vocab, list) else vocab
+    told = read_json(facts) if facts.is_file() else {}
+    names = {name: str(told.get(f"{name}_token", f"[{name.upper()}]")) for name in ("pad", "cls", "sep")}
+    for piece in names.values():
+        if piece not in ids:
+            raise DataError(f"{path} has no piece {piece}: wanted the vocabulary of a tokenizer with special pieces")
+    return {name: ids[piece] for name, piece in names.items()}
 
 
 def model_card_text(name: str, config: EncoderConfig, facts: Mapping[str, object]) -> str:
@@ -201,6 +206,14 @@ def copy_member(source: Path, target: Path) -> None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file as the exports have them."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _tokenizer_files(tokenizer: Path) -> tuple[str, ...]:
+    """Return the files of a vocabulary: WordPiece has it in vocab.txt too."""
+    path = tokenizer / "tokenizer.json"
+    model = read_json(path).get("model") if path.is_file() else None
+    kind = model.get("type") if isinstance(model, dict) else None
+    return ("tokenizer.json",) if kind in ("BPE", "Unigram") else ("tokenizer.json", "vocab.txt")
 
 
 def _input_names(config: Mapping[str, Any]) -> list[str]:

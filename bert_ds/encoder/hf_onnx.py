@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bert_ds.basics.ranks import CheckpointError
+from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.encoder.families.family import RoleName
 from bert_ds.encoder.families.table import family_of
@@ -123,7 +124,7 @@ def verify_onnx(model: Any, path: Path, *, longest: int) -> OnnxCheck:
     names = [output.name for output in session.get_outputs()]
     differences, scales = [], []
     for batch_size, length in ((1, 1), (1, longest), (3, -(-longest // 2))):
-        inputs = _random_inputs(model.config, batch_size, length)
+        inputs = _random_inputs(model, batch_size, length)
         with torch.no_grad():
             wanted = model(**inputs)
         found = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
@@ -157,8 +158,9 @@ def _has_front(folder: Path) -> bool:
 
 
 def _export(model: Any, path: Path) -> None:
-    inputs = _random_inputs(model.config, 2, min(8, model.config.max_position_embeddings))
-    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=model.config.max_position_embeddings)}
+    longest = _settings(model).max_position_embeddings
+    inputs = _random_inputs(model, 2, min(8, longest))
+    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", max=longest)}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -190,15 +192,20 @@ class _Outputs(nn.Module):
         return tuple(self.model(input_ids=input_ids, attention_mask=attention_mask, **segments).values())
 
 
-def _random_inputs(config: Any, batch_size: int, length: int) -> dict[str, Tensor]:
+def _settings(model: Any) -> EncoderConfig:
+    """Return the settings of a transformers model as ours."""
+    return model_config_from_hf(harmless_config(model.config.to_dict()))
+
+
+def _random_inputs(model: Any, batch_size: int, length: int) -> dict[str, Tensor]:
     """Return ids, mask and segments, where there are any, of sequences of which all but the first are padded."""
     generator = torch.Generator().manual_seed(batch_size)
     lengths_N = torch.tensor([max(1, length - 3 * index) for index in range(batch_size)])
     shape = (batch_size, length)
     inputs = {
-        "input_ids": torch.randint(config.vocab_size, shape, generator=generator),
+        "input_ids": torch.randint(model.config.vocab_size, shape, generator=generator),
         "attention_mask": (torch.arange(length) < lengths_N[:, None]).long(),
     }
-    if num_segments := getattr(config, "type_vocab_size", 0):
+    if num_segments := _settings(model).num_segments:
         inputs["token_type_ids"] = torch.randint(num_segments, shape, generator=generator)
     return inputs

@@ -28,6 +28,10 @@ VERBS = {
         "Train a WordPiece tokenizer on text files; the same text always gives the same tokenizer.",
         "--input corpus/ --output tokenizer/ --vocab_size 30522",
     ),
+    "train_tokenizer": Verb(
+        "Train a byte-level BPE or a Unigram tokenizer on text files; the same text always gives the same tokenizer.",
+        "--kind bpe --input corpus/ --output tokenizer/ --vocab_size 50265",
+    ),
     "build_shards": Verb(
         "Turn text files into token shards; the same command continues a build that was interrupted.",
         "--input corpus/ --tokenizer tokenizer/ --output shards/",

@@ -88,7 +88,7 @@ class MaskingConfig(Section):
     span_mask: bool = False
     """Mask runs of whole words (SpanBERT): their number geometric with p 0.2, at most 10; wants whole_word_mask."""
     word_segmenter: Literal["wordpiece", "jieba", "word_list"] = "wordpiece"
-    """What a word is: "##" pieces, Chinese words by jieba (extra "zh"), or the longest match in word_list."""
+    """What a word is: by the tokenizer, Chinese words by jieba (extra "zh"), or the longest match in word_list."""
     word_list: Annotated[str, Field(min_length=1)] | None = None
     """Text file with one word per line, for word_segmenter "word_list"."""
     max_predictions_per_seq: PositiveInt | None = None

@@ -38,7 +38,7 @@ from bert_ds.corpus.batches.mlm_masking import MaskedExample, Masker
 from bert_ds.corpus.batches.sequences import ExampleTable, build_examples, content_hash
 from bert_ds.corpus.batches.unigram import piece_counts, unigram_cross_entropy
 from bert_ds.corpus.shards.shard_folder import ShardSplit, open_shards
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 
 _ORDER_FORMAT = 1
 _EVALUATION_SEED = 0x5EED

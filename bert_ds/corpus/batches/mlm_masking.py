@@ -23,8 +23,8 @@ from bert_ds.configuration.recipe.run_config import MaskingConfig
 from bert_ds.corpus.batches.examples import Example
 from bert_ds.corpus.batches.keyed_random import Draw, below, fraction, keyed_bits
 from bert_ds.corpus.batches.mask_spans import choose_spans, span_lengths
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
 from bert_ds.corpus.tokenizer.word_segments import WordJoiner
-from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
 
 
 class MaskedExample(NamedTuple):
@@ -47,7 +47,7 @@ class MaskedExample(NamedTuple):
 class Masker:
     """Draws the targets of examples; a pure function of the seed and the examples' keys."""
 
-    def __init__(self, tokenizer: WordPieceTokenizer, config: MaskingConfig, *, seed: int) -> None:
+    def __init__(self, tokenizer: TextTokenizer, config: MaskingConfig, *, seed: int) -> None:
         """Prepare the tables of a vocabulary.
 
         Raises:

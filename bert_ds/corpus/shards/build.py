@@ -43,7 +43,8 @@ from bert_ds.corpus.shards.shard_folder import (
     verify_shards,
 )
 from bert_ds.corpus.text.text_input import Position, TextInput
-from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer, load_tokenizer
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 
 BUILD_RULES = 1
 """Raised whenever the same text would give other shards, so that no build is continued under other rules."""
@@ -124,7 +125,7 @@ def _check_settings(settings: BuildSettings, workers: int) -> None:
         raise ConfigError(f"workers is {workers}, wanted 1 or more")
 
 
-def _empty_manifest(text_input: TextInput, tokenizer: WordPieceTokenizer, settings: BuildSettings) -> Manifest:
+def _empty_manifest(text_input: TextInput, tokenizer: TextTokenizer, settings: BuildSettings) -> Manifest:
     nothing = SplitRecord(num_documents=0, num_sentences=0, num_tokens=0, shards=[])
     return Manifest(
         dtype="uint16" if tokenizer.dtype.itemsize == 2 else "uint32",
@@ -166,7 +167,7 @@ def _write_segments(
     index: int,
     results: Generator[tuple[Batch, EncodedBatch]],
     settings: BuildSettings,
-    tokenizer: WordPieceTokenizer,
+    tokenizer: TextTokenizer,
     report: Report | None,
 ) -> list[SegmentRecord]:
     records: list[SegmentRecord] = []
@@ -191,7 +192,7 @@ def _write_segments(
     return records
 
 
-def _finish(folder: Path, intended: Manifest, records: list[SegmentRecord], tokenizer: WordPieceTokenizer) -> Manifest:
+def _finish(folder: Path, intended: Manifest, records: list[SegmentRecord], tokenizer: TextTokenizer) -> Manifest:
     splits = {split: _sum_of(records, split) for split in SPLITS}
     manifest = intended.model_copy(update={"splits": splits})
     try:

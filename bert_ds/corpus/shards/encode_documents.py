@@ -20,7 +20,7 @@ from bert_ds.corpus.shards.segments import EncodedBatch, EncodedPart
 from bert_ds.corpus.shards.shard_folder import COUNT_DTYPE, SPLITS, Split
 from bert_ds.corpus.text.sentences import split_sentences
 from bert_ds.corpus.text.text_input import Position
-from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
 
 
 class Batch(NamedTuple):
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 class Encoder:
     """Turns documents into ids and deals them to the two splits; carries no state that changes its results."""
 
-    def __init__(self, tokenizer: WordPieceTokenizer, validation_fraction: float) -> None:
+    def __init__(self, tokenizer: TextTokenizer, validation_fraction: float) -> None:
         self._tokenizer = tokenizer
         self._validation_fraction = validation_fraction
 
@@ -84,15 +84,14 @@ def encode_in_order(
 
 
 class _PartBuilder:
-    def __init__(self, tokenizer: WordPieceTokenizer) -> None:
+    def __init__(self, tokenizer: TextTokenizer) -> None:
         self.documents: list[int] = []
         self._tokenizer = tokenizer
         self._tokens: list[bytes] = []
         self._sentences: list[int] = []
 
     def add(self, text: str) -> None:
-        encode = self._tokenizer.encode
-        encoded = [ids for ids in map(encode, split_sentences(text)) if ids]
+        encoded = [ids for ids in self._tokenizer.encode_document(split_sentences(text)) if ids]
         if encoded:
             itemsize = self._tokenizer.dtype.itemsize
             self._tokens += encoded

@@ -24,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bert_ds.basics.input_gate import read_json
 from bert_ds.basics.ranks import DataError
-from bert_ds.corpus.tokenizer.wordpiece import SpecialIds, load_tokenizer
+from bert_ds.corpus.tokenizer.text_tokenizer import SpecialIds
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"

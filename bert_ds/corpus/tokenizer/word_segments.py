@@ -1,4 +1,4 @@
-"""What a word is, for whole-word masking: "##" pieces, and for Chinese the words of a segmenter or of a list."""
+"""What a word is, for whole-word masking: what the tokenizer says, or for Chinese a segmenter or a list."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import numpy as np
 
 from bert_ds.basics.input_gate import read_text
 from bert_ds.configuration.recipe.run_config import ConfigError, MaskingConfig
-from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
-
-_CHINESE_RANGES = ((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2FA1F))
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
+from bert_ds.corpus.tokenizer.word_begins import is_chinese
 
 Segmenter = Callable[[str], list[int]]
 """Chinese text without spaces -> lengths of its words, which sum to the length of the text."""
@@ -20,28 +19,29 @@ Segmenter = Callable[[str], list[int]]
 class WordJoiner:
     """Tells which pieces belong to the word of the piece before them.
 
-    "##" pieces always do. BERT makes every Chinese character a piece of its own; with a segmenter, the pieces of a
+    The tokenizer says it. BERT makes every Chinese character a piece of its own; with a segmenter, the pieces of a
     stretch of Chinese characters are joined into words as well (as in BERT-wwm, Cui et al. 2021).
     """
 
-    def __init__(self, tokenizer: WordPieceTokenizer, config: MaskingConfig) -> None:
+    def __init__(self, tokenizer: TextTokenizer, config: MaskingConfig) -> None:
         """Prepare the segmenter.
 
         Raises:
             ConfigError: the segmenter is not installed, the word list is unusable, or the tokenizer does not split
                 Chinese characters.
         """
-        self._is_continuation = tokenizer.is_continuation
+        self._continues = tokenizer.continues
         self._segment: Segmenter | None = None
         if config.word_segmenter == "wordpiece":
             return
-        if not tokenizer.rules.tokenize_chinese_chars:
+        if not tokenizer.stands_alone:
+            how = "with tokenize_chinese_chars false" if tokenizer.kind == "wordpiece" else f"as {tokenizer.kind}"
             raise ConfigError(
                 f'masking.word_segmenter "{config.word_segmenter}" joins Chinese characters, '
-                "but this tokenizer does not split them: it was made with tokenize_chinese_chars false"
+                f"but this tokenizer does not split them: it was made {how}"
             )
         self._pieces = tokenizer.pieces
-        self._is_chinese = np.array([_is_chinese(piece) for piece in tokenizer.pieces])
+        self._is_chinese = np.array([_is_character(piece) for piece in tokenizer.pieces])
         self._segment = _jieba_segmenter() if config.word_segmenter == "jieba" else _list_segmenter(config.word_list)
 
     def continues(self, ids: np.ndarray) -> np.ndarray:
@@ -53,7 +53,7 @@ class WordJoiner:
         Returns:
             bool [n].
         """
-        continues = self._is_continuation[ids]
+        continues = self._continues(ids)
         if self._segment is None:
             return continues
         edges = np.flatnonzero(np.diff(self._is_chinese[ids], prepend=False, append=False))
@@ -80,8 +80,8 @@ def longest_match(words: set[str]) -> Segmenter:
     return segment
 
 
-def _is_chinese(piece: str) -> bool:
-    return len(piece) == 1 and any(low <= ord(piece) <= high for low, high in _CHINESE_RANGES)
+def _is_character(piece: str) -> bool:
+    return len(piece) == 1 and is_chinese(piece)
 
 
 def _jieba_segmenter() -> Segmenter:
@@ -104,6 +104,6 @@ def _list_segmenter(path: str | None) -> Segmenter:
     except ValueError as error:
         raise ConfigError(f"masking.word_list {error}; wanted a UTF-8 file with one word per line") from None
     words = {word for line in lines if (word := line.strip())}
-    if not any(len(word) > 1 and all(map(_is_chinese, word)) for word in words):
+    if not any(len(word) > 1 and all(map(is_chinese, word)) for word in words):
         raise ConfigError(f"masking.word_list {path}: found no Chinese word of two or more characters")
     return longest_match(words)

@@ -52,38 +52,35 @@ def train_wordpiece(
             neither new nor empty or cannot be written; the latter two before the text is read.
         DataError: there is no text.
     """
-    if iter(texts) is texts:
-        raise ValueError("texts is an iterator that can be read once only; give a list or an object that starts over")
+    refuse_read_once(texts)
     rules = TextRules(lowercase=lowercase, strip_accents=lowercase, tokenize_chinese_chars=True)
     with new_folder(Path(output)) as folder:
-        tokenizer = _learn(texts, vocab_size, rules, progress=_Progress(report))
+        tokenizer = _learn(texts, vocab_size, rules, progress=Progress(report))
         tokenizer.save(folder)
     return tokenizer
 
 
-def _learn(texts: Iterable[str], vocab_size: int, rules: TextRules, *, progress: _Progress) -> WordPieceTokenizer:
-    counts = _count_characters(progress.through(texts, "counting characters"))
-    if not counts:
-        raise DataError("there is no text to train a tokenizer on")
-    kept, dropped = _alphabet(counts, rules)
+def _learn(texts: Iterable[str], vocab_size: int, rules: TextRules, *, progress: Progress) -> WordPieceTokenizer:
+    normalise = build_backend({"[UNK]": 0}, rules).normalizer.normalize_str
+    kept, dropped = frequent_characters(progress.through(texts, "counting characters"), normalise)
     forced = _forced_pieces(kept, rules)
     if vocab_size < len(forced):
-        raise ConfigError(
-            f"vocab_size {vocab_size} is too small: the special pieces and the {len(kept)} characters of this text "
-            f"need {len(forced)} pieces already"
-        )
+        raise too_small(vocab_size, f"the {len(kept)} characters of this text", needed=len(forced))
     pieces = _train(progress.through(texts, "learning pieces"), forced, dropped, rules, vocab_size)
     if len(pieces) != vocab_size:
-        raise ConfigError(f"vocab_size {vocab_size} is too large: this text yields only {len(pieces)} pieces")
+        raise too_large(vocab_size, found=len(pieces))
     return WordPieceTokenizer(pieces, rules)
 
 
-class _Progress:
+class Progress:
+    """Tells now and then how many characters were read, over all readings."""
+
     def __init__(self, report: Callable[[int, str], None] | None) -> None:
         self._report = report
         self._done = 0
 
     def through(self, texts: Iterable[str], text: str) -> Iterator[str]:
+        """Yield the documents; `text` says what is being done with them."""
         for index, document in enumerate(texts):
             self._done += len(document)
             if self._report is not None and index % 64 == 0:
@@ -110,12 +107,17 @@ def _count_characters(texts: Iterable[str]) -> Counter[str]:
     return Counter({chr(code): int(totals[code]) for code in np.flatnonzero(totals)})
 
 
-def _alphabet(counts: Counter[str], rules: TextRules) -> tuple[list[str], list[str]]:
+def frequent_characters(texts: Iterable[str], normalise: Callable[[str], str]) -> tuple[list[str], list[str]]:
     """Return the characters that get a piece, sorted, and the raw characters that are left out of the training text.
 
     The normaliser works character by character, so it is enough to normalise each distinct one.
+
+    Raises:
+        DataError: there is no text.
     """
-    normalise = build_backend({"[UNK]": 0}, rules).normalizer.normalize_str
+    counts = _count_characters(texts)
+    if not counts:
+        raise DataError("there is no text to train a tokenizer on")
     normalised = {raw: normalise(raw).replace(" ", "") for raw in counts}
     totals: Counter[str] = Counter()
     for raw, count in counts.items():
@@ -153,10 +155,32 @@ def _train(texts: Iterable[str], forced: list[str], dropped: list[str], rules: T
         limit_alphabet=0,
         show_progress=False,
     )
-    if dropped:
-        # A word with a character outside the alphabet would be learned as if that character were not there.
-        outside = re.compile("[" + "".join(map(re.escape, dropped)) + "]")
-        texts = (text if text.isascii() else outside.sub(" ", text) for text in texts)
-    backend.train_from_iterator(texts, trainer)
+    # A word with a character outside the alphabet would be learned as if that character were not there.
+    backend.train_from_iterator(without_characters(texts, dropped), trainer)
     ids = backend.get_vocab(with_added_tokens=False)
     return sorted(ids, key=ids.__getitem__)
+
+
+def without_characters(texts: Iterable[str], dropped: list[str]) -> Iterable[str]:
+    """Return the texts with a space for each of some characters."""
+    if not dropped:
+        return texts
+    outside = re.compile("[" + "".join(map(re.escape, dropped)) + "]")
+    return (text if text.isascii() else outside.sub(" ", text) for text in texts)
+
+
+def refuse_read_once(texts: Iterable[str]) -> None:
+    """Raise ValueError where texts cannot be read twice."""
+    if iter(texts) is texts:
+        raise ValueError("texts is an iterator that can be read once only; give a list or an object that starts over")
+
+
+def too_small(vocab_size: int, alphabet: str, *, needed: int) -> ConfigError:
+    """Return what is said of a vocabulary that has no room for its alphabet."""
+    text = f"the special pieces and {alphabet} need {needed} pieces already"
+    return ConfigError(f"vocab_size {vocab_size} is too small: {text}")
+
+
+def too_large(vocab_size: int, *, found: int) -> ConfigError:
+    """Return what is said of a vocabulary that the text is too short for."""
+    return ConfigError(f"vocab_size {vocab_size} is too large: this text yields only {found} pieces")

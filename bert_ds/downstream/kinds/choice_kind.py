@@ -64,7 +64,7 @@ def _features(examples: Sequence[Example], context: FeatureContext) -> list[Feat
         wrapped = []
         for choice in choices:
             parts = [encode_text(context.tokenizer, part) for part in (text, f"{question} {choice}".strip())]
-            parts, is_cut = cut_to(parts, context.task.max_seq_length)
+            parts, is_cut = cut_to(context.tokenizer, parts, context.task.max_seq_length)
             num_cut += is_cut
             wrapped.append(wrap(context.tokenizer, parts))
         ids, types = (np.concatenate(arrays) for arrays in zip(*wrapped, strict=True))

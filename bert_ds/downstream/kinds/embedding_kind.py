@@ -63,9 +63,10 @@ def _make_features(examples: Sequence[Example], context: FeatureContext) -> list
     task = context.task
     features, num_cut = [], 0
     for index, example in enumerate(examples):
-        sides = [cut_to([encode_text(context.tokenizer, text)], task.max_seq_length) for text in example.texts]
+        tokenizer, length = context.tokenizer, task.max_seq_length
+        sides = [cut_to(tokenizer, [encode_text(tokenizer, text)], length) for text in example.texts]
         num_cut += any(is_cut for _, is_cut in sides)
-        (ids, types), (other_ids, other_types) = (wrap(context.tokenizer, parts) for parts, _ in sides)
+        (ids, types), (other_ids, other_types) = (wrap(tokenizer, parts) for parts, _ in sides)
         targets = {} if example.target is None else _targets(example.target, task)
         lengths = (len(ids), len(other_ids))
         joined = np.concatenate((ids, other_ids)), np.concatenate((types, other_types))

@@ -14,7 +14,7 @@ from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
 from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.configuration.task.task_sections import QuestionAnsweringConfig
-from bert_ds.corpus.tokenizer.wordpiece import EncodedText
+from bert_ds.corpus.tokenizer.text_tokenizer import EncodedText
 from bert_ds.downstream.kinds.kind import HeadContext, HfForm, Kind, Prediction
 from bert_ds.downstream.kinds.span_head import SpanHead
 from bert_ds.downstream.kinds.trivial import trivial_answers
@@ -84,7 +84,7 @@ def _make_features(examples: Sequence[Example], context: FeatureContext) -> list
             windows = cut_windows(
                 encode_text(tokenizer, question),
                 encoded[text].ids,
-                special_ids=tokenizer.special_ids,
+                tokenizer=tokenizer,
                 max_seq_length=task.max_seq_length,
                 stride=task.answering.stride,
             )

@@ -1,7 +1,8 @@
 """Tasks that give every word a tag: entities, parts of speech, and the slots of an utterance with its intent.
 
-The first piece of a word carries its tag. A sentence that is too long becomes several sequences of whole words, so that
-every word is predicted. A word that has no piece (only control or replacement characters) is read as [UNK].
+The first piece of a word carries its tag. Every word is read as one with a space in front. A sentence that is too long
+becomes several sequences of whole words, so that every word is predicted. A word that has no piece (only control or
+replacement characters) is read as [UNK].
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
 from bert_ds.configuration.task.task_config import TaskConfig
-from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
 from bert_ds.downstream.kinds.heads import IntentSlotHead, TokenHead
 from bert_ds.downstream.kinds.kind import HeadContext, HfForm, Kind, Prediction, count_labelled
 from bert_ds.downstream.kinds.trivial import trivial_tags
@@ -31,7 +32,7 @@ from bert_ds.downstream.rows.examples import (
     several_labels,
     sorted_labels,
 )
-from bert_ds.downstream.rows.features import Feature, FeatureContext, encode_text, wrap
+from bert_ds.downstream.rows.features import Feature, FeatureContext, encode_part, wrap
 from bert_ds.downstream.rows.records import Record
 from bert_ds.downstream.rows.tables import cell, predictions_text, table_text
 from bert_ds.downstream.rows.tag_schemes import to_bio
@@ -110,7 +111,7 @@ def _features(examples: Sequence[Example], context: FeatureContext, *, with_inte
     features: list[Feature] = []
     num_bare = num_split = 0
     for index, example in enumerate(examples):
-        pieces = [encode_text(context.tokenizer, word) for word in example.texts]
+        pieces = [encode_part(context.tokenizer, word) for word in example.texts]
         num_bare += sum(not len(piece) for piece in pieces)
         room = context.task.max_seq_length - 2
         groups = list(_groups([_pieces(piece, context.tokenizer)[:room] for piece in pieces], room))
@@ -131,7 +132,7 @@ def _features(examples: Sequence[Example], context: FeatureContext, *, with_inte
     return features
 
 
-def _pieces(pieces: np.ndarray, tokenizer: WordPieceTokenizer) -> np.ndarray:
+def _pieces(pieces: np.ndarray, tokenizer: TextTokenizer) -> np.ndarray:
     return pieces if len(pieces) else np.array([tokenizer.special_ids.unk], dtype=np.int32)
 
 

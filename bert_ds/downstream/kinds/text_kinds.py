@@ -45,7 +45,7 @@ def text_features(
     features, num_cut = [], 0
     for index, example in enumerate(examples):
         parts = [encode_text(context.tokenizer, text) for text in example.texts]
-        parts, is_cut = cut_to(parts, context.task.max_seq_length)
+        parts, is_cut = cut_to(context.tokenizer, parts, context.task.max_seq_length)
         num_cut += is_cut
         targets = {} if example.target is None else {"label": target_of(example, context)}
         features.append(Feature(index, *wrap(context.tokenizer, parts), targets))

@@ -11,7 +11,7 @@ import numpy as np
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.configuration.task.task_config import TaskConfig
-from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
 from bert_ds.downstream.kinds.split_rows import split_rows
 from bert_ds.downstream.kinds.text_kinds import CLASSIFICATION
 from bert_ds.downstream.rows.examples import Example, Say, label_of, score_of, text_of
@@ -36,12 +36,12 @@ class Scored(NamedTuple):
     """What else results.json says."""
 
 
-ScoreKind = Callable[[PretrainingModel, WordPieceTokenizer, TaskConfig, Say], Scored]
+ScoreKind = Callable[[PretrainingModel, TextTokenizer, TaskConfig, Say], Scored]
 """From the model of a folder, its tokenizer and the task; says counts of rows."""
 _WORD_ROLES = ("left", "right", "score")
 
 
-def score_prompts(model: PretrainingModel, tokenizer: WordPieceTokenizer, task: TaskConfig, say: Say) -> Scored:
+def score_prompts(model: PretrainingModel, tokenizer: TextTokenizer, task: TaskConfig, say: Say) -> Scored:
     """Classify the validation rows by label words; the rows and the split are those of fine-tuning."""
     settings = task.prompt
     assert settings is not None, "the task was checked"
@@ -72,7 +72,7 @@ def score_prompts(model: PretrainingModel, tokenizer: WordPieceTokenizer, task: 
     return Scored(figures.pop("validation"), files, figures, facts)
 
 
-def score_minimal_pairs(model: PretrainingModel, tokenizer: WordPieceTokenizer, task: TaskConfig, say: Say) -> Scored:
+def score_minimal_pairs(model: PretrainingModel, tokenizer: TextTokenizer, task: TaskConfig, say: Say) -> Scored:
     """Say of each pair which sentence is the likelier; half of them is what chance gives."""
     pairs = [
         MinimalPair(text_of(record, "good", task), text_of(record, "bad", task), _group(record, "paradigm", task))
@@ -87,7 +87,7 @@ def score_minimal_pairs(model: PretrainingModel, tokenizer: WordPieceTokenizer, 
     return Scored(pair_accuracies(judged), {"pairs.jsonl": "\n".join(lines) + "\n"})
 
 
-def score_word_similarity(model: PretrainingModel, tokenizer: WordPieceTokenizer, task: TaskConfig, say: Say) -> Scored:
+def score_word_similarity(model: PretrainingModel, tokenizer: TextTokenizer, task: TaskConfig, say: Say) -> Scored:
     """Correlate cosines of word vectors with what people say, for each set of words and each kind of vector."""
     sets: dict[str, list[WordPair]] = {}
     records = _records(task)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bert_ds.corpus.tokenizer.wordpiece import EncodedText, SpecialIds
+from bert_ds.corpus.tokenizer.text_tokenizer import EncodedText, TextTokenizer
 
 
 class Window(NamedTuple):
@@ -38,14 +38,14 @@ class Candidate(NamedTuple):
 
 
 def cut_windows(
-    question_ids: np.ndarray, context_ids: np.ndarray, *, special_ids: SpecialIds, max_seq_length: int, stride: int
+    question_ids: np.ndarray, context_ids: np.ndarray, *, tokenizer: TextTokenizer, max_seq_length: int, stride: int
 ) -> list[Window]:
     """Return the windows of a question, in order; together they hold every context piece.
 
     Args:
         question_ids: integers, without special pieces.
         context_ids: integers, without special pieces; an empty context gives one window.
-        special_ids: ids of [CLS] and [SEP].
+        tokenizer: gives the special pieces.
         max_seq_length: tokens of a window at most.
         stride: context pieces from the beginning of a window to that of the next, at least 1. Where a long question
             leaves less room than that, windows follow each other without a gap.
@@ -53,19 +53,21 @@ def cut_windows(
     Raises:
         ValueError: the question leaves no room for the context.
     """
-    room = max_seq_length - len(question_ids) - 3
+    special, between = tokenizer.special_ids, tokenizer.between
+    num_marks = 2 + len(between)
+    room = max_seq_length - len(question_ids) - num_marks
     if room < 1:
         raise ValueError(
-            f"the question has {len(question_ids)} pieces, wanted at most {max_seq_length - 4} "
+            f"the question has {len(question_ids)} pieces, wanted at most {max_seq_length - num_marks - 1} "
             f"for max_seq_length {max_seq_length}"
         )
-    head = np.concatenate(([special_ids.cls], question_ids, [special_ids.sep])).astype(np.int32)
+    head = np.concatenate(([special.cls], question_ids, between)).astype(np.int32)
     windows = []
     first = 0
     while True:
         part = context_ids[first : first + room].astype(np.int32)
         types = np.repeat([0, 1], [len(head), len(part) + 1]).astype(np.int8)
-        ids = np.concatenate((head, part, [special_ids.sep])).astype(np.int32)
+        ids = np.concatenate((head, part, [special.sep])).astype(np.int32)
         windows.append(Window(ids, types, len(head), first, len(part)))
         if first + room >= len(context_ids):
             return windows

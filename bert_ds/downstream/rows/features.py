@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bert_ds.configuration.task.task_config import TaskConfig
-from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
 from bert_ds.downstream.rows.examples import Labels
 
 
@@ -37,36 +37,42 @@ class Feature(NamedTuple):
 class FeatureContext(NamedTuple):
     """What making features needs besides the examples."""
 
-    tokenizer: WordPieceTokenizer
+    tokenizer: TextTokenizer
     task: TaskConfig
     labels: Labels
     say: Callable[[str], None]
     """Takes what is worth telling: how much was cut, split or repaired."""
 
 
-def encode_text(tokenizer: WordPieceTokenizer, text: str) -> np.ndarray:
+def encode_text(tokenizer: TextTokenizer, text: str) -> np.ndarray:
     """Return the ids of a text without special tokens, int32 [n]."""
     return np.frombuffer(tokenizer.encode(text), dtype=tokenizer.dtype).astype(np.int32)
 
 
-def wrap(tokenizer: WordPieceTokenizer, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return input_ids and token_type_ids of `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]`."""
+def encode_part(tokenizer: TextTokenizer, text: str, *, spaced: bool = True) -> np.ndarray:
+    """Return the ids of a word, or of what else stands behind other text and mostly a space, int32 [n]."""
+    return np.frombuffer(tokenizer.encode_part(text, spaced=spaced), dtype=tokenizer.dtype).astype(np.int32)
+
+
+def wrap(tokenizer: TextTokenizer, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return input_ids and token_type_ids of `[CLS] a [SEP]` or `[CLS] a [SEP] b [SEP]`, in the tokenizer's marks."""
     special = tokenizer.special_ids
     ids: list[np.ndarray] = [np.array([special.cls], dtype=np.int32)]
     types = [np.zeros(1, dtype=np.int8)]
     for segment, part in enumerate(parts):
-        ids += [part, np.array([special.sep], dtype=np.int32)]
-        types.append(np.full(len(part) + 1, segment, dtype=np.int8))
+        ends = (special.sep,) if segment == len(parts) - 1 else tokenizer.between
+        ids += [part, np.array(ends, dtype=np.int32)]
+        types.append(np.full(len(part) + len(ends), segment, dtype=np.int8))
     return np.concatenate(ids), np.concatenate(types)
 
 
-def cut_to(parts: Sequence[np.ndarray], max_seq_length: int) -> tuple[list[np.ndarray], bool]:
+def cut_to(tokenizer: TextTokenizer, parts: Sequence[np.ndarray], max_seq_length: int) -> tuple[list[np.ndarray], bool]:
     """Cut one or two parts to fit with their special tokens; the longer part loses its end first.
 
     Returns:
         the parts, and whether anything was cut.
     """
-    room = max_seq_length - 1 - len(parts)
+    room = max_seq_length - 2 - len(tokenizer.between) * (len(parts) - 1)
     lengths = [len(part) for part in parts]
     if sum(lengths) <= room:
         return list(parts), False

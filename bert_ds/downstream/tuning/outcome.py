@@ -13,7 +13,7 @@ from bert_ds.basics.ranks import CheckpointError, DataError
 from bert_ds.basics.whole_files import write_json
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.task.task_config import TaskConfig
-from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
 from bert_ds.downstream.kinds.kind import Prediction
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.kinds.task_model import TaskModel
@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
 
     task: TaskConfig
     rows: TaskRows
-    tokenizer: WordPieceTokenizer
+    tokenizer: TextTokenizer
     run_dir: Path
     config: EncoderConfig
     """Shape of the encoder, as it was pre-trained."""

@@ -21,7 +21,7 @@ from bert_ds.configuration.model_folder import require_model_folder
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.configuration.reading.config_problems import describe, section_problems
 from bert_ds.configuration.task.task_config import TaskConfig
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.downstream.kinds.kind import Kind, Prediction
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.kinds.task_model import role_of

@@ -10,7 +10,7 @@ from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.reading.config_problems import printable
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
 from bert_ds.configuration.task.task_config import TaskConfig
-from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
 from bert_ds.downstream.kinds.split_rows import read_examples, split_rows
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.rows.examples import Example, Labels, Say
@@ -39,7 +39,7 @@ class TaskRows(NamedTuple):
     """Rows of "train" and "validation" that were left out as part of a row of the other side."""
 
 
-def read_task(task: TaskConfig, tokenizer: WordPieceTokenizer, *, labels: Labels | None = None, say: Say) -> TaskRows:
+def read_task(task: TaskConfig, tokenizer: TextTokenizer, *, labels: Labels | None = None, say: Say) -> TaskRows:
     """Read the files of a task.
 
     Args:

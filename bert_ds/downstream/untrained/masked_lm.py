@@ -1,7 +1,7 @@
 """Folders with a masked-word head, ours and any other family's, behind one face: pieces, marks, sums over targets.
 
-What is of a family of this project and has a WordPiece tokenizer runs in this project's model. The others transformers
-opens: local files alone, no code of the folder's, and a fast tokenizer.
+What is of a family of this project and has a tokenizer of its kinds runs in this project's model. The others
+transformers opens: local files alone, no code of the folder's, and a fast tokenizer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bert_ds.basics.ranks import CheckpointError, DataError
 from bert_ds.configuration.families.table import HF_FAMILIES
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.corpus.text.sentences import split_sentences
-from bert_ds.corpus.tokenizer.wordpiece import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer, model_type
 from bert_ds.encoder.hf_folder import read_json
 from bert_ds.encoder.pretrained import check_tokenizer, load_masked_lm
 
@@ -63,14 +63,21 @@ def open_masked_lm(folder: Path, *, kernels: str, device: str) -> MaskedLm:
     """
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json: wanted a Hugging Face folder")
-    if read_json(folder / "config.json").get("model_type") in HF_FAMILIES and _has_word_pieces(folder):
+    if read_json(folder / "config.json").get("model_type") in HF_FAMILIES and _has_our_pieces(folder):
         return _ours(folder, kernels=kernels, device=device)
     return open_with_transformers(folder, device=device)
 
 
-def _has_word_pieces(folder: Path) -> bool:
+def _has_our_pieces(folder: Path) -> bool:
+    """Whether its tokenizer is WordPiece, whose faults are ours to name, or another that this project has."""
     whole = folder / "tokenizer.json"
-    return (read_json(whole).get("model") or {}).get("type") == "WordPiece" if whole.is_file() else True
+    if not whole.is_file() or model_type(read_json(whole)) == "WordPiece":
+        return True
+    try:
+        load_tokenizer(folder)
+    except DataError:
+        return False
+    return True
 
 
 def _ours(folder: Path, *, kernels: str, device: str) -> MaskedLm:
@@ -80,7 +87,7 @@ def _ours(folder: Path, *, kernels: str, device: str) -> MaskedLm:
     special = tokenizer.special_ids
 
     def encode(text: str) -> np.ndarray:
-        pieces = b"".join(map(tokenizer.encode, split_sentences(text)))
+        pieces = b"".join(tokenizer.encode_document(split_sentences(text)))
         return np.frombuffer(pieces, dtype=tokenizer.dtype).astype(np.int32)
 
     @torch.no_grad()

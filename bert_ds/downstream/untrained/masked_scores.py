@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from bert_ds.basics.ranks import DataError
-from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
 from bert_ds.downstream.rows.features import encode_text
 from bert_ds.encoder.pretraining_model import PretrainingModel
 
@@ -52,7 +52,7 @@ def log_probabilities(
     return found
 
 
-def pseudo_log_likelihoods(model: PretrainingModel, tokenizer: WordPieceTokenizer, texts: Sequence[str]) -> list[float]:
+def pseudo_log_likelihoods(model: PretrainingModel, tokenizer: TextTokenizer, texts: Sequence[str]) -> list[float]:
     """Return the pseudo-log-likelihood of each text, in nats.
 
     Raises:
@@ -66,7 +66,7 @@ def pseudo_log_likelihoods(model: PretrainingModel, tokenizer: WordPieceTokenize
     return found
 
 
-def _one_masked_at_a_time(model: PretrainingModel, tokenizer: WordPieceTokenizer, text: str) -> list[Query]:
+def _one_masked_at_a_time(model: PretrainingModel, tokenizer: TextTokenizer, text: str) -> list[Query]:
     special = tokenizer.special_ids
     pieces = encode_text(tokenizer, text)
     longest = model.config.max_position_embeddings

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
 from bert_ds.downstream.untrained.masked_scores import pseudo_log_likelihoods
 from bert_ds.encoder.pretraining_model import PretrainingModel
 
@@ -32,9 +32,7 @@ class JudgedPair(NamedTuple):
         return self.good_score > self.bad_score
 
 
-def judge_pairs(
-    model: PretrainingModel, tokenizer: WordPieceTokenizer, pairs: Sequence[MinimalPair]
-) -> list[JudgedPair]:
+def judge_pairs(model: PretrainingModel, tokenizer: TextTokenizer, pairs: Sequence[MinimalPair]) -> list[JudgedPair]:
     """Score both sentences of every pair.
 
     Raises:

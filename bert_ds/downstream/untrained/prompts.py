@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from bert_ds.configuration.recipe.run_config import ConfigError
-from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
-from bert_ds.downstream.rows.features import encode_text
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
+from bert_ds.downstream.rows.features import encode_part
 from bert_ds.downstream.untrained.masked_scores import Query, log_probabilities
 from bert_ds.encoder.pretraining_model import PretrainingModel
 
@@ -50,14 +50,14 @@ class PromptScores(NamedTuple):
     num_shots: list[int]
 
 
-def check_prompt(prompt: Prompt, tokenizer: WordPieceTokenizer, *, num_texts: int) -> None:
+def check_prompt(prompt: Prompt, tokenizer: TextTokenizer, *, num_texts: int) -> None:
     """Raise ConfigError unless the template has its gaps and the vocabulary has the label words."""
     gaps, wanted = _GAP.findall(prompt.template), [*TEXT_GAPS[:num_texts], LABEL_GAP]
     if sorted(gaps) != sorted(wanted):
         raise ConfigError(f"prompt.template {prompt.template!r} has the gaps {gaps}, wanted each of {wanted} once")
     for label, words in prompt.label_words.items():
         for word in words:
-            pieces = encode_text(tokenizer, word)
+            pieces = encode_part(tokenizer, word)
             if not len(pieces) or tokenizer.special_ids.unk in pieces:
                 raise ConfigError(f"prompt.label_words.{label}: {word!r} is not in the vocabulary of the model")
 
@@ -118,13 +118,15 @@ class PromptWriter:
         ConfigError: the prompt is longer than max_seq_length without any text.
     """
 
-    def __init__(self, tokenizer: WordPieceTokenizer, prompt: Prompt, max_seq_length: int) -> None:
+    def __init__(self, tokenizer: TextTokenizer, prompt: Prompt, max_seq_length: int) -> None:
         self.prompt = prompt
         self._special = tokenizer.special_ids
         self._tokenizer = tokenizer
         self._parts = _GAP.split(prompt.template)
-        self._pieces_of_word = {word: encode_text(tokenizer, word) for word in prompt.words}
-        num_fixed = sum(len(encode_text(tokenizer, part)) for part in self._parts[::2])
+        self._is_spaced = [self._begins_word(index) for index in range(len(self._parts))]
+        label_is_spaced = self._is_spaced[self._place(LABEL_GAP)]
+        self._pieces_of_word = {word: encode_part(tokenizer, word, spaced=label_is_spaced) for word in prompt.words}
+        num_fixed = sum(len(self._pieces(index, part)) for index, part in enumerate(self._parts) if index % 2 == 0)
         widest = max(len(pieces) for pieces in self._pieces_of_word.values())
         self._room = max_seq_length - 2 - num_fixed - widest
         if self._room < 0:
@@ -135,7 +137,7 @@ class PromptWriter:
 
     def context(self, texts: Sequence[str], shots: Sequence[Shot]) -> Context:
         """Return the prompt of a row, with the demonstrations that leave all of its text where it fits at all."""
-        encoded = self._cut([encode_text(self._tokenizer, text) for text in texts])
+        encoded = self._cut(self._encoded(texts))
         before, after = self._filled(encoded)
         room = self._room - sum(map(len, encoded))
         shown: list[np.ndarray] = []
@@ -171,7 +173,7 @@ class PromptWriter:
         side = 0
         for index, part in enumerate(self._parts):
             if index % 2 == 0:
-                sides[side].append(encode_text(self._tokenizer, part))
+                sides[side].append(self._pieces(index, part))
             elif part == LABEL_GAP:
                 side = 1
             else:
@@ -179,8 +181,26 @@ class PromptWriter:
         return _join(sides[0]), _join(sides[1])
 
     def _demonstration(self, shot: Shot) -> np.ndarray:
-        before, after = self._filled([encode_text(self._tokenizer, text) for text in shot.texts])
+        before, after = self._filled(self._encoded(shot.texts))
         return _join([before, self._pieces_of_word[self.prompt.label_words[shot.label][0]], after])
+
+    def _begins_word(self, index: int) -> bool:
+        """Whether a space, or nothing, stands in front of a part of the template."""
+        before, own = "".join(self._parts[:index]), "" if index % 2 else self._parts[index]
+        return not before or own[:1].isspace() or bool(index % 2 and before[-1].isspace())
+
+    def _pieces(self, index: int, text: str) -> np.ndarray:
+        """Return the pieces of a text in the place of a part of the template."""
+        return encode_part(self._tokenizer, text.strip(), spaced=self._is_spaced[index])
+
+    def _encoded(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the pieces of the texts of a row, each as at its place."""
+        gaps = zip(TEXT_GAPS, texts, strict=False)
+        return [self._pieces(self._place(gap), text) for gap, text in gaps]
+
+    def _place(self, gap: str) -> int:
+        """Return which part of the template a gap is."""
+        return 1 + 2 * self._parts[1::2].index(gap)
 
     def _cut(self, texts: list[np.ndarray]) -> list[np.ndarray]:
         """Take pieces from the end of the longest text until all fit."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bert_ds.basics.ranks import DataError
-from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
-from bert_ds.downstream.rows.features import encode_text
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
+from bert_ds.downstream.rows.features import encode_part
 
 _WORDS_PER_BATCH = 512
 
@@ -36,14 +36,14 @@ class WordVectors(NamedTuple):
 
 
 @torch.no_grad()
-def word_vectors(encoder: Any, tokenizer: WordPieceTokenizer, words: Sequence[str]) -> WordVectors:
+def word_vectors(encoder: Any, tokenizer: TextTokenizer, words: Sequence[str]) -> WordVectors:
     """Return both vectors of each word.
 
     Raises:
         DataError: a word has no piece.
     """
     ordered = sorted(set(words))
-    pieces = [encode_text(tokenizer, word) for word in ordered]
+    pieces = [encode_part(tokenizer, word) for word in ordered]
     empty = [word for word, ids in zip(ordered, pieces, strict=True) if not len(ids)]
     if empty:
         raise DataError(f"the word {empty[0]!r} has no piece in this vocabulary")
@@ -71,7 +71,7 @@ def _cosine(left: np.ndarray, right: np.ndarray) -> float:
     return float(left @ right / (np.linalg.norm(left) * np.linalg.norm(right)))
 
 
-def _hidden(encoder: Any, tokenizer: WordPieceTokenizer, pieces: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
+def _hidden(encoder: Any, tokenizer: TextTokenizer, pieces: Sequence[np.ndarray]) -> tuple[Tensor, ...]:
     """Return the last hidden states of "[CLS] word [SEP]" for each word."""
     special = tokenizer.special_ids
     device = encoder.embeddings.word_weight.device
