@@ -12,7 +12,7 @@ new one or stays as it is.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bert_ds.launch.command_line import answer_early, run_main
@@ -24,16 +24,21 @@ if __name__ == "__main__":
 # Nothing here may reach for the network; transformers reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from torch import Tensor
+
 from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.model_folder import GENERATOR_FOLDER
+from bert_ds.configuration.plan_table import generator_text
 from bert_ds.configuration.recipe.run_config import RunConfig, load_run_config
 from bert_ds.configuration.run_stages import stages_text
 from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.encoder.hf_folder import model_card_text, special_ids, write_hf_folder
-from bert_ds.encoder.hf_mapping import hf_config, share_unseen_segments, to_hf
+from bert_ds.encoder.hf_mapping import hf_config, role_of, share_unseen_segments, to_hf
 from bert_ds.encoder.hf_onnx import ONNX_FILE, write_onnx
 from bert_ds.encoder.hf_verify import verify_export
 from bert_ds.encoder.initial_weights import layers_alone
+from bert_ds.encoder.objectives.replaced_tokens import halves
 from bert_ds.folders.replaced_folders import ONNX_FOLDER, replaced_export
 from bert_ds.reporting.run_log import AT_MASK, read_metrics
 from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint, read_manifest
@@ -65,31 +70,46 @@ def export(run_dir: Path, name: str | None, folder: Path, *, shown: Path, layers
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet")
     state_dict = load_fp32_state_dict(checkpoint)
-    model: EncoderConfig = run.model
-    facts = _facts(run, checkpoint, run_dir / "metrics.jsonl")
-    if layers is not None:
-        state_dict, model = layers_alone(state_dict, model, layers)
-        facts |= {"layers": f"{', '.join(map(str, layers))} of {run.model.num_hidden_layers}; figures are of all"}
     tokenizer = run_dir / "tokenizer"
 
-    sentence_pair = run.sequences.sentence_pair
-    if sentence_pair == "none":
+    if run.sequences.sentence_pair == "none":
         state_dict = share_unseen_segments(state_dict)
-    config = hf_config(model, sentence_pair=sentence_pair, special_ids=special_ids(tokenizer))
-    # So that a task notices when the folder's tokenizer is exchanged for another of the same size.
-    config["tokenizer_fingerprint"] = load_tokenizer(tokenizer).fingerprint
-    write_hf_folder(
-        folder,
-        config=config,
-        tensors=to_hf(state_dict, model),
-        tokenizer=tokenizer,
-        model_card=model_card_text(run.name, model, facts),
-    )
-    check = verify_export(folder, model, state_dict=state_dict, tokenizer=tokenizer)
+    parts: dict[str, tuple[Mapping[str, Tensor], EncoderConfig]] = {"": (state_dict, run.model)}
+    if run.generator is not None:
+        both = halves(state_dict)
+        parts = {"": (both.discriminator, run.model), GENERATOR_FOLDER: (both.generator, run.generator)}
+    facts, checks = _facts(run, checkpoint, run_dir / "metrics.jsonl"), []
+    if layers is not None:
+        parts = {name: layers_alone(*part, layers) for name, part in parts.items()}
+        facts |= {"layers": f"{', '.join(map(str, layers))} of {run.model.num_hidden_layers}; figures are of all"}
+    for name, (weights, model) in parts.items():
+        (folder / name).mkdir(exist_ok=True)
+        write_model(folder / name, run, model, weights, tokenizer=tokenizer, facts=facts)
+        checks.append(verify_export(folder / name, model, state_dict=weights, tokenizer=tokenizer))
+    worst = max(checks, key=lambda check: check.max_difference)
     return (
         f"exported {checkpoint.name} to {shown}: transformers' scores differ by at most "
-        f"{check.max_difference:.1e} (largest score {check.scale:.1f}), tokenizer equal"
+        f"{worst.max_difference:.1e} (largest score {worst.scale:.1f}), tokenizer equal"
     )
+
+
+def write_model(
+    folder: Path,
+    run: RunConfig,
+    model: EncoderConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    tokenizer: Path,
+    facts: Mapping[str, object],
+) -> None:
+    """Write what a run has trained, or one of the two halves of it, into an empty folder."""
+    detects = role_of(weights) == "replaced tokens"
+    pair, ids = run.sequences.sentence_pair, special_ids(tokenizer)
+    config = hf_config(model, sentence_pair=pair, special_ids=ids, has_detector=detects)
+    # So that a task notices when the folder's tokenizer is exchanged for another of the same size.
+    config["tokenizer_fingerprint"] = load_tokenizer(tokenizer).fingerprint
+    card = model_card_text(run.name, model, facts, detects=detects)
+    write_hf_folder(folder, config=config, tensors=to_hf(weights, model), tokenizer=tokenizer, model_card=card)
 
 
 def export_onnx(model: Path, folder: Path, *, shown: Path) -> str:
@@ -112,6 +132,7 @@ def _facts(run: RunConfig, checkpoint: Path, metrics: Path) -> dict[str, object]
         "examples per step": run.training.train_batch_size,
         "longest sequence in training": run.sequences.max_seq_length,
         "sentence pair objective": run.sequences.sentence_pair,
+        **({} if run.generator is None else {"generator": generator_text(run.generator, run.objective_weights)}),
         **({"segments": "trained on one; the others are equal to it"} if has_unseen else {}),
         "masked share of the tokens": run.masking.mlm_probability,
         "whole words masked": "in spans" if run.masking.span_mask else run.masking.whole_word_mask,
@@ -130,7 +151,10 @@ def _measured(metrics: Path, step: int) -> dict[str, object]:
     if found.get(AT_MASK) is None:
         return {}
     loss, accuracy = found[AT_MASK], found["mlm_masked_accuracy"]
-    return {"held-out text at [MASK]": f"loss {loss:.3f} nats, accuracy {accuracy:.3f}"}
+    measured = {"held-out text at [MASK]": f"loss {loss:.3f} nats, accuracy {accuracy:.3f}"}
+    if (loss := found.get("loss_replaced")) is not None:
+        measured["replaced tokens in it"] = f"loss {loss:.3f} nats, accuracy {found['replaced_accuracy']:.3f}"
+    return dict(measured)
 
 
 if __name__ == "__main__":

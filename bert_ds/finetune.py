@@ -260,7 +260,7 @@ def loop_settings(trained: TrainedTask, num_sequences: int) -> LoopSettings:
         log_every_steps=trained.training.log_every_steps,
         evaluate_every_steps=trained.every_steps(trained.task.evaluation.every_epochs, num_sequences=num_sequences),
         checkpoint_every_steps=trained.task.checkpoints.every_steps,
-        drops=trained.model.drops,
+        draws=trained.model.drops,
     )
 
 

@@ -137,7 +137,7 @@ class OpenedRun:
     @property
     def facts(self) -> dict[str, str]:
         """What a checkpoint has to have been made with."""
-        return {**self.plan.run.model.form(), "data": self.data.fingerprint}
+        return {**self.plan.run.form(), "data": self.data.fingerprint}
 
     def batch_at(self, place: int) -> list[MicroBatch]:
         """Return this rank's micro-batches of a place in the order of the data, counted from 0."""
@@ -250,7 +250,7 @@ def build_model(plan: RunPlan, run_dir: Path) -> PretrainingModel:
     run, distillation = plan.run, plan.run.distillation
     options: dict[str, Any] = {
         "kernels": kernels_for(run.training.kernels, on_cuda=get_accelerator().device_name() == "cuda"),
-        "objectives": make_objectives(run.objective_weights),
+        "objectives": make_objectives(run.objective_weights, generator=run.generator),
         "activation_checkpointing": plan.ds.activation_checkpointing,
         **{"init_seed": run.seed, "layer_drop": run.training.layer_drop},
     }
@@ -261,7 +261,7 @@ def build_model(plan: RunPlan, run_dir: Path) -> PretrainingModel:
         check_tokenizer(teacher, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
         model = make_student(run.model, distillation, **options)
     if run.training.compile:
-        compile_layers(model.bert.layer, kernels=options["kernels"])
+        compile_layers((layer for one in model.encoders() for layer in one.layer), kernels=options["kernels"])
     return model
 
 

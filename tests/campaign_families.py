@@ -45,8 +45,9 @@ from bert_ds.downstream.tuning.task_folder import (
     write_task_folder,
 )
 from bert_ds.encoder.families.table import family_of
-from bert_ds.encoder.hf_folder import model_card_text, special_ids, write_hf_folder
-from bert_ds.encoder.hf_mapping import hf_config, modern_names, to_hf
+from bert_ds.encoder.hf_folder import load_hf_folder, model_card_text, special_ids, write_hf_folder
+from bert_ds.encoder.hf_mapping import discriminator_from_hf, hf_config, modern_names, to_hf
+from bert_ds.encoder.objectives.replaced_tokens import Discriminator
 from bert_ds.encoder.pretrained import load_masked_lm
 from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.encoder.tensor_rows import rows_to_hf
@@ -156,6 +157,8 @@ def model_of(config: EncoderConfig, role: str) -> Any:
     """Return a model of ours that plays the role."""
     if role in TASKS:
         return make_task_model(KINDS[TASKS[role]], config, LABELS, kernels="torch")
+    if role == "replaced tokens":
+        return Discriminator(config, kernels="torch")
     return PretrainingModel(config, kernels="torch", has_pair_head=role == "pre-training")
 
 
@@ -170,7 +173,12 @@ def write(folder: Path, model: Any, *, role: str, tokenizer: Path) -> None:
         objective = "nsp" if role == "pre-training" else "none"
         write_hf_folder(
             folder,
-            config=hf_config(model.config, sentence_pair=objective, special_ids=special_ids(tokenizer)),
+            config=hf_config(
+                model.config,
+                sentence_pair=objective,
+                special_ids=special_ids(tokenizer),
+                has_detector=role == "replaced tokens",
+            ),
             tensors=to_hf(model.state_dict(), model.config),
             tokenizer=tokenizer,
             model_card=model_card_text("tiny", model.config, {}),
@@ -180,6 +188,11 @@ def write(folder: Path, model: Any, *, role: str, tokenizer: Path) -> None:
 
 def read(folder: Path, role: str) -> Any:
     """Import a folder as the verbs do."""
+    if role == "replaced tokens":
+        source = load_hf_folder(folder)
+        model = Discriminator(source.config, kernels="torch")
+        model.load_state_dict(discriminator_from_hf(source.tensors, source.config))
+        return model
     return read_task_folder(folder, KINDS[TASKS[role]], kernels="torch")[0] if role in TASKS else load_masked_lm(folder)
 
 
@@ -197,6 +210,8 @@ def _scores(model: Any, role: str, packed: dict[str, Any]) -> dict[str, Tensor]:
     if role in TASKS:
         *_, found = model(**packed, targets={}, with_scores=True)
         return {"scores": found[KINDS[TASKS[role]].hf_forms[0].scores]}
+    if role == "replaced tokens":
+        return {"scores": model(**packed)}
     hidden_TD = model.bert(**packed)
     decoder = model.predictions.decoder(hidden_TD, model.bert.embeddings.word_weight)
     scores = {"scores": F.linear(*decoder)[:, : model.config.vocab_size]}

@@ -35,6 +35,7 @@ from bert_ds.downstream.tuning.taught_model import TaughtTaskModel
 from bert_ds.encoder.families.table import weight_patterns
 from bert_ds.encoder.objectives.distillation import TaughtWords
 from bert_ds.encoder.objectives.sentence_pair import SentencePair
+from bert_ds.encoder.objectives.table import make_objectives
 from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.training.loop.loss_guard import LossGuard
 from bert_ds.training.loop.train_step import Judge, forward_backward, gradient_norm
@@ -134,6 +135,11 @@ def taught(config: Any) -> nn.Module:
     return PretrainingModel(config, objectives=objectives)
 
 
+def replaced(config: Any) -> nn.Module:
+    weights = {"masked_words": 1.0, "replaced_tokens": 50.0}
+    return PretrainingModel(config, objectives=make_objectives(weights, generator=config.generator(0.5)))
+
+
 def task_model(config: Any, kind: str, labels: Any, *, taught: bool = False) -> nn.Module:
     weights = (0.5, 1.0, 2.0) if kind in ("classification", "token_classification") else None
     make: Any = partial(make_task_model, KINDS[kind], config, labels, kernels="auto", class_weights=weights)
@@ -154,6 +160,7 @@ def cases() -> dict[str, Case]:
     make = partial(pretraining, encoders["bert"], kernels="torch")
     found["pretrain bert, kernels=torch"] = Case(make, pretraining_batch)
     found["pretrain bert, distillation"] = Case(partial(taught, encoders["bert"]), pretraining_batch)
+    found["pretrain electra, replaced tokens"] = Case(partial(replaced, encoders["electra"]), pretraining_batch)
     one_layer = {name: of_size(config, num_hidden_layers=1) for name, config in WIRED.items()}
     for settings in OWN_OPTIMIZERS:
         word = settings.model_fields["type"].default

@@ -103,6 +103,10 @@ CAREFUL = {"spike_sigmas": 3.0, "spike_window": 9, "max_bad_steps": 3, "max_roll
 TAUGHT = {"distillation": {"teacher": "teacher"}}
 WEIGHED = [{"type": "masked_words", "weight": 0.5}, {"type": "sentence_pair", "weight": 2.0}]
 STAGE = {"until": 0.25, "max_seq_length": 24, "train_batch_size": 6, "mlm_probability": 0.25}
+LENGTH, SHAPED = {"total_steps": 5, "train_batch_size": 6}, {"power": "polynomial", "decay_fraction": "wsd"}
+EVALUATED = {"every_steps": 2, "num_examples": 12, "batch_size": 3}
+REPLACING = [{"type": "replaced_tokens", "generator_fraction": 0.5}, {"type": "masked_words"}]
+REPLACED = {**PLAIN, "objectives": REPLACING, "model.type": "electra", "model.embedding_size": 8}
 STAGED = {"stages": [{"until": 0.5, "max_seq_length": 16, "train_batch_size": 8, "mlm_probability": 0.4}]}
 EMBEDDED = {
     "corpus": {"type": "embedded", "vocab_size": 400, "max_bytes": 1_000_000},
@@ -194,6 +198,7 @@ CHANGES = {
     "masking.max_predictions_per_seq": Change(1),
     "objectives.0.type": Change("sentence_pair", {"objectives": WEIGHED}, {"objectives.1.type": "masked_words"}),
     "objectives.0.weight": Change(0.25, {"objectives": WEIGHED}),
+    "objectives.0.generator_fraction": Change(1.0, REPLACED),
     **moments("adamw"),
     **moments("lamb"),
     **trust("lamb"),
@@ -208,20 +213,16 @@ CHANGES = {
     "schedule.type": Change("constant"),
     "schedule.warmup_steps": Change(1),
     "schedule.warmup_fraction": Change(0.75, {"schedule": {"type": "linear", "warmup_fraction": 0.5}}),
-    "schedule.power": Change(0.5, {"schedule.type": "polynomial"}),
-    "schedule.decay_fraction": Change(0.5, {"schedule.type": "wsd"}),
+    **{f"schedule.{name}": Change(0.5, {"schedule.type": kind}) for name, kind in SHAPED.items()},
     "schedule.min_lr_fraction": Change(0.5),
-    "training.total_steps": Change(5),
-    "training.train_batch_size": Change(6),
+    **{f"training.{name}": Change(value) for name, value in LENGTH.items()},
     "training.precision": Change("bf16"),
     "training.gradient_clipping": Change(0.05),
     "training.few_shapes": Change(True),
     "training.layer_drop": Change(0.5),
     "training.log_every_steps": Change(3),
     **{f"stages.0.{name}": Change(value, STAGED) for name, value in STAGE.items()},
-    "evaluation.every_steps": Change(2),
-    "evaluation.num_examples": Change(12),
-    "evaluation.batch_size": Change(3),
+    **{f"evaluation.{name}": Change(value) for name, value in EVALUATED.items()},
     "checkpoints.every_steps": Change(3),
     "checkpoints.keep_last": Change(1, {"checkpoints.every_steps": 2}),
     "checkpoints.keep_every_steps": Change(2, {"checkpoints": {"every_steps": 1, "keep_last": 1}}),

@@ -30,6 +30,7 @@ def test_the_promised_files_are_shipped() -> None:
         *("albert_base", "albert_small"),
         *("bert_base_muon", "bert_base_phase1", "bert_base_phase2", "bert_base_zh", "bert_large_phase1"),
         *("bert_large_phase2", "bert_original", "bert_original_phase2", "distilbert_base", "distilbert_small"),
+        *("electra_small", "electra_tiny"),
         *("embedded_default", "modernbert_base_phase1", "modernbert_base_phase2", "modernbert_small"),
     ]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from forked_verbs import run_verb
 
-from bert_ds.encoder.pretrained import load_masked_lm
+from bert_ds.encoder.pretrained import load_masked_lm, load_pretrained
 from bert_ds.reporting.run_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +67,15 @@ def test_the_small_albert_learns_words_and_the_order_of_sentences(folder: Path) 
     assert model.config.family == "albert" and model.has_pair_head
     assert losses(run_dir)[-1] < losses(run_dir)[0]
     assert max(losses(run_dir, "loss_pair")) > 0.1
+
+
+def test_the_small_electra_learns_in_both_halves(folder: Path) -> None:
+    run_dir = trained(folder, "electra_tiny")
+    assert load_masked_lm(run_dir / "hf/generator").config.hidden_size == 64
+    assert load_pretrained(run_dir / "hf").config.hidden_size == 128
+    for name in ("loss_mlm", "loss_replaced"):
+        found = losses(run_dir, name)
+        assert found[-1] < found[0]
 
 
 def test_the_small_modernbert_learns(folder: Path) -> None:

@@ -16,11 +16,17 @@ class LossTerm:
     """Which of the counts of a batch says how many targets there are, see `MicroBatch.counts`."""
     metric: str | None = None
     """What is counted over the same targets; `<x>_correct` is logged as `<x>_accuracy`."""
+    shares: tuple[str, ...] = ()
+    """Of each <x> the forward sums <x> and <x>_of, how many of them there were to be; the quotient is logged."""
     weight: float = 1.0
     of_words: bool = False
     """Whether the targets are words: perplexity is logged, and in an evaluation figures by kind of target."""
 
 
 def metric_names(terms: Sequence[LossTerm]) -> list[str]:
-    """Return the metrics of the terms that have one, in their order: that of a model's metric sums."""
-    return [term.metric for term in terms if term.metric is not None]
+    """Return all that is summed beside the losses, in the order of the terms: that of a model's metric sums."""
+    names: list[str] = []
+    for term in terms:
+        names += [] if term.metric is None else [term.metric]
+        names += [name for share in term.shares for name in (share, f"{share}_of")]
+    return names

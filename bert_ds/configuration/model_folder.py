@@ -18,6 +18,8 @@ from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.configuration.reading.config_problems import describe, did_you_mean, one_of
 from bert_ds.configuration.recipe.run_config import RunConfig
 
+GENERATOR_FOLDER = "generator"
+"""In the folder of an exported discriminator: the model of masked words that replaced tokens for it."""
 _RUN_FILES = ("run_config.json", "task_config.json", "bert_ds_folder.json")
 
 
@@ -83,7 +85,18 @@ def weights_problem(folder: Path, run: RunConfig) -> str | None:
         return f"the weights have {', '.join(wrong)}"
     if run.sequences.sentence_pair != "none" and not has_pair_head(folder, recipe):
         return f"{folder} has no head for sentence pairs: wanted sequences.sentence_pair=none"
+    if any(one.type == "replaced_tokens" for one in run.objectives or ()) and not has_generator(folder, recipe):
+        return f"{folder} has no generator: wanted the run or the export of one that learned replaced_tokens"
     return None
+
+
+def has_generator(folder: Path, recipe: Any = None) -> bool:
+    """Whether a run learned replaced tokens, or the folder of a discriminator has its generator in it."""
+    if not isinstance(recipe, dict):
+        return (folder / GENERATOR_FOLDER / "config.json").is_file()
+    listed = recipe.get("objectives")
+    types = [one.get("type") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    return "replaced_tokens" in types
 
 
 def has_pair_head(folder: Path, recipe: Any = None) -> bool:

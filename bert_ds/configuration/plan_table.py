@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from bert_ds.basics.ranks import LAUNCHER_PATIENCE_S
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
+from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.recipe.corpus_config import MaskingConfig
 from bert_ds.configuration.recipe.precision import precision_text
 from bert_ds.configuration.run_plan import RunPlan, size_text
@@ -33,6 +36,9 @@ def plan_table(plan: RunPlan) -> list[tuple[str, str]]:
     if in_optimizer := optimizer_flops(run):
         share = in_optimizer / (flops * own_tokens)
         rows.append(("FLOPs of the optimizer", f"{in_optimizer:.3e} a step over all ranks, {share:.1%} of the model's"))
+    if run.generator is not None:
+        parameters = next(index for index, (name, _) in enumerate(rows) if name == "parameters")
+        rows.insert(parameters + 1, ("generator", generator_text(run.generator, run.objective_weights)))
     if plan.teacher is not None:
         parameters = next(index for index, (name, _) in enumerate(rows) if name == "parameters")
         rows.insert(parameters + 1, ("teacher", f"{plan.num_teacher_parameters:,} parameters, whole on every rank"))
@@ -64,6 +70,13 @@ def masks_text(masking: MaskingConfig) -> str:
     bound = masking.max_predictions_per_seq
     most = "" if bound is None else f", at most {bound} in an example"
     return f"{_percent(masking.mlm_probability)} of the pieces{units}: {', '.join(shown)}{most}"
+
+
+def generator_text(generator: EncoderConfig, weights: Mapping[str, float]) -> str:
+    """Return what replaces tokens, and what both losses weigh."""
+    heads = "1 head" if generator.num_attention_heads == 1 else f"{generator.num_attention_heads} heads"
+    sizes = f"{generator.num_hidden_layers} layers of {generator.hidden_size} with {heads}, the model's embeddings"
+    return f"{sizes}; its loss weighs {weights['masked_words']:g}, the detector's {weights['replaced_tokens']:g}"
 
 
 def memory_rows(plan: RunPlan) -> list[tuple[str, str]]:

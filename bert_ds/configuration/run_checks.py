@@ -50,7 +50,7 @@ def recipe_problems(run: RunConfig) -> list[Problem]:
         problems.append(Problem("training.compile", text))
     problems += start_problems(run)
     pair, is_distilled = sequences.sentence_pair, run.distillation is not None
-    problems += objective_problems(run.objectives, sentence_pair=pair, is_distilled=is_distilled)
+    problems += objective_problems(run.objectives, model, sentence_pair=pair, is_distilled=is_distilled)
     predictions = run.masking.max_predictions_per_seq
     if predictions is not None and predictions > sequences.max_seq_length:
         text = f"{predictions} is more than sequences.max_seq_length {sequences.max_seq_length}"

@@ -29,6 +29,7 @@ from bert_ds.configuration.run_size import (
     flops_per_token,
     kept_checkpoints,
     memory_estimate,
+    num_parameters,
     teacher_flops_per_token,
 )
 from bert_ds.configuration.run_stages import RunStage, run_stages, stage_split_problems
@@ -119,7 +120,7 @@ class RunPlan:
     @property
     def num_parameters(self) -> int:
         """Trainable parameters, padded vocabulary rows included."""
-        return self.run.model.count_parameters(has_pair_head=self.has_pair_head)
+        return num_parameters(self.run)
 
     def flops_per_token(self, mean_length: float, run: RunConfig | None = None) -> float:
         """FLOPs of forward and backward per token that is no padding, for sequences of this mean length.

@@ -48,35 +48,57 @@ def flops_per_token(run: RunConfig, mean_length: float) -> float:
         run: the recipe.
         mean_length: tokens of a sequence; sequences of unequal length cost a little more, attention being quadratic.
     """
-    return _model_flops(run.model, run, mean_length, kept_layers=1 - run.training.layer_drop)
+    encoders, words = run.encoders, run.encoders[-1]
+    kept = 1 - run.training.layer_drop
+    flops = sum(_encoder_flops(encoder, mean_length, kept_layers=kept) for encoder in encoders)
+    flops += _head_flops(words, run, mean_length)
+    if run.generator is not None:
+        flops += 6 * run.model.detector_weights() + _drawn_flops(words, run, mean_length)
+    return flops
+
+
+def num_parameters(run: RunConfig) -> int:
+    """Return the trainable parameters of a recipe, padded rows of the vocabulary included."""
+    if run.generator is not None:
+        return run.model.count_with_generator(run.generator)
+    return run.model.count_parameters(has_pair_head=run.sequences.sentence_pair != "none")
 
 
 def teacher_flops_per_token(teacher: EncoderConfig, run: RunConfig, mean_length: float) -> float:
     """Return FLOPs of the forward pass of a model that teaches: a third of forward and backward."""
-    return _model_flops(teacher, run, mean_length) / 3
+    return (_encoder_flops(teacher, mean_length) + _head_flops(teacher, run, mean_length)) / 3
 
 
-def _model_flops(model: EncoderConfig, run: RunConfig, mean_length: float, *, kept_layers: float = 1.0) -> float:
-    masking = run.masking
-    hidden, layers = model.hidden_size, model.num_hidden_layers
+def _encoder_flops(model: EncoderConfig, mean_length: float, *, kept_layers: float = 1.0) -> float:
     layer_weights = sum(rows * columns for rows, columns in model.layer_matrices())
-    predictions = masking.mlm_probability * mean_length
-    if masking.max_predictions_per_seq is not None:
-        predictions = min(predictions, masking.max_predictions_per_seq)
-    per_prediction = 6 * model.word_head_weights()
+    attention = 12 * model.hidden_size * model.attended_tokens(mean_length)
+    return 6 * model.projection_weights + kept_layers * (6 * model.num_hidden_layers * layer_weights + attention)
+
+
+def _head_flops(model: EncoderConfig, run: RunConfig, mean_length: float) -> float:
+    hidden = model.hidden_size
     pooler = 6 * (hidden * hidden + 2 * hidden) if run.sequences.sentence_pair != "none" else 0
-    in_layers = 6 * layers * layer_weights + 12 * hidden * model.attended_tokens(mean_length)
-    encoder = 6 * model.projection_weights + kept_layers * in_layers
-    return encoder + (per_prediction * predictions + pooler) / mean_length
+    return (6 * model.word_head_weights() * _predictions(run, mean_length) + pooler) / mean_length
+
+
+def _drawn_flops(model: EncoderConfig, run: RunConfig, mean_length: float) -> float:
+    """Return those of the scores that pieces are drawn by, made once more than for the loss and without a gradient."""
+    return 2 * model.embedding_width * model.padded_vocab_size * _predictions(run, mean_length) / mean_length
+
+
+def _predictions(run: RunConfig, mean_length: float) -> float:
+    most = run.masking.max_predictions_per_seq
+    predictions = run.masking.mlm_probability * mean_length
+    return predictions if most is None else min(predictions, most)
 
 
 def optimizer_flops(run: RunConfig) -> int:
     """Return the FLOPs of a step's matrix products in the optimizer, over all ranks together; 0 where it has none."""
-    return run.optimizer.matrix_flops(run.model.own_matrices())
+    return sum(run.optimizer.matrix_flops(one.own_matrices()) for one in run.encoders)
 
 
 def activation_bytes(run: RunConfig, micro_batch_size: int, *, recompute: bool) -> int:
-    """Estimate what the forward pass keeps: T `kept_values` per layer and T mlm_probability V logits.
+    """Estimate what the forward pass keeps: T `kept_values` per layer of all encoders and T mlm_probability V logits.
 
     Dropout masks are computed again, not kept. The torch attention keeps T H S scores twice as well.
 
@@ -85,14 +107,15 @@ def activation_bytes(run: RunConfig, micro_batch_size: int, *, recompute: bool) 
         micro_batch_size: sequences, taken as max_seq_length long.
         recompute: with activation checkpointing only T D per layer is kept, and one layer in full.
     """
-    model, width = run.model, _BYTES[planned(run.training.precision)]
+    width, layers = _BYTES[planned(run.training.precision)], 0
     tokens = micro_batch_size * run.sequences.max_seq_length
-    layer = tokens * model.kept_values()
-    if run.training.kernels == "torch":
-        layer += 2 * tokens * model.num_attention_heads * run.sequences.max_seq_length
-    kept = tokens * model.hidden_size * model.num_hidden_layers + layer
-    layers = kept if recompute else layer * model.num_hidden_layers
-    logits = int(tokens * run.masking.mlm_probability) * model.padded_vocab_size
+    for model in run.encoders:
+        layer = tokens * model.kept_values()
+        if run.training.kernels == "torch":
+            layer += 2 * tokens * model.num_attention_heads * run.sequences.max_seq_length
+        kept = tokens * model.hidden_size * model.num_hidden_layers + layer
+        layers += kept if recompute else layer * model.num_hidden_layers
+    logits = int(tokens * run.masking.mlm_probability) * run.model.padded_vocab_size
     return (layers + logits) * width
 
 
@@ -113,7 +136,7 @@ def memory_estimate(
         activations: bytes of `activation_bytes`.
         num_fixed: parameters of a teacher, which every rank holds whole.
     """
-    number = run.model.count_parameters(has_pair_head=run.sequences.sentence_pair != "none")
+    number = num_parameters(run)
     width = _BYTES[planned(run.training.precision)]
     shard = -(-number // world_size)
     low = width == 2
@@ -133,7 +156,7 @@ def memory_estimate(
 
 def checkpoint_bytes(run: RunConfig, *, stage: int) -> int:
     """Estimate one checkpoint of all ranks: weights in the training precision, fp32 master and moments."""
-    number = run.model.count_parameters(has_pair_head=run.sequences.sentence_pair != "none")
+    number = num_parameters(run)
     width = _BYTES[planned(run.training.precision)]
     master = 4 if width == 2 or stage > 0 else 0
     weights = 0 if stage == 3 else width

@@ -96,17 +96,18 @@ def step_times(plan: RunPlan, card: Card) -> list[StepTimes]:
     """
     run, found = plan.run, []
     for stage in plan.stages:
-        model, length = stage.run.model, stage.run.sequences.max_seq_length
+        length, encoders = stage.run.sequences.max_seq_length, stage.run.encoders
         tokens = stage.split.micro_batch_size * stage.split.accumulation * length
-        attention = attention_flops(model, length) * tokens
+        attention = sum(attention_flops(model, length) for model in encoders) * tokens
         products = plan.flops_per_token(length, stage.run) * tokens - attention
-        traffic = 2 * TRAFFIC_PER_LAYER * tokens * model.hidden_size * model.num_hidden_layers
+        widths = sum(model.hidden_size * model.num_hidden_layers for model in encoders)
+        traffic = 2 * TRAFFIC_PER_LAYER * tokens * widths
         traffic += ACCUMULATION_BYTES * plan.num_parameters * stage.split.accumulation
         shards = plan.world_size if plan.zero_stage else 1
         products += optimizer_flops(run) / shards
         found.append(
             StepTimes(
-                host=HOST_LAYER_S * model.num_hidden_layers * stage.split.accumulation,
+                host=HOST_LAYER_S * sum(one.num_hidden_layers for one in encoders) * stage.split.accumulation,
                 products=products / (GEMM_SHARE * card.flops_per_s),
                 attention=attention / (ATTENTION_SHARE * card.flops_per_s),
                 memory=traffic / (MEMORY_SHARE * card.memory_bytes_per_s),

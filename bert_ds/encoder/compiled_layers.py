@@ -6,6 +6,8 @@ Only layers are: what lies around them reads numbers that change with every batc
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -17,13 +19,13 @@ have nothing to add), those between and the last (which gives the tokens that ar
 first shape as it is, then any dropout mask, any number of tokens, any number of sequences."""
 
 
-def compile_layers(layers: nn.ModuleList, *, kernels: str) -> None:
+def compile_layers(layers: Iterable[nn.Module], *, kernels: str) -> None:
     """Have every layer compiled when it is first called; names and weights of the model stay.
 
     A graph break is an error: it would slow the run down in silence.
 
     Args:
-        layers: of the encoder.
+        layers: of the encoder, and of its generator.
         kernels: what the encoder computes with, "triton" or "torch".
 
     Raises:

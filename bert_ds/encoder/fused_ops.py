@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bert_kernels import attention, bias_gelu, dropout_mask, embedding, geglu, layer_norm, mlm_cross_entropy, rotary
@@ -81,6 +82,21 @@ def fused_ops(kernels: str) -> FusedOps:
 def kernels_for(kernels: str, *, on_cuda: bool) -> str:
     """Return `training.kernels` for a launch whose tensors all lie on its device: "auto" need not look at each."""
     return {True: "triton", False: "torch"}[on_cuda] if kernels == "auto" else kernels
+
+
+def uniform_draws(seed: Tensor, counters: tuple[Tensor, Tensor], *, site: int) -> Tensor:
+    """Return a number in (0, 1) for each pair of counters, a Philox function of it as dropout masks are; fp32.
+
+    Args:
+        seed: int64 [1].
+        counters: int64 of one shape, in [0, 2^32); as dropout has them the second is the row of a token.
+        site: of no dropout.
+    """
+    first, second = counters
+    zeros = torch.zeros_like(first)
+    words = dropout_mask.philox_words((first.clone(), second.clone(), zeros, zeros + site), seed)
+    # 23 bits and a half are exact in fp32, and never 0 or 1.
+    return ((words[0] >> 9).float() + 0.5) * 2.0**-23
 
 
 def _by_device(name: str) -> Callable[..., Any]:

@@ -36,6 +36,30 @@ _WEIGHT_FILES = (
 )
 
 
+_LIBRARY = ("---", "library_name: transformers")
+_PREDICTS, _DETECTS = (*_LIBRARY, "pipeline_tag: fill-mask"), _LIBRARY
+_PREDICTED = (
+    "```python",
+    "from transformers import pipeline",
+    'fill_mask = pipeline("fill-mask", model="path/to/this/folder")',
+    'print(fill_mask(f"The function returns a new {fill_mask.tokenizer.mask_token}."))',
+    "```",
+    "",
+    "Index 0 of the pair classifier, where there is one, means: b follows a (nsp), or a and b are in order (sop).",
+)
+_DETECTED = (
+    "The discriminator, which tells replaced tokens (scores above 0); generator/ is the model of masked words.",
+    "",
+    "```python",
+    "from transformers import AutoTokenizer, ElectraForPreTraining",
+    'folder = "path/to/this/folder"',
+    'tokens = AutoTokenizer.from_pretrained(folder)("The function returns a new banana.", return_tensors="pt")',
+    "print(ElectraForPreTraining.from_pretrained(folder)(**tokens).logits > 0)",
+    "```",
+)
+"""Lines of a model card."""
+
+
 class HfModel(NamedTuple):
     """A Hugging Face folder as read: our model section, and its tensors under the names they have in the file."""
 
@@ -158,26 +182,25 @@ def special_ids(tokenizer: Path) -> dict[str, int]:
     return {name: ids[piece] for name, piece in names.items()}
 
 
-def model_card_text(name: str, config: EncoderConfig, facts: Mapping[str, object]) -> str:
-    """Return README.md: what the model is, how to load it, and the run's facts as a table."""
+def model_card_text(name: str, config: EncoderConfig, facts: Mapping[str, object], *, detects: bool = False) -> str:
+    """Return README.md: what the model is, how to load it, and the run's facts as a table.
+
+    Args:
+        name: of the run.
+        config: of the encoder.
+        facts: of the run, name to value.
+        detects: it is a discriminator, with its generator beside it.
+    """
     rows = [f"| {key} | {str(value).replace('|', '/').replace(chr(10), ' ')} |" for key, value in facts.items()]
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: fill-mask",
-        f"tags: [{config.family}, fill-mask]",
+        *(_DETECTS if detects else _PREDICTS),
+        f"tags: [{config.family}{'' if detects else ', fill-mask'}]",
         "---",
         f"# {name}",
         "",
         f"A {config.TITLE} encoder pre-trained from scratch.",
         "",
-        "```python",
-        "from transformers import pipeline",
-        'fill_mask = pipeline("fill-mask", model="path/to/this/folder")',
-        'print(fill_mask(f"The function returns a new {fill_mask.tokenizer.mask_token}."))',
-        "```",
-        "",
-        "Index 0 of the pair classifier, where there is one, means: b follows a (nsp), or a and b are in order (sop).",
+        *(_DETECTED if detects else _PREDICTED),
         "",
         "| fact | value |",
         "|---|---|",

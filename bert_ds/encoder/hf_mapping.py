@@ -16,6 +16,7 @@ from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.families.table import FAMILY_CONFIGS, HF_FAMILIES
 from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.encoder.families.family import RoleName
 from bert_ds.encoder.families.table import FAMILIES, family_of
 from bert_ds.encoder.tensor_rows import TensorRow, rows_from_hf, rows_to_hf
 
@@ -23,14 +24,21 @@ from bert_ds.encoder.tensor_rows import TensorRow, rows_from_hf, rows_to_hf
 def to_hf(state_dict: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
     """Return Hugging Face's tensors of the state dict of a pre-training model of ours.
 
-    With a pair head they are those of the family's class for pre-training, without one those of its masked words; the
-    tied decoder is left out and the padding rows of the vocabulary are cut off.
+    With a pair head they are those of the family's class for pre-training, with a detector those of replaced tokens,
+    with neither those of masked words; the tied decoder is left out and the padding rows of the vocabulary are cut off.
 
     Raises:
         CheckpointError: a tensor is missing, unknown or of another shape.
     """
-    rows = list(_rows(config, has_pair_head="seq_relationship.weight" in state_dict))
+    rows = list(_rows(config, role_of(state_dict)))
     return rows_to_hf({**state_dict, **family_of(config).fixed_tensors(config)}, rows)
+
+
+def role_of(state_dict: Mapping[str, Tensor]) -> RoleName:
+    """Return what a model of ours with these weights was pre-trained for."""
+    if "detector.score_weight" in state_dict:
+        return "replaced tokens"
+    return "pre-training" if "seq_relationship.weight" in state_dict else "masked words"
 
 
 def share_unseen_segments(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,13 +64,18 @@ def from_hf(tensors: Mapping[str, Tensor], config: EncoderConfig, *, has_pair_he
     """
     tensors = modern_names(tensors, config)
     if not has_pair_head:
-        dropped = _hf_names(config, has_pair_head=True) - _hf_names(config, has_pair_head=False)
+        dropped = _hf_names(config, "pre-training") - _hf_names(config, "masked words")
         tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
-    found = rows_from_hf(tensors, list(_rows(config, has_pair_head=has_pair_head)))
+    found = rows_from_hf(tensors, list(_rows(config, "pre-training" if has_pair_head else "masked words")))
     for name, wanted in family_of(config).fixed_tensors(config).items():
         if not torch.equal(own := found.pop(name), wanted.to(own.dtype)):
             raise CheckpointError(f"{name} is not the table that the settings of the model fix")
     return found
+
+
+def discriminator_from_hf(tensors: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
+    """Return the state dict of a `Discriminator`; raises as `from_hf`."""
+    return rows_from_hf(modern_names(tensors, config), list(_rows(config, "replaced tokens")))
 
 
 def encoder_from_hf(tensors: Mapping[str, Tensor], config: EncoderConfig) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -93,7 +106,11 @@ def modern_names(tensors: Mapping[str, Tensor], config: EncoderConfig) -> dict[s
 
 
 def hf_config(
-    config: EncoderConfig, *, sentence_pair: Literal["nsp", "sop", "none"], special_ids: Mapping[str, int]
+    config: EncoderConfig,
+    *,
+    sentence_pair: Literal["nsp", "sop", "none"],
+    special_ids: Mapping[str, int],
+    has_detector: bool = False,
 ) -> dict[str, Any]:
     """Return the content of config.json.
 
@@ -102,9 +119,11 @@ def hf_config(
         sentence_pair: the pair objective; decides the architecture and is recorded, because Hugging Face has no word
             for it.
         special_ids: ids of "pad", "cls" and "sep".
+        has_detector: the weights are those of a discriminator.
     """
     family = family_of(config)
-    role = family.roles(config)["masked words" if sentence_pair == "none" else "pre-training"]
+    name: RoleName = "masked words" if sentence_pair == "none" else "pre-training"
+    role = family.roles(config)["replaced tokens" if has_detector else name]
     settings = family.hf_settings(config, special_ids)
     return {
         "model_type": settings["model_type"],
@@ -148,14 +167,14 @@ def _problem(item: Mapping[str, Any], names: Mapping[str, str]) -> str:
     return f"{where} is {repr(item['input'])[:60]}: {said}" if where else said
 
 
-def _rows(config: EncoderConfig, *, has_pair_head: bool) -> Iterator[TensorRow]:
-    """Yield every tensor of the pre-training model, in the model's order."""
+def _rows(config: EncoderConfig, role: RoleName) -> Iterator[TensorRow]:
+    """Yield every tensor of the pre-trained model, in the model's order."""
     family = family_of(config)
-    yield from family.encoder_rows(config, has_front=has_pair_head)
-    yield from family.word_head_rows(config)
-    if has_pair_head:
+    yield from family.encoder_rows(config, has_front=role == "pre-training")
+    yield from (family.detector_rows if role == "replaced tokens" else family.word_head_rows)(config)
+    if role == "pre-training":
         yield from family.pair_head_rows(config)
 
 
-def _hf_names(config: EncoderConfig, *, has_pair_head: bool) -> set[str]:
-    return {name for row in _rows(config, has_pair_head=has_pair_head) for name in row.hf_names}
+def _hf_names(config: EncoderConfig, role: RoleName) -> set[str]:
+    return {name for row in _rows(config, role) for name in row.hf_names}

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.families.encoder_config import EncoderConfig
-from bert_ds.encoder.families.family import Role
+from bert_ds.encoder.families.family import Role, RoleName
 from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.hf_folder import read_json, refuse_broken_tensors
-from bert_ds.encoder.hf_mapping import from_hf, model_config_from_hf
+from bert_ds.encoder.hf_mapping import discriminator_from_hf, from_hf, model_config_from_hf, role_of
+from bert_ds.encoder.objectives.replaced_tokens import Discriminator
 from bert_ds.encoder.pretraining_model import PretrainingModel
 
 MAX_RELATIVE_DIFFERENCE = 1e-4
@@ -48,7 +49,7 @@ def verify_export(
     Args:
         folder: the exported folder.
         config: the model section of the recipe.
-        state_dict: of our `PretrainingModel`, fp32.
+        state_dict: of our `PretrainingModel`, or of one of the `Halves` where there are two; fp32.
         tokenizer: folder of the tokenizer the model was trained with; None leaves the tokenizer unchecked.
 
     Raises:
@@ -60,17 +61,16 @@ def verify_export(
     if found != wanted:
         different = [key for key, value in wanted.model_dump().items() if getattr(found, key, None) != value]
         raise CheckpointError(f"{folder}/config.json differs from the run in {', '.join(different)}")
-    has_pair_head = "seq_relationship.weight" in state_dict
-    role = family_of(config).roles(config)["pre-training" if has_pair_head else "masked words"]
+    name = role_of(state_dict)
+    role = family_of(config).roles(config)[name]
     theirs = load_with_transformers(folder, role)
     refuse_broken_tensors(theirs.state_dict(), where=f"{folder}, as transformers loads it")
-    loaded = from_hf(theirs.state_dict(), config, has_pair_head=has_pair_head)
+    ours, loaded = _made_anew(theirs.state_dict(), config, name)
     changed = [name for name, tensor in state_dict.items() if not torch.equal(loaded[name], tensor.float().cpu())]
     if changed:
         raise CheckpointError(f"{folder}: transformers loads other values for {', '.join(changed)}")
-    ours = PretrainingModel(config, kernels="torch", has_pair_head=has_pair_head).eval()
     ours.load_state_dict(state_dict)
-    check = _compare_scores(ours, theirs, role)
+    check = _compare_scores(ours.eval(), theirs, role)
     if not check.max_difference <= MAX_RELATIVE_DIFFERENCE * check.scale:
         raise CheckpointError(
             f"{folder}: scores differ from transformers' by {check.max_difference:.3e}, "
@@ -79,6 +79,17 @@ def verify_export(
     if tokenizer is not None:
         verify_tokenizer(folder, config, tokenizer)
     return check
+
+
+def _made_anew(
+    tensors: Mapping[str, Tensor], config: EncoderConfig, role: RoleName
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return a model of ours of that role, and what transformers' tensors are under its names."""
+    if role == "replaced tokens":
+        return Discriminator(config, kernels="torch"), discriminator_from_hf(tensors, config)
+    has_pair_head = role == "pre-training"
+    model = PretrainingModel(config, kernels="torch", has_pair_head=has_pair_head)
+    return model, from_hf(tensors, config, has_pair_head=has_pair_head)
 
 
 def load_with_transformers(folder: Path, role: Role) -> Any:
@@ -143,11 +154,14 @@ def probe_sequences(config: EncoderConfig) -> ProbeSequences:
 
 
 @torch.no_grad()
-def _compare_scores(ours: PretrainingModel, theirs: Any, role: Role) -> ExportCheck:
+def _compare_scores(ours: Any, theirs: Any, role: Role) -> ExportCheck:
     """Compare all scores on the probe sequences."""
     probe = probe_sequences(ours.config)
     mask_NS = probe.padded["attention_mask"].bool()
     wanted = theirs(**probe.padded)
+    if isinstance(ours, Discriminator):
+        scores_T, found_T = wanted.logits[mask_NS], ours(**probe.packed)
+        return ExportCheck((found_T - scores_T).abs().max().item(), scores_T.abs().max().item())
     found = ours.logits(**probe.packed, masked_positions_P=torch.arange(int(mask_NS.sum())))
     pairs = [(found.mlm_PV, (wanted.logits if found.pair_N2 is None else wanted.prediction_logits)[mask_NS])]
     if found.pair_N2 is not None:

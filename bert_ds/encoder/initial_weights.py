@@ -12,9 +12,11 @@ from torch import Tensor
 
 from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.model_folder import GENERATOR_FOLDER
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.encoder.hf_folder import load_hf_folder
-from bert_ds.encoder.hf_mapping import from_hf
+from bert_ds.encoder.hf_mapping import discriminator_from_hf, from_hf
+from bert_ds.encoder.objectives.replaced_tokens import Halves, ReplacedTokens, joined
 from bert_ds.encoder.pretraining_model import PretrainingModel
 
 _OF_LAYER = re.compile(r"^bert\.layer\.(\d+)\.(\w+)\.")
@@ -42,7 +44,13 @@ def load_initial_weights(
             raise CheckpointError(
                 f"init_from {folder} has no head for sentence pairs: wanted sequences.sentence_pair=none"
             )
-        tensors = from_hf(source.tensors, model.config, has_pair_head=model.has_pair_head)
+        replaced = next((one for one in model.objectives if isinstance(one, ReplacedTokens)), None)
+        if replaced is None:
+            tensors = from_hf(source.tensors, model.config, has_pair_head=model.has_pair_head)
+        else:
+            words = load_hf_folder(folder / GENERATOR_FOLDER)
+            generator = from_hf(words.tensors, replaced.generator, has_pair_head=False)
+            tensors = joined(Halves(discriminator_from_hf(source.tensors, model.config), generator))
     try:
         model.load_state_dict(dict(tensors))
     except RuntimeError as error:

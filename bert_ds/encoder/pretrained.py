@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bert_ds.basics.ranks import CheckpointError, DataError
 from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.model_folder import GENERATOR_FOLDER, has_generator
 from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.fused_ops import fused_ops
 from bert_ds.encoder.hf_folder import load_hf_folder, read_json
@@ -52,6 +53,8 @@ def load_masked_lm(folder: Path, *, kernels: str = "auto", pad_vocab_size_to_mul
     tensors, family = modern_names(source.tensors, source.config), family_of(source.config)
     if not _holds(tensors, family.word_head_rows(source.config)):
         wanted = "wanted a pre-trained model, no fine-tuned one and no discriminator"
+        if has_generator(folder):
+            wanted += f"; its generator predicts words: {folder / GENERATOR_FOLDER}"
         raise CheckpointError(f"{folder} has no masked-word head: {wanted}")
     has_pair_head = _holds(tensors, family.pair_head_rows(source.config))
     model = PretrainingModel(source.config, kernels=kernels, has_pair_head=has_pair_head)

@@ -5,7 +5,7 @@ Letters as in `families/bert.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,7 +71,15 @@ class PretrainingModel(nn.Module):
         for objective in self.objectives:
             for name, head in objective.heads(config, ops).items():
                 self.add_module(name, head)
+        for encoder in self.encoders():
+            encoder.activation_checkpointing = activation_checkpointing
         family.initialise(self, config, seed=init_seed)
+
+    def encoders(self) -> Iterator[Any]:
+        """Yield the encoder and, where replaced tokens are learned, the generator."""
+        yield self.bert
+        if (generator := getattr(self, "generator", None)) is not None:
+            yield generator
 
     def forward(
         self,

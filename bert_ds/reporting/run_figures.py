@@ -89,7 +89,7 @@ def _losses(history: RunHistory) -> Picture:
 
 
 def _evaluation(history: RunHistory) -> Picture:
-    names = sorted({name for row in history.evaluations for name in row if name.endswith("_accuracy")})
+    names = sorted({name for row in history.evaluations for name in row if name.endswith(("_accuracy", "_found"))})
 
     def draw(axes: Sequence[Any]) -> None:
         for name in names:

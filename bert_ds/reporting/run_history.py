@@ -111,7 +111,14 @@ def _kind_lines(history: RunHistory, last: Row) -> list[str]:
         f"accuracy {number(last.get(f'mlm_{kind}_accuracy')):.3f}, {_targets(last, kind)} targets"
         for kind, text in (("random", "random pieces"), ("kept", "kept pieces"))
     ]
-    return [line, "; ".join(others)]
+    found = [] if last.get("loss_replaced") is None else [_detector_line(last)]
+    return [line, "; ".join(others), *found]
+
+
+def _detector_line(last: Row) -> str:
+    line = f"replaced tokens: loss {number(last['loss_replaced']):.3f} nats, "
+    line += f"accuracy {number(last.get('replaced_accuracy')):.3f} over all tokens, "
+    return line + f"{number(last.get('replaced_found')):.3f} of the replaced ones found"
 
 
 def _targets(last: Row, kind: str) -> str:

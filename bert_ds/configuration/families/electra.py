@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from fractions import Fraction
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
 from bert_ds.configuration.families.bert_layers import BertNamesConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.reading.config_section import Size
 
 
@@ -43,6 +45,34 @@ class ElectraConfig(BertNamesConfig):
         return ()
 
     @property
+    def learns_replaced(self) -> bool:
+        """True."""
+        return True
+
+    def generator(self, fraction: float) -> Self:
+        """Return the generator: a fraction of width, heads and feed-forward layer, as many layers, the same embeddings.
+
+        The fraction is read as the nearest one with a denominator up to 64, so that 0.3333 is a third.
+        """
+        share, sizes = Fraction(fraction).limit_denominator(64), {}
+        for name in ("num_attention_heads", "hidden_size", "intermediate_size"):
+            size = getattr(self, name) * share
+            if size.denominator != 1 or not size:
+                raise ValueError(f"{fraction:g} of model.{name} {getattr(self, name)} is {float(size):g}")
+            sizes[name] = int(size)
+        return self.model_copy(update=sizes)
+
+    def count_with_generator(self, generator: EncoderConfig) -> int:
+        """Return those of both: the generator has the masked-word head, this one the head that detects."""
+        both = self.count_parameters(has_pair_head=False) + generator.count_parameters(has_pair_head=False)
+        detector = self.detector_weights() + self.hidden_size + 1
+        return both - self.embedding_parameters() - self.word_head_parameters() + detector
+
+    def detector_weights(self) -> int:
+        """Return D D + D."""
+        return self.hidden_size * (self.hidden_size + 1)
+
+    @property
     def norm_position(self) -> str:
         """ "post": LayerNorm behind each block."""
         return "post"
@@ -63,7 +93,11 @@ class ElectraConfig(BertNamesConfig):
         Args:
             has_pair_head: there is none.
         """
-        rows = self.padded_vocab_size + self.max_position_embeddings + self.type_vocab_size
         projection = self.projection_weights + self.hidden_size if self.projection_weights else 0
         layers = self.num_hidden_layers * self.layer_parameters()
-        return (rows + 2) * self.embedding_size + projection + layers + self.word_head_parameters()
+        return self.embedding_parameters() + projection + layers + self.word_head_parameters()
+
+    def embedding_parameters(self) -> int:
+        """Return those of words, positions, segments and their LayerNorm."""
+        rows = self.padded_vocab_size + self.max_position_embeddings + self.type_vocab_size
+        return (rows + 2) * self.embedding_size

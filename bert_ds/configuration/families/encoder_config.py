@@ -120,6 +120,27 @@ class EncoderConfig(Section):
         return ("nsp", "sop") if self.num_segments else ()
 
     @property
+    def learns_replaced(self) -> bool:
+        """Whether there are a generator and a detector of the tokens that it has replaced."""
+        return False
+
+    def generator(self, fraction: float) -> Self:
+        """Return the encoder that replaces tokens, a fraction of this one; needs `learns_replaced`.
+
+        Raises:
+            ValueError: a size is not divided evenly.
+        """
+        raise NotImplementedError
+
+    def count_with_generator(self, generator: EncoderConfig) -> int:
+        """Return the trainable parameters of generator and detector, what both share counted once."""
+        raise NotImplementedError
+
+    def detector_weights(self) -> int:
+        """Return the matrix weights that a token passes behind the encoder that looks for replaced ones."""
+        raise NotImplementedError
+
+    @property
     def longest_probe(self) -> int:
         """Tokens of the longest sequence on which an export is compared, whatever positions there are."""
         return 512

@@ -47,7 +47,7 @@ from bert_ds.configuration.recipe.corpus_config import (
     ShardSource,
 )
 from bert_ds.configuration.recipe.distillation_config import DistillationConfig
-from bert_ds.configuration.recipe.objective_config import ObjectiveConfig, objective_weights
+from bert_ds.configuration.recipe.objective_config import ObjectiveConfig, generator_of, objective_weights
 from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, LambConfig, OptimizerConfig
 from bert_ds.configuration.recipe.precision import PrecisionSetting
 from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
@@ -237,6 +237,27 @@ class RunConfig(Section):
     def objective_weights(self) -> dict[str, float]:
         """Weight of each objective that is trained, by its type."""
         return objective_weights(self.objectives, sentence_pair=self.sequences.sentence_pair)
+
+    @property
+    def generator(self) -> EncoderConfig | None:
+        """The encoder that replaces tokens for `model` to find; None where that is not trained."""
+        return generator_of(self.objectives, self.model)
+
+    @property
+    def encoders(self) -> tuple[EncoderConfig, ...]:
+        """All that is trained, the generator behind the model."""
+        return (self.model,) if self.generator is None else (self.model, self.generator)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a step draws random numbers: for dropout, layers or tokens."""
+        return self.model.drops or self.training.layer_drop > 0 or self.generator is not None
+
+    def form(self) -> dict[str, str]:
+        """Return what trained weights belong to, by field."""
+        generator = self.generator
+        text = "none" if generator is None else f"of width {generator.hidden_size}"
+        return self.model.form() | ({"generator": text} if self.model.learns_replaced else {})
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

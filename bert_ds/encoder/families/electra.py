@@ -1,8 +1,8 @@
 """ELECTRA's encoder (Clark et al. 2020, arXiv 2003.10555): BERT's layers behind embeddings of a width of their own.
 
 There is no pooler: between the encoder and a classifier of whole sequences lies a dense layer with GELU, which
-pre-training does not have. The masked-word head is that of the generator. Letters as in `families/bert.py`, and E for
-the width of the embeddings.
+pre-training does not have. The masked-word head is that of the generator, an encoder of its own or this one; it shares
+all that makes the embeddings of width E, LayerNorm too, as in Google's code. Letters as in `families/bert.py`, and E.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from bert_ds.configuration.families.electra import ElectraConfig
 from bert_ds.encoder import bert_layers
 from bert_ds.encoder.bert_layers import HF_LAYER_PARTS, LayeredEncoder, initialise_weights, layer_rows
-from bert_ds.encoder.blocks import first_rows
-from bert_ds.encoder.families.embeddings import ProjectedEmbeddings
+from bert_ds.encoder.blocks import activated, first_rows
+from bert_ds.encoder.families.embeddings import ProjectedEmbeddings, add_projection
 from bert_ds.encoder.families.family import LAYER_MATRICES, Family, Role, RoleName, refused_settings
 from bert_ds.encoder.fused_ops import FusedOps
 from bert_ds.encoder.tensor_rows import TensorRow, linear_rows, same_row, without_tied
@@ -46,6 +46,49 @@ class ElectraEncoder(LayeredEncoder):
         """Return what a head of whole sequences reads, [N, D]: [CLS] through the front, which drops with a seed."""
         assert self.front is not None, "the encoder was made without its front"
         return self.front(first_rows(hidden_TD, cu_seqlens), dropout_seed)
+
+
+class ElectraGenerator(LayeredEncoder):
+    """The smaller encoder that replaces tokens. In place of ids it takes what the discriminator's embeddings make."""
+
+    def __init__(self, config: ElectraConfig, ops: FusedOps) -> None:
+        super().__init__(config, ops, GeneratorProjection(config), activation_checkpointing=False)
+
+
+class GeneratorProjection(nn.Module):
+    """A dense layer from E to D where that is another."""
+
+    projection_weight: nn.Parameter
+    projection_bias: nn.Parameter
+
+    def __init__(self, config: ElectraConfig) -> None:
+        super().__init__()
+        self.has_projection = config.embedding_size != config.hidden_size
+        if self.has_projection:
+            add_projection(self, config)
+
+    def forward(self, embedded_TE: Tensor, *of_the_ids: Tensor | None) -> Tensor:
+        """Return hidden_TD."""
+        if not self.has_projection:
+            return embedded_TE
+        return F.linear(embedded_TE, self.projection_weight, self.projection_bias)
+
+
+class ElectraDetector(nn.Module):
+    """Dense, activation, and a score of each token: above 0 where it is taken for a replaced one."""
+
+    def __init__(self, config: ElectraConfig, ops: FusedOps) -> None:
+        super().__init__()
+        self.ops, self.act = ops, config.hidden_act
+        self.dense_weight = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size))
+        self.dense_bias = nn.Parameter(torch.empty(config.hidden_size))
+        self.score_weight = nn.Parameter(torch.empty(1, config.hidden_size))
+        self.score_bias = nn.Parameter(torch.empty(1))
+
+    def forward(self, hidden_TD: Tensor) -> Tensor:
+        """Return the scores, [T]."""
+        dense_TD = activated(self.ops, F.linear(hidden_TD, self.dense_weight), self.dense_bias, self.act)
+        return F.linear(dense_TD, self.score_weight, self.score_bias)[:, 0]
 
 
 class ElectraFront(nn.Module):
@@ -120,6 +163,13 @@ def word_head_rows(config: ElectraConfig) -> Iterator[TensorRow]:
     yield TensorRow("predictions.bias", (config.padded_vocab_size,), ("generator_lm_head.bias",), config.vocab_size)
 
 
+def detector_rows(config: ElectraConfig) -> Iterator[TensorRow]:
+    """Yield the tensors of the head that detects replaced tokens."""
+    hidden, name = config.hidden_size, "discriminator_predictions"
+    yield from linear_rows("detector.dense", f"{name}.dense", hidden, hidden)
+    yield from linear_rows("detector.score", f"{name}.dense_prediction", 1, hidden)
+
+
 def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors without buffers and without the tied decoder.
 
@@ -159,6 +209,7 @@ def _roles(config: ElectraConfig) -> dict[RoleName, Role]:
     summary = ("classifier.dense", "sequence_summary.summary")
     return {
         "masked words": Role("ElectraForMaskedLM"),
+        "replaced tokens": Role("ElectraForPreTraining"),
         "encoder": Role("ElectraModel"),
         "sequence classification": Role(
             "ElectraForSequenceClassification", "classifier.out_proj", reads_front=True, front_drops=True
@@ -189,4 +240,7 @@ ELECTRA = Family(
     from_hf_settings=from_hf_settings,
     modern_names=modern_names,
     first_free_site=first_free_site,
+    make_generator=ElectraGenerator,
+    detector=ElectraDetector,
+    detector_rows=detector_rows,
 )

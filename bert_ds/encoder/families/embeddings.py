@@ -99,18 +99,32 @@ def sinusoids(num_positions: int, width: int) -> Tensor:
 class ProjectedEmbeddings(BertEmbeddings):
     """BERT's embeddings of a width E of their own, and a dense layer to D where there is one."""
 
+    projection_weight: nn.Parameter
+    projection_bias: nn.Parameter
+
     def __init__(self, config: ProjectedSettings, ops: FusedOps, *, has_projection: bool) -> None:
         super().__init__(config, ops, width=config.embedding_size)
         self.has_projection = has_projection
         if has_projection:
-            self.projection_weight = nn.Parameter(torch.empty(config.hidden_size, config.embedding_size))
-            self.projection_bias = nn.Parameter(torch.empty(config.hidden_size))
+            add_projection(self, config)
 
     def forward(
-        self, input_ids_T: Tensor, token_type_ids_T: Tensor, position_ids_T: Tensor, dropout_seed: Tensor | None
+        self,
+        input_ids_T: Tensor,
+        token_type_ids_T: Tensor,
+        position_ids_T: Tensor,
+        dropout_seed: Tensor | None,
+        *,
+        is_projected: bool = True,
     ) -> Tensor:
-        """Return hidden_TD of three int64 [T] id vectors."""
+        """Return hidden_TD of three int64 [T] id vectors; not projected, what a generator shares, [T, E]."""
         embedded_TE = super().forward(input_ids_T, token_type_ids_T, position_ids_T, dropout_seed)
-        if not self.has_projection:
+        if not self.has_projection or not is_projected:
             return embedded_TE
         return F.linear(embedded_TE, self.projection_weight, self.projection_bias)
+
+
+def add_projection(module: nn.Module, config: ProjectedSettings) -> None:
+    """Give a module the dense layer from E to D."""
+    module.projection_weight = nn.Parameter(torch.empty(config.hidden_size, config.embedding_size))
+    module.projection_bias = nn.Parameter(torch.empty(config.hidden_size))

@@ -21,6 +21,7 @@ RoleName = Literal[
     "token tags",
     "question answering",
     "multiple choice",
+    "replaced tokens",
 ]
 LAYER_MATRICES = (
     "*.attention.qkv_weight",
@@ -89,6 +90,11 @@ class Family(NamedTuple):
     """Number of the first dropout mask that the encoder does not use."""
     fixed_tensors: Callable[[Any], Mapping[str, Tensor]] = lambda config: {}
     """Tensors of `encoder_rows` that are no weights but follow from the settings: they are in exports alone."""
+    make_generator: Callable[..., Any] | None = None
+    """(config of the generator, ops) -> an encoder; its ids are what `embeddings` gives with is_projected False."""
+    detector: Callable[..., Any] | None = None
+    """(config, ops) -> the head that says of hidden_TD which tokens were replaced, scores [T]."""
+    detector_rows: Callable[[Any], Iterator[TensorRow]] = lambda config: iter(())
 
 
 def refused_settings(content: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from bert_ds.basics.loss_term import LossTerm
+from bert_ds.basics.loss_term import LossTerm, metric_names
 from bert_ds.basics.micro_batch import NO_FILLINGS, Fillings
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.encoder.fused_ops import FusedOps
@@ -84,7 +84,7 @@ class Sums(NamedTuple):
     losses: dict[str, Tensor]
     """One by the name of each of its terms, in nats."""
     metrics: dict[str, Tensor]
-    """One for each of its terms that has a metric, by the metric's name."""
+    """One for each of `metric_names` of its terms."""
 
 
 class Objective(Protocol):
@@ -133,13 +133,13 @@ def stacked(terms: Sequence[LossTerm], found: Sequence[Sums]) -> tuple[Tensor, T
 
     Returns:
         loss_sums_L: fp32, one sum per term.
-        metric_sums_M: fp32, one sum for each term that has a metric, without gradient. Where kinds are told apart the
+        metric_sums_M: fp32, one sum for each of `metric_names`, without gradient. Where kinds are told apart the
             losses and then the metrics of every kind follow.
     """
     losses = {name: loss for sums in found for name, loss in sums.losses.items()}
     metrics = {name: metric for sums in found for name, metric in sums.metrics.items()}
     by_term = [losses[term.name] for term in terms]
-    measured = [metrics[term.metric] for term in terms if term.metric is not None]
+    measured = [metrics[name] for name in metric_names(terms)]
     by_kind = [sums_K for sums_K in (*by_term, *measured) if sums_K.dim()]
     totals = [metric.sum()[None] for metric in measured]
     return torch.stack([loss.sum() for loss in by_term]), torch.cat((*totals, *by_kind)).detach()

@@ -94,8 +94,8 @@ class LoopSettings:
     """A step whose loss is so many standard deviations above those before is skipped; None skips none."""
     spike_window: int = 128
     """Steps that a loss is compared with."""
-    drops: bool = True
-    """Whether the model has dropout: without it no micro-batch is given a seed."""
+    draws: bool = True
+    """Whether the model has dropout or replaces tokens: without it no micro-batch is given a seed."""
     stage_starts: tuple[int, ...] = ()
     """Places in the order of the data, from 0, from which on losses are not compared with those before."""
 

@@ -109,7 +109,7 @@ def named_means(terms: Sequence[LossTerm], sums: Sequence[float], *, counts: Map
 
     Returns:
         `loss` (the weighted total), `loss_<name>`, `perplexity` of words, and for a metric `<name>_correct`
-        `<name>_accuracy`, for any other its mean under its own name.
+        `<name>_accuracy`, for any other its mean under its own name; a term's shares, where there is something of them.
     """
     means = {"loss": 0.0}
     found = [(term, counts[term.count]) for term in terms]
@@ -120,10 +120,14 @@ def named_means(terms: Sequence[LossTerm], sums: Sequence[float], *, counts: Map
     for term, count in found:
         if term.of_words and count:
             means["perplexity"] = _exp(means[f"loss_{term.name}"])
-    measured = [(term.metric, count) for term, count in found if term.metric is not None]
-    for (name, count), total in zip(measured, sums[len(terms) :], strict=False):
-        if count:
-            means[name.removesuffix("_correct") + "_accuracy" if name.endswith("_correct") else name] = total / count
+    measured = dict(zip(metric_names(terms), sums[len(terms) :], strict=False))
+    for term, count in found:
+        if (name := term.metric) is not None and count:
+            logged = name.removesuffix("_correct") + "_accuracy" if name.endswith("_correct") else name
+            means[logged] = measured[name] / count
+        for share in term.shares:
+            if whole := measured[f"{share}_of"]:
+                means[share] = measured[share] / whole
     return means
 
 

@@ -74,7 +74,7 @@ def recipe_loop(run: RunConfig, stage_starts: tuple[int, ...]) -> LoopSettings:
         spike_sigmas=run.recovery.spike_sigmas,
         spike_window=run.recovery.spike_window,
         stage_starts=stage_starts,
-        drops=run.model.drops or run.training.layer_drop > 0,
+        draws=run.draws,
     )
 
 

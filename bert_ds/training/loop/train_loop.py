@@ -129,7 +129,7 @@ class _Training:
     ) -> None:
         self.engine, self.batches, self.state, self.loop, self.services = engine, batches, state, loop, services
         self.last_step, self.saved_step, self.evaluated_step = loop.last_step, state.step, -1
-        self.seed = loop.seed if loop.drops else None
+        self.seed = loop.seed if loop.draws else None
         self.num_warmup_steps = loop.schedule.num_warmup_steps(loop.total_steps)
         self.learning_rate = learning_rates(loop.schedule, peak=loop.peak_lr, total_steps=loop.total_steps)
         self.guard = self._new_guard()

@@ -91,7 +91,7 @@ def forward_backward(
         engine: from `make_engine`.
         micro_batches: of this rank.
         counts: targets by name over the whole step.
-        seed: of the run; None where the model drops nothing.
+        seed: of the run; None where the model draws nothing.
         step: from 1; which dropout is drawn.
         judge: may keep the step out of the weights.
     """
