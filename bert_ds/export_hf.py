@@ -139,6 +139,7 @@ def _facts(run: RunConfig, checkpoint: Path, metrics: Path) -> dict[str, object]
         **({"stages before that": stages_text(run)} if run.stages else {}),
         "optimizer": f"{run.optimizer.type}, peak learning rate {run.optimizer.lr:g}",
         "schedule": run.schedule.type,
+        **({"layers left out of a step": run.training.layer_drop} if run.training.layer_drop else {}),
         "precision of training": run.training.precision,
         "text": "docstrings of installed Python packages" if run.corpus.type == "embedded" else "token shards",
         "seed": run.seed,

@@ -121,7 +121,8 @@ def test_a_network_of_some_layers_is_exported(trained: tuple[EncoderConfig, Path
     for name in found:
         if "token_type" not in name:
             assert torch.equal(found[name], weights[name.replace("layer.1.", "layer.2.")]), name
-    assert "| layers | 0, 2 of 3; figures are of all |" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| layers | 0, 2 of 3; figures are of all |" in card and "| layers left out of a step | 0.5 |" in card
     for layers in ([0, 3], [1, 0], []):
         with pytest.raises(ConfigError) as refused:
             export(run_dir, None, tmp_path, shown=tmp_path, layers=layers)
