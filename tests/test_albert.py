@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from config_cases import RECIPE, changed
 from downstream_cases import PIECES, review_task, write_tiny_export
 from family_cases import FORMS, disturbed, of_size, ragged
 
@@ -20,6 +21,8 @@ from bert_ds.configuration.families.albert import AlbertConfig
 from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.configuration.model_folder import has_pair_head
 from bert_ds.configuration.reading.config_files import ConfigError
+from bert_ds.configuration.recipe.run_config import RunConfig
+from bert_ds.configuration.run_size import activation_bytes, flops_per_token, memory_estimate, optimizer_flops
 from bert_ds.configuration.task.task_checks import checked_split
 from bert_ds.configuration.task.task_config import load_task, trained_task
 from bert_ds.encoder.families.table import family_of
@@ -128,6 +131,26 @@ def test_rates_and_frozen_layers_want_layers_with_weights_of_their_own(tmp_path:
     assert len(said) == 2
     assert "freeze.layers: 1 of this model's layers cannot be frozen alone, they share weights: wanted 0" in said[0]
     assert "layerwise_lr_decay: 0.5 wants layers with weights of their own, this model's share them" in said[1]
+
+
+def test_a_plan_counts_the_work_of_every_layer_and_each_weight_once() -> None:
+    muon = {"type": "muon", "lr": 0.02, "adamw_lr": 0.005}
+    recipe = changed(changed(RECIPE, "sequences.sentence_pair", "none"), "optimizer", muon)
+    names = ("bert", "albert", "albert, attention shared")
+    bert, albert, attention = (
+        RunConfig.model_validate({**recipe, "model": FORMS[name].model_dump()}) for name in names
+    )
+    # Of embeddings 16 wide under 24: a dense layer more for every token, fewer weights behind a word.
+    narrow = 6 * 24 * 16 + 6 * 0.15 * (16 - 24) * (24 + 64)
+    assert flops_per_token(albert, 32.0) - flops_per_token(bert, 32.0) == pytest.approx(narrow)
+    assert flops_per_token(attention, 32.0) == flops_per_token(bert, 32.0)
+    assert activation_bytes(albert, 4, recompute=False) == activation_bytes(bert, 4, recompute=False)
+    of_one = optimizer_flops(albert)
+    assert optimizer_flops(bert) == 3 * of_one
+    assert optimizer_flops(attention) == of_one + 2 * attention.optimizer.matrix_flops([(40, 24), (24, 40)])
+    memory = [memory_estimate(run, stage=0, world_size=1, offload=False, activations=0) for run in (albert, bert)]
+    numbers = [run.model.count_parameters(has_pair_head=False) for run in (albert, bert)]
+    assert memory[0].optimizer * numbers[1] == memory[1].optimizer * numbers[0]
 
 
 def test_what_layers_share_is_one_tensor_to_an_optimizer_s_table() -> None:
