@@ -14,7 +14,7 @@ from bert_ds import __version__
 from bert_ds.configuration.reading.config_problems import did_you_mean
 from bert_ds.launch.command_line import CALLED_BY, USER_ERRORS, report_error
 from bert_ds.launch.launch_checks import CHECKS
-from bert_ds.launch.launcher import launcher_words, run_launcher
+from bert_ds.launch.launcher import launcher_words, run_launcher, starts_one_rank
 from bert_ds.launch.launcher_log import RUNNER, logged_command
 from bert_ds.launch.verbs import VERBS
 
@@ -39,6 +39,8 @@ def verb_command(verb: str, arguments: list[str]) -> list[str]:
     if not VERBS[verb].is_launched:
         return [sys.executable, script, *arguments]
     for_launcher, own = launcher_words(arguments)
+    if starts_one_rank(for_launcher):
+        return [sys.executable, script, *own]
     return [sys.executable, "-m", RUNNER, *QUIET, *for_launcher, script, *own]
 
 

@@ -136,6 +136,18 @@ def test_what_is_right_reaches_the_launcher_unchanged(
     )
 
 
+@pytest.mark.parametrize("words", [PRETRAIN, FINETUNE, SCORE])
+def test_one_rank_is_checked_and_started_as_itself(
+    words: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    script = str(ROOT / f"bert_ds/{words[0]}.py")
+    assert start([words[0], "--num_gpus=1", *words[1:]], monkeypatch) == (0, [[sys.executable, script, *words[1:]]])
+    assert start([words[0], "--num_gpus=1", *words[1:], "--sett", "x=1"], monkeypatch) == (2, [])
+    assert "unknown argument --sett" in capsys.readouterr().err
+
+
 def test_what_the_launcher_says_goes_into_its_log_and_its_warnings_to_the_terminal_too(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text("print('the rank speaks')")
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", *console.QUIET, "--num_gpus", "1", "rank.py"]

@@ -13,7 +13,8 @@ import pytest
 from test_restart import has_ended, wait_until
 
 from bert_ds.basics.processes import STOP_SIGNALS
-from bert_ds.launch.launcher import _exit_code
+from bert_ds.launch import launcher
+from bert_ds.launch.launcher import _exit_code, starts_one_rank
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,6 +22,12 @@ BERT_DS = """
 import sys
 from bert_ds.launch.launcher import run_launcher
 sys.exit(run_launcher([sys.executable, "-c", *sys.argv[1:], "deepspeed.launcher.runner"]))
+"""
+
+ALONE = """
+import sys
+from bert_ds.launch.launcher import run_launcher
+sys.exit(run_launcher([sys.executable, "-c", sys.argv[-1]]))
 """
 
 RUNNER = """
@@ -68,7 +75,9 @@ def started(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
         process.wait()
 
 
-def start(folder: Path, *, code: int = 75, ignored: tuple[signal.Signals, ...] = ()) -> subprocess.Popen[str]:
+def start(
+    folder: Path, *, code: int = 75, ignored: tuple[signal.Signals, ...] = (), bert_ds: str = BERT_DS
+) -> subprocess.Popen[str]:
     """Start `bert-ds` and wait until its rank is at work."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     environment.pop("RANK", None)
@@ -77,7 +86,7 @@ def start(folder: Path, *, code: int = 75, ignored: tuple[signal.Signals, ...] =
         for number in (*STOP_SIGNALS, signal.SIGQUIT):
             signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
 
-    command = [sys.executable, "-c", BERT_DS, RUNNER, LAUNCH, RANK.format(code=code)]
+    command = [sys.executable, "-c", bert_ds, RUNNER, LAUNCH, RANK.format(code=code)]
     process = subprocess.Popen(
         command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=dispositions
     )
@@ -89,17 +98,79 @@ def pid_of(folder: Path, name: str) -> int:
     return int((folder / name).read_text())
 
 
-@pytest.mark.parametrize("number", STOP_SIGNALS)
+@pytest.mark.parametrize(
+    ("number", "bert_ds"), [*((number, BERT_DS) for number in STOP_SIGNALS), (signal.SIGHUP, ALONE)]
+)
 def test_a_signal_is_passed_to_the_ranks_once_and_the_save_is_waited_for(
-    tmp_path: Path, started: list, number: signal.Signals
+    tmp_path: Path, started: list, number: signal.Signals, bert_ds: str
 ) -> None:
-    started.append(process := start(tmp_path))
+    started.append(process := start(tmp_path, bert_ds=bert_ds))
     process.send_signal(number)
     assert process.wait(timeout=60) == 75
     assert (tmp_path / "saved").read_text() == "SIGTERM x 1"
     assert process.stderr is not None
     how = "the run is being saved, then this ends; SIGQUIT (Ctrl-\\) ends without the save"
     assert process.stderr.read().splitlines()[0] == f"bert-ds: {number.name}: {how}"
+
+
+@pytest.mark.parametrize("code", [0, 4])
+def test_the_only_rank_is_started_without_a_launcher_and_ends_with_its_own_code(
+    tmp_path: Path, started: list, code: int
+) -> None:
+    started.append(process := start(tmp_path, code=code, bert_ds=ALONE))
+    environ = Path(f"/proc/{pid_of(tmp_path, 'rank')}/environ").read_bytes().split(b"\0")
+    assert {b"RANK=0", b"LOCAL_RANK=0", b"WORLD_SIZE=1", b"BERT_DS_CALLED_BY=bert-ds"} <= set(environ)
+    os.kill(pid_of(tmp_path, "rank"), signal.SIGTERM)
+    assert process.wait(timeout=60) == code
+
+
+@pytest.mark.parametrize(
+    ("words", "devices", "nodes", "environment", "one"),
+    [
+        ([], [], 1, {}, True),
+        ([], [], 0, {}, True),
+        ([], ["nvidiactl", "null"], 1, {}, True),
+        ([], ["nvidia0"], 1, {}, False),
+        ([], ["dri/renderD128"], 1, {}, False),
+        ([], ["nvidia0"], 1, {"DS_ACCELERATOR": "cpu"}, True),
+        ([], [], 2, {}, False),
+        (["--num_gpus", "1"], ["nvidia0", "nvidia1"], 2, {}, True),
+        (["--num_accelerators=1"], [], 1, {}, True),
+        (["--num_gpus", "2"], [], 1, {}, False),
+        (["--num_gpus", "1", "--hostfile", "hosts"], [], 1, {}, False),
+        (["--enable_each_rank_log", "logs"], [], 1, {}, False),
+        ([], [], 1, {"LOCAL_SIZE": "2"}, False),
+        (["--num_gpus", "1"], [], 1, {"RANK": "1", "WORLD_SIZE": "2"}, False),
+        ([], [], 1, {"SLURM_PROCID": "0"}, False),
+    ],
+)
+def test_one_rank_is_told_by_the_launchers_options_and_the_machine(
+    words: list[str],
+    devices: list[str],
+    nodes: int,
+    environment: dict[str, str],
+    one: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_SIZE", "SLURM_PROCID", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name in devices:
+        (tmp_path / "dev" / name).mkdir(parents=True)
+    for number in range(nodes):
+        (tmp_path / f"sys/devices/system/node/node{number}").mkdir(parents=True)
+    assert starts_one_rank(words, devices=tmp_path / "dev", system=tmp_path / "sys") == one
+
+
+def test_a_hostfile_wants_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(launcher, "_HOSTFILE", tmp_path / "hostfile")
+    assert starts_one_rank(["--num_gpus", "1"])
+    (tmp_path / "hostfile").touch()
+    assert not starts_one_rank(["--num_gpus", "1"])
 
 
 def test_what_a_terminal_sends_reaches_no_process_of_the_launch(tmp_path: Path, started: list) -> None:

@@ -1,5 +1,7 @@
 """The DeepSpeed launcher as `bert-ds` runs it: whatever signal comes, the ranks save, and the exit code is theirs.
 
+Where it would start one rank alone, that is started instead of it: its imports take seconds.
+
 DeepSpeed's own two processes die of SIGHUP and SIGUSR1, kill ranks that still save 30 s after SIGTERM or SIGINT, and
 then answer 1, or 0 where the upper one has not seen how the lower one ended. So they get a session of their own, which
 no terminal signals, and what `bert-ds` is asked goes to the ranks alone, and once.
@@ -41,6 +43,11 @@ LAUNCHER_FLAGS = (
     *("--bind_cores_to_rank", "-q", "--quiet"),
 )
 """And those without."""
+_ONE_RANK = frozenset(f"--num_{what}{between}1" for what in ("gpus", "accelerators") for between in ("=", " "))
+_HOSTFILE = Path("/job/hostfile")
+"""Where DeepSpeed's launcher looks for other machines unasked."""
+_ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "davinci[0-9]*", "hl[0-9]*", "dri/renderD*")
+_OF_A_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 _LOOK_EVERY_S = 0.2
 
 
@@ -67,6 +74,25 @@ def launcher_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return theirs, own
 
 
+def starts_one_rank(words: Sequence[str], *, devices: Path = Path("/dev"), system: Path = Path("/sys")) -> bool:
+    """Whether DeepSpeed's launcher would start one rank on this machine for these options: nothing needs it for that.
+
+    So it is where one is asked for, and without options where there is neither an accelerator nor a second processor
+    with memory of its own, of which each gets a rank. Not within a job that has ranks already.
+
+    Args:
+        words: all that is for the launcher.
+        devices, system: where Linux shows its devices and itself.
+    """
+    if _HOSTFILE.exists() or {"RANK", "WORLD_SIZE", "LOCAL_SIZE", "SLURM_PROCID"} & os.environ.keys():
+        return False
+    if words:
+        return " ".join(words) in _ONE_RANK
+    has_accelerator = any(any(devices.glob(pattern)) for pattern in _ACCELERATORS)
+    is_alone = len(list(system.glob("devices/system/node/node[0-9]*"))) <= 1
+    return is_alone and (not has_accelerator or os.environ.get("DS_ACCELERATOR") == "cpu")
+
+
 def run_launcher(command: list[str]) -> int:
     """Run the launcher and return the exit code of its ranks; 75 where they have been asked to stop.
 
@@ -74,7 +100,7 @@ def run_launcher(command: list[str]) -> int:
     it is (`nohup`). SIGQUIT kills all of the launch and ends this process with 131. Main thread only.
 
     Args:
-        command: the launcher's command line.
+        command: the launcher's command line, or that of a script as the only rank.
     """
     with tempfile.TemporaryDirectory(prefix="bert-ds-") as records:
         launch = _Launch(command, Path(records))
@@ -99,9 +125,10 @@ class _Launch:
 
     def run(self) -> int:
         """Start the launcher and return its code once it and all that it has started have ended."""
+        facts = {} if any("deepspeed.launcher" in word for word in self._command) else _OF_A_RANK
         self._process = subprocess.Popen(
             self._command,
-            env={VARIABLE: str(self._records), CALLED_BY: "bert-ds", **os.environ},
+            env={VARIABLE: str(self._records), CALLED_BY: "bert-ds", **os.environ, **facts},
             start_new_session=True,
             preexec_fn=lambda: signal_at_parents_death(signal.SIGTERM),
         )
