@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,14 @@ import pytest
 
 from bert_ds.basics.ranks import CheckpointError, DataError, DivergedError, LauncherError
 from bert_ds.configuration.recipe.run_config import ConfigError
-from bert_ds.launch.command_line import add_launch_options, make_parser, run_main, show_progress
+from bert_ds.launch.command_line import (
+    SPIN_COUNT,
+    add_launch_options,
+    answer_early,
+    make_parser,
+    run_main,
+    show_progress,
+)
 
 
 def test_options_are_understood_with_underscores_and_with_hyphens() -> None:
@@ -145,3 +153,22 @@ def test_a_defect_keeps_its_traceback_when_leaving_at_once() -> None:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
     assert ended.returncode == 1
     assert "ZeroDivisionError" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, SPIN_COUNT),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ],
+)
+def test_threads_spin_for_a_while_unless_the_environment_says_how_long(
+    given: dict[str, str], found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    answer_early(lambda: None)
+    assert os.environ.get("GOMP_SPINCOUNT") == found

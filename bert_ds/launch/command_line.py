@@ -43,6 +43,9 @@ USER_ERRORS = tuple(kind for kind, _ in _EXIT_CODES)
 """What the user can act upon."""
 CALLED_BY = "BERT_DS_CALLED_BY"
 """Environment variable: what has started this script, where that is not a person with its path."""
+SPIN_COUNT = "20000"
+"""How long a thread of GNU OpenMP spins for the next piece of work: enough for the next operator of a step, as waking
+takes time, and short beside the default, which keeps the core from a thread that others hold up."""
 _PLAIN_LINE_EVERY_S = 10.0
 
 
@@ -156,9 +159,13 @@ def run_main(main: Callable[[], int | None], *, leave_at_once: bool = False) -> 
 def answer_early(check: Callable[[], object]) -> None:
     """Do what can be done before torch is imported; a mistake, or --help, ends the process as in `run_main`.
 
+    OpenMP, which torch brings, reads its settings when it is loaded: SPIN_COUNT takes the place of its default.
+
     Args:
         check: reads the command line, and says what of it and of its files is wrong without torch.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     failures: tuple[type[BaseException], ...] = (SystemExit, *USER_ERRORS)
     try:
         check()
