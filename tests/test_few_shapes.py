@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from corpus_fixtures import random_documents, write_shards
-from family_cases import EVERY_FAMILY, disturbed, of_size
+from family_cases import EVERY_FAMILY, disturbed, of_size, ragged
+from test_read_rows import assert_alike, losses_and_gradients
 from torch import Tensor
 
 from bert_ds.basics.micro_batch import Fillings, MicroBatch
@@ -21,7 +23,11 @@ from bert_ds.corpus.batches.collate import collate, grouped_by_kind
 from bert_ds.corpus.batches.few_shapes import filled, size_above
 from bert_ds.corpus.batches.loader import PretrainingData, Source
 from bert_ds.corpus.batches.mlm_masking import MaskedExample
+from bert_ds.downstream.kinds import task_model
+from bert_ds.downstream.kinds.heads import SequenceHead, TokenHead
+from bert_ds.downstream.kinds.task_model import TaskModel
 from bert_ds.encoder.families.table import family_of
+from bert_ds.encoder.fused_ops import fused_ops
 from bert_ds.encoder.objectives.distillation import TaughtWords
 from bert_ds.encoder.objectives.masked_words import MaskedWords
 from bert_ds.encoder.objectives.objective import Objective
@@ -164,3 +170,25 @@ def test_the_loader_fills_what_is_trained_held_out_and_tried(data: tuple[Pretrai
     )
     assert held_out.input_ids_T.shape[0] == size_above(wanted_out.num_tokens)
     assert few.longest_batch(3).fillings.sequences and not plain.longest_batch(3).fillings.sequences
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("objective", ["one_of", "tags"])
+def test_a_task_on_a_cpu_in_bf16_computes_few_shapes_and_the_same(
+    config: EncoderConfig, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops, is_tags = fused_ops("torch"), objective == "tags"
+    head = TokenHead(config, 3, ops=ops) if is_tags else SequenceHead(config, 3, objective="one_of", ops=ops)
+    model: Any = disturbed(TaskModel(config, head, ops=ops)).double()
+    _, inputs = ragged(config)
+    tokens, sequences = len(inputs["input_ids_T"]), len(inputs["cu_seqlens"]) - 1
+    targets = {"tag": torch.arange(tokens) % 3} if is_tags else {"label": torch.arange(sequences) % 3}
+    shapes: list[int] = []
+    model.bert.register_forward_pre_hook(lambda bert, stream: shapes.append(len(stream[0])))
+    wanted = losses_and_gradients(model, **inputs, targets=targets)
+    monkeypatch.setattr(task_model, "_FILLED_DTYPE", torch.float64)
+    assert_alike(losses_and_gradients(model, **inputs, targets=targets), wanted)
+    monkeypatch.undo()
+    found = model.to(torch.bfloat16)(**inputs, targets=targets, with_scores=True)
+    assert shapes == [tokens, size_above(tokens), size_above(tokens)] and size_above(tokens) > tokens
+    assert all(len(scores) in (sequences, tokens) for scores in found[2].values())

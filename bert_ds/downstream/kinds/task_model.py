@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from bert_ds.basics.loss_term import LossTerm
 from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.corpus.batches.few_shapes import filled_tokens
 from bert_ds.encoder.blocks import first_tokens
 from bert_ds.encoder.families.family import SEQUENCE_ROLES, Role, RoleName
 from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.fused_ops import FusedOps
+
+_FILLED_DTYPE = torch.bfloat16
+"""On a CPU code is made and kept for every shape of a product of these: batches are filled up to few of them."""
 
 
 class HeadOutput(NamedTuple):
@@ -108,15 +113,20 @@ class TaskModel(nn.Module):
         read_R = None
         if self.bert.reads_first_tokens and not self._reads_tokens:
             read_R = first_tokens(cu_seqlens, num_tokens=len(input_ids_T))
-        hidden_TD = self.bert(
-            input_ids_T,
-            token_type_ids_T,
-            position_ids_T=position_ids_T,
-            cu_seqlens=cu_seqlens,
+        stream = (input_ids_T, token_type_ids_T, position_ids_T, cu_seqlens)
+        if input_ids_T.device.type == "cpu" and next(self.bert.parameters()).dtype == _FILLED_DTYPE:
+            stream = filled_tokens(*stream, longest=max_seqlen)
+        ids_T, types_T, positions_T, starts = stream
+        filled_TD = self.bert(
+            ids_T,
+            types_T,
+            position_ids_T=positions_T,
+            cu_seqlens=starts,
             max_seqlen=max_seqlen,
             dropout_seed=dropout_seed,
             read_R=read_R,
         )
+        hidden_TD = filled_TD[: len(input_ids_T)]
         sequence_ND = None
         if self._reads_sequences:
             seed = (dropout_seed,) if self._front_drops else ()
