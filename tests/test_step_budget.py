@@ -69,10 +69,11 @@ class Clock:
         (5.0, (1.0,), 8, 1.0),
         (10.0, (1.0,), 12, 1.0),
         (0.5, (9.0,) * 3 + (5.0, 3.0, 2.0, 2.0, 1.0), 8, 1.0),
+        (0.5, (9.0,) * 3 + (2.0,) * 4 + (1.0, 7.0, 1.0), 8, 1.0),
         (10.0, (9.0,) * 3 + (5.0, 3.0, 1.0, 0.5), 9, 0.5),
     ],
 )
-def test_timing_takes_whole_steps_with_their_batches_and_counts_the_later_half(
+def test_timing_takes_whole_steps_with_their_batches_and_counts_the_usual_one_of_the_later_half(
     minutes: float, seconds: tuple[float, ...], steps: int, step_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     join_alone()

@@ -7,7 +7,9 @@ own recipe: schedule, stages and every resume follow a number of steps, never a 
 from __future__ import annotations
 
 import gc
+import itertools
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -44,7 +46,7 @@ class Costs(NamedTuple):
     """What a run takes, of the slowest rank, in seconds."""
 
     step_s: float
-    """Mean of the later half of the timed steps, their batches included."""
+    """Median of the later half of the timed steps, their batches included."""
     evaluation_s: float
     """Of one evaluation."""
     spent_s: float
@@ -99,8 +101,8 @@ def time_steps(
 ) -> Costs:
     """Take whole steps at a rate of 0, the first ones untimed, and a part of an evaluation; a collective.
 
-    At least 8 steps are timed, and for 2 % of the minutes but no longer than 30 s. The later half of them counts:
-    before it a shape of a batch may be met for the first time, and code be made. The engine is for throwing away.
+    At least 8 steps are timed, and for 2 % of the minutes but no longer than 30 s. The median of the later half
+    counts: where a shape of a batch is met for the first time, code is made. The engine is for throwing away.
 
     Args:
         engine: of the run, or one like it.
@@ -117,8 +119,8 @@ def time_steps(
     while len(taken_s) <= _TIMED_STEPS or taken_s[-1] < enough_s:
         _take(engine, batches, step=_UNTIMED_STEPS + len(taken_s))
         taken_s.append(max_over_ranks(time.perf_counter() - started))
-    half = (len(taken_s) - 1) // 2
-    step_s = (taken_s[-1] - taken_s[half]) / (len(taken_s) - 1 - half)
+    later_s = taken_s[(len(taken_s) - 1) // 2 :]
+    step_s = statistics.median(end - begin for begin, end in itertools.pairwise(later_s))
     part = held_out[:_EVALUATED_BATCHES]
     started = time.perf_counter()
     evaluate(engine, part)
