@@ -19,7 +19,7 @@ from pathlib import Path
 from campaign_rows import add_row, read_rows
 
 from bert_ds.configuration.deepspeed_file.ds_config import load_ds_config
-from bert_ds.configuration.run_choice import SIZES, Choice, choose
+from bert_ds.configuration.run_choice import SIZES, Choice, choose, modern_model
 from bert_ds.init import cpu_measure, given_sections, write_recipe
 from bert_ds.launch.verb_arguments import init_arguments
 from bert_ds.reporting.run_log import read_metrics
@@ -55,9 +55,7 @@ def choice_of(work: Path, minutes: float, size: tuple[int, int, int] | None = No
     words = [str(work / f"{minutes:g}.json"), "--corpus", str(work / "shards"), "--minutes", str(minutes)]
     base = given_sections(init_arguments(words))
     if size is not None:
-        names = ("num_hidden_layers", "hidden_size", "intermediate_size")
-        model = {"type": "modernbert", **dict(zip(names, size, strict=True)), "num_attention_heads": size[1] // 64}
-        base["model"] |= {**model, "max_position_embeddings": 512, "local_attention": 64}
+        base["model"] |= modern_model(size, tokens=0)
     return choose(base, load_ds_config("zero1"), minutes=minutes, measure=cpu_measure(), world_size=1)
 
 

@@ -105,6 +105,9 @@ def test_batch_length_and_rate_follow_from_the_time() -> None:
     assert (short.max_seq_length, long.max_seq_length) == (64, 128)
     assert short.training.train_batch_size * 64 < long.training.train_batch_size * 128
     assert short.optimizer.lr == 0.004 > long.optimizer.lr
+    near = (True,) * (short.model.num_hidden_layers - 1) + (False,)
+    assert (short.model.has_window, short.model.window, short.model.global_rope_theta) == (near, 4, 1000.0)
+    assert (long.model.layer_types, long.model.window, long.model.global_rope_theta) == (None, 64, 160_000.0)
     assert chosen(5).num_steps == pytest.approx(1500, rel=0.5)
 
 
