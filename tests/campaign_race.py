@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import transformers
 from campaign_rows import add_row, read_rows
+from race_table import draw, print_tables
 
 from bert_ds.configuration.recipe.run_config import RunConfig, load_run_config
 from bert_ds.corpus.batches.batch_stages import DataSettings
@@ -67,15 +68,17 @@ class Entry(NamedTuple):
 
 
 def main() -> None:
-    """Run what has no row yet, and print the table."""
+    """Run what has no row yet; print the tables and draw the picture."""
     args = _arguments()
     if args.phase != "table":
         prepare(args)
         for entry in entries(args):
-            row_of(entry, args)
+            if not args.only or entry.name in args.only:
+                row_of(entry, args)
         if args.phase == "tasks":
             run_tasks(args)
-    print_table()
+    print_tables(read_rows(RESULTS))
+    draw(read_rows(RESULTS), RESULTS.with_suffix(".png"))
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -237,26 +240,6 @@ def run_tasks(args: argparse.Namespace) -> None:
         add_row(RESULTS, {**key, "score": results["best"], "amx": _has_amx(), "commit": _commit()})
 
 
-def print_table() -> None:
-    """Print what is recorded as Markdown."""
-    rows = [row for row in read_rows(RESULTS) if "task" not in row]
-    print(
-        "| machine | minutes | contestant | rate | batch | seeds | tokens/s | tokens | loss at [MASK] | below unigram |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["amx"], row["minutes"], row["name"], row["lr"], row["batch"]), []).append(row)
-    for (amx, minutes, name, lr, batch), of_group in sorted(groups.items(), key=lambda pair: pair[0][:2]):
-        losses = [row["loss"] for row in of_group]
-        spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
-        speed, tokens = (statistics.mean(row[key] for row in of_group) for key in ("tokens_per_s", "tokens"))
-        below = of_group[0]["unigram"] - statistics.mean(losses)
-        cells = ["AMX" if amx else "no AMX", f"{minutes:g}", name, f"{lr:g}", batch, len(losses), f"{speed:,.0f}"]
-        cells += [f"{tokens / 1e6:.2f} M", f"{statistics.mean(losses):.3f}{spread}", f"{below:.3f}"]
-        print("| " + " | ".join(map(str, cells)) + " |")
-
-
 def _paths(work: Path) -> list[str]:
     return [f"corpus.tokenizer={work.resolve()}/tokenizer", f"corpus.sources.0.path={work.resolve()}/shards"]
 
@@ -280,6 +263,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="folder of text")
     parser.add_argument("--data", type=Path, help="folder of the data sets that the shipped tasks name")
     parser.add_argument("--work", type=Path, default=Path("runs/campaign-race"))
+    parser.add_argument("--only", nargs="+", default=[], help="names of contestants: nothing else is trained now")
     parser.add_argument("--minutes", type=float, default=15.0, help="of the families phase")
     parser.add_argument("--seeds", type=int, default=3, help="of the tasks phase")
     args = parser.parse_args()
