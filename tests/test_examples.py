@@ -26,6 +26,14 @@ configs = st.one_of(
     st.builds(
         SequenceConfig, max_seq_length=st.integers(8, 40), sentence_pair=st.just("none"), cross_documents=st.just(True)
     ),
+    st.builds(
+        SequenceConfig,
+        max_seq_length=st.integers(8, 40),
+        sentence_pair=st.just("none"),
+        short_seq_prob=st.just(0.0),
+        whole_sentences=st.just(False),
+        cross_documents=st.booleans(),
+    ),
 )
 
 
@@ -196,3 +204,22 @@ def test_documents_in_one_example_are_separated(tmp_path: Path) -> None:
         [CLS, 10, 11, 12, 13, SEP],
     ]
     assert {int(example.token_type_ids.max()) for example in examples} == {0}
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_without_whole_sentences_a_document_is_cut_where_an_example_is_full(tmp_path: Path, cross: bool) -> None:
+    settings = {"sentence_pair": "none", "max_seq_length": 8, "short_seq_prob": 0.0, "cross_documents": cross}
+    config = SequenceConfig(**settings, whole_sentences=False)
+    documents = counting_documents([[3, 4, 1], [2], [6, 7]])
+    examples = all_examples(table_of(tmp_path, documents, config))
+    rests = [[11, 12, SEP, 13, 14]] if cross else [[11, 12], [13, 14]]
+    wanted = [[5, 6, 7, 8, 9, 10], *rests, [15, 16, 17, 18, 19, 20], [21, 22, 23, 24, 25, 26], [27]]
+    assert [example.input_ids.tolist() for example in examples] == [[CLS, *ids, SEP] for ids in wanted]
+    other = table_of(tmp_path, documents, SequenceConfig(**settings))  # of another cache
+    assert segments(all_examples(other)[0]) == [[5, 6, 7]]
+
+
+@pytest.mark.parametrize("wrong", [{"sentence_pair": "sop"}, {"sentence_pair": "none"}])
+def test_cutting_anywhere_wants_neither_pairs_nor_short_examples(wrong: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match='whole_sentences false needs sentence_pair "none" and short_seq_prob 0, not'):
+        SequenceConfig(**wrong, whole_sentences=False)

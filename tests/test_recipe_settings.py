@@ -94,9 +94,7 @@ LISTED = {**WORDS, "masking.word_segmenter": "word_list", "masking.word_list": "
 ROUGH = {
     "recovery": {"spike_sigmas": 0.1, "spike_window": 8, "max_bad_steps": 1, "max_rollbacks": 2},
     "schedule": {"type": "constant", "warmup_steps": 0},
-    "optimizer.lr": 0.1,
-    "checkpoints.every_steps": 9,
-    "training.total_steps": 20,
+    **{"optimizer.lr": 0.1, "checkpoints.every_steps": 9, "training.total_steps": 20},
 }
 """A run in which ripples of the loss count as spikes."""
 CAREFUL = {"spike_sigmas": 3.0, "spike_window": 9, "max_bad_steps": 3, "max_rollbacks": 0}
@@ -188,6 +186,7 @@ CHANGES = {
     "sequences.sentence_pair": Change("sop"),
     "sequences.short_seq_prob": Change(0.9),
     "sequences.cross_documents": Change(True, PLAIN),
+    "sequences.whole_sentences": Change(False, {**PLAIN, "sequences.short_seq_prob": 0.0}),
     "masking.mlm_probability": Change(0.3),
     "masking.mask_token_fraction": Change(0.2),
     "masking.random_token_fraction": Change(0.0, {"masking.mask_token_fraction": 0.2}),

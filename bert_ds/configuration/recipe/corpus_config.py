@@ -66,11 +66,18 @@ class SequenceConfig(Section):
     """Share of examples whose target length is drawn from 2..max_seq_length instead of being the maximum."""
     cross_documents: bool = False
     """With sentence_pair "none": fill an example from several documents, separated by [SEP]."""
+    whole_sentences: bool = True
+    """An example holds sentences that fit; false, with sentence_pair "none", cuts a document wherever one is full."""
 
     @model_validator(mode="after")
     def _check(self) -> SequenceConfig:
         if self.cross_documents and self.sentence_pair != "none":
             raise ValueError(f'cross_documents needs sentence_pair "none", not "{self.sentence_pair}"')
+        if not self.whole_sentences and (self.sentence_pair != "none" or self.short_seq_prob):
+            raise ValueError(
+                'whole_sentences false needs sentence_pair "none" and short_seq_prob 0, not '
+                f'"{self.sentence_pair}" and {self.short_seq_prob:g}'
+            )
         return self
 
 

@@ -101,9 +101,9 @@ class PretrainingData:
     def fingerprint(self) -> str:
         """Sha256 of everything that must be equal for a resumed run to go on with the same batches."""
         settings = self._settings
-        masking = settings.masking.model_dump(mode="json")
-        if not settings.masking.span_mask:
-            del masking["span_mask"]  # before spans there was no such key
+        unsaid = {"whole_sentences": True, "span_mask": False}.items()  # as it was before there were these keys
+        dumped = (part.model_dump(mode="json") for part in (settings.sequences, settings.masking))
+        sequences, masking = (dict(part.items() - unsaid) for part in dumped)
         if settings.masking.word_list is not None:
             masking["word_list"] = hashlib.sha256(read_bytes(settings.masking.word_list, error=DataError)).hexdigest()
         if settings.masking.word_segmenter == "jieba":
@@ -111,7 +111,7 @@ class PretrainingData:
         content = {
             "format": _ORDER_FORMAT,
             "sources": [[content_hash(split) for split in self._splits], self.mixture.weights],
-            "sequences": settings.sequences.model_dump(mode="json"),
+            "sequences": sequences,
             "masking": masking,
             "seed": settings.seed,
             "train_batch_size": settings.train_batch_size,

@@ -15,6 +15,7 @@ Where this departs from Google's create_pretraining_data.py:
   pointer doubling marks those sentences that a chain of runs from a document's start really reaches;
 - the text is cut once, not `dupe_factor` times; what `dupe_factor` was for is drawn anew in every epoch.
 With `cross_documents` a run goes on into the next document at the cost of one [SEP] (RoBERTa's FULL-SENTENCES).
+Without `whole_sentences` a document counts as one sentence: it is cut into examples of the full length, and its rest.
 
 Words used below: a *unit* is a sentence or a piece of a long one.
 """
@@ -135,6 +136,8 @@ def _find_examples(split: ShardSplit, config: SequenceConfig, seed: int) -> list
     num_units = num_tokens = 0
     for sentence_lengths, document_starts in _chunks(split):
         longest = config.max_seq_length - num_special_tokens(config)
+        if not config.whole_sentences:
+            sentence_lengths, document_starts = _whole_documents(sentence_lengths, document_starts)
         unit_lengths, document_units = _units(sentence_lengths, document_starts, longest)
         units = np.concatenate(([0], np.cumsum(unit_lengths)))
         targets = target_lengths(num_tokens + units[:-1], config, seed=seed)
@@ -159,6 +162,12 @@ def _chunks(split: ShardSplit) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         last = max(last, first + 1)
         yield lengths[starts[first] : starts[last]].astype(np.int64), starts[first : last + 1] - starts[first]
         first = last
+
+
+def _whole_documents(sentence_lengths: np.ndarray, document_starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Length of each document, as if it were one sentence, and the starts of the documents then."""
+    tokens_before = np.concatenate(([0], np.cumsum(sentence_lengths)))
+    return np.diff(tokens_before[document_starts]), np.arange(len(document_starts))
 
 
 def _units(sentence_lengths: np.ndarray, document_starts: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
@@ -211,7 +220,8 @@ def _chain(ends: np.ndarray, roots: np.ndarray) -> np.ndarray:
 
 def _cache_key(split: ShardSplit, config: SequenceConfig, seed: int) -> str:
     longest = config.max_seq_length - num_special_tokens(config)
-    settings = (_FORMAT, _CHUNK_SENTENCES, seed, longest, config.short_seq_prob, config.cross_documents)
+    settings: tuple[object, ...] = (_FORMAT, _CHUNK_SENTENCES, seed, longest)
+    settings += (config.short_seq_prob, config.cross_documents, *(() if config.whole_sentences else ("cut",)))
     return hashlib.sha256(repr((settings, content_hash(split))).encode()).hexdigest()[:24]
 
 
