@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import traceback
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -190,12 +191,21 @@ def _import_all() -> None:
     assert conftest and muon_optimizer and torch._dynamo and sklearn.metrics and bert_ds
     assert transformers.BertForPreTraining and transformers.AutoTokenizer
     torch.set_num_threads(1)
-    # What the libraries find out once per process: which operators there are, names of weights, fonts.
+    # What is found out once per process: which operators there are, names of weights, releases and commit, fonts.
     assert deepspeed.ops.__compatible_ops__ and not get_checkpoint_conversion_mapping("none")
+    assert bert_ds.reporting.environment.library_versions()
+    bert_ds.reporting.environment._commit()
     figure = Figure(layout="constrained")
     figure.subplots().set_title("1")
     figure.savefig(io.BytesIO())
+    _forget_at_exit()
     gc.freeze()
+
+
+def _forget_at_exit() -> None:
+    """Let no fork take apart at its exit, one by one, the operators of torch that were registered here."""
+    for finalizer in weakref.finalize._registry:
+        finalizer.atexit = False
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from bert_ds.basics.ranks import Ranks
@@ -54,13 +55,7 @@ def write_environment(run_dir: Path, ranks: Ranks, *, devices: Sequence[str]) ->
 
 def library_versions() -> dict[str, str]:
     """Return the installed versions of the libraries a run depends on."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return dict(_library_versions())
 
 
 def other_kernels() -> str | None:
@@ -68,8 +63,8 @@ def other_kernels() -> str | None:
 
     Both bring the files of bert_kernels, so those of the one that was installed last are on disk.
     """
-    found = library_versions().get("bert-kernels", CARRIED_KERNELS)
-    if found == CARRIED_KERNELS:
+    found = _version("bert-kernels")
+    if found in (None, CARRIED_KERNELS):
         return None
     return (
         f"bert-kernels {found} is installed beside bert-ds, which carries {CARRIED_KERNELS}: one has overwritten the "
@@ -77,6 +72,19 @@ def other_kernels() -> str | None:
     )
 
 
+@cache
+def _library_versions() -> list[tuple[str, str]]:
+    return [(package, version) for package in _PACKAGES if (version := _version(package)) is not None]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@cache
 def _commit() -> str | None:
     """Return the commit of this source tree, with "+changes" where files differ; None outside a git tree."""
     root = Path(__file__).resolve().parents[2]
