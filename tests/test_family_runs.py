@@ -7,7 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,69 +22,89 @@ from bert_ds.export_hf import export
 from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 
-STAGES = (0, 1, 2, 3)
+STAGES, ENDS = (0, 1, 2, 3), (1, 3)
+"""ENDS: where the weights are whole and where they are divided; what lies between is seen in one family."""
+OTHERS = [name for name in WIRED if name != "bert"]
 PLAIN = [Run(f"zero{stage}", stage) for stage in STAGES]
 MUON = Run("muon", 2, optimizer="muon")
 WHOLE = [Run(f"whole{stage}", stage, dropout=0.1, recompute=True) for stage in STAGES]
 FILLED = [
     Run("filled", 1, settings=("training.few_shapes=true",)),
-    Run("filled, whole", 2, dropout=0.1, recompute=True, settings=("training.few_shapes=true",)),
-    Run("filled, resumed", 2, dropout=0.1, resumes="filled, whole", settings=("training.few_shapes=true",)),
+    Run("filled, whole", 3, dropout=0.1, recompute=True, settings=("training.few_shapes=true",)),
+    Run("filled, resumed", 3, dropout=0.1, resumes="filled, whole", settings=("training.few_shapes=true",)),
 ]
 FILLING = ("bert", "electra", "modernbert")
 """Families whose batches are filled up in runs here; others are filled up in test_few_shapes alone, as all are."""
 RESUMED = [Run(f"resumed{stage}", stage, dropout=0.1, resumes=f"whole{stage}") for stage in STAGES]
-RUNS = {1: [PLAIN[0], PLAIN[2], Run("muon", 0, optimizer="muon"), PLAIN[1], PLAIN[3]]}
-RUNS[2] = [PLAIN[0], MUON, *PLAIN[1:], *WHOLE, *RESUMED, *FILLED]
 
 
-@pytest.fixture(scope="module", params=WIRED)
-def trained(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[EncoderConfig, Path]:
+class Trained(NamedTuple):
     """A family with the folder of its runs."""
-    folder = tmp_path_factory.mktemp("runs")
-    config = of_size(WIRED[request.param], vocab_size=TOKENIZER.vocab_size)
+
+    config: EncoderConfig
+    folder: Path
+    stages: tuple[int, ...]
+
+
+def runs_on(world_size: int, stages: tuple[int, ...]) -> list[Run]:
+    plain = [PLAIN[stage] for stage in stages if stage]
+    if world_size == 1:
+        return [PLAIN[0], MUON._replace(stage=0), *(plain if stages == STAGES else ())]
+    some = [runs[stage] for runs in (WHOLE, RESUMED) for stage in stages]
+    return [*(PLAIN[:1] if stages == STAGES else ()), MUON, *plain, *some, *FILLED]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("bert", STAGES), id="bert"),
+        *(pytest.param((name, ENDS), id=name) for name in OTHERS),
+        *(pytest.param((name, STAGES), marks=pytest.mark.campaign, id=f"{name}, all stages") for name in OTHERS),
+    ],
+)
+def trained(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder, (name, stages) = tmp_path_factory.mktemp("runs"), request.param
+    config = of_size(WIRED[name], vocab_size=TOKENIZER.vocab_size)
     write_inputs(folder, config)
-    for world_size, runs in RUNS.items():
+    for world_size in (1, 2):
+        runs = runs_on(world_size, stages)
         made = [run for run in runs if run not in FILLED or config.family in FILLING]
         run_ranks(train_all, world_size, folder, made)
-    return config, folder
+    return Trained(config, folder, stages)
 
 
-def test_every_stage_on_one_and_two_ranks_is_one_curve(trained: tuple[EncoderConfig, Path]) -> None:
-    _, folder = trained
+def test_every_stage_on_one_and_two_ranks_is_one_curve(trained: Trained) -> None:
+    folder = trained.folder
     wanted = losses(run_folder(folder, 1, PLAIN[0]))
     assert len(wanted) == STEPS and wanted[-1] < wanted[0] - 0.03
     for world_size in (1, 2):
         for run in PLAIN:
-            assert losses(run_folder(folder, world_size, run)) == pytest.approx(wanted, rel=2e-5), run
+            if run in runs_on(world_size, trained.stages):
+                assert losses(run_folder(folder, world_size, run)) == pytest.approx(wanted, rel=2e-5), run
     muon = [losses(run_folder(folder, world_size, MUON)) for world_size in (1, 2)]
     assert muon[0] == pytest.approx(muon[1], rel=2e-5) and muon[0] != pytest.approx(wanted, rel=1e-3)
 
 
-def test_a_run_whose_batches_are_filled_up_is_the_same_run_and_resumes_to_the_same_bits(
-    trained: tuple[EncoderConfig, Path],
-) -> None:
-    config, folder = trained
+def test_a_run_whose_batches_are_filled_up_is_the_same_run_and_resumes_to_the_same_bits(trained: Trained) -> None:
+    config, folder, _ = trained
     if config.family not in FILLING:
         pytest.skip("filled up in test_few_shapes alone")
     plain, whole, resumed = (run_folder(folder, 2, run) for run in FILLED)
     assert losses(plain) == pytest.approx(losses(run_folder(folder, 1, PLAIN[0])), rel=2e-5)
-    assert losses(whole) == losses(resumed) == pytest.approx(losses(run_folder(folder, 2, WHOLE[2])), rel=2e-5)
+    assert losses(whole) == losses(resumed) == pytest.approx(losses(run_folder(folder, 2, WHOLE[3])), rel=2e-5)
     evaluations = (read_metrics(run / "metrics.jsonl", "evaluation")[-1]["loss"] for run in (plain, whole))
     wanted = (
         read_metrics(run_folder(folder, 2, run) / "metrics.jsonl", "evaluation")[-1]["loss"]
-        for run in (PLAIN[1], WHOLE[2])
+        for run in (PLAIN[1], WHOLE[3])
     )
     assert list(evaluations) == pytest.approx(list(wanted), rel=2e-5)
     shares = {row["filling_share"] for row in read_metrics(plain / "metrics.jsonl")}
     assert all(0 < share < 0.2 for share in shares)
 
 
-def test_a_run_without_recomputed_layers_goes_on_from_one_with_them_to_the_same_bits(
-    trained: tuple[EncoderConfig, Path],
-) -> None:
-    _, folder = trained
-    for whole, resumed in zip(WHOLE, RESUMED, strict=True):
+def test_a_run_without_recomputed_layers_goes_on_from_one_with_them_to_the_same_bits(trained: Trained) -> None:
+    folder = trained.folder
+    for whole, resumed in ((WHOLE[stage], RESUMED[stage]) for stage in trained.stages):
         ends = [
             load_fp32_state_dict(run_folder(folder, 2, run) / f"checkpoints/global_step{STEPS}")
             for run in (whole, resumed)
@@ -94,9 +114,9 @@ def test_a_run_without_recomputed_layers_goes_on_from_one_with_them_to_the_same_
         assert curves[0] == curves[1] != losses(run_folder(folder, 2, PLAIN[whole.stage]))
 
 
-def test_a_checkpoint_of_every_stage_is_exported(trained: tuple[EncoderConfig, Path]) -> None:
-    config, folder = trained
-    for run in PLAIN:
+def test_a_checkpoint_of_every_stage_is_exported(trained: Trained) -> None:
+    config, folder, stages = trained
+    for run in (PLAIN[stage] for stage in stages):
         run_dir, output = run_folder(folder, 2, run), folder / f"exported{run.stage}"
         output.mkdir()
         assert "tokenizer equal" in export(run_dir, None, output, shown=output)
