@@ -35,9 +35,8 @@ CPU = {"device": "cpu"}
 TRAJECTORIES = [Long(stage) for stage in STAGES]
 WRONG = [Long(2, optimizer="muon_without_parts"), Long(1, optimizer="muon_without_scale")]
 SHADOWS = [
-    *[Shadow(stage, with_unused=True) for stage in STAGES],
+    *[Shadow(stage, with_unused=True, scaled_rates=stage in (0, 3)) for stage in STAGES],
     *[Shadow(stage, "bf16", optimizer="bf16_muon") for stage in STAGES],
-    *[Shadow(stage, scaled_rates=True) for stage in (0, 3)],
     Shadow(1, "bf16", top=GRAD_ACCUM_FP32),
     Shadow(2, "bf16", zero={"offload_optimizer": CPU}, with_unused=True),
     Shadow(2, zero={"round_robin_gradients": True}),

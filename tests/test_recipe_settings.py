@@ -107,7 +107,7 @@ REPLACING = [{"type": "replaced_tokens", "generator_fraction": 0.5}, {"type": "m
 REPLACED = {**PLAIN, "objectives": REPLACING, "model.type": "electra", "model.embedding_size": 8}
 STAGED = {"stages": [{"until": 0.5, "max_seq_length": 16, "train_batch_size": 8, "mlm_probability": 0.4}]}
 EMBEDDED = {
-    "corpus": {"type": "embedded", "vocab_size": 400, "max_bytes": 1_000_000},
+    "corpus": {"type": "embedded", "vocab_size": 400, "max_bytes": 600_000},
     "model.vocab_size": 400,
     "training.total_steps": 1,
     "schedule.warmup_steps": 0,
@@ -175,7 +175,7 @@ CHANGES = {
     "corpus:embedded.type": Change("shards", EMBEDDED, {"corpus": RECIPE["corpus"], "model.vocab_size": 64}),
     "corpus:embedded.vocab_size": Change(300, EMBEDDED, {"model.vocab_size": 300}),
     "corpus:embedded.lowercase": Change(False, EMBEDDED),
-    "corpus:embedded.max_bytes": Change(900_000, EMBEDDED),
+    "corpus:embedded.max_bytes": Change(580_000, EMBEDDED),
     "corpus:embedded.validation_fraction": Change(0.1, EMBEDDED),
     "corpus:shards.type": Change("embedded", also={"corpus": EMBEDDED["corpus"], "model.vocab_size": 400}),
     "corpus:shards.sources.0.path": Change("more"),
