@@ -11,6 +11,7 @@ import io
 import json
 import subprocess
 import sys
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from bert_ds.downstream.rows.asked_rows import Fault
 from bert_ds.downstream.rows.free_words import joined_words, split_words
 from bert_ds.downstream.tuning.outcome import measure_side
 from bert_ds.downstream.tuning.predictor import ANSWERS, Predictor
+from bert_ds.downstream.tuning.scorers import _TorchScorer
 from bert_ds.downstream.tuning.task_folder import TaskFacts, write_task_folder
 from bert_ds.downstream.tuning.task_rows import read_task
 
@@ -118,6 +120,24 @@ def check(kind: str, answer: dict[str, Any], found: Any, texts: tuple[str, ...])
             assert " ".join(texts)[one["start"] : one["end"]] == one["text"]
         begun = [tag[2:] for tag, before in zip(tags, ("O", *tags), strict=False) if tag[:2] in ("B-", "S-")]
         assert len([one for one in answer["entities"] if one["type"] in begun]) >= len(begun)
+
+
+def test_a_pair_is_the_same_in_every_form_and_read_whole(
+    reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict = Predictor(reviews)
+    alone, *pairs = predict(["the film", ("the film", "great"), {"text": "the film", "text_pair": "great"}])
+    assert pairs[0] == pairs[1] != alone
+    sizes: list[int] = []
+    monkeypatch.setattr(_TorchScorer, "__call__", partialmethod(counted, _TorchScorer.__call__, sizes))
+    (tmp_path / "in.txt").write_text("the film\n" * 5)
+    run(monkeypatch, "--model", reviews, "--input", tmp_path / "in.txt", "--batch_size", 2)
+    assert sizes == [2, 2, 1]
+
+
+def counted(self: Any, score: Any, sizes: list[int], features: Any) -> Any:
+    sizes.append(len(features))
+    return score(self, features)
 
 
 def test_words_of_a_text_keep_their_places() -> None:

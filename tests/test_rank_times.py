@@ -50,7 +50,8 @@ def test_the_slow_rank_and_the_one_that_waits_for_data_are_in_the_row_and_the_li
 
 
 @pytest.mark.parametrize(
-    ("seconds", "remark"), [((1.0, 1.0, 1.5, 1.0), "rank 2 (+50%)"), ((1.0, 1.1), None), ((0.0, 0.0), None)]
+    ("seconds", "remark"),
+    [((1.0, 1.0, 1.5, 1.0), "rank 2 (+50%)"), ((1.0, 1.3), "rank 1 (+30%)"), ((1.0, 1.1), None), ((0.0, 0.0), None)],
 )
 def test_a_rank_is_slow_where_it_takes_a_fifth_longer_than_the_median_of_the_others(
     seconds: tuple[float, ...], remark: str | None

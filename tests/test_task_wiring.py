@@ -1,0 +1,221 @@
+"""What fine-tuning and its outcome hand to their parts, looked at in this process."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from contextlib import nullcontext
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from call_watch import Calls
+from downstream_cases import CONFIG, PIECES, review_rows, review_task, task_of, write_lines
+from tiny_training import join_alone
+from torch.nn.functional import cross_entropy
+
+import bert_ds.finetune
+import bert_ds.pretrain
+from bert_ds.basics.ranks import Ranks
+from bert_ds.configuration.deepspeed_file.ds_config import load_ds_config
+from bert_ds.configuration.task.task_config import TaskConfig, load_task, trained_task
+from bert_ds.corpus.tokenizer.wordpiece import TextRules, WordPieceTokenizer
+from bert_ds.downstream.kinds.kind import Prediction
+from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.rows.features import Feature
+from bert_ds.downstream.rows.task_batch import pack
+from bert_ds.downstream.tuning.evaluation_history import Measured, read_history, write_history
+from bert_ds.downstream.tuning.outcome import Measurement, measure_side, row_counts, write_side, write_summary
+from bert_ds.downstream.tuning.task_engine import EvaluationHistory, build_model
+from bert_ds.downstream.tuning.task_folder import make_task_model
+from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
+from bert_ds.encoder.fused_ops import fused_ops
+from bert_ds.training.launch.launch_precision import Decision
+from bert_ds.training.launch.restart import StopRequest
+
+TOKENIZER = WordPieceTokenizer(PIECES, TextRules())
+FILES = ("train", "validation", "test")
+
+
+def reviews(folder: Path, **content: Any) -> tuple[TaskConfig, TaskRows]:
+    """A task of three bad rows for each good one in training, of as many in validation, and a half labelled test."""
+    rows = review_rows(32)
+    sides = {
+        "train": rows[::2][:12] + rows[1::2][:4],
+        "held": rows[24:],
+        "test": [*rows[:2], "we saw it\t", *rows[2:4]],
+    }
+    for name, lines in sides.items():
+        write_lines(folder / name, ["text\tlabel", *lines])
+    files = {side: [{"path": name, "format": "tsv"}] for side, name in zip(FILES, sides, strict=True)}
+    data = {**files, "fields": {"text": "text", "label": "label"}, "drop_overlap": False}
+    task = load_task(review_task(folder, data=data, **content))
+    return task, read_task(task, TOKENIZER, say=lambda text: None)
+
+
+@pytest.mark.parametrize("verb", [bert_ds.pretrain, bert_ds.finetune], ids=lambda verb: verb.__name__)
+def test_a_command_line_reaches_the_launch(
+    verb: ModuleType, tmp_path: Path, tiny_export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join_alone()
+    run_dir, is_finetune = tmp_path / "run", verb is bert_ds.finetune
+    own: dict[str, Any] = {"pretrain": 0}
+    if is_finetune:
+        own = {"open_task": Mock(decision=Decision("bf16", "")), "finetune": 0, "write_summary": None}
+    parts = {"joined_ranks": nullcontext(), "preflight": None, "refuse_foreign_folders": None}
+    calls = Calls(monkeypatch, verb, **parts, **own)
+    monkeypatch.setattr(verb, "StopRequest", Mock())
+    words = ["--hang_limit", "5000", "--start_limit", "9", "--preflight", "on", "--run_dir", str(run_dir)]
+    if is_finetune:
+        words += ["--task", str(review_task(tmp_path)), "--model", str(tiny_export), "--seeds", "3", "1"]
+    monkeypatch.setattr("sys.argv", [verb.__name__, *words])
+    assert verb.main() == 0
+    (joined,) = calls["joined_ranks"]
+    assert joined["timeout"] == timedelta(seconds=3 * 5000 + 600) and joined["start_limit_s"] == 9
+    joined["first"]()
+    (measured,) = calls["preflight"]
+    assert measured["when"] == "on" and measured["run_dir"] == run_dir
+    assert (measured["needs"] is None) == is_finetune
+    seeds = [run_dir / "seed_3", run_dir / "seed_1"]
+    wanted = [seeds, [run_dir]] if is_finetune else [[run_dir]]
+    assert [call["run_dirs"] for call in calls["refuse_foreign_folders"]] == wanted
+    if is_finetune:
+        made = [(call["task"].seed, call["task"].training.precision, call["run_dir"]) for call in calls["finetune"]]
+        assert made == [(3, "bf16", seeds[0]), (1, "bf16", seeds[1])]
+        assert calls["open_task"][0]["run_dirs"] == calls["write_summary"][0]["folders"] == seeds
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_export: Path) -> tuple[Calls, Path, TaskConfig]:
+    """A fine-tuning in this process: what its parts were given, its folder, and its task."""
+    join_alone()
+    folder = tmp_path_factory.mktemp("tuned")
+    training = {"epochs": 1, "train_batch_size": 8, "precision": "bf16", "kernels": "torch"}
+    task, _ = reviews(folder, training=training, evaluation={"every_epochs": 0.5, "batch_size": 3}, seed=4)
+    ds = load_ds_config("zero1")
+    layers = {"number_checkpoints": CONFIG.num_hidden_layers}
+    ds = replace(ds, settings={**ds.settings, "activation_checkpointing": layers})
+    args = Namespace(model=tiny_export, trivial=True, resume="never", random_weights=False, hang_limit=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        names = ("trivial_figures", "prove_same_files", "build_model", "make_optimizer", "train_watched")
+        calls = Calls(patch, bert_ds.finetune, **dict.fromkeys(names, Calls.THROUGH))
+        ranks, run_dir = Ranks(0, 0, 1), folder / "run"
+        start = bert_ds.finetune.open_task(task, ds, args=args, ranks=ranks, stop=StopRequest(), run_dirs=[run_dir])
+        assert bert_ds.finetune.finetune(task, run_dir, start=start) == 0
+    return calls, run_dir, task
+
+
+def test_the_trivial_method_learns_from_the_training_rows_and_is_measured_on_the_validation_rows(tuned: Any) -> None:
+    (given,) = tuned[0]["trivial_figures"]
+    assert (len(given["train"]), len(given["validation"])) == (16, 8)
+
+
+def test_all_files_of_a_task_have_to_be_the_same_on_every_rank(tuned: Any) -> None:
+    assert [path.name for path in tuned[0]["prove_same_files"][0]["paths"]] == ["train", "held", "test"]
+
+
+def test_model_and_optimizer_are_made_as_the_files_say(tuned: Any) -> None:
+    (model,), (optimizer,) = tuned[0]["build_model"], tuned[0]["make_optimizer"]
+    assert model["activation_checkpointing"] is True
+    assert (optimizer["kernels"], optimizer["precision"]) == ("torch", "bf16")
+    (trained,) = tuned[0]["train_watched"]
+    assert trained["limit_s"] == 0.0 and trained["loop"].seed == 4
+
+
+def test_sides_and_their_counts_are_told_apart_in_the_results(tuned: Any) -> None:
+    results = json.loads((tuned[1] / "results.json").read_text())
+    assert results["rows"] == {"train": 16, "validation": 8, "test": 5}
+    assert set(results["test"]) == set(results["validation"]) - {"loss", "loss_label", "label_accuracy"}
+    config = json.loads((tuned[1] / "hf/config.json").read_text())
+    assert {str(number): name for name, number in config["label2id"].items()} == config["id2label"]
+    assert len((tuned[1] / "predictions/test/predictions.tsv").read_text().splitlines()) == 1 + 5
+
+
+def test_rows_are_predicted_so_many_at_a_time(tmp_path: Path) -> None:
+    join_alone()
+    task, rows = reviews(tmp_path, evaluation={"batch_size": 3})
+    model = make_task_model(KINDS[task.kind], CONFIG, rows.labels, kernels="torch").eval()
+    sizes: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, inputs: sizes.append(len(inputs["cu_seqlens"]) - 1), with_kwargs=True
+    )
+    measure_side(model, task, rows.validation, rows.labels)
+    assert sizes == [3, 3, 2] and not model.training
+    model.train()
+    measure_side(model, task, rows.validation, rows.labels)
+    assert model.training
+
+
+def test_rows_are_counted_and_not_their_sequences(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train", [json.dumps({"words": ["film"] * 20, "tags": ["N"] * 19 + ["O"]})])
+    write_lines(tmp_path / "held", [json.dumps({"words": ["it"], "tags": ["O"]})])
+    files = {side: [{"path": name, "format": "jsonl"}] for side, name in (("train", "train"), ("validation", "held"))}
+    data = {**files, "fields": {"words": "words", "tags": "tags"}}
+    task = task_of(tmp_path, {"kind": "token_classification", "data": data, "max_seq_length": 8})
+    rows = read_task(task, TOKENIZER, say=lambda text: None)
+    assert len(rows.train.features) > 1 == row_counts(rows)["rows"]["train"]
+
+
+def test_a_report_of_classes_pairs_each_labelled_row_with_its_own_prediction(tmp_path: Path) -> None:
+    task, rows = reviews(tmp_path)
+    assert rows.test is not None and [example.target for example in rows.test.examples][2] is None
+    values = ["good" if example.target == "good" else "bad" for example in rows.test.examples]
+    write_side(tmp_path, "test", task, rows.test, Measurement({}, [Prediction(value, {}) for value in values]))
+    header, *table = (tmp_path / "figures/test_confusion.tsv").read_text().splitlines()
+    assert [row.split("\t")[1:] for row in table] == [["2", "0"], ["0", "2"]], header
+
+
+def test_a_summary_is_over_all_seeds_and_both_sides(tmp_path: Path) -> None:
+    for seed, score in ((3, 0.5), (1, 1.0), (2, 0.75)):
+        (tmp_path / str(seed)).mkdir()
+        sides = {"validation": {"f1": score}, "test": {"f1": score / 2}, "test_others": {"f1": score / 4}}
+        results = {"task": "t", "metric": "f1", "seed": seed, **sides}
+        (tmp_path / f"{seed}/results.json").write_text(json.dumps(results))
+    write_summary(tmp_path, [tmp_path / str(seed) for seed in (3, 1, 2)])
+    summary = json.loads((tmp_path / "results.json").read_text())
+    assert summary["seeds"] == [3, 1, 2]
+    assert summary["validation"]["f1"] == {"mean": 0.75, "deviation": 0.25, "values": [0.5, 1.0, 0.75]}
+    assert (summary["test"]["f1"]["mean"], summary["test_others"]["f1"]["mean"]) == (0.375, 0.1875)
+
+
+def test_evaluations_up_to_a_checkpoint_are_kept_and_decide_which_checkpoints_are(tmp_path: Path) -> None:
+    join_alone()
+    path = tmp_path / "evaluations.json"
+    write_history(path, [Measured(1, 0.5), Measured(2, 0.6), Measured(3, 0.4), Measured(4, 0.9), Measured(5, 0.8)])
+    assert [row.step for row in read_history(path, until_step=4)] == [1, 2, 3, 4]
+    side: Any = None
+    best = EvaluationHistory(None, load_task(review_task(tmp_path)), side, {}, run_dir=tmp_path, from_step=4)
+    assert best.step == 4 and best.kept_steps() == {4, 2}
+
+
+def test_a_model_starts_as_its_task_says(tmp_path: Path) -> None:
+    task, rows = reviews(tmp_path, class_weights="balanced", seed=6, training={"kernels": "triton"})
+    trained = trained_task(task, CONFIG, num_sequences=16)
+    model, _ = build_model(trained, rows, tensors={}, activation_checkpointing=False, say=lambda text: None)
+    assert rows.labels == {"label": ("bad", "good")}
+    assert model.head.class_weights == (16 / (2 * 12), 16 / (2 * 4))  # of the training rows
+    wanted = make_task_model(KINDS[task.kind], trained.model, rows.labels, kernels="torch", init_seed=6).state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+    assert model.head.classifier.ops == fused_ops("triton")
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "scores"),
+    [("classification", "label", "scores"), ("token_classification", "tag", "token_scores")],
+)
+def test_weights_of_classes_weigh_the_losses_of_rows_and_of_words(kind: str, target: str, scores: str) -> None:
+    weights, ids = (3.0, 0.5), np.array([2, 7, 8, 3], dtype=np.int32)
+    values = [[1], [0]] if kind == "classification" else [[-100, 1, 0, -100], [-100, 0, -100, -100]]
+    features = [Feature(place, ids, np.zeros(4, np.int8), {target: np.array(of)}) for place, of in enumerate(values)]
+    labels = {target: ("a", "b")}
+    model = make_task_model(KINDS[kind], CONFIG, labels, kernels="torch", class_weights=weights).eval()
+    batch = pack(features, counts={})
+    losses, _, found = model(**batch.model_inputs(), dropout_seed=None, with_scores=True)
+    wanted = cross_entropy(found[scores], batch.targets[target], torch.tensor(weights), reduction="sum")
+    assert losses[0].item() == pytest.approx(wanted.item(), rel=1e-5)
