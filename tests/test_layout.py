@@ -23,7 +23,6 @@ STILL_LONG = {
     "tests/test_hostile_files.py": 350,
     "tests/test_loader.py": 320,
     "tests/test_pretrain.py": 310,
-    "tests/test_recipe_settings.py": 320,
     "tests/test_replaced_folders.py": 340,
     "tests/test_run_plan.py": 370,
     "tests/test_runs.py": 420,

@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_model_settings
+import test_optimizer_settings
 from forked_verbs import run_verb
 from settings_walk import Change, changed, observed, setting_paths
+from test_model_settings import BERT, FAMILIES, SIZES
+from test_optimizer_settings import MOMENTS, OPTIMIZERS, TRUST
 
 from bert_ds.configuration.recipe.run_config import RunConfig
 
@@ -70,24 +74,13 @@ def form(kind: str, **settings: Any) -> dict[str, Any]:
     return {"optimizer": {"type": kind, "lr": 5e-3, **settings}}
 
 
-def moments(kind: str, **base: Any) -> dict[str, Change]:
+def moments(kind: str) -> dict[str, Change]:
     """Changes of what every optimizer has."""
-    changes = {"lr": 4e-3, "betas": [0.8, 0.9], "eps": 1e-2, "weight_decay": 0.5}
-    if kind == "lion":
-        del changes["eps"]
-    made = {f"optimizer:{kind}.{name}": Change(value, form(kind, **base)) for name, value in changes.items()}
-    other = "lion" if kind == "adamw" else "adamw"
-    return {**made, f"optimizer:{kind}.type": Change(other, form(kind, **base))}
-
-
-def trust(kind: str) -> dict[str, Change]:
-    """Changes of the clamps of the trust ratio."""
-    changes = {"min_trust": 0.9, "max_trust": 1e-3, "weight_norm_clamp": [0.0, 0.1]}
-    return {f"optimizer:{kind}.{name}": Change(value, form(kind)) for name, value in changes.items()}
+    made = {f"optimizer:{kind}.{name}": Change(value, form(kind)) for name, value in MOMENTS.items()}
+    return {**made, f"optimizer:{kind}.type": Change("lion" if kind == "adamw" else "adamw", form(kind))}
 
 
 LAMB = {"bias_correction": False, "grad_averaging": False, "adam_w_mode": False, "use_nvlamb": True}
-MUON = {"adamw_lr": 1e-3, "momentum": 0.5, "nesterov": False, "ns_coefficients": [2.0, -1.5, 0.5], "ns_steps": 2}
 PLAIN = {"sequences.sentence_pair": "none"}
 WORDS = {"masking.whole_word_mask": True}
 LISTED = {**WORDS, "masking.word_segmenter": "word_list", "masking.word_list": "words.txt"}
@@ -114,51 +107,6 @@ EMBEDDED = {
 }
 
 
-SIZES = {
-    "pad_vocab_size_to_multiple_of": 48,
-    "hidden_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "intermediate_size": 32,
-    "initializer_range": 0.03,
-}
-"""Another value of what every family has."""
-
-
-def of_family(family: str, values: dict[str, Any], *, other: str = "", **settings: Any) -> dict[str, Change]:
-    """Changes of the settings of a family trained without pairs; `other` is one that has the settings too."""
-    embedded = {**PLAIN, **EMBEDDED, "model.type": family, **{f"model.{key}": settings[key] for key in settings}}
-    plain = {**PLAIN, "model": {**RECIPE["model"], "type": family, **settings}}
-    changes = {
-        "type": Change(other or "bert", plain if other else {**PLAIN, "model": {**RECIPE["model"], "type": family}}),
-        "vocab_size": Change(300, embedded, {"corpus.vocab_size": 300}),
-        **{name: Change(value, plain) for name, value in {**SIZES, **values}.items()},
-    }
-    return {f"model:{family}.{name}": change for name, change in changes.items()}
-
-
-DISTIL = {"activation": "gelu_new", "dropout": 0.3, "attention_dropout": 0.3, "max_position_embeddings": 48}
-BERT = {
-    "hidden_act": "gelu_new",
-    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.3),
-    "max_position_embeddings": 48,
-    "type_vocab_size": 3,
-    "layer_norm_eps": 1e-2,
-}
-ALBERT = {**BERT, "hidden_act": "gelu", "embedding_size": 8, "num_hidden_groups": 2, "shared_parts": "attention"}
-MODERN = {
-    "hidden_activation": "gelu_pytorch_tanh",
-    "initializer_cutoff_factor": 1.0,
-    "norm_eps": 1e-2,
-    **dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), True),
-    **dict.fromkeys(("decoder_bias", "tie_word_embeddings"), False),
-    "layer_types": ["sliding_attention", "full_attention"],
-    "global_attn_every_n_layers": 1,
-    "local_attention": 4,
-    **dict.fromkeys(("global_rope_theta", "local_rope_theta"), 10.0),
-    **dict.fromkeys(("attention_dropout", "embedding_dropout", "mlp_dropout"), 0.3),
-    "classifier_activation": "gelu_pytorch_tanh",
-}
 CHANGES = {
     "seed": Change(6),
     "init_from": Change("teacher"),
@@ -167,11 +115,13 @@ CHANGES = {
     "model:bert.norm_position": Change("pre"),
     "model:bert.positions": Change("sinusoid"),
     "model:bert.type": Change("modernbert", PLAIN),
-    **{f"model:bert.{name}": Change(value) for name, value in {**SIZES, **BERT}.items()},
-    **of_family("distilbert", DISTIL),
-    **of_family("albert", ALBERT, other="electra", embedding_size=16),
-    **of_family("electra", {**BERT, "embedding_size": 8}),
-    **of_family("modernbert", MODERN, local_attention=8),
+    **{f"model:bert.{name}": Change(value) for name, value in {**SIZES, **BERT}.items() if name != "vocab_size"},
+    "model:albert.type": Change("electra", {**PLAIN, "model.type": "albert", "model.embedding_size": 16}),
+    **{
+        f"model:{family}.type": Change("bert", {**PLAIN, "model.type": family})
+        for family in FAMILIES
+        if family != "albert"
+    },
     "corpus:embedded.type": Change("shards", EMBEDDED, {"corpus": RECIPE["corpus"], "model.vocab_size": 64}),
     "corpus:embedded.vocab_size": Change(300, EMBEDDED, {"model.vocab_size": 300}),
     "corpus:embedded.lowercase": Change(False, EMBEDDED),
@@ -200,15 +150,10 @@ CHANGES = {
     "objectives.0.generator_fraction": Change(1.0, REPLACED),
     **moments("adamw"),
     **moments("lamb"),
-    **trust("lamb"),
+    **{f"optimizer:lamb.{name}": Change(value, form("lamb")) for name, value in TRUST.items()},
     **{f"optimizer:lamb.{name}": Change(value, form("lamb")) for name, value in LAMB.items()},
     "optimizer:lamb.correct_lr": Change(True, form("lamb", bias_correction=False)),
-    **moments("lans"),
-    **trust("lans"),
-    **moments("stableadamw"),
-    **moments("lion"),
-    **moments("muon"),
-    **{f"optimizer:muon.{name}": Change(value, form("muon")) for name, value in MUON.items()},
+    **{f"optimizer:{kind}.type": Change("adamw", form(kind)) for kind in OPTIMIZERS},
     "schedule.type": Change("constant"),
     "schedule.warmup_steps": Change(1),
     "schedule.warmup_fraction": Change(0.75, {"schedule": {"type": "linear", "warmup_fraction": 0.5}}),
@@ -303,7 +248,9 @@ def is_excused(path: str) -> bool:
 
 def test_every_setting_of_a_recipe_is_changed_below_or_has_a_reason() -> None:
     paths = set(setting_paths(RunConfig))
-    assert {path for path in paths if not is_excused(path)} == {path.replace(".0.", ".") for path in CHANGES}
+    changed_here = {path.replace(".0.", ".") for path in CHANGES}
+    elsewhere = {**test_model_settings.CHANGES, **test_optimizer_settings.CHANGES}
+    assert {path for path in paths if not is_excused(path)} == changed_here | set(elsewhere)
     assert all(any(path.startswith(name) for path in paths) for name in REASONS)
 
 
