@@ -204,11 +204,11 @@ def outcome_of(numbered: Iterable[Any]) -> dict[str, Any]:
     return {"steps": steps, "tokens": round(steps * per_step), **ended, "curve": curve}
 
 
-def every_steps(entry: Entry) -> int | None:
-    """Return a tenth of the steps that an earlier, shorter training makes expect; None where there is none."""
+def every_steps(entry: Entry) -> int:
+    """Return a tenth of the steps that an earlier, shorter training makes expect, 200 where there is none."""
     rows = [row for row in recorded() if row["batch"] == entry.batch and row["minutes"] < entry.minutes]
     alike = [row for row in rows if row["name"] == entry.name] or [row for row in rows if row["name"] == "ours"]
-    return max(1, round(alike[-1]["steps"] * entry.minutes / alike[-1]["minutes"] / 10)) if alike else None
+    return max(1, round(alike[-1]["steps"] * entry.minutes / alike[-1]["minutes"] / 10)) if alike else 200
 
 
 def rival(entry: Entry, folder: Path, args: argparse.Namespace) -> dict[str, Any]:

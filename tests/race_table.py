@@ -38,9 +38,9 @@ def print_tables(rows: Iterable[Row]) -> None:
     print("\n| machine | contestant | " + " | ".join((*ends, *ways)) + " |")
     print("|---" * (2 + len(ends) + len(ways)) + "|")
     for (amx, minutes, name, *_), of_group in groups:
-        if minutes < max(AFTER):
-            continue
         curves = [row["curve"] for row in of_group]
+        if minutes < max(AFTER) or curves[0][0][0] > min(AFTER):  # the last: nothing was evaluated on the way
+            continue
         cells = [_mean([loss_after(curve, when) for curve in curves]) for when in AFTER]
         cells += [_reached([reached(row["curve"], row["unigram"] - nats) for row in of_group]) for nats in BELOW]
         print(f"| {_machine(amx)} | {name} | " + " | ".join(cells) + " |")

@@ -37,7 +37,8 @@ def test_seeds_are_one_line_and_a_loss_that_one_of_them_missed_says_so(capsys: p
     ends = {"tokens_per_s": 4000.0, "tokens": 2_000_000, "accuracy": 0.2}
     other = [(minutes, tokens, loss + 0.2, hits) for minutes, tokens, loss, hits in CURVE]
     rows = [{**row, **ends, "loss": 4.5, "curve": CURVE}, {**row, **ends, "loss": 4.7, "curve": other}]
-    print_tables([*rows, {"task": "trec", "name": "ours"}])
+    end_alone = {**row, **ends, "name": "unseen", "loss": 4.5, "curve": CURVE[-1:]}
+    print_tables([*rows, {"task": "trec", "name": "ours"}, end_alone])
     said = capsys.readouterr().out.splitlines()
     assert said[2] == "| no AMX | 10 | ours | 0.002 | 32 | 2 | 4,000 | 2.00 M | 4.600 ± 0.141 | 2.400 |"
     cells = [cell.strip() for cell in said[-1].split("|")[1:-1]]
