@@ -43,7 +43,7 @@ USER_ERRORS = tuple(kind for kind, _ in _EXIT_CODES)
 """What the user can act upon."""
 CALLED_BY = "BERT_DS_CALLED_BY"
 """Environment variable: what has started this script, where that is not a person with its path."""
-SPIN_COUNT = "20000"
+SPIN_COUNT = "5000"
 """How long a thread of GNU OpenMP spins for the next piece of work: enough for the next operator of a step, as waking
 takes time, and short beside the default, which keeps the core from a thread that others hold up."""
 _PLAIN_LINE_EVERY_S = 10.0
