@@ -128,7 +128,7 @@ def open_task(
 ) -> Start:
     """Read model, tokenizer and rows, and decide the precision of all seeds; a collective."""
     tokenizer = load_tokenizer(args.model)
-    check_tokenizer(args.model, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
+    check_tokenizer(args.model, **tokenizer.identity)
     pretrained = load_pretrained(args.model)
     prove_same_files([Path(file.path) for file in (*task.data.train, *task.data.validation, *task.data.test)])
     rows = read_task(task, tokenizer, say=print if ranks.is_main else lambda text: None)

@@ -40,7 +40,7 @@ from bert_ds.configuration.run_choice import (
 from bert_ds.configuration.run_plan import epoch_warnings, make_plan
 from bert_ds.configuration.run_speed import CARDS
 from bert_ds.corpus.shards.shard_folder import MANIFEST, TOKENIZER_FOLDER, read_manifest
-from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer, load_tokenizer_for
 from bert_ds.launch.command_line import run_main
 from bert_ds.launch.verb_arguments import init_arguments
 
@@ -56,6 +56,7 @@ def main() -> None:
         measure=on_card(CARDS[args.gpu]) if args.gpu else cpu_measure(),
         world_size=args.world_size,
     )
+    load_tokenizer_for(choice.plan.run.model, Path(choice.recipe["corpus"]["tokenizer"]))
     write_recipe(args.output, choice)
     warnings = make_plan(load_run_config(args.output), ds, args.world_size).warnings
     for name, text in told(args, choice):

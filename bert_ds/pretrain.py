@@ -45,7 +45,7 @@ from bert_ds.corpus.batches.loader import PretrainingData, Source
 from bert_ds.corpus.batches.plan_batches import evaluated_batches, held_out_batches, longest_batches, training_batches
 from bert_ds.corpus.shards.embedded import CorpusFolders, build_embedded, embedded_folders
 from bert_ds.corpus.shards.shard_folder import MANIFEST
-from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
+from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer, load_tokenizer_for
 from bert_ds.encoder.compiled_layers import compile_layers
 from bert_ds.encoder.distillation import make_student
 from bert_ds.encoder.families.table import weight_patterns
@@ -222,7 +222,7 @@ def open_corpus(plan: RunPlan, run_dir: Path, *, log: RunLog) -> PretrainingData
         weights = drawn_weights(run.corpus)
         sources = [Source(Path(one.path), one.path, by) for one, by in zip(run.corpus.sources, weights, strict=True)]
     prove_same_files([source.folder / MANIFEST for source in sources])
-    on_main_rank(lambda: write_tokenizer(run_dir, load_tokenizer(folders.tokenizer).save))
+    on_main_rank(lambda: write_tokenizer(run_dir, load_tokenizer_for(run.model, folders.tokenizer).save))
     settings = data_settings(run, plan.stages)
     return PretrainingData(sources, folders.tokenizer, settings=settings, cache_dir=run_dir / "examples")
 

@@ -53,7 +53,7 @@ def main() -> None:
     if args.output is not None:
         open_results_folder(args.output)
     tokenizer = load_tokenizer(args.model)
-    check_tokenizer(args.model, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
+    check_tokenizer(args.model, **tokenizer.identity)
     pretrained = load_pretrained(args.model)
     rows = read_task(task, tokenizer, say=print)
     found = {}

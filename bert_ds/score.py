@@ -80,7 +80,7 @@ def score_untrained(task: TaskConfig, args: argparse.Namespace, ranks: Ranks) ->
     if task.kind == "masked_words":
         return report(task, args, {args.side: score_masked_words(args.model, task, print)}, facts={})
     tokenizer = load_tokenizer(args.model)
-    check_tokenizer(args.model, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
+    check_tokenizer(args.model, **tokenizer.identity)
     model = load_masked_lm(args.model, kernels=task.training.kernels)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     found = UNTRAINED[task.kind](model, tokenizer, task, print)
@@ -97,7 +97,7 @@ def score_fine_tuned(task: TaskConfig, args: argparse.Namespace, ranks: Ranks) -
     model, labels = read_task_folder(args.model, kind, kernels=task.training.kernels)
     folder = tokenizer_folder(args.model, kind)
     tokenizer = load_tokenizer(folder)
-    check_tokenizer(folder, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
+    check_tokenizer(folder, **tokenizer.identity)
     rows = read_task(task, tokenizer, labels=labels, say=print if ranks.is_main else lambda text: None)
     side = {"train": rows.train, "validation": rows.validation, "test": rows.test}[args.side]
     if side is None:

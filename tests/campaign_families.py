@@ -26,7 +26,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 import torch.nn.functional as F
 from campaign_rows import add_row, read_rows
-from downstream_cases import PIECES
+from downstream_cases import PIECES, tokenizer_of
 from family_cases import FORMS, SPECIAL_IDS, disturbed, of_size, ragged
 from family_peer import weigh
 from safetensors.torch import load_file, save_file
@@ -34,7 +34,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from bert_ds.configuration.families.encoder_config import EncoderConfig
-from bert_ds.corpus.tokenizer.wordpiece import TextRules, WordPieceTokenizer
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.kinds.task_model import TaskModel
 from bert_ds.downstream.tuning.task_folder import (
@@ -100,7 +99,7 @@ def compare(config: EncoderConfig, python: Path, folder: Path) -> Iterator[dict[
     """Yield a row for each role and direction of one form."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    WordPieceTokenizer(PIECES, TextRules()).save(folder / "tokenizer")
+    tokenizer_of(config).save(folder / "tokenizer")
     batch, roles = Packed(*ragged(config)), family_of(config).roles(config)
     save_file({name: tensor.contiguous() for name, tensor in batch.padded.items()}, folder / "inputs.safetensors")
     is_eager = roles["encoder"].architecture.startswith(("Megatron", "Electra"))  # in 4.57 they have nothing else

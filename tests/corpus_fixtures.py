@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from bert_ds.configuration.families.marks import ROBERTA_MARKS
 from bert_ds.corpus.shards.shard_folder import COUNT_DTYPE, MANIFEST, ShardSplit, file_sha256, open_shards
+from bert_ds.corpus.tokenizer.subwords import UnigramTokenizer
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
 from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
 
 Documents = list[list[list[int]]]
@@ -24,12 +27,20 @@ def tiny_tokenizer(num_words: int = 995, extra: tuple[str, ...] = ()) -> WordPie
     return WordPieceTokenizer([*SPECIAL_PIECES, *words, *extra], TextRules())
 
 
+@cache
+def tiny_unigram(num_words: int = 995) -> UnigramTokenizer:
+    """As `tiny_tokenizer`, with RoBERTa's special pieces."""
+    special = [(piece, 0.0) for piece in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")]
+    words = [(f"▁w{index}", -1.0) for index in range(FIRST_TEXT_ID, FIRST_TEXT_ID + num_words)]
+    return UnigramTokenizer([*special, *words], ROBERTA_MARKS)
+
+
 def write_shards(
     folder: Path,
     train: Documents,
     validation: Documents | None = None,
     *,
-    tokenizer: WordPieceTokenizer | None = None,
+    tokenizer: TextTokenizer | None = None,
     documents_per_shard: int = 3,
 ) -> Path:
     """Write a shard folder with a few documents in each shard."""

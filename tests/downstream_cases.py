@@ -10,7 +10,10 @@ from typing import Any
 from encoder_cases import small_config, spread_weights
 
 from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.families.marks import BERT_MARKS
 from bert_ds.configuration.task.task_config import TaskConfig, load_task
+from bert_ds.corpus.tokenizer.subwords import UnigramTokenizer
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
 from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
 from bert_ds.encoder.hf_folder import model_card_text, special_ids, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
@@ -49,7 +52,22 @@ PIECES = [
     "中",
     "文",
 ]
+SCORED = [
+    *((piece, 0.0) for piece in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")),
+    *((f"▁{word}", -1.0) for word in (*GOOD, *BAD, *OTHER)),
+    *((f"▁{letter}", -5.0) for letter in LETTERS),
+    *((letter, -6.0) for letter in LETTERS[:-1]),
+    *((piece, -6.0) for piece in ("▁", ".", ",", "?", "中", "文")),
+]
+"""As many pieces for a family with RoBERTa's special ones."""
 CONFIG = small_config(vocab_size=len(PIECES), hidden_size=32, max_position_embeddings=48)
+
+
+def tokenizer_of(encoder: EncoderConfig) -> TextTokenizer:
+    """Return a tokenizer with the special pieces that a family wants."""
+    if encoder.MARKS == BERT_MARKS:
+        return WordPieceTokenizer(PIECES, TextRules())
+    return UnigramTokenizer(SCORED, encoder.MARKS)
 
 
 def write_tiny_export(
@@ -57,7 +75,7 @@ def write_tiny_export(
 ) -> Path:
     """Write a folder as export_hf.py does, of an encoder that has learned nothing, and return it."""
     tokenizer = folder.with_name("tokenizer")
-    WordPieceTokenizer(PIECES, TextRules()).save(tokenizer)
+    tokenizer_of(encoder).save(tokenizer)
     folder.mkdir()
     model = PretrainingModel(encoder, has_pair_head=has_pair_head)
     spread_weights(model, encoder, scale=0.05)

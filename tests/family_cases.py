@@ -14,6 +14,7 @@ from bert_ds.configuration.families.distilbert import DistilBertConfig
 from bert_ds.configuration.families.electra import ElectraConfig
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.families.modernbert import ModernBertConfig
+from bert_ds.configuration.families.roberta import RobertaConfig
 from bert_ds.encoder.hf_mapping import hf_config
 
 SPECIAL_IDS = {"pad": 0, "cls": 2, "sep": 3}
@@ -61,6 +62,8 @@ FORMS: dict[str, EncoderConfig] = {
     "distilbert, relu": DistilBertConfig(**_DISTIL, activation="relu"),
     "electra": ElectraConfig(**_BERT, embedding_size=16),
     "electra, one width, tanh gelu": ElectraConfig(**_BERT, embedding_size=24, hidden_act="gelu_new"),
+    "roberta": RobertaConfig(**_BERT),
+    "roberta, other padding, tanh gelu": RobertaConfig(**_BERT, pad_token_id=4, hidden_act="gelu_new"),
     "modernbert": ModernBertConfig(**_MODERN),
     "modernbert, all biases": ModernBertConfig(
         **{**_MODERN, "local_attention": 7},

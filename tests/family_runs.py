@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from corpus_fixtures import FIRST_TEXT_ID, random_documents, tiny_tokenizer, write_shards
+from corpus_fixtures import FIRST_TEXT_ID, random_documents, tiny_tokenizer, tiny_unigram, write_shards
 
 from bert_ds.basics.ranks import Ranks
 from bert_ds.configuration.families.encoder_config import EncoderConfig
@@ -44,7 +44,8 @@ def write_inputs(folder: Path, config: EncoderConfig) -> None:
         [[[FIRST_TEXT_ID + piece % 20 for piece in sentence] for sentence in document] for document in documents]
         for documents in (random_documents(60), random_documents(20, seed=1))
     )
-    write_shards(folder / "shards", train, held)
+    tokenizer = TOKENIZER if TOKENIZER.marks == config.MARKS else tiny_unigram()
+    write_shards(folder / "shards", train, held, tokenizer=tokenizer)
     for dropout in (0.0, 0.1):
         recipe = {
             "name": "tiny",

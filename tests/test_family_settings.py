@@ -71,7 +71,11 @@ ELECTRA: dict[str, Any] = {
     "layer_norm_eps": 1e-4,
 }
 ALBERT = {**ELECTRA, "num_hidden_groups": 3, "hidden_act": "gelu", "classifier_dropout_prob": 0.3}
-OTHERS = {"albert": ALBERT, "modernbert": MODERN, "distilbert": DISTIL, "electra": ELECTRA}
+ROBERTA = {
+    **{name: value for name, value in ELECTRA.items() if name not in ("embedding_size", "type_vocab_size")},
+    "pad_token_id": 3,
+}
+OTHERS = {"albert": ALBERT, "modernbert": MODERN, "distilbert": DISTIL, "electra": ELECTRA, "roberta": ROBERTA}
 """Another value of every field that makes another model, by family."""
 CLASSES = {name: transformers.CONFIG_MAPPING[name] for name in OTHERS}
 REASONS = {
@@ -79,6 +83,7 @@ REASONS = {
         ("pad_token_id", "eos_token_id", "bos_token_id", "cls_token_id", "sep_token_id"),
         "of the tokenizer, written by the export; no score depends on it",
     ),
+    "type_vocab_size": "of RoBERTa, where it is 1 alone: as below",
     "sinusoidal_pos_embds": "how positions begin; they are in the file",
     "tie_word_embeddings": "tied but for ModernBERT's; others are refused: test_family_starts",
     **dict.fromkeys(("summary_type", "summary_use_proj", "summary_activation"), "others are refused: as above"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from config_cases import RECIPE, changed, write_json
-from corpus_fixtures import random_documents, write_shards
+from corpus_fixtures import random_documents, tiny_unigram, write_shards
 
 import bert_ds.init
 from bert_ds.basics.ranks import DataError
@@ -61,6 +61,16 @@ def at_speed(tokens_per_s: float) -> Any:
 def chosen(minutes: float, *, base: dict[str, Any] = BASE, measure: Any = None) -> Choice:
     measure = measure or at_speed(20_000)
     return choose(base, load_ds_config("zero1"), minutes=minutes, measure=measure, world_size=1)
+
+
+def test_a_family_takes_the_tokenizer_of_the_corpus_or_is_refused(tmp_path: Path) -> None:
+    documents = random_documents(60), random_documents(20, seed=1)
+    shards = write_shards(tmp_path / "shards", *documents, tokenizer=tiny_unigram())
+    with pytest.raises(ConfigError, match=r"<mask>, ModernBERT wants \[PAD\]"):
+        made(tmp_path, shards, "--hours", 2, "--gpu", "H100")
+    assert not (tmp_path / "my.json").exists()
+    content = made(tmp_path, shards, "--hours", 2, "--gpu", "H100", "--from", "roberta_base")
+    assert content["model"]["type"] == "roberta"
 
 
 def test_the_recipe_is_valid_where_it_lies_and_names_what_it_was_made_for(

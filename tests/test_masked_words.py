@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,9 +114,9 @@ def test_transformers_gives_the_figures_of_our_model(workshop: Workshop) -> None
 
 
 @pytest.fixture(scope="module")
-def roberta(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A RoBERTa of another vocabulary: bytes and a few merges, marks of its own, positions that begin at 2."""
-    folder = tmp_path_factory.mktemp("roberta") / "hf"
+def xlm_roberta(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An XLM-RoBERTa of another vocabulary: bytes and a few merges, marks of its own, positions that begin at 2."""
+    folder = tmp_path_factory.mktemp("xlm_roberta") / "hf"
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -131,7 +132,7 @@ def roberta(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Pat
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, **dict(zip(names, special, strict=True)), cls_token="<s>", sep_token="</s>"
     )
-    config = transformers.RobertaConfig(
+    config = transformers.XLMRobertaConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
         num_hidden_layers=1,
@@ -142,20 +143,22 @@ def roberta(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Pat
         initializer_range=0.5,
     )
     torch.manual_seed(0)
-    transformers.RobertaForMaskedLM(config).save_pretrained(folder)
+    transformers.XLMRobertaForMaskedLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def test_another_family_is_scored_with_its_own_pieces_and_marks(roberta: Path, workshop: Workshop) -> None:
+def test_another_family_is_scored_with_its_own_pieces_and_marks_and_a_roberta_as_it_by_ours(
+    xlm_roberta: Path, workshop: Workshop, tmp_path: Path
+) -> None:
     text = workshop.held_out.with_name("few.txt")
     documents = workshop.held_out.read_text().split("\n\n")[:40]
     documents[3] = "a <mask> in a text </s> is text, and this is a longer document than a sequence has room for"
     text.write_text("\n\n".join(documents))
-    found, said = scored(roberta, text, "max_seq_length=512", train=workshop.train)
-    assert said[0].startswith("transformers' RobertaForMaskedLM, sequences of 32 tokens; ")
+    found, said = scored(xlm_roberta, text, "max_seq_length=512", train=workshop.train)
+    assert said[0].startswith("transformers' XLMRobertaForMaskedLM, sequences of 32 tokens; ")
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(roberta)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(xlm_roberta)
     tokenizer.backend_tokenizer.encode_special_tokens = True
 
     def encode(one: str) -> list[int]:
@@ -165,7 +168,7 @@ def test_another_family_is_scored_with_its_own_pieces_and_marks(roberta: Path, w
     whole = np.concatenate(pieces)
     assert not set(whole.tolist()) & set(range(5))
     masker = EvaluationMasker(vocab_size=len(tokenizer), special_ids=range(5), mask_id=4)
-    model = transformers.AutoModelForMaskedLM.from_pretrained(roberta).eval()
+    model = transformers.AutoModelForMaskedLM.from_pretrained(xlm_roberta).eval()
     losses: dict[str, list[float]] = {"masked": [], "random": [], "kept": []}
     labels, place = [], 0
     for document in pieces:
@@ -191,6 +194,13 @@ def test_another_family_is_scored_with_its_own_pieces_and_marks(roberta: Path, w
     num_characters = sum(map(len, documents))
     assert found["nats_per_character"] == pytest.approx(found["loss_mlm_masked"] * len(whole) / num_characters)
 
+    ours = shutil.copytree(xlm_roberta, tmp_path / "roberta")
+    config = json.loads((ours / "config.json").read_text())
+    (ours / "config.json").write_text(json.dumps({**config, "model_type": "roberta"}))
+    same, said = scored(ours, text, "max_seq_length=512", train=workshop.train)
+    assert said[0].startswith("this project's roberta, sequences of 32 tokens; ")
+    assert same == pytest.approx(found, rel=1e-5)
+
 
 def test_without_training_text_there_is_no_unigram_and_fewer_sequences_are_scored_where_asked(
     workshop: Workshop,
@@ -202,16 +212,18 @@ def test_without_training_text_there_is_no_unigram_and_fewer_sequences_are_score
     assert 0 < fewer["mlm_masked_targets"] < found["mlm_masked_targets"] / 4
 
 
-def test_a_folder_that_cannot_be_scored_is_refused_by_name(roberta: Path, workshop: Workshop, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_scored_is_refused_by_name(
+    xlm_roberta: Path, workshop: Workshop, tmp_path: Path
+) -> None:
     def refused(error: type[Exception], match: str, model: Path, data: Path = workshop.held_out) -> None:
         with pytest.raises(error, match=match):
             scored(model, data)
 
     refused(ConfigError, "has no config.json", tmp_path)
-    refused(DataError, "not of this model's: wanted its text", roberta, workshop.shards)
+    refused(DataError, "not of this model's: wanted its text", xlm_roberta, workshop.shards)
     headless = tmp_path / "headless"
-    transformers.AutoModel.from_pretrained(roberta).save_pretrained(headless)
-    transformers.AutoTokenizer.from_pretrained(roberta).save_pretrained(headless)
+    transformers.AutoModel.from_pretrained(xlm_roberta).save_pretrained(headless)
+    transformers.AutoTokenizer.from_pretrained(xlm_roberta).save_pretrained(headless)
     refused(CheckpointError, "no masked-word head or not all of its model: lm_head", headless)
     config = json.loads((headless / "config.json").read_text())
     (headless / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))

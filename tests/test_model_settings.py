@@ -62,6 +62,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "distilbert": {"activation": "gelu_new", "dropout": 0.3, "attention_dropout": 0.3, "max_position_embeddings": 48},
     "electra": {**BERT, "embedding_size": 8},
     "modernbert": MODERN,
+    "roberta": {**{name: value for name, value in BERT.items() if name != "type_vocab_size"}, "pad_token_id": 2},
 }
 CHANGES = {
     f"model:{family}.{name}": value

@@ -33,7 +33,14 @@ def pair_of(folder: Path, deepspeed: Any, recipe: Any = AUTO) -> RunConfig:
 
 def test_auto_is_the_default_of_recipes_and_tasks_and_of_the_shipped_ones_for_a_cpu_alone() -> None:
     recipes = {path.stem: load_run_config(path) for path in (ROOT / "ds_configs/recipes").glob("*.json")}
-    small = {"embedded_default", "albert_small", "distilbert_small", "electra_tiny", "modernbert_small"}
+    small = {
+        "embedded_default",
+        "albert_small",
+        "distilbert_small",
+        "electra_tiny",
+        "modernbert_small",
+        "roberta_small",
+    }
     assert {name for name, run in recipes.items() if run.training.precision != "bf16"} == small
     assert {recipes[name].training.precision for name in small} == {"auto"}
     tasks = [load_task(path.stem) for path in (ROOT / "ds_configs/tasks").glob("*.json")]

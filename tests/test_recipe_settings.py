@@ -53,6 +53,7 @@ REASONS = {
     "model:albert.classifier_dropout": "of tasks, which set it: test_task_settings",
     "model:distilbert.qa_dropout": "of tasks, which set it: test_task_settings",
     "model:distilbert.seq_classif_dropout": "of tasks, which set it: test_task_settings",
+    "model:roberta.type_vocab_size": "has one value",
     "model:modernbert.max_position_embeddings": "a limit alone: sequences.max_seq_length keeps to it",
     "model:modernbert.classifier_pooling": "of tasks: test_families",
     "model:modernbert.classifier_dropout": "of tasks, which set it: test_task_settings",
@@ -105,6 +106,7 @@ EMBEDDED = {
     "training.total_steps": 1,
     "schedule.warmup_steps": 0,
 }
+BPE = {**PLAIN, **EMBEDDED, "model.type": "roberta", "corpus.tokenizer_kind": "bpe", "corpus.lowercase": False}
 
 
 CHANGES = {
@@ -120,11 +122,13 @@ CHANGES = {
     **{
         f"model:{family}.type": Change("bert", {**PLAIN, "model.type": family})
         for family in FAMILIES
-        if family != "albert"
+        if family not in ("albert", "roberta")
     },
+    "model:roberta.type": Change("bert", BPE, {"corpus.tokenizer_kind": "wordpiece"}),
     "corpus:embedded.type": Change("shards", EMBEDDED, {"corpus": RECIPE["corpus"], "model.vocab_size": 64}),
     "corpus:embedded.vocab_size": Change(300, EMBEDDED, {"model.vocab_size": 300}),
     "corpus:embedded.lowercase": Change(False, EMBEDDED),
+    "corpus:embedded.tokenizer_kind": Change("wordpiece", BPE, {"model.type": "bert"}),
     "corpus:embedded.max_bytes": Change(580_000, EMBEDDED),
     "corpus:embedded.validation_fraction": Change(0.1, EMBEDDED),
     "corpus:shards.type": Change("embedded", also={"corpus": EMBEDDED["corpus"], "model.vocab_size": 400}),

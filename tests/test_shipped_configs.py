@@ -32,6 +32,7 @@ def test_the_promised_files_are_shipped() -> None:
         *("bert_large_phase2", "bert_original", "bert_original_phase2", "distilbert_base", "distilbert_small"),
         *("electra_small", "electra_tiny"),
         *("embedded_default", "modernbert_base_phase1", "modernbert_base_phase2", "modernbert_small"),
+        *("roberta_base", "roberta_small"),
     ]
 
 
@@ -104,6 +105,18 @@ def test_the_published_distilbert_is_followed() -> None:
     assert run.distillation is not None and run.distillation.init_layers == (0, 2, 4, 7, 9, 11)
     weights = run.distillation.mlm_weight, run.distillation.soft_weight, run.distillation.hidden_weight
     assert (weights, run.distillation.temperature) == ((2.0, 5.0, 1.0), 2.0)
+
+
+def test_the_published_roberta_is_followed() -> None:
+    """Table 9 of its paper (arXiv 1907.11692), and the size of the published base model with its masked-word head."""
+    run = load_run_config(ROOT / "ds_configs/recipes/roberta_base.json")
+    assert run.model.count_parameters(has_pair_head=False) == 124_697_433 + 39 * 769  # rows pad to a multiple of 64
+    training, optimizer = run.training, run.optimizer
+    assert (training.train_batch_size, training.total_steps, training.gradient_clipping) == (8192, 500_000, 0.0)
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("adamw", 6e-4, 0.01)  # type: ignore[union-attr]
+    assert (optimizer.betas, optimizer.eps) == ((0.9, 0.98), 1e-6)  # type: ignore[union-attr]
+    assert (run.schedule.type, run.schedule.num_warmup_steps(500_000)) == ("linear", 24_000)
+    assert (run.max_seq_length, run.sequences.cross_documents, run.masking.mlm_probability) == (512, True, 0.15)
 
 
 def test_the_published_phases_of_modernbert_are_followed() -> None:

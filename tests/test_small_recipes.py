@@ -78,7 +78,8 @@ def test_the_small_electra_learns_in_both_halves(folder: Path) -> None:
         assert found[-1] < found[0]
 
 
-def test_the_small_modernbert_learns(folder: Path) -> None:
-    run_dir = trained(folder, "modernbert_small")
-    assert load_masked_lm(run_dir / "hf").config.family == "modernbert"
+@pytest.mark.parametrize("family", ["modernbert", "roberta"])
+def test_a_small_model_of_a_family_learns(family: str, folder: Path) -> None:
+    run_dir = trained(folder, f"{family}_small")
+    assert load_masked_lm(run_dir / "hf").config.family == family
     assert losses(run_dir)[-1] < losses(run_dir)[0]

@@ -16,13 +16,14 @@ from forked_verbs import run_verb
 from tokenizer_cases import TEXTS, small_tokenizer, train
 
 from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.families.marks import BERT_MARKS, ROBERTA_MARKS
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.corpus.shards.build import BuildSettings, build_shards
 from bert_ds.corpus.text.documents import Document
 from bert_ds.corpus.text.text_input import DocumentInput
 from bert_ds.corpus.tokenizer.subword_training import train_subwords
 from bert_ds.corpus.tokenizer.subwords import BpeTokenizer, SubwordRules
-from bert_ds.corpus.tokenizer.text_tokenizer import BERT_MARKS, ROBERTA_MARKS, SpecialIds
+from bert_ds.corpus.tokenizer.text_tokenizer import SpecialIds
 from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -6,13 +6,15 @@ What a person gives in its place is named: a run folder, a name of the hub, a fo
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from bert_ds.basics.input_gate import MAX_JSON_BYTES, open_regular, read_json
-from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.basics.input_gate import MAX_JSON_BYTES, open_regular, read_json, read_text, split_lines
+from bert_ds.configuration.families.encoder_config import EncoderConfig, other_marks_text
+from bert_ds.configuration.families.marks import MARKS
 from bert_ds.configuration.families.table import FAMILY_CONFIGS, HF_FAMILIES, described
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.configuration.reading.config_problems import describe, did_you_mean, one_of
@@ -97,6 +99,48 @@ def has_generator(folder: Path, recipe: Any = None) -> bool:
     listed = recipe.get("objectives")
     types = [one.get("type") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
     return "replaced_tokens" in types
+
+
+def tokenizer_problem(folder: Path, model: EncoderConfig) -> str | None:
+    """Say what keeps a tokenizer folder from being the one of a model; None where nothing does."""
+    ids = _piece_ids(folder)
+    if ids is None:
+        return f"{folder} holds neither vocab.txt nor tokenizer.json"
+    return special_pieces_problem(model, ids) or _vocab_text(len(ids), model.vocab_size)
+
+
+def special_pieces_problem(model: EncoderConfig, ids: Mapping[Any, Any]) -> str | None:
+    """Say what keeps a vocabulary from having the special pieces that a model wants; None where nothing does.
+
+    Args:
+        model: of a recipe.
+        ids: of the vocabulary, by piece.
+    """
+    others = max(MARKS.values(), key=lambda marks: sum(piece in ids for piece in marks.pieces))
+    if others != model.MARKS and others.cls in ids:
+        return other_marks_text(type(model), others.pieces)
+    pad, wanted = ids.get(model.MARKS.pad), getattr(model, "pad_token_id", None)
+    if wanted is not None and pad is not None and pad != wanted:
+        return f"{model.MARKS.pad} has the id {describe(pad)}, model.pad_token_id is {wanted}"
+    return None
+
+
+def _piece_ids(folder: Path) -> dict[Any, Any] | None:
+    """Return the ids of the pieces in vocab.txt or tokenizer.json; None where there is neither."""
+    try:
+        lines = split_lines(read_text(folder / "vocab.txt"))
+        return {line: index for index, line in enumerate(lines) if line}
+    except ValueError:
+        content = read_json_file(folder / "tokenizer.json")
+    model = content.get("model") if isinstance(content, dict) else None
+    pieces = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(pieces, list):
+        return {str(row[0]): index for index, row in enumerate(pieces) if isinstance(row, list) and row}
+    return pieces if isinstance(pieces, dict) else None
+
+
+def _vocab_text(found: int, vocab_size: int) -> str | None:
+    return None if found == vocab_size else f"holds {found} pieces, model.vocab_size is {vocab_size}"
 
 
 def has_pair_head(folder: Path, recipe: Any = None) -> bool:

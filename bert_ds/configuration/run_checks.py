@@ -9,11 +9,17 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
-from bert_ds.basics.input_gate import read_text, split_lines
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
-from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig, other_marks_text
+from bert_ds.configuration.families.marks import MARKS
 from bert_ds.configuration.families.table import described
-from bert_ds.configuration.model_folder import folder_model, no_family_text, read_json_file, weights_problem
+from bert_ds.configuration.model_folder import (
+    folder_model,
+    no_family_text,
+    read_json_file,
+    tokenizer_problem,
+    weights_problem,
+)
 from bert_ds.configuration.reading.config_problems import Problem, describe
 from bert_ds.configuration.recipe.objective_config import objective_problems
 from bert_ds.configuration.recipe.run_config import EmbeddedCorpus, RunConfig, ScheduleConfig, ShardCorpus, TrainedRun
@@ -31,6 +37,10 @@ def recipe_problems(run: RunConfig) -> list[Problem]:
     if isinstance(run.corpus, EmbeddedCorpus) and run.corpus.vocab_size != model.vocab_size:
         text = f"{run.corpus.vocab_size} differs from model.vocab_size {model.vocab_size}"
         problems.append(Problem("corpus.vocab_size", text))
+    if isinstance(run.corpus, EmbeddedCorpus):
+        found = MARKS["bert" if run.corpus.tokenizer_kind == "wordpiece" else "roberta"]
+        if found != model.MARKS:
+            problems.append(Problem("corpus.tokenizer_kind", other_marks_text(type(model), found.pieces)))
     if sequences.sentence_pair != "none" and model.num_segments == 0:
         text = f'"{sequences.sentence_pair}" wants segments, which {model.family} does not tell apart: wanted "none"'
         problems.append(Problem("sequences.sentence_pair", text))
@@ -137,7 +147,7 @@ def named_files(run: RunConfig) -> tuple[list[Problem], list[str]]:
         checks.append(("distillation.teacher", run.distillation.teacher, lambda path: _teacher_problem(path, run)))
     if isinstance(run.corpus, ShardCorpus):
         vocab_size = run.model.vocab_size
-        checks.append(("corpus.tokenizer", run.corpus.tokenizer, lambda path: _tokenizer_problem(path, vocab_size)))
+        checks.append(("corpus.tokenizer", run.corpus.tokenizer, lambda path: tokenizer_problem(path, run.model)))
         for index, source in enumerate(run.corpus.sources):
             where = f"corpus.sources.{index}.path"
             checks.append((where, source.path, lambda path: _manifest_problem(path, vocab_size)))
@@ -228,23 +238,6 @@ def _teacher_problem(folder: Path, run: RunConfig) -> str | None:
     if positions < run.max_seq_length:
         return f"the teacher has {positions} positions, sequences.max_seq_length is {run.max_seq_length}"
     return None
-
-
-def _tokenizer_problem(folder: Path, vocab_size: int) -> str | None:
-    vocab = folder / "vocab.txt"
-    try:
-        return _vocab_text(sum(1 for line in split_lines(read_text(vocab)) if line), vocab_size)
-    except ValueError:
-        content = read_json_file(folder / "tokenizer.json")
-    model = content.get("model") if isinstance(content, dict) else None
-    pieces = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(pieces, dict | list):
-        return f"{folder} holds neither vocab.txt nor tokenizer.json"
-    return _vocab_text(len(pieces), vocab_size)
-
-
-def _vocab_text(found: int, vocab_size: int) -> str | None:
-    return None if found == vocab_size else f"holds {found} pieces, model.vocab_size is {vocab_size}"
 
 
 def _manifest_problem(folder: Path, vocab_size: int) -> str | None:

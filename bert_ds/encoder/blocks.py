@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +71,26 @@ class AddNorm(nn.Module):
             dropout_seed=dropout_seed,
             site=self.dropout.site,
         )
+
+
+class DroppingFront(nn.Module):
+    """Dropout where there is a seed, dense, activation, row by row: in front of a classifier of sequences."""
+
+    def __init__(self, hidden_size: int, ops: FusedOps, *, dropout: Dropout, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.ops, self.dropout, self.act = ops, dropout, act
+        self.dense_weight = nn.Parameter(torch.empty(hidden_size, hidden_size))
+        self.dense_bias = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, rows_RD: Tensor, dropout_seed: Tensor | None = None) -> Tensor:
+        """Return [R, D]."""
+        dropped_RD = self.ops.dropout(
+            rows_RD,
+            dropout_p=self.dropout.probability if self.training and dropout_seed is not None else 0.0,
+            dropout_seed=dropout_seed,
+            site=self.dropout.site,
+        )
+        return self.act(F.linear(dropped_RD, self.dense_weight, self.dense_bias))
 
 
 def through_layers(

@@ -136,7 +136,9 @@ def probe_sequences(config: EncoderConfig) -> ProbeSequences:
     lengths = [longest, 1, -(-longest // 2), -(-longest // 3)]
     generator = torch.Generator().manual_seed(0)
     mask_NS = torch.arange(longest) < torch.tensor(lengths)[:, None]
-    ids_NS = torch.randint(config.vocab_size, mask_NS.shape, generator=generator) * mask_NS
+    ids_NS = torch.randint(config.vocab_size, mask_NS.shape, generator=generator)
+    # No text holds the padding, whose tokens transformers gives no position of their own where positions go by it.
+    ids_NS = ids_NS.where(ids_NS != getattr(config, "pad_token_id", -1), config.vocab_size - 1) * mask_NS
     types_NS = torch.randint(max(1, config.num_segments), mask_NS.shape, generator=generator) * mask_NS
     padded = {"input_ids": ids_NS, "token_type_ids": types_NS, "attention_mask": mask_NS.long()}
     if not config.num_segments:

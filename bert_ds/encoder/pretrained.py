@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from bert_ds.basics.ranks import CheckpointError, DataError
-from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.families.encoder_config import EncoderConfig, other_marks_text
+from bert_ds.configuration.families.marks import Marks
+from bert_ds.configuration.families.table import described
 from bert_ds.configuration.model_folder import GENERATOR_FOLDER, has_generator
 from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.fused_ops import fused_ops
@@ -88,18 +90,24 @@ def make_encoder(
     return encoder.eval()
 
 
-def check_tokenizer(folder: Path, *, vocab_size: int, fingerprint: str) -> None:
+def check_tokenizer(folder: Path, *, vocab_size: int, fingerprint: str, marks: Marks | None = None) -> None:
     """Check that a tokenizer is the one that the model of a folder was made with.
 
     Args:
         folder: of the model; its config.json holds the fingerprint where this project wrote it.
         vocab_size: pieces of the tokenizer.
         fingerprint: of the tokenizer.
+        marks: its special pieces, where the tokenizer is the folder's own.
 
     Raises:
-        DataError: the model has another number of pieces, or was trained with another tokenizer.
+        DataError: the model has another number of pieces, wants other special ones, or was trained with another
+            tokenizer.
     """
     facts = read_json(folder / "config.json")
+    family = described(facts)
+    if family is not None and marks not in (None, family.config.MARKS):
+        assert marks is not None
+        raise DataError(f"{folder}: {other_marks_text(family.config, marks.pieces)}")
     if facts.get("vocab_size") != vocab_size:
         raise DataError(
             f"{folder}: the tokenizer has {vocab_size} pieces, the model {facts.get('vocab_size')}: wanted the "

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
+from bert_ds.configuration.families.marks import BERT_MARKS, Marks
 from bert_ds.configuration.reading.config_section import PositiveFloat, Section, Size
 
 
@@ -29,6 +30,8 @@ class EncoderConfig(Section):
     """Settings that have another name in config.json -> that name."""
     PAIR_HEAD: ClassVar[str] = "seq_relationship"
     """How names of the head for pairs begin in Hugging Face's files, or what they hold."""
+    MARKS: ClassVar[Marks] = BERT_MARKS
+    """Special pieces that its tokenizer has."""
     LAYERS: ClassVar[str]
     """What its layers are: a student may start from layers of a teacher of another family with the same."""
 
@@ -57,10 +60,20 @@ class EncoderConfig(Section):
             )
         return self
 
+    @classmethod
+    def from_hf_values(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings that have another value in a config.json, as they are here."""
+        return {}
+
     @property
     def family(self) -> str:
         """Name of the family, the `type` of the section."""
         raise NotImplementedError
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of a learned position embedding."""
+        return self.max_position_embeddings
 
     @property
     def padded_vocab_size(self) -> int:
@@ -218,3 +231,13 @@ class EncoderConfig(Section):
     def kept_values(self) -> int:
         """Estimate the values per token and layer that the backward pass needs."""
         raise NotImplementedError
+
+
+def other_marks_text(config: type[EncoderConfig], found: Sequence[str]) -> str:
+    """Say that a tokenizer has other special pieces than a family wants."""
+    wanted = config.MARKS
+    made = "train_wordpiece, or train_tokenizer --marks bert" if wanted == BERT_MARKS else "train_tokenizer"
+    return (
+        f"the tokenizer has the special pieces {' '.join(found)}, {config.TITLE} wants {' '.join(wanted.pieces)}: "
+        f"wanted one that {made} makes"
+    )

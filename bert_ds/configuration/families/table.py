@@ -13,6 +13,7 @@ from bert_ds.configuration.families.distilbert import DistilBertConfig
 from bert_ds.configuration.families.electra import ElectraConfig
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.families.modernbert import ModernBertConfig
+from bert_ds.configuration.families.roberta import RobertaConfig
 
 
 def _family(section: Any) -> str | None:
@@ -26,7 +27,8 @@ ModelSection = Annotated[
     | Annotated[BertConfig, Tag("bert")]
     | Annotated[DistilBertConfig, Tag("distilbert")]
     | Annotated[ElectraConfig, Tag("electra")]
-    | Annotated[ModernBertConfig, Tag("modernbert")],
+    | Annotated[ModernBertConfig, Tag("modernbert")]
+    | Annotated[RobertaConfig, Tag("roberta")],
     Discriminator(_family),
 ]
 """What a recipe may hold."""
@@ -37,6 +39,7 @@ FAMILY_CONFIGS: dict[str, type[EncoderConfig]] = {
     "distilbert": DistilBertConfig,
     "electra": ElectraConfig,
     "modernbert": ModernBertConfig,
+    "roberta": RobertaConfig,
 }
 """By the type that a recipe names; without one it is "bert"."""
 
@@ -61,4 +64,5 @@ def described(content: Mapping[str, Any]) -> Described | None:
         return None
     names = config.HF_NAMES if "model_type" in content else {}
     renamed = {ours: content[theirs] for ours, theirs in names.items() if theirs in content}
+    renamed |= config.from_hf_values(content) if "model_type" in content else {}
     return Described(config, {**content, **renamed, **config.HF_TYPES.get(str(model_type), {})})

@@ -25,14 +25,22 @@ class EmbeddedCorpus(Section):
     """The text every machine already has: docstrings of the installed packages and the standard library."""
 
     type: Literal["embedded"] = "embedded"
+    tokenizer_kind: Literal["wordpiece", "bpe", "unigram"] = "wordpiece"
+    """Kind of the tokenizer trained on this text; roberta wants "bpe" or "unigram", the other families "wordpiece"."""
     vocab_size: Annotated[int, Field(ge=8, le=2**24)]
-    """Word pieces of the tokenizer trained on this text; equals model.vocab_size."""
+    """Pieces of the tokenizer trained on this text; equals model.vocab_size."""
     lowercase: bool = True
-    """Uncased tokenizer."""
+    """Uncased tokenizer; false with any other kind than "wordpiece"."""
     max_bytes: PositiveInt = 20_000_000
     """Upper bound on the text that is read, in bytes of UTF-8."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.02
     """Share of the documents held out for validation."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EmbeddedCorpus:
+        if self.lowercase and self.tokenizer_kind != "wordpiece":
+            raise ValueError(f'lowercase is true, but "{self.tokenizer_kind}" keeps capitals: wanted false')
+        return self
 
 
 class ShardCorpus(Section):

@@ -15,6 +15,7 @@ from bert_ds.corpus.shards.shard_folder import MANIFEST
 from bert_ds.corpus.text.docstrings import docstring_documents
 from bert_ds.corpus.text.documents import Document
 from bert_ds.corpus.text.text_input import DocumentInput
+from bert_ds.corpus.tokenizer.subword_training import train_subwords
 from bert_ds.corpus.tokenizer.wordpiece_training import train_wordpiece
 
 MIN_CHARACTERS = 500_000
@@ -30,7 +31,10 @@ class CorpusFolders(NamedTuple):
 
 def embedded_folders(config: EmbeddedCorpus, parent: Path) -> CorpusFolders:
     """Return where the embedded corpus of these settings lies below `parent`, whether it is built or not."""
-    key = hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12]
+    settings = config.model_dump(mode="json")
+    if config.tokenizer_kind == "wordpiece":
+        del settings["tokenizer_kind"]  # before the other kinds there was no such key
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     folder = parent / f"embedded-{key}"
     return CorpusFolders(folder / "tokenizer", folder / "shards")
 
@@ -60,8 +64,11 @@ def build_embedded(config: EmbeddedCorpus, parent: Path, *, say: Callable[[str],
         )
     say(f"training {config.vocab_size:,} word pieces on {len(documents):,} modules, {size:,} characters")
     if not folders.tokenizer.exists():
-        texts = [document.text for document in documents]
-        train_wordpiece(texts, vocab_size=config.vocab_size, lowercase=config.lowercase, output=folders.tokenizer)
+        texts, size = [document.text for document in documents], config.vocab_size
+        if config.tokenizer_kind == "wordpiece":
+            train_wordpiece(texts, vocab_size=size, lowercase=config.lowercase, output=folders.tokenizer)
+        else:
+            train_subwords(texts, kind=config.tokenizer_kind, vocab_size=size, output=folders.tokenizer)
     say("building shards")
 
     def read_all() -> Iterator[Document]:

@@ -16,6 +16,7 @@ from typing import Literal
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.families.marks import BERT_MARKS, MARKS, Marks
 from bert_ds.corpus.tokenizer.subwords import (
     SPACE_MARK,
     BpeTokenizer,
@@ -25,7 +26,7 @@ from bert_ds.corpus.tokenizer.subwords import (
     byte_alphabet,
     unigram_normalizer,
 )
-from bert_ds.corpus.tokenizer.text_tokenizer import BERT_MARKS, MARKS, Marks, TextTokenizer
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
 from bert_ds.corpus.tokenizer.wordpiece_training import (
     MIN_PAIR_COUNT,
     Progress,

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from bert_ds.corpus.tokenizer.text_tokenizer import BERT_MARKS, EncodedText, Marks, TextTokenizer
+from bert_ds.configuration.families.marks import BERT_MARKS, Marks
+from bert_ds.corpus.tokenizer.text_tokenizer import EncodedText, TextTokenizer
 from bert_ds.corpus.tokenizer.word_begins import WordBegins
 
 SPACE_MARK = "▁"

@@ -16,6 +16,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from bert_ds.configuration.families.marks import Marks
+
 MODEL_MAX_LENGTH = 512
 """Written for Hugging Face, whose own default is no limit at all: longer inputs then crash in the position table."""
 
@@ -28,29 +30,6 @@ class SpecialIds(NamedTuple):
     cls: int
     sep: int
     mask: int
-
-
-class Marks(NamedTuple):
-    """How a family of vocabularies calls the special pieces, and how it writes a pair."""
-
-    pad: str
-    unk: str
-    cls: str
-    sep: str
-    mask: str
-    seps_between: int
-    """How many `sep` stand between two texts."""
-
-    @property
-    def pieces(self) -> tuple[str, ...]:
-        """The five names, in the order of `SpecialIds`."""
-        return self[:5]
-
-
-BERT_MARKS = Marks("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", seps_between=1)
-ROBERTA_MARKS = Marks("<pad>", "<unk>", "<s>", "</s>", "<mask>", seps_between=2)
-MARKS = {"bert": BERT_MARKS, "roberta": ROBERTA_MARKS}
-"""`[CLS] A [SEP] B [SEP]`, and `<s> A </s></s> B </s>`."""
 
 
 class EncodedText(NamedTuple):
@@ -95,6 +74,11 @@ class TextTokenizer:
         self.backend = backend
         self._of_text = Tokenizer.from_str(backend.to_str())
         self._of_text.encode_special_tokens = True
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """By what a model is told that it is its tokenizer: arguments of `check_tokenizer`."""
+        return {"vocab_size": self.vocab_size, "fingerprint": self.fingerprint, "marks": self.marks}
 
     def encode(self, sentence: str) -> bytes:
         """Return the ids of one sentence, without special tokens, as raw bytes of `dtype`.

@@ -15,6 +15,10 @@ from typing import Any
 
 from bert_ds.basics.input_gate import read_json, read_text, refuse_link_out
 from bert_ds.basics.ranks import DataError
+from bert_ds.configuration.families.encoder_config import EncoderConfig
+from bert_ds.configuration.families.marks import MARKS, Marks
+from bert_ds.configuration.model_folder import special_pieces_problem
+from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.corpus.tokenizer.subwords import (
     BpeTokenizer,
     SubwordRules,
@@ -22,7 +26,7 @@ from bert_ds.corpus.tokenizer.subwords import (
     byte_alphabet,
     unigram_backend,
 )
-from bert_ds.corpus.tokenizer.text_tokenizer import MARKS, Marks, TextTokenizer
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
 from bert_ds.corpus.tokenizer.wordpiece import SPECIAL_PIECES, TextRules, WordPieceTokenizer
 
 _CASED_FRACTION = 0.01
@@ -68,6 +72,15 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> TextTokenizer:
         raise DataError(f"{path / 'vocab.txt'} and tokenizer.json hold different vocabularies: delete the wrong one")
     _check_pieces(path, pieces, MARKS["bert"])
     return WordPieceTokenizer(pieces, _rules_of(path, pieces, whole, _read_json(path / "tokenizer_config.json")))
+
+
+def load_tokenizer_for(model: EncoderConfig, folder: Path) -> TextTokenizer:
+    """As `load_tokenizer`; ConfigError where the model wants other special pieces or another id of the padding."""
+    tokenizer = load_tokenizer(folder)
+    ids = dict(zip(tokenizer.marks.pieces, tokenizer.special_ids, strict=True))
+    if (text := special_pieces_problem(model, ids)) is not None:
+        raise ConfigError(f"{folder}: {text}")
+    return tokenizer
 
 
 def model_type(whole: Mapping[str, Any]) -> str | None:

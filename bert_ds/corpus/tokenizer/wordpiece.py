@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from bert_ds.corpus.tokenizer.text_tokenizer import BERT_MARKS, TextTokenizer
+from bert_ds.configuration.families.marks import BERT_MARKS
+from bert_ds.corpus.tokenizer.text_tokenizer import TextTokenizer
 
 SPECIAL_PIECES = BERT_MARKS.pieces
 """In the order of the ids that a newly trained vocabulary gives them."""

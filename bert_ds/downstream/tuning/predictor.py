@@ -83,7 +83,7 @@ class Predictor:
         self._kind: Kind = KINDS[self.kind]
         own = tokenizer_folder(folder, self._kind)
         self._tokenizer = load_tokenizer(own)
-        check_tokenizer(own, vocab_size=self._tokenizer.vocab_size, fingerprint=self._tokenizer.fingerprint)
+        check_tokenizer(own, **self._tokenizer.identity)
         self._scorer = make_scorer(folder, self.kind)
         self._task = _task(own, self.kind)
 

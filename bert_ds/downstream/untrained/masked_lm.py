@@ -82,7 +82,7 @@ def _has_our_pieces(folder: Path) -> bool:
 
 def _ours(folder: Path, *, kernels: str, device: str) -> MaskedLm:
     tokenizer = load_tokenizer(folder)
-    check_tokenizer(folder, vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint)
+    check_tokenizer(folder, **tokenizer.identity)
     model = load_masked_lm(folder, kernels=kernels).to(device)
     special = tokenizer.special_ids
 

@@ -176,5 +176,5 @@ def _counts(paths: Sequence[Path], model: MaskedLm) -> np.ndarray:
 
 def _open(path: Path, side: Split, model: MaskedLm) -> ShardSplit:
     if model.fingerprint is None:
-        raise DataError(f"{path}: shards hold the pieces of another tokenizer than this model's: wanted its text")
+        raise DataError(f"{path}: shards hold the pieces of another tokenizer, not of this model's: wanted its text")
     return open_shards(path, side, fingerprint=model.fingerprint)

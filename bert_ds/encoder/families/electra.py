@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bert_ds.configuration.families.electra import ElectraConfig
 from bert_ds.encoder import bert_layers
 from bert_ds.encoder.bert_layers import HF_LAYER_PARTS, LayeredEncoder, initialise_weights, layer_rows
-from bert_ds.encoder.blocks import activated, first_rows
+from bert_ds.encoder.blocks import Dropout, DroppingFront, activated, first_rows
 from bert_ds.encoder.families.embeddings import ProjectedEmbeddings, add_projection
 from bert_ds.encoder.families.family import LAYER_MATRICES, Family, Role, RoleName, refused_settings
 from bert_ds.encoder.fused_ops import FusedOps
@@ -40,7 +40,8 @@ class ElectraEncoder(LayeredEncoder):
     ) -> None:
         embeddings = ProjectedEmbeddings(config, ops, has_projection=config.embedding_size != config.hidden_size)
         super().__init__(config, ops, embeddings, activation_checkpointing=activation_checkpointing)
-        self.front = ElectraFront(config, ops) if has_front else None
+        dropout = Dropout(config.hidden_dropout_prob, bert_layers.first_free_site(config))
+        self.front = DroppingFront(config.hidden_size, ops, dropout=dropout, act=F.gelu) if has_front else None
 
     def sequence_rows(self, hidden_TD: Tensor, cu_seqlens: Tensor, dropout_seed: Tensor | None = None) -> Tensor:
         """Return what a head of whole sequences reads, [N, D]: [CLS] through the front, which drops with a seed."""
@@ -89,27 +90,6 @@ class ElectraDetector(nn.Module):
         """Return the scores, [T]."""
         dense_TD = activated(self.ops, F.linear(hidden_TD, self.dense_weight), self.dense_bias, self.act)
         return F.linear(dense_TD, self.score_weight, self.score_bias)[:, 0]
-
-
-class ElectraFront(nn.Module):
-    """Dropout where there is a seed, dense, GELU, row by row."""
-
-    def __init__(self, config: ElectraConfig, ops: FusedOps) -> None:
-        super().__init__()
-        self.ops, self.dropout_prob = ops, config.hidden_dropout_prob
-        self.site = bert_layers.first_free_site(config)
-        self.dense_weight = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size))
-        self.dense_bias = nn.Parameter(torch.empty(config.hidden_size))
-
-    def forward(self, rows_RD: Tensor, dropout_seed: Tensor | None = None) -> Tensor:
-        """Return [R, D]."""
-        dropped_RD = self.ops.dropout(
-            rows_RD,
-            dropout_p=self.dropout_prob if self.training and dropout_seed is not None else 0.0,
-            dropout_seed=dropout_seed,
-            site=self.site,
-        )
-        return F.gelu(F.linear(dropped_RD, self.dense_weight, self.dense_bias))
 
 
 def first_free_site(config: ElectraConfig) -> int:

@@ -21,7 +21,7 @@ class EmbeddingSettings(LayerSettings, Protocol):
     @property
     def padded_vocab_size(self) -> int: ...
     @property
-    def max_position_embeddings(self) -> int: ...
+    def position_rows(self) -> int: ...
     @property
     def type_vocab_size(self) -> int: ...
 
@@ -51,10 +51,10 @@ class BertEmbeddings(nn.Module):
         self.has_norm = config.norm_position == "post"
         self.word_weight = nn.Parameter(torch.empty(config.padded_vocab_size, width))
         if has_sinusoids:
-            table_SD = sinusoids(config.max_position_embeddings, width)
+            table_SD = sinusoids(config.position_rows, width)
             self.register_buffer("position_weight", table_SD, persistent=False)
         else:
-            self.position_weight = nn.Parameter(torch.empty(config.max_position_embeddings, width))
+            self.position_weight = nn.Parameter(torch.empty(config.position_rows, width))
         self.token_type_weight = nn.Parameter(torch.empty(config.type_vocab_size, width))
         if self.has_norm:
             self.layer_norm_weight = nn.Parameter(torch.empty(width))

@@ -14,6 +14,7 @@ from bert_ds.encoder.families.distilbert import DISTILBERT
 from bert_ds.encoder.families.electra import ELECTRA
 from bert_ds.encoder.families.family import Family
 from bert_ds.encoder.families.modernbert import MODERNBERT
+from bert_ds.encoder.families.roberta import ROBERTA
 
 FAMILIES: dict[str, Family] = {
     "albert": ALBERT,
@@ -21,6 +22,7 @@ FAMILIES: dict[str, Family] = {
     "distilbert": DISTILBERT,
     "electra": ELECTRA,
     "modernbert": MODERNBERT,
+    "roberta": ROBERTA,
 }
 
 
