@@ -37,7 +37,7 @@ from lamb_runs import Case, ds_config, quiet_deepspeed, run_cases, train  # noqa
 from muon_optimizers import MOMENTUM, MUON_SETTINGS, muon, muon_formula_of, newton_schulz  # noqa: E402
 from ranks_harness import run_ranks  # noqa: E402
 
-from bert_ds.configuration.recipe.optimizer_config import orthogonalising_flops  # noqa: E402
+from bert_ds.configuration.recipe.muon_polynomials import orthogonalising_flops  # noqa: E402
 from bert_ds.training.optimizers.elementwise_optimizers import AdamW  # noqa: E402
 from bert_ds.training.optimizers.lamb import Lamb  # noqa: E402
 from bert_ds.training.optimizers.muon import Muon  # noqa: E402

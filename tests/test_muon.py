@@ -228,6 +228,11 @@ def test_where_the_layers_are_frozen_or_there_are_none_muon_is_refused() -> None
             r"ns_coefficients \[3.0, 2.0, 1.0\] diverge: .* after 2 steps",
         ),
         ({"lr": 1e-3, "ns_coefficients": [[1.5, -0.5, 0.0]]}, "has polynomials of 1 steps, ns_steps is 5"),
+        (
+            {"lr": 1e-3, "ns_coefficients": [[1.5, -0.5, {}]]},
+            r"ns_coefficients\.0\.2: found an object, wanted",
+        ),
+        ({"lr": 1e-3, "ns_coefficients": [1.5, "x", 0.0]}, r'ns_coefficients\.1: found "x", wanted a number$'),
         ({"lr": 1e-3, "ns_steps": 0}, "optimizer.ns_steps: found 0, wanted >= 1$"),
         ({"lr": 0.0}, "optimizer.lr: found 0.0, wanted > 0.0$"),
         ({"lr": 1e-3, "adamw_lr": 0.0}, "optimizer.adamw_lr: found 0.0, wanted > 0.0$"),

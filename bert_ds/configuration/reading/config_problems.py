@@ -33,6 +33,8 @@ _WANTED = {
     "missing": "a value",
     "string_too_short": "a string that is not empty",
 }
+UNION_TAG = "union tag: "
+"""Begins the tag of a form of a setting that has several, which pydantic puts into the path of a problem."""
 _LONGEST_SHOWN = 60
 MAX_PROBLEMS = 50
 """Lines of a message; looking for the nearest name of every unknown one in a hostile file would take minutes."""
@@ -111,6 +113,8 @@ def _locate(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[list[st
     path: list[str] = []
     here: Any = model
     for index, part in enumerate(loc):
+        if str(part).startswith(UNION_TAG):
+            continue
         choices = _models_in(here)
         if len(choices) > 1 and isinstance(part, str) and part not in path[-1:] and _tagged(choices, part):
             here = _tagged(choices, part)

@@ -7,12 +7,18 @@ the global gradient norm, so `training.gradient_clipping` is the one place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from bert_ds.configuration.reading.config_section import Beta, NonNegativeFloat, PositiveFloat, Section
+from bert_ds.configuration.recipe.muon_polynomials import (
+    JORDAN,
+    Polynomials,
+    orthogonalising_flops,
+    step_polynomials,
+)
 
 _MAX_SINGULAR_VALUE = 2.0
 """Where a polynomial of Muon may take a singular value that should end near 1."""
@@ -147,12 +153,6 @@ class LionConfig(OptimizerSettings):
     """Decay of every weight except biases and LayerNorm; three to ten times AdamW's."""
 
 
-Polynomial = tuple[float, float, float]
-"""(a, b, c) of a s + b s^3 + c s^5."""
-JORDAN: Polynomial = (3.4445, -4.7750, 2.0315)
-"""Jordan et al. 2024, and `torch.optim.Muon`."""
-
-
 class MuonConfig(MomentConfig):
     """Muon (Jordan et al. 2024; scale and decay of Liu et al. 2025, arXiv 2502.16982) for the matrices of the layers.
 
@@ -172,7 +172,7 @@ class MuonConfig(MomentConfig):
     """Decay rate of the matrices' momentum."""
     nesterov: bool = True
     """Orthogonalise momentum x b + (1 - momentum) g instead of b."""
-    ns_coefficients: Polynomial | Annotated[tuple[Polynomial, ...], Field(min_length=1, max_length=20)] = JORDAN
+    ns_coefficients: Polynomials = JORDAN
     """(a, b, c) of the polynomial a s + b s^3 + c s^5 that is applied to every singular value; or one of each step."""
     ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
     """How often a polynomial is applied; with one of each step as many as there are."""
@@ -202,18 +202,6 @@ class MuonConfig(MomentConfig):
     def matrix_flops(self, shapes: Iterable[tuple[int, int]]) -> int:
         """Return the FLOPs of orthogonalising matrices of these rows and columns."""
         return sum(orthogonalising_flops(*shape, self.ns_steps) for shape in shapes)
-
-
-def step_polynomials(coefficients: Polynomial | Sequence[Polynomial], steps: int) -> tuple[Polynomial, ...]:
-    """Return the polynomial of each step: the only one in all of `steps`, or those that are given."""
-    is_one = all(isinstance(value, float | int) for value in coefficients)
-    return (tuple(coefficients),) * steps if is_one else tuple(coefficients)  # type: ignore[arg-type,return-value]
-
-
-def orthogonalising_flops(rows: int, columns: int, steps: int) -> int:
-    """Return the FLOPs of orthogonalising a matrix: three products a step, 2 per multiplication and addition."""
-    small, large = sorted((rows, columns))
-    return steps * (4 * small * small * large + 2 * small**3)
 
 
 class DeepSpeedFusedAdamConfig(MomentConfig):

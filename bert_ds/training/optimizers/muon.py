@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bert_ds.configuration.recipe.optimizer_config import JORDAN, Polynomial, step_polynomials
+from bert_ds.configuration.recipe.muon_polynomials import JORDAN, Polynomial, step_polynomials
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.training.optimizers.elementwise_optimizers import descend
 from bert_ds.training.optimizers.lamb import LambFlags, adam_scalars, adam_settings

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from bert_ds.configuration.recipe.optimizer_config import orthogonalising_flops
+from bert_ds.configuration.recipe.muon_polynomials import orthogonalising_flops
 from bert_ds.training.optimizers.parameter_layout import Layout, LayoutError, collective_device
 
 Shape = tuple[int, int]

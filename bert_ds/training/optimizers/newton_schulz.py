@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bert_ds.configuration.recipe.optimizer_config import Polynomial
+from bert_ds.configuration.recipe.muon_polynomials import Polynomial
 from bert_kernels.lamb import squared_norm
 
 _EPS = 1e-7
