@@ -40,7 +40,7 @@ env-dev:
 pretrain: env
 	@[[ -f $(RUN_DIR)/DONE ]] || $(BIN)/python -m bert_ds.console pretrain --deepspeed_config $(DEEPSPEED_CONFIG) --run_dir $(RUN_DIR) --resume auto
 	@[[ -f $(RUN_DIR)/DONE ]] || { echo "the run did not finish: see $(RUN_DIR)/logs"; exit 1; }
-	@$(BIN)/python bert_ds/report.py --run_dir $(RUN_DIR) --require_below_unigram 0.5
+	@$(BIN)/python bert_ds/report.py --run_dir $(RUN_DIR) --require_below_unigram 1.5
 	@[[ -f $(RUN_DIR)/hf/model.safetensors ]] || $(BIN)/python bert_ds/export_hf.py --run_dir $(RUN_DIR)
 	@$(BIN)/python bert_ds/show_masks.py --model $(RUN_DIR)/hf
 

@@ -152,7 +152,7 @@ def _pretrain_and_export(work: Path, *, dry_run: bool) -> tuple[tuple[str, ...],
     tiny = ("--run", str(work / "bert_base.json")) if dry_run else ()
     return (
         (_verb("pretrain"), *tiny, *config),
-        (_verb("report"), "--run_dir", folder, *(() if dry_run else ("--require_below_unigram", "0.5"))),
+        (_verb("report"), "--run_dir", folder, *(() if dry_run else ("--require_below_unigram", "1.5"))),
         (_verb("export_hf"), "--run_dir", folder),
         (_verb("show_masks"), "--model", f"{folder}/hf"),
         _step("figures", folder),
