@@ -262,10 +262,11 @@ def test_whatever_changes_the_batches_changes_the_fingerprint(shards: Path, more
         open_data(more_shards),
         open_data(shards, more_shards),
         open_data(shards, weights=(2.0,)),
-        open_data(shards, seed=1),
-        open_data(shards, train_batch_size=32),
+        *(open_data(shards, **other) for other in ({"seed": 1}, {"train_batch_size": 32})),
         open_data(shards, sequences=SequenceConfig(max_seq_length=65)),
         open_data(shards, masking=MaskingConfig(mlm_probability=0.2)),
+        open_data(shards, sequences=(singles := SequenceConfig(sentence_pair="none", short_seq_prob=0.0))),
+        open_data(shards, sequences=singles.model_copy(update={"whole_sentences": False})),
     ]
     assert len({data.fingerprint for data in variants}) == len(variants)
 
