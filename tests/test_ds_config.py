@@ -225,6 +225,12 @@ def test_without_a_recipe_an_optimizer_block_is_the_recipes_optimizer(tmp_path: 
     }
 
 
+def test_a_block_of_the_default_recipes_kind_keeps_what_it_does_not_say(tmp_path: Path) -> None:
+    default = bare(tmp_path, {}).optimizer
+    found = bare(tmp_path, {"optimizer": {"type": default.type, "params": {"lr": 0.125}}}).optimizer
+    assert found == default.model_copy(update={"lr": 0.125}) != default
+
+
 def test_without_a_recipe_batch_clipping_and_precision_are_taken_too(tmp_path: Path) -> None:
     settings = {"train_batch_size": 128, "gradient_clipping": 0.5, "bf16": {"enabled": True}}
     training = bare(tmp_path, settings).training
@@ -239,7 +245,8 @@ def test_without_a_recipe_batch_clipping_and_precision_are_taken_too(tmp_path: P
         ({"type": "Lamb", "params": {"lr": 1e-4, "max_grad_norm": 1.0}}, "clipping is gradient_clipping"),
         ({"type": "AdamW", "params": {"torch_adam": False}}, "found false, wanted true"),
         ({"type": "OneBitAdam", "params": {"lr": 1e-4}}, 'found "OneBitAdam", wanted one of'),
-        ({"type": "AdamW", "params": {"wieght_decay": 0.1}}, "optimizer.wieght_decay: unknown setting"),
+        ({"type": "AdamW", "params": {"lr": 1e-4, "wieght_decay": 0.1}}, "optimizer.wieght_decay: unknown setting"),
+        ({"type": "Muon", "params": {"momentun": 0.9}}, "optimizer.momentun: unknown setting"),
     ],
 )
 def test_a_wrong_optimizer_block_without_a_recipe_is_named(tmp_path: Path, block: Any, wanted: str) -> None:
