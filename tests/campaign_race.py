@@ -3,7 +3,7 @@
     python tests/campaign_race.py screen   --text FOLDER --work FOLDER   # 3 minutes: rates and batch sizes, one seed
     python tests/campaign_race.py final    --text FOLDER --work FOLDER   # 10 minutes: the best of each, three seeds
     python tests/campaign_race.py parts    --text FOLDER --work FOLDER   # 10 minutes: ours, a part of it exchanged
-    python tests/campaign_race.py families --text FOLDER --work FOLDER   # 15 minutes: ours with another network
+    python tests/campaign_race.py families --text FOLDER --work FOLDER   # 15 minutes: three networks of one size
     python tests/campaign_race.py tasks    --work FOLDER --data FOLDER   # three tasks from the models of families
     python tests/campaign_race.py table
 
@@ -45,7 +45,8 @@ RATES, BATCHES, SEEDS = (1e-3, 2e-3, 4e-3), (32, 64), (1, 2, 3)
 
 PARTS: dict[str, dict[str, Any]] = json.loads((ROOT / "tests/campaign_race_parts.json").read_bytes())
 """Name -> what of our recipe is exchanged."""
-FAMILIES = ("ours", "pre-norm bert", "post-norm bert")
+FAMILIES = ("modernbert of 696", "pre-norm bert", "post-norm bert")
+"""Parts of one budget: 5.36 million parameters each."""
 RIVALS: dict[str, tuple[str, ...]] = {
     "A bert": ("--network", "bert"),
     "A modernbert": ("--network", "modernbert"),
