@@ -31,8 +31,8 @@ def test_the_promised_files_are_shipped() -> None:
         *("bert_base_muon", "bert_base_phase1", "bert_base_phase2", "bert_base_zh", "bert_large_phase1"),
         *("bert_large_phase2", "bert_original", "bert_original_phase2", "distilbert_base", "distilbert_small"),
         *("electra_small", "electra_tiny"),
-        *("embedded_default", "modernbert_base_phase1", "modernbert_base_phase2", "modernbert_small"),
-        *("roberta_base", "roberta_small"),
+        *("embedded_default", "modernbert_base_phase1", "modernbert_base_phase2"),
+        *("modernbert_medium", "modernbert_medium_zh", "modernbert_small", "roberta_base", "roberta_small"),
     ]
 
 
