@@ -56,7 +56,8 @@ def passed_modules(checkout: Path, folder: Path, *, num_workers: int, recipe: st
         recipe: None is the embedded default.
     """
     answer, script = folder / f"modules-{num_workers}.json", checkout / "bert_ds/pretrain.py"
-    settings = {"training.total_steps": TOTAL_STEPS, "training.num_workers": num_workers, "schedule.warmup_steps": 2}
+    settings = {"training.total_steps": TOTAL_STEPS, "training.num_workers": num_workers}
+    settings |= {"schedule": '{"type": "linear", "warmup_steps": 2}'}
     settings |= {"evaluation.num_examples": 32, "corpus.max_bytes": 3_000_000}
     words: list[object] = [sys.executable, __file__, "watch", checkout, answer, script]
     words += ["--run_dir", folder / f"run-{num_workers}", "--deepspeed_config", checkout / "ds_configs/zero2.json"]

@@ -2,11 +2,11 @@
 
     python tests/campaign_same_bits.py --before CHECKOUT --after CHECKOUT --work FOLDER [--only fp32-1x-stage0 ...]
 
-Both are checkouts; this environment runs them. The embedded default is trained for 24 steps by each, in one folder, so
-from one corpus: fp32 and bf16, 1 and 2 ranks, ZeRO 0 and 2; then cases with a pair objective, dropout, LAMB, Muon and
-a teacher. Every row of the log has to be equal in all that is no time, and every exported tensor. Then the later commit
-continues checkpoints of the earlier one from step 12, at every ZeRO stage, and has to reach the same rows. What the
-earlier one has done is kept in FOLDER and not repeated. Exit code 0 if everything is equal.
+Both are checkouts; this environment runs them. `campaign_same_bits.json` is trained for 24 steps by each, in one
+folder, so from one corpus: fp32 and bf16, 1 and 2 ranks, ZeRO 0 and 2; then cases with a pair objective, dropout, LAMB,
+Muon and a teacher. Every row of the log has to be equal in all that is no time, and every exported tensor. Then the
+later commit continues checkpoints of the earlier one from step 12, at every ZeRO stage, and has to reach the same rows.
+What the earlier one has done is kept in FOLDER and not repeated. Exit code 0 if everything is equal.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ TIMES = (
     *("slow_rank", "rank_data_wait_s", "rank_forward_s"),
 )
 STEPS, MIDDLE = 24, 12
+RECIPE = Path(__file__).with_suffix(".json").resolve()
 
 
 class Case(NamedTuple):
@@ -78,6 +79,7 @@ def main() -> int:
     for checkout in (arguments.before, arguments.after):
         if not (checkout / "bert_ds/pretrain.py").is_file():
             parser.error(f"{checkout} holds no bert_ds/pretrain.py: wanted a checkout")
+    work.mkdir(parents=True, exist_ok=True)
     unequal = []
     for case in cases(work):
         if arguments.only and case.name not in arguments.only:
@@ -125,7 +127,7 @@ def train(checkout: Path, run_dir: Path, case: Case, work: Path) -> None:
     settings = {"training.total_steps": STEPS, "training.log_every_steps": 1, "schedule.warmup_steps": 6}
     settings |= {"evaluation.every_steps": MIDDLE, "checkpoints.every_steps": MIDDLE, "evaluation.num_examples": 256}
     words = [word for name, value in (settings | case.settings).items() for word in ("--set", f"{name}={value}")]
-    words += ["--deepspeed_config", str(config), "--run_dir", str(run_dir), "--resume", "auto"]
+    words += ["--run", str(RECIPE), "--deepspeed_config", str(config), "--run_dir", str(run_dir), "--resume", "auto"]
     with socket.socket() as free:  # the launcher's own port may be another run's
         free.bind(("127.0.0.1", 0))
         launcher = ("-m", "deepspeed.launcher.runner", "--num_gpus", case.ranks, "--master_port", free.getsockname()[1])
