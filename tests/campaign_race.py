@@ -149,8 +149,9 @@ def recorded() -> list[dict[str, Any]]:
 
 def row_of(entry: Entry, args: argparse.Namespace) -> dict[str, Any]:
     """Return the recorded row of a training, or train, judge and record it."""
+    key = {"text": args.text.name, **entry._asdict()}
     for row in recorded():
-        if all(row.get(name) == value for name, value in entry._asdict().items()):
+        if all(row.get(name) == value for name, value in key.items()):
             return row
     folder = folder_of(entry, args.work)
     outcome = rival(entry, folder, args) if entry.name in RIVALS else ours(entry, folder, args)
@@ -161,7 +162,7 @@ def row_of(entry: Entry, args: argparse.Namespace) -> dict[str, Any]:
     unigram = float(np.load(args.work / "held_out.npz")["unigram"])
     judged = {"loss": figures["loss_mlm_masked"], "accuracy": figures["mlm_masked_accuracy"], "unigram": unigram}
     facts = {"torch": torch.__version__, "transformers": transformers.__version__, "commit": _commit()}
-    row = {**entry._asdict(), **judged, **outcome, "amx": _has_amx(), "cores": os.cpu_count(), **facts}
+    row = {**key, **judged, **outcome, "amx": _has_amx(), "cores": os.cpu_count(), **facts}
     add_row(RESULTS, row)
     return row
 

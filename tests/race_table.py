@@ -23,36 +23,38 @@ def print_tables(rows: Iterable[Row]) -> None:
     """Print every contestant's end, and the way of those with ten minutes."""
     groups = grouped(rows)
     print(
-        "| machine | minutes | contestant | rate | batch | seeds | tokens/s | tokens | loss at [MASK] | below unigram |"
+        "| machine | text | minutes | contestant | rate | batch | seeds | tokens/s | tokens | loss at [MASK] "
+        "| below unigram |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for (amx, minutes, name, lr, batch), of_group in groups:
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for (amx, text, minutes, name, lr, batch), of_group in groups:
         losses = [row["loss"] for row in of_group]
         speed, tokens = (statistics.mean(row[key] for row in of_group) for key in ("tokens_per_s", "tokens"))
         below = of_group[0]["unigram"] - statistics.mean(losses)
-        cells = [_machine(amx), f"{minutes:g}", name, f"{lr:g}", batch, len(losses), f"{speed:,.0f}"]
+        cells = [_machine(amx), text, f"{minutes:g}", name, f"{lr:g}", batch, len(losses), f"{speed:,.0f}"]
         cells += [f"{tokens / 1e6:.2f} M", _mean(losses), f"{below:.3f}"]
         print("| " + " | ".join(map(str, cells)) + " |")
     ends = [f"loss after {minutes:g} min" for minutes in AFTER]
     ways = [f"unigram - {nats:g}: min, tokens" for nats in BELOW]
-    print("\n| machine | contestant | " + " | ".join((*ends, *ways)) + " |")
-    print("|---" * (2 + len(ends) + len(ways)) + "|")
-    for (amx, minutes, name, *_), of_group in groups:
+    print("\n| machine | text | contestant | " + " | ".join((*ends, *ways)) + " |")
+    print("|---" * (3 + len(ends) + len(ways)) + "|")
+    for (amx, text, minutes, name, *_), of_group in groups:
         curves = [row["curve"] for row in of_group]
         if minutes < max(AFTER) or curves[0][0][0] > min(AFTER):  # the last: nothing was evaluated on the way
             continue
         cells = [_mean([loss_after(curve, when) for curve in curves]) for when in AFTER]
         cells += [_reached([reached(row["curve"], row["unigram"] - nats) for row in of_group]) for nats in BELOW]
-        print(f"| {_machine(amx)} | {name} | " + " | ".join(cells) + " |")
+        print(f"| {_machine(amx)} | {text} | {name} | " + " | ".join(cells) + " |")
 
 
 def grouped(rows: Iterable[Row]) -> list[tuple[tuple[Any, ...], list[Row]]]:
-    """Return the rows of trainings that differ in their seeds alone, by (amx, minutes, name, rate, batch)."""
+    """Return the rows of trainings that differ in their seeds alone, by (amx, text, minutes, name, rate, batch)."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if "task" not in row:
-            groups.setdefault((row["amx"], row["minutes"], row["name"], row["lr"], row["batch"]), []).append(row)
-    return sorted(groups.items(), key=lambda pair: pair[0][:2])
+            key = tuple(row[name] for name in ("amx", "text", "minutes", "name", "lr", "batch"))
+            groups.setdefault(key, []).append(row)
+    return sorted(groups.items(), key=lambda pair: pair[0][:3])
 
 
 def loss_after(curve: Sequence[Point], minutes: float) -> float:
@@ -80,11 +82,11 @@ def draw(rows: Iterable[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 4.5))
-    groups = [(key, of_group) for key, of_group in grouped(rows) if key[1] == max(AFTER)]
-    for number, ((amx, _, name, *_), of_group) in enumerate(groups):
+    groups = [(key, of_group) for key, of_group in grouped(rows) if key[2] == max(AFTER)]
+    for number, ((amx, text, _, name, *_), of_group) in enumerate(groups):
         for row in of_group:
             minutes, _, losses, _ = zip(*row["curve"], strict=True)
-            label = f"{name}, {_machine(amx)}" if row is of_group[0] else None
+            label = f"{name}, {text}, {_machine(amx)}" if row is of_group[0] else None
             axis.plot(minutes, losses, color=f"C{number % 10}", label=label, linewidth=1.2)
         axis.axhline(of_group[0]["unigram"], color="grey", linewidth=0.8, linestyle=":")
     axis.set_xlabel("minutes on two cores")

@@ -33,14 +33,15 @@ def test_the_loss_after_so_many_minutes_lies_on_that_line() -> None:
 
 
 def test_seeds_are_one_line_and_a_loss_that_one_of_them_missed_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"amx": False, "minutes": 10.0, "name": "ours", "lr": 2e-3, "batch": 32, "unigram": 7.0}
+    row = {"amx": False, "text": "en", "minutes": 10.0, "name": "ours", "lr": 2e-3, "batch": 32, "unigram": 7.0}
     ends = {"tokens_per_s": 4000.0, "tokens": 2_000_000, "accuracy": 0.2}
     other = [(minutes, tokens, loss + 0.2, hits) for minutes, tokens, loss, hits in CURVE]
     rows = [{**row, **ends, "loss": 4.5, "curve": CURVE}, {**row, **ends, "loss": 4.7, "curve": other}]
     end_alone = {**row, **ends, "name": "unseen", "loss": 4.5, "curve": CURVE[-1:]}
-    print_tables([*rows, {"task": "trec", "name": "ours"}, end_alone])
+    print_tables([*rows, {"task": "trec", "name": "ours"}, end_alone, {**end_alone, "text": "zh"}])
     said = capsys.readouterr().out.splitlines()
-    assert said[2] == "| no AMX | 10 | ours | 0.002 | 32 | 2 | 4,000 | 2.00 M | 4.600 ± 0.141 | 2.400 |"
+    assert said[2] == "| no AMX | en | 10 | ours | 0.002 | 32 | 2 | 4,000 | 2.00 M | 4.600 ± 0.141 | 2.400 |"
+    assert [line.split(" | ")[1] for line in said[2:5]] == ["en", "en", "zh"]
     cells = [cell.strip() for cell in said[-1].split("|")[1:-1]]
-    assert cells[:5] == ["no AMX", "ours", "6.600 ± 0.141", "6.100 ± 0.141", "4.600 ± 0.141"]
-    assert cells[5:] == ["1.2, 0.00 M", "4.2, 0.00 M", "6.2, 0.00 M", "7.2, 0.00 M", "1 of 2", "never"]
+    assert cells[:6] == ["no AMX", "en", "ours", "6.600 ± 0.141", "6.100 ± 0.141", "4.600 ± 0.141"]
+    assert cells[6:] == ["1.2, 0.00 M", "4.2, 0.00 M", "6.2, 0.00 M", "7.2, 0.00 M", "1 of 2", "never"]
