@@ -36,12 +36,18 @@ def verb_command(verb: str, arguments: list[str]) -> list[str]:
     Of a training verb, the options that the DeepSpeed launcher knows go to it, and all that stands before a lone "--".
     """
     script = script_of(verb)
-    if not VERBS[verb].is_launched:
+    if not is_launched(verb, arguments):
         return [sys.executable, script, *arguments]
     for_launcher, own = launcher_words(arguments)
     if starts_one_rank(for_launcher):
         return [sys.executable, script, *own]
     return [sys.executable, "-m", RUNNER, *QUIET, *for_launcher, script, *own]
+
+
+def is_launched(verb: str, arguments: list[str]) -> bool:
+    """Whether this runs on every rank; a search does not, which starts its trials itself."""
+    given = {word.partition("=")[0] for word in arguments}
+    return VERBS[verb].is_launched and ("--search" not in given or "--trial" in given)
 
 
 def script_of(verb: str) -> str:
@@ -71,7 +77,7 @@ def main() -> int:
         print(f"bert-ds: unknown verb {arguments[0]!r}{hint} (bert-ds --help lists them)", file=sys.stderr)
         return 2
     command = verb_command(verb, arguments[1:])
-    if VERBS[verb].is_launched:
+    if is_launched(verb, arguments[1:]):
         return launch(verb, command)
     sys.stdout.flush()
     os.execve(command[0], command, {**os.environ, CALLED_BY: "bert-ds"})

@@ -2,6 +2,7 @@
 
     deepspeed bert_ds/finetune.py --task sst2 --data DATA --model DIR --deepspeed_config ds_configs/zero1.json
     deepspeed bert_ds/finetune.py --task mine.json --model DIR --deepspeed_config ds_configs/zero1.json --seeds 1 2 3
+    python bert_ds/finetune.py --task mine.json --model DIR --search space.json --run_dir runs/search
 
 The task file says what is trained, the DeepSpeed file how it is spread. The step with the best metric on the validation
 rows is what is predicted with and exported.
@@ -26,10 +27,12 @@ if __name__ == "__main__":
 
 from bert_ds.launch.command_line import answer_early, run_main
 from bert_ds.launch.launch_checks import checked_task, task_folders
+from bert_ds.launch.search import check_or_search
 from bert_ds.launch.verb_arguments import finetune_arguments
+from bert_ds.reporting.search_page import show_search
 
 if __name__ == "__main__":
-    answer_early(lambda: checked_task(finetune_arguments()))
+    answer_early(lambda: check_or_search(finetune_arguments(), show=show_search))
 
 # Nothing here may reach for the network; transformers reads this when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -132,6 +135,8 @@ def open_task(
     pretrained = load_pretrained(args.model)
     prove_same_files([Path(file.path) for file in (*task.data.train, *task.data.validation, *task.data.test)])
     rows = read_task(task, tokenizer, say=print if ranks.is_main else lambda text: None)
+    if args.search is not None:
+        rows = rows._replace(test=None)  # read all the same: training rows that are among them have been left out
     trivial = None
     if args.trivial:
         sides = rows.train.examples, rows.validation.examples

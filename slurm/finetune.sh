@@ -5,7 +5,8 @@
 #   sbatch --gpus-per-node=1 --array=1-5 slurm/finetune.sh sst2 runs/mine "" runs/sst2 --data /shared/glue
 #
 # MODEL: a Hugging Face folder, or a pre-training run, which is exported first. Each task of an array is a run of its own
-# with its number as the seed, in RUN_DIR/seed_N. "" takes a default: ds_configs/zero1.json, runs/<job name>-<job id>.
+# with its number as the seed, in RUN_DIR/seed_N; beside --search SPACE it is the trial of this number, in RUN_DIR/trial_N,
+# and finetune.py without --trial compares them. "" takes a default: ds_configs/zero1.json, runs/<job name>-<job id>.
 #SBATCH --job-name=bert-finetune
 #SBATCH --nodes=1
 #SBATCH --requeue
@@ -27,8 +28,13 @@ options=("${@:5}")
 : "${deepspeed_config:=$(dirname "$scripts")/ds_configs/zero1.json}"
 : "${run_dir:=runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}"
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
-  run_dir=$run_dir/seed_$SLURM_ARRAY_TASK_ID
-  options+=(--seed "$SLURM_ARRAY_TASK_ID")
+  if [[ " ${options[*]} " == *" --search "* ]]; then
+    printf -v below '/trial_%03d' "$SLURM_ARRAY_TASK_ID"
+    options+=(--trial "$SLURM_ARRAY_TASK_ID")
+  else
+    run_dir=$run_dir/seed_$SLURM_ARRAY_TASK_ID
+    options+=(--seed "$SLURM_ARRAY_TASK_ID")
+  fi
 fi
 
 check_ranks
@@ -39,5 +45,5 @@ if [[ -f $model/run_config.json ]]; then
   } 9>"$model/export.lock"
   model=$model/hf
 fi
-run_until_done "$run_dir" "$root/bert_ds/finetune.py" --task "$task" --model "$model" \
+run_until_done "$run_dir${below:-}" "$root/bert_ds/finetune.py" --task "$task" --model "$model" \
   --deepspeed_config "$deepspeed_config" --run_dir "$run_dir" --resume auto "${options[@]}"

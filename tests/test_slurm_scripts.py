@@ -170,6 +170,19 @@ def test_fine_tuning_of_an_array_is_a_run_per_seed(tmp_path: Path) -> None:
     ]
 
 
+def test_fine_tuning_of_an_array_beside_a_search_is_a_run_per_trial(tmp_path: Path) -> None:
+    array = {"SLURM_ARRAY_JOB_ID": "4710", "SLURM_ARRAY_TASK_ID": "3"}
+    run_dir = tmp_path / "run"
+    _, log, calls = run_job(
+        tmp_path, "sst2", tmp_path, "", run_dir, "--search", "space.json", script="finetune.sh", **array
+    )
+    *words, _ = next(call for call in calls if "finetune.py" in str(call))
+    assert words[words.index("--run_dir") :] == [
+        *("--run_dir", str(run_dir), "--resume", "auto", "--search", "space.json", "--trial", "3")
+    ]
+    assert f"in {run_dir}/trial_003" in log and [path.name for path in run_dir.iterdir()] == ["trial_003"]
+
+
 @pytest.mark.parametrize("script", ["finetune.sh", "build_shards.sh"])
 def test_a_missing_argument_is_told_with_what_is_wanted(tmp_path: Path, script: str) -> None:
     code, log, _ = run_job(tmp_path, "only_one", script=script)

@@ -163,8 +163,8 @@ def _may_precede_a_run(path: Path, *, has_seeds: bool) -> bool:
 
 
 def _is_seed(path: Path) -> bool:
-    """Whether a folder is the run of one of several seeds."""
-    if not re.fullmatch(r"seed_-?\d+", path.name) or path.is_symlink() or not path.is_dir():
+    """Whether a folder is the run of one of several seeds or trials."""
+    if not re.fullmatch(r"seed_-?\d+|trial_\d+", path.name) or path.is_symlink() or not path.is_dir():
         return False
     return foreign_in_run(path) is None
 

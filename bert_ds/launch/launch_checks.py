@@ -80,8 +80,12 @@ def checked_scoring(args: argparse.Namespace) -> TaskConfig:
 
 
 def task_folders(args: argparse.Namespace, task: TaskConfig) -> tuple[Path, dict[int, Path]]:
-    """Return the run folder of a fine-tuning, and the folder in it of each of several seeds."""
+    """Return the run folder of a fine-tuning, and the folder in it of each of several seeds.
+
+    That of a trial lies below the folder of its search.
+    """
     run_dir: Path = (args.run_dir or Path("runs") / task.name).absolute()
+    run_dir /= "" if args.trial is None else args.trials[args.trial].folder
     return run_dir, {seed: run_dir / f"seed_{seed}" for seed in args.seeds or ()}
 
 

@@ -47,7 +47,7 @@ _ONE_RANK = frozenset(f"--num_{what}{between}1" for what in ("gpus", "accelerato
 _HOSTFILE = Path("/job/hostfile")
 """Where DeepSpeed's launcher looks for other machines unasked."""
 _ACCELERATORS = ("nvidia[0-9]*", "kfd", "accel*", "davinci[0-9]*", "hl[0-9]*", "dri/renderD*")
-_OF_A_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+OF_ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 _LOOK_EVERY_S = 0.2
 
 
@@ -125,7 +125,7 @@ class _Launch:
 
     def run(self) -> int:
         """Start the launcher and return its code once it and all that it has started have ended."""
-        facts = {} if any("deepspeed.launcher" in word for word in self._command) else _OF_A_RANK
+        facts = {} if any("deepspeed.launcher" in word for word in self._command) else OF_ONE_RANK
         self._process = subprocess.Popen(
             self._command,
             env={VARIABLE: str(self._records), CALLED_BY: "bert-ds", **os.environ, **facts},

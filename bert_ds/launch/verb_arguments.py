@@ -10,6 +10,7 @@ from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.model_folder import folder_problem, require_model_folder
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.configuration.run_speed import CARDS
+from bert_ds.configuration.task.search_space import load_trials
 from bert_ds.launch.command_line import add_launch_options, positive
 from bert_ds.launch.verbs import verb_parser
 
@@ -72,11 +73,19 @@ def finetune_arguments(words: Words = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", help="a run for each seed, with mean and deviation at the end")
     parser.add_argument("--trivial", action="store_true", help="measure the trivial method on the same rows too")
     parser.add_argument("--random_weights", action="store_true", help="the same network from random weights")
+    parser.add_argument("--search", metavar="SPACE", help="file of settings to try: the best on the validation rows")
+    parser.add_argument("--trial", type=int, metavar="N", help="train this trial of the search alone, counted from 0")
+    parser.add_argument("--parallel", type=int, metavar="N", help="trials at a time (default: GPUs, or cores / 4)")
     add_launch_options(parser)
     args = parser.parse_args(words)
     if args.seed is not None and args.seeds:
         parser.error("--seed and --seeds exclude each other")
+    if args.search is None and (args.trial, args.parallel) != (None, None):
+        parser.error("--trial and --parallel are of a search: wanted --search beside them")
+    if args.parallel is not None and args.parallel < 1:
+        parser.error(f"--parallel: found {args.parallel}, wanted at least 1")
     args.set += [] if args.seed is None else [f"seed={args.seed}"]
+    _add_search(args)
     return args
 
 
@@ -158,6 +167,23 @@ def export_hf_arguments(words: Words = None) -> argparse.Namespace:
     elif not args.run_dir.is_dir():
         raise ConfigError(f"{args.run_dir} is not a folder: wanted a run, or a Hugging Face folder")
     return args
+
+
+def _add_search(args: argparse.Namespace) -> None:
+    """Put the trials of a search beside the words, and the settings of the one that is asked for among them."""
+    args.base_set, args.trials = list(args.set), load_trials(args.search) if args.search is not None else []
+    if args.search is None:
+        return
+    given = {override.partition("=")[0] for override in args.set} | ({"seed"} if args.seeds else set())
+    if both := sorted(given & args.trials[0].settings.keys()):
+        raise ConfigError(f"{args.search}: settings.{both[0]}: the command line sets it too, wanted one of them")
+    if args.trial is not None:
+        if not 0 <= args.trial < len(args.trials):
+            raise ConfigError(
+                f"--trial: found {args.trial}, wanted 0 to {len(args.trials) - 1}: {args.search} has no more"
+            )
+        args.set += args.trials[args.trial].overrides
+        args.resume = "auto" if args.resume == "never" else args.resume
 
 
 def add_pair_options(parser: argparse.ArgumentParser) -> None:

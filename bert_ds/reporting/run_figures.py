@@ -12,7 +12,7 @@ from bert_ds.reporting.run_history import OVER_ALL, Band, RunHistory, section
 from bert_ds.reporting.run_log import AT_MASK
 from bert_ds.reporting.run_rows import number
 
-_BLUE, _ORANGE, _GREEN, _RED, _GREY = "#3465a4", "#d9730d", "#3d8f4d", "#c0392b", "#888888"
+BLUE, _ORANGE, _GREEN, RED, _GREY = "#3465a4", "#d9730d", "#3d8f4d", "#c0392b", "#888888"
 _MAX_POINTS = 4_000
 """Of a line; a panel is some 500 pixels wide."""
 _COLUMNS = 4
@@ -70,14 +70,14 @@ def _losses(history: RunHistory) -> Picture:
     judged, label = _judged(history) if first == OVER_ALL else (first, "validation")
 
     def draw(axes: Sequence[Any]) -> None:
-        _line(axes[0], history.numbers, history.series(first), color=_BLUE, linewidth=1, label="training")
-        axes[0].plot(*_evaluated(history, judged), "o-", color=_RED, markersize=4, linewidth=1, label=label)
+        _line(axes[0], history.numbers, history.series(first), color=BLUE, linewidth=1, label="training")
+        axes[0].plot(*_evaluated(history, judged), "o-", color=RED, markersize=4, linewidth=1, label=label)
         if math.isfinite(history.unigram):
             axes[0].axhline(history.unigram, color=_GREY, linestyle="--", linewidth=1, label="piece frequencies alone")
         axes[0].set_ylabel(f"{_words(first)} (nats)")
         for name in others[: len(axes) - 1]:
-            _line(axes[1], history.numbers, history.series(name), color=_BLUE, linewidth=1, label="training")
-            axes[1].plot(*_evaluated(history, name), "o-", color=_RED, markersize=4, linewidth=1, label="validation")
+            _line(axes[1], history.numbers, history.series(name), color=BLUE, linewidth=1, label="training")
+            axes[1].plot(*_evaluated(history, name), "o-", color=RED, markersize=4, linewidth=1, label="validation")
             axes[1].set_ylabel(f"{_words(name)} (nats)")
         for axis in axes:
             axis.legend(fontsize=8)
@@ -100,7 +100,7 @@ def _evaluation(history: RunHistory) -> Picture:
         judged, label = _judged(history)
         steps, losses = _evaluated(history, judged)
         perplexities = [math.exp(min(loss, 700.0)) for loss in losses]
-        axes[1].plot(steps, perplexities, "o-", color=_RED, markersize=4, linewidth=1)
+        axes[1].plot(steps, perplexities, "o-", color=RED, markersize=4, linewidth=1)
         axes[1].set_ylabel(f"perplexity, {label}")
         _set_log_scale(axes[1], perplexities)
 
@@ -123,9 +123,9 @@ def _rates(history: RunHistory) -> Picture:
     clip = number(section(history.recipe, "training").get("gradient_clipping"))
 
     def draw(axes: Sequence[Any]) -> None:
-        _line(axes[0], history.numbers, history.series("lr"), color=_BLUE, linewidth=1)
+        _line(axes[0], history.numbers, history.series("lr"), color=BLUE, linewidth=1)
         axes[0].set_ylabel("learning rate")
-        _line(axes[1], history.numbers, norms := history.series("grad_norm"), color=_BLUE, linewidth=1)
+        _line(axes[1], history.numbers, norms := history.series("grad_norm"), color=BLUE, linewidth=1)
         axes[1].set_ylabel("gradient norm before clipping")
         _set_log_scale(axes[1], norms)
         if clip > 0:
@@ -138,7 +138,7 @@ def _rates(history: RunHistory) -> Picture:
 
 def _speed(history: RunHistory) -> Picture:
     def draw(axes: Sequence[Any]) -> None:
-        _line(axes[0], history.numbers, history.series("tokens_per_s"), color=_BLUE, linewidth=1)
+        _line(axes[0], history.numbers, history.series("tokens_per_s"), color=BLUE, linewidth=1)
         axes[0].set(ylabel="non-pad tokens/s")
         axes[0].set_ylim(bottom=0)
         waits = history.series("data_wait_share")
@@ -158,8 +158,8 @@ def _panels(history: RunHistory, bands: Mapping[str, Band]) -> bytes:
 
     def draw(axes: Sequence[Any]) -> None:
         for axis, (kind, band) in zip(axes, bands.items(), strict=True):
-            axis.fill_between(history.trust_numbers, band.low, band.high, color=_BLUE, alpha=0.25, linewidth=0)
-            axis.plot(history.trust_numbers, band.median, color=_BLUE, linewidth=1)
+            axis.fill_between(history.trust_numbers, band.low, band.high, color=BLUE, alpha=0.25, linewidth=0)
+            axis.plot(history.trust_numbers, band.median, color=BLUE, linewidth=1)
             axis.set_title(_short(kind), fontsize=7)
             _set_log_scale(axis, [*band.low, *band.high])
             axis.tick_params(labelsize=6, which="both")
@@ -187,7 +187,7 @@ def _figure(
         if index < num_panels <= index + columns:
             axis.set_xlabel("step", fontsize=7 if small else None)
             axis.tick_params(labelbottom=True)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _line(axis: Any, steps: Sequence[int], values: Sequence[float], **style: Any) -> None:
@@ -217,7 +217,7 @@ def _set_log_scale(axis: Any, values: Sequence[float]) -> None:
     axis.yaxis.set_minor_formatter(plain if max(known) < 8 * min(known) else NullFormatter())
 
 
-def _png(figure: Any) -> bytes:
+def png_of(figure: Any) -> bytes:
     """Return the picture with 64 colours: a third of the bytes, nothing lost that an eye sees."""
     from PIL import Image
 
@@ -233,7 +233,7 @@ def _mark_events(axis: Any, history: RunHistory) -> None:
     # One object for all of them: thousands of lines of their own would take minutes.
     for steps, style in (
         (begins, {"color": _GREY, "linestyles": ":", "linewidth": 1}),
-        (skipped, {"color": _RED, "linewidth": 0.8, "alpha": 0.6}),
+        (skipped, {"color": RED, "linewidth": 0.8, "alpha": 0.6}),
     ):
         if steps:
             axis.vlines(steps, 0, 1, transform=axis.get_xaxis_transform(), **style)

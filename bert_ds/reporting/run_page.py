@@ -35,11 +35,16 @@ def render_page(history: RunHistory, pictures: Sequence[Picture]) -> str:
         f"<h1>{escape(name)}</h1>",
         f'<p class="quiet">{escape(_state(history))}</p>',
         *(f"<p>{escape(line)}</p>" for line in summary_lines(history)),
-        *(_section(picture) for picture in pictures),
+        *(picture_section(picture) for picture in pictures),
         _evaluations(history),
         _events(history),
         _facts(history),
     ]
+    return page_of(name, body)
+
+
+def page_of(name: str, body: Iterable[str]) -> str:
+    """Return a page of these parts."""
     head = f'<meta charset="utf-8"><title>{escape(name)}</title><style>{_STYLE}</style>'
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
 
@@ -52,7 +57,8 @@ def _state(history: RunHistory) -> str:
     return f"{state}, {reached}, {number} attempt{'s' * (number != 1)}, last row {_clock(history.whole[-1])}"
 
 
-def _section(picture: Picture) -> str:
+def picture_section(picture: Picture) -> str:
+    """Return a picture with its title and what it shows."""
     data = base64.b64encode(picture.png).decode()
     image = f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">'
     return f'<h2>{escape(picture.title)}</h2>\n{image}\n<p class="quiet">{escape(picture.caption)}</p>'
@@ -64,7 +70,7 @@ def _evaluations(history: RunHistory) -> str:
     hidden = {"kind", "step", "attempt", "time"}
     names = [name for name in history.evaluations[-1] if name not in hidden]
     rows = [[row["step"], *(number(row.get(name)) for name in names)] for row in history.evaluations]
-    return "<h2>Evaluations</h2>\n" + _table(["step", *names], rows)
+    return "<h2>Evaluations</h2>\n" + table(["step", *names], rows)
 
 
 def _events(history: RunHistory) -> str:
@@ -78,7 +84,7 @@ def _events(history: RunHistory) -> str:
     for row in history.skipped:
         events.append((row["time"], row["step"], f"step skipped: loss {number(row.get('loss')):.4g}, not applied"))
     rows = [[_utc(moment), step, text] for moment, step, text in sorted(events)]
-    return f"<h2>Events</h2>\n<p>{len(history.skipped)} skipped steps.</p>\n" + _table(["time", "step", "event"], rows)
+    return f"<h2>Events</h2>\n<p>{len(history.skipped)} skipped steps.</p>\n" + table(["time", "step", "event"], rows)
 
 
 def _facts(history: RunHistory) -> str:
@@ -88,10 +94,11 @@ def _facts(history: RunHistory) -> str:
     rows += [[name, environment.get(name)] for name in ("hostname", "devices", "world_size", "python")]
     rows += [[name, value] for name, value in (*versions.items(), *plan.items())]
     recipe = escape(json.dumps(history.recipe, indent=2))
-    return f"<h2>The run</h2>\n{_table([], rows)}\n<details><summary>recipe</summary><pre>{recipe}</pre></details>"
+    return f"<h2>The run</h2>\n{table([], rows)}\n<details><summary>recipe</summary><pre>{recipe}</pre></details>"
 
 
-def _table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return rows as a table; floats have four digits."""
     head = "<tr>" + "".join(f"<th>{escape(name)}</th>" for name in names) + "</tr>" if names else ""
     return f"<table>{head}" + "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows) + "</table>"
 
