@@ -83,6 +83,7 @@ campaign-slurm: env-dev
 campaign-start: env-dev
 	@$(BIN)/python tests/slurm_cluster.py
 	$(BIN)/python tests/campaign_start.py
+	$(BIN)/python tests/campaign_start_seconds.py --work runs/start_seconds
 
 campaign-deepspeed: env-dev
 	$(BIN)/python tests/campaign_deepspeed.py

@@ -29,7 +29,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import torch
 import transformers
-from campaign_rows import add_row, read_rows
+from campaign_rows import add_row, commit_of, read_rows
 from family_cases import SPECIAL_IDS
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -91,14 +91,13 @@ def main() -> None:
         batches = list(made_batches(args.text, args.work, mix=mix, number=number, rows=ROWS_OF_BATCH[size]))
         for row in measured(config, dtype, batches):
             key = {"family": family, "size": size, "mix": mix, "dtype": str(dtype)}
-            machine = {"amx": has_amx, "load": os.getloadavg()[0], "torch": torch.__version__, "commit": commit()}
+            machine = {
+                "amx": has_amx,
+                "load": os.getloadavg()[0],
+                "torch": torch.__version__,
+                "commit": commit_of(ROOT),
+            }
             add_row(RESULTS, {**key, **row, **machine, "transformers": transformers.__version__})
-
-
-def commit() -> str:
-    """Return the commit that is measured."""
-    words = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def made_batches(text: Path, work: Path, *, mix: str, number: int, rows: int) -> Iterator[Batch]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from campaign_rows import add_row
+from campaign_rows import add_row, commit_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results/modules_of_a_step.jsonl"
@@ -37,12 +37,14 @@ def main() -> None:
     parser.add_argument("--run", help="a recipe in place of the embedded default")
     args = parser.parse_args()
     checkout = args.checkout.resolve()
-    words = ("git", "-C", str(checkout), "rev-parse", "--short", "HEAD")
-    commit = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     with tempfile.TemporaryDirectory() as folder:
         for what, num_workers in WORKERS.items():
             modules = passed_modules(checkout, Path(folder), num_workers=num_workers, recipe=args.run)
-            row = {"commit": commit, "recipe": Path(args.run).stem if args.run else "embedded_default", "what": what}
+            row = {
+                "commit": commit_of(checkout),
+                "recipe": Path(args.run).stem if args.run else "embedded_default",
+                "what": what,
+            }
             add_row(RESULTS, {**row, "number": len(modules), "modules": modules})
 
 

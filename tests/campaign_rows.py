@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,3 +22,9 @@ def add_row(path: Path, row: dict[str, Any]) -> None:
     print(json.dumps(row), flush=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def commit_of(tree: Path) -> str:
+    """Return the short name of the commit of a checkout."""
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, cwd=tree, capture_output=True, text=True, check=True).stdout.strip()

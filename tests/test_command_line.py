@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -171,4 +172,5 @@ def test_threads_spin_for_a_while_unless_the_environment_says_how_long(
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     answer_early(lambda: None)
+    gc.enable()
     assert os.environ.get("GOMP_SPINCOUNT") == found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import difflib
+import gc
 import os
 import sys
 import time
@@ -128,6 +129,9 @@ def run_main(main: Callable[[], int | None], *, leave_at_once: bool = False) -> 
             it, where the terminal is closed or the other end of the pipe has gone.
     """
     message = ""
+    if not gc.isenabled():
+        gc.freeze()  # what has been imported stays, and need not be looked at in a step
+        gc.enable()
     if leave_at_once:
         sys.stdout, sys.stderr = cast("TextIO", _Unfailing(sys.stdout)), cast("TextIO", _Unfailing(sys.stderr))
     try:
@@ -159,13 +163,15 @@ def run_main(main: Callable[[], int | None], *, leave_at_once: bool = False) -> 
 def answer_early(check: Callable[[], object]) -> None:
     """Do what can be done before torch is imported; a mistake, or --help, ends the process as in `run_main`.
 
-    OpenMP, which torch brings, reads its settings when it is loaded: SPIN_COUNT takes the place of its default.
+    OpenMP, which torch brings, reads its settings when it is loaded: SPIN_COUNT takes the place of its default. Until
+    `run_main` no garbage is looked for: imports leave none, and what they bring would be looked at again and again.
 
     Args:
         check: reads the command line, and says what of it and of its files is wrong without torch.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    gc.disable()
     failures: tuple[type[BaseException], ...] = (SystemExit, *USER_ERRORS)
     try:
         check()
@@ -274,14 +280,8 @@ def _progress_bar(label: str, total: int | None) -> Iterator[Report]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[text]}"), console=Console(stderr=True)) as progress:
         task = progress.add_task(label, total=total, text="")
         yield lambda done, text: progress.update(task, completed=done, text=text)
 

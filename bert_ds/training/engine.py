@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
@@ -23,6 +26,7 @@ from bert_ds.training.deepspeed_names import named_release, require_names
 from bert_ds.training.optimizers.factory import StepGuard, refuse_unsupported_settings, share_replicated_work
 
 with named_release():
+    from deepspeed.runtime import compiler
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
 
@@ -46,6 +50,7 @@ def make_engine(model: nn.Module, optimizer: Optimizer, ds_config: dict[str, Any
     names = parameter_names(model, optimizer)
     weights = _full_precision_weights(model, ds_config)
     guard = StepGuard(optimizer)
+    _import_muon_uncompiled()
     with _prints_logged():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     require_names(engine)
@@ -72,6 +77,26 @@ def _prints_logged() -> Iterator[None]:
         finally:
             for line in filter(str.strip, printed.getvalue().splitlines()):
                 logging.getLogger("DeepSpeed").info(line.rstrip())
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon with its functions compiled at their first call, not now.
+
+    Every wrapper of ZeRO imports it to ask whether the optimizer is one, and torch.compile then imports all that a
+    compiler needs, which takes four seconds.
+    """
+    with mock.patch.object(compiler, "compile", lambda: _compiled_at_first_call):
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+
+
+def _compiled_at_first_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = functools.cache(lambda: torch.compile(function))
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled()(*args, **kwargs)
+
+    return call
 
 
 def parameter_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:

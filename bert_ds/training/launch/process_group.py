@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -103,9 +104,10 @@ def leave_out_shared_memory_operator() -> None:
     /dev/shm behind for good. Only DeepSpeed's inference engine uses them.
     """
     if get_accelerator().device_name() == "cpu":
-        if not hasattr(deepspeed.ops, "__compatible_ops__"):
-            raise ConfigError(missing_name("deepspeed.ops", "__compatible_ops__"))
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        backend = importlib.import_module("deepspeed.comm.torch")  # deepspeed.comm has torch itself by that name
+        if not hasattr(backend, "build_shm_op"):
+            raise ConfigError(missing_name("deepspeed.comm.torch", "build_shm_op"))
+        vars(backend)["build_shm_op"] = lambda: None
 
 
 def keep_freed_memory() -> None:

@@ -12,6 +12,7 @@ loader copies the first group's settings over all groups.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -148,12 +149,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Accept the first group only: decay is per parameter, so a second group is never needed."""
         if self.param_groups:
             raise ValueError("one parameter group; weight decay is given per parameter by weight_decay_of")
-        super().add_param_group(param_group)
+        _bare(torch.optim.Optimizer.add_param_group)(self, param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what torch returns."""
+        state: dict[str, Any] = _bare(torch.optim.Optimizer.state_dict)(self)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, and look the layout up again at the next step."""
         self._layouts.clear()
-        super().load_state_dict(state_dict)
+        _bare(torch.optim.Optimizer.load_state_dict)(self, state_dict)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients as torch does."""
+        _bare(torch.optim.Optimizer.zero_grad)(self, set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -224,6 +234,14 @@ def sum_over_ranks(groups: Sequence[GroupStep], sums: Sequence[Tensor]) -> None:
         dist.all_reduce(together, group=ranks)
         for buffer, total in zip(buffers, together.split([buffer.numel() for buffer in buffers]), strict=True):
             buffer.copy_(total.view_as(buffer))
+
+
+def _bare(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of torch's optimizer without what keeps compiled code out of it.
+
+    That imports torch._dynamo at the first call, two seconds of every start. No step of ours is compiled.
+    """
+    return inspect.unwrap(method)
 
 
 def _decay(
