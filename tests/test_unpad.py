@@ -190,6 +190,37 @@ def test_a_flattened_batch_gives_what_the_padded_one_gives(name: str) -> None:
     torch.testing.assert_close(ours.eval()(**inputs).logits[0], theirs.logits[batch.keep])
 
 
+@pytest.mark.parametrize("family", list(cases.SETTINGS))
+def test_answers_at_real_tokens_have_the_loss_and_gradients_of_rows_without_padding(family: str) -> None:
+    plain = cases.make_model(f"{family}ForQuestionAnswering").train()
+    ours = unpad(copy.deepcopy(plain), answers_at_real_tokens=True)
+    inputs = cases.make_batch(f"{family}ForQuestionAnswering").inputs
+    answers = {"start_positions": torch.tensor([1, 9, 0, 2]), "end_positions": torch.tensor([[4], [11], [0], [3]])}
+    losses = []
+    for row, length in enumerate((5, 12, 1, 5)):
+        own = {name: x[row : row + 1, :length] for name, x in inputs.items()}
+        losses.append(plain(**own, **{name: x[row : row + 1] for name, x in answers.items()}).loss)
+    expected = torch.stack(losses).mean()
+    found = ours(**inputs, **answers)
+    assert list(found) == ["loss", "start_logits", "end_logits"]
+    loss, *logits = ours(**inputs, **answers, return_dict=False)
+    torch.testing.assert_close([found.loss, loss], [expected, expected])
+    assert [each.shape for each in logits] == [(4, 12), (4, 12)]
+    expected.backward()
+    found.loss.backward()
+    cases.assert_same_gradients(ours, plain)
+
+
+def test_an_answer_after_the_end_of_the_batch_counts_for_nothing() -> None:
+    ours = unpad(cases.make_model("BertForQuestionAnswering"), answers_at_real_tokens=True)
+    inputs = cases.make_batch("BertForQuestionAnswering").inputs
+    ends = torch.tensor([4, 11, 0, 3])
+    without = {name: x[:3] for name, x in inputs.items()} | {"end_positions": ends[:3]}
+    fewer = ours(**without, start_positions=torch.tensor([1, 9, 0])).loss
+    more = ours(**inputs, start_positions=torch.tensor([1, 9, 0, 12]), end_positions=torch.tensor([4, 11, 0, 500])).loss
+    torch.testing.assert_close(more, fewer)
+
+
 def test_a_model_made_of_the_config_of_an_unpadded_one_still_minds_its_mask() -> None:
     plain, ours = cases.pair("ModernBertModel")
     heir = type(plain)(ours.config).double().eval()

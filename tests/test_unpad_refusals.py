@@ -223,11 +223,17 @@ def test_positions_of_several_rows_may_be_given_once_and_fall() -> None:
 
 def test_the_loss_of_answers_is_refused_with_padding_and_equal_without() -> None:
     plain, ours = cases.pair("BertForQuestionAnswering")
-    answers = {"start_positions": torch.tensor([1, 2, 0, 3]), "end_positions": torch.tensor([2, 3, 0, 4])}
+    answers = {"start_positions": torch.tensor([1, 2, 0, 3]), "end_positions": torch.tensor([2, 3, 1, 4])}
     full = cases.make_batch("BertForQuestionAnswering", "full").inputs | answers
     torch.testing.assert_close(ours(**full).loss, plain(**full).loss)
     with pytest.raises(ValueError, match="the softmax of this loss runs over padding too"):
         ours(**cases.make_batch("BertForQuestionAnswering").inputs | answers)
+    ours = unpad(repad(ours), answers_at_real_tokens=True)
+    assert describe(ours).startswith("model (BertForQuestionAnswering): its loss compares a place with the real tokens")
+    with pytest.raises(ValueError, match="an answer begins or ends at padding"):
+        ours(**cases.make_batch("BertForQuestionAnswering").inputs | answers)  # the third row has one token
+    with pytest.raises(ValueError, match="num_items_in_batch"):
+        ours(**cases.make_batch("BertForQuestionAnswering").inputs | answers, num_items_in_batch=4)
 
 
 def test_describe_says_what_is_packed_fused_and_left_alone() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +50,10 @@ class EncoderState:
 
 @dataclass
 class HeadState:
-    """What an unpadded head remembers: the labels that a training call must bring."""
+    """What an unpadded head remembers: the labels that a training call must bring, and how far answers are compared."""
 
     labels: tuple[str, ...] = ()
+    answers_at_real_tokens: bool = False
 
 
 def encoder(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,19 +119,51 @@ def answer_head(original: Callable[..., Any]) -> Callable[..., Any]:
     """Return the forward of a head for question answering, whose loss compares every place with every other."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if state_of(self) is not None:
-            call = _arguments(original, self, args, kwargs)
-            mask = call.get("attention_mask")
-            asks_loss = call.get("start_positions") is not None and call.get("end_positions") is not None
-            if asks_loss and mask is not None and not bool(mask.bool().all()):
-                raise ValueError(
-                    "start_positions and end_positions with padding: the softmax of this loss runs over padding too, "
-                    "which an unpadded model does not compute; give batches of one length, or take the loss of the "
-                    f"logits at real tokens yourself{_UNDO}"
-                )
-        return original(self, *args, **kwargs)
+        state = state_of(self)
+        if state is None:
+            return original(self, *args, **kwargs)
+        call = _arguments(original, self, args, kwargs)
+        mask = call.get("attention_mask")
+        places = [call.get("start_positions"), call.get("end_positions")]
+        if any(each is None for each in places) or mask is None or bool(mask.bool().all()):
+            return original(self, **call)
+        if not state.answers_at_real_tokens:
+            raise ValueError(
+                "start_positions and end_positions with padding: the softmax of this loss runs over padding too, "
+                "which an unpadded model does not compute; unpad(model, answers_at_real_tokens=True) takes it over "
+                f"real tokens, and batches of one length need neither{_UNDO}"
+            )
+        if call.get("num_items_in_batch") is not None:
+            raise ValueError(
+                f"num_items_in_batch: the loss over real tokens is the mean of the answers of a call{_UNDO}"
+            )
+        output = original(self, **call | {"start_positions": None, "end_positions": None})
+        loss = _loss_of_answers(output[:2] if isinstance(output, tuple) else list(output.values())[:2], places, mask)
+        return (loss, *output) if isinstance(output, tuple) else type(output)(loss=loss, **output)
 
     return forward
+
+
+def _loss_of_answers(logits: Sequence[Tensor], places: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the first and the last place of every answer over the real tokens of its row.
+
+    As transformers has it, a place at or after the end of the batch counts for nothing.
+
+    Args:
+        logits: of start and end, [B, S] each.
+        places: of start and end, int64 [B] or [B, 1].
+        mask: [B, S].
+    """
+    keep_BS = mask.bool()
+    length, losses = keep_BS.shape[1], []
+    for logits_BS, places_B in zip(logits, places, strict=True):
+        places_B = places_B.reshape(-1).clamp(0, length)
+        inside = places_B < length
+        if not bool(keep_BS[inside, places_B[inside]].all()):  # a host wait, as packing is
+            raise ValueError(f"start_positions, end_positions: an answer begins or ends at padding{_UNDO}")
+        real_BS = logits_BS.masked_fill(~keep_BS, torch.finfo(logits_BS.dtype).min)
+        losses.append(nn.functional.cross_entropy(real_BS, places_B, ignore_index=length))
+    return (losses[0] + losses[1]) / 2
 
 
 def _is_for_each_token(labels: Tensor, call: dict[str, Any]) -> bool:

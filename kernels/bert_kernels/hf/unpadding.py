@@ -35,7 +35,7 @@ _WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.", "deep
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def unpad(model: Model, *, kernels: Kernels = "auto") -> Model:
+def unpad(model: Model, *, kernels: Kernels = "auto", answers_at_real_tokens: bool = False) -> Model:
     """Let every BERT-class encoder of transformers inside `model` compute without padding; return `model`.
 
     Padding is taken out once, before the embeddings, and put back once, after the last layer, as zeros. Parameters,
@@ -48,6 +48,9 @@ def unpad(model: Model, *, kernels: Kernels = "auto") -> Model:
         kernels: "auto" fuses layers of BERT's shape by Triton operators on CUDA and leaves transformers' own layers,
             with attention by sequence, on a CPU; "triton" takes the Triton operators everywhere, "torch" their torch
             references, with the same dropout masks.
+        answers_at_real_tokens: let the softmax in the loss of question answering run over the real tokens of a row, as
+            it does in the plain model where each row comes without padding. The plain model's own loss of a padded
+            batch compares with padding too, whose logits are not computed here: False refuses to train on it.
 
     Raises:
         ValueError: there is nothing to unpad, it is unpadded already, or it is one of what cannot be unpadded.
@@ -63,7 +66,7 @@ def unpad(model: Model, *, kernels: Kernels = "auto") -> Model:
         if part.name == ENCODER:
             _unpad_encoder(part, kernels, needs=needs, attention_before=before[id(part.module.config)])
         elif part.is_own:  # a person's own forward reads what it likes
-            _unpad_head(part)
+            _unpad_head(part, answers_at_real_tokens=answers_at_real_tokens)
     return model
 
 
@@ -98,6 +101,8 @@ def describe(model: nn.Module) -> str:
             lines.append(f"{where}: computes without padding; {_how(state.kernels, layers)}")
         elif isinstance(state, HeadState) and state.labels:
             lines.append(f"{where}: in training it sees labelled tokens alone and returns no logits")
+        elif isinstance(state, HeadState) and state.answers_at_real_tokens:
+            lines.append(f"{where}: its loss compares a place with the real tokens of its row")
         elif name == ENCODER:
             lines.append(f"{where}: as transformers made it")
     return "\n".join(lines) or f"{type(model).__name__} holds no encoder that unpad knows: {_known()}"
@@ -189,11 +194,11 @@ def _unpad_encoder(part: Part, kernels: Kernels, *, needs: Needs | None, attenti
     swap(encoder, "encoder", state)
 
 
-def _unpad_head(part: Part) -> None:
+def _unpad_head(part: Part, *, answers_at_real_tokens: bool) -> None:
     labels = dict(part.family.word_labels).get(part.name)
     if labels:
         swap(part.module, "word_head", HeadState(labels))
     elif part.name == TOKEN_LABELS:
         swap(part.module, "token_head", HeadState())
     elif part.name == ANSWERS:
-        swap(part.module, "answer_head", HeadState())
+        swap(part.module, "answer_head", HeadState(answers_at_real_tokens=answers_at_real_tokens))
