@@ -86,4 +86,6 @@ def test_a_side_is_scored_by_its_name_with_the_labels_of_the_folder(
     done = run_verb(ROOT / "bert_ds/score.py", "--task", task, "--side", "test", *places)
     assert done.returncode == 0, done.stderr
     results = json.loads((finished[1] / "results.json").read_text())
-    assert json.loads((tmp_path / "scores/results.json").read_text())["test"] == pytest.approx(results["test"])
+    scores = json.loads((tmp_path / "scores/results.json").read_text())
+    assert scores["test"] == pytest.approx(results["test"]) and scores["rows"] == results["rows"]
+    assert [path.name for path in (tmp_path / "scores/predictions").iterdir()] == ["test"]

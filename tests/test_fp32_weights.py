@@ -41,6 +41,14 @@ def roll_shard(content: Any) -> None:
     flat.copy_(flat.roll(1))
 
 
+def test_a_checkpoint_with_another_byte_has_no_weights(checkpoint: Path) -> None:
+    content = bytearray((checkpoint / SHARDS).read_bytes())
+    content[len(content) // 2] ^= 1
+    (checkpoint / SHARDS).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{SHARDS} is damaged: its sha256"):
+        load_fp32_state_dict(checkpoint)
+
+
 def test_shards_in_another_order_are_not_taken_for_the_weights(checkpoint: Path) -> None:
     rewrite(checkpoint, SHARDS, roll_shard)
     with pytest.raises(CheckpointError, match=r"found for dense.weight are not those of the model"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from call_watch import Calls
@@ -15,18 +17,19 @@ from corpus_fixtures import FIRST_TEXT_ID, random_documents, write_shards
 from downstream_cases import review_task
 from test_report import logged, written
 
-from bert_ds import submit
+from bert_ds import judge_launch, submit
 from bert_ds.basics.ranks import DataError, Ranks
+from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.deepspeed_file.ds_config import load_ds_config, load_pair
-from bert_ds.configuration.recipe.run_config import ConfigError, MaskingConfig, SequenceConfig
+from bert_ds.configuration.recipe.run_config import ConfigError, EmbeddedCorpus, MaskingConfig, SequenceConfig
 from bert_ds.configuration.run_plan import make_plan
 from bert_ds.configuration.task.task_config import load_task
 from bert_ds.corpus.batches import loader
-from bert_ds.corpus.batches.batch_stages import DataSettings
+from bert_ds.corpus.batches.batch_stages import DataSettings, DataStage
 from bert_ds.corpus.batches.loader import PretrainingData, Source
 from bert_ds.corpus.batches.plan_batches import evaluated_batches
 from bert_ds.corpus.batches.sequences import content_hash
-from bert_ds.corpus.shards import build
+from bert_ds.corpus.shards import build, embedded
 from bert_ds.corpus.shards.segments import KINDS, SegmentRecord
 from bert_ds.corpus.shards.shard_folder import FileRecord, ShardRecord, open_shards
 from bert_ds.corpus.text.documents import Document
@@ -36,7 +39,8 @@ from bert_ds.launch.launch_checks import CHECKS, checked_task
 from bert_ds.launch.task_table import rows_left, task_table
 from bert_ds.launch.verb_arguments import finetune_arguments, pretrain_arguments
 from bert_ds.reporting.run_history import below_unigram, read_history
-from bert_ds.reporting.run_overview import read_overview
+from bert_ds.reporting.run_overview import _job_number, read_overview
+from bert_ds.training.launch.restart_policy import Progress, Verdict
 
 
 def test_short_words_of_a_command_line_become_settings(tmp_path: Path) -> None:
@@ -96,6 +100,39 @@ def test_a_job_is_planned_with_its_overrides_and_by_its_precision(
     assert submit.speed_of(args, make_plan(run, ds, 1)) is not None
 
 
+def test_sbatch_is_started_with_what_the_site_says_unless_the_user_says_otherwise(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site.env").write_text("export SBATCH_ACCOUNT=nlp\nexport SBATCH_QOS=high\n")
+    monkeypatch.setenv("BERT_DS_SITE", str(tmp_path / "site.env"))
+    monkeypatch.setenv("SBATCH_QOS", "mine")
+    started = Mock(return_value=Mock(returncode=0, stdout="7;cluster\n"))
+    monkeypatch.setattr(submit.subprocess, "run", started)
+    monkeypatch.setattr(sys, "argv", ["submit.py", *files, "--run_dir", str(tmp_path / "run"), "--gpus_per_node", "1"])
+    assert submit.main() == 0
+    environment = started.call_args.kwargs["env"]
+    assert (environment["SBATCH_ACCOUNT"], environment["SBATCH_QOS"]) == ("nlp", "mine")
+
+
+def test_a_job_is_judged_by_the_limit_that_its_script_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch, judge_launch, judge=(Verdict("again", 75, 0, "why"), Progress()))
+    words = ["--run_dir", str(tmp_path), "--job", "7", "--world_size", "2", "--srun_code", "1", "--limit", "9"]
+    monkeypatch.setattr(sys, "argv", ["judge_launch.py", *words])
+    judge_launch.main()
+    assert calls["judge"][0]["limit"] == 9
+
+
+def test_the_embedded_corpus_is_made_as_the_recipe_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"docstring_documents": [Document("a", "x" * 600_000)], "train_wordpiece": None, "build_shards": None}
+    calls = Calls(monkeypatch, embedded, **parts)
+    config = EmbeddedCorpus(vocab_size=99, lowercase=False, max_bytes=700_000, validation_fraction=0.25)
+    embedded.build_embedded(config, tmp_path, say=lambda text: None)
+    (read,), (trained,), (built,) = (calls[name] for name in parts)
+    assert read["max_bytes"] == 700_000
+    assert (trained["vocab_size"], trained["lowercase"]) == (99, False)
+    assert built["settings"].validation_fraction == 0.25
+
+
 def test_a_build_is_told_of_its_workers_and_counts_what_is_unknown_in_all_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +156,9 @@ def test_what_a_split_holds_is_known_by_its_sentences_and_documents_too(tmp_path
     cuts = {"whole": [[one, one]], "sentences": [[one, other, other]], "documents": [[one], [one]]}
     held = [content_hash(open_shards(write_shards(tmp_path / name, text), "train")) for name, text in cuts.items()]
     assert len(set(held)) == 3
+    split = open_shards(tmp_path / "whole", "train")
+    split.fingerprint = "of another tokenizer with the same pieces"
+    assert content_hash(split) not in held
 
 
 def test_tables_of_examples_may_lie_in_the_run_and_sources_share_the_examples_of_an_evaluation(
@@ -138,6 +178,31 @@ def test_tables_of_examples_may_lie_in_the_run_and_sources_share_the_examples_of
         name: [batch.num_sequences for batch in some] for name, some in evaluated_batches(recipe, data, Ranks(0, 0, 1))
     }
     assert found == {"": [4, 4], "a": [4], "b": [4]}
+    alone = PretrainingData(sources[1:], folders[0] / "tokenizer", settings=settings)
+    spread: Any = {"batch_size": 4, "rank": 0, "world_size": 1}
+    one, wanted = data.evaluation_batches(4, source="b", **spread), alone.evaluation_batches(4, **spread)
+    assert next(one).input_ids_T.tolist() == next(wanted).input_ids_T.tolist()
+
+
+def test_stages_of_one_length_read_on_where_the_one_before_has_ended(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", random_documents(20))
+    sequences, masking = SequenceConfig(max_seq_length=32, sentence_pair="none"), MaskingConfig()
+    earlier = (DataStage(0, sequences, masking, 4), DataStage(3, sequences, masking, 8))
+    settings = DataSettings(sequences, masking, 5, 12, 5, earlier=earlier)
+    data = PretrainingData([Source(shards, "text")], shards / "tokenizer", settings=settings)
+    assert [stage.first_position for stage in data._stages] == [0, 12, 28]
+    assert [data.source_counts(step, step + 1)["text"].examples for step in (2, 3, 5)] == [4, 8, 12]
+
+
+def test_the_balance_that_is_told_is_the_worst_of_the_steps_looked_at(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "shards", random_documents(60))
+    settings = DataSettings(SequenceConfig(max_seq_length=64), MaskingConfig(), 0, 16)
+    data = PretrainingData([Source(shards, "text")], shards / "tokenizer", settings=settings)
+    balances = []
+    for step in range(4):
+        tokens = [batch.num_tokens for batch in data.rank_batches(step, rank=0, split=BatchSplit(4, 4, 1))]
+        balances.append(max(tokens) / (sum(tokens) / 4))
+    assert pytest.approx(data.facts(num_parts=4)["tokens_max_over_mean"]) == max(balances) > balances[0]
 
 
 def test_a_report_goes_by_the_last_attempt_and_the_last_evaluation(tmp_path: Path) -> None:
@@ -153,6 +218,17 @@ def test_a_report_goes_by_the_last_attempt_and_the_last_evaluation(tmp_path: Pat
     assert (history.unigram, below_unigram(history)) == (8.0, 4.0)
     assert _measured(run / "metrics.jsonl", 2) == {"held-out text at [MASK]": "loss 4.000 nats, accuracy 0.500"}
     assert _measured(run / "metrics.jsonl", 3) == {}
+
+
+@pytest.mark.parametrize(("age_s", "number"), [(1, "18"), (-1, "17")])
+def test_the_job_of_a_run_is_the_newer_of_the_one_that_ran_and_the_one_that_waits(
+    age_s: int, number: str, tmp_path: Path
+) -> None:
+    (tmp_path / "slurm_job").write_text("17\n")
+    (tmp_path / "submit.json").write_text('{"job": "18"}')
+    os.utime(tmp_path / "submit.json", (0, 1000))
+    os.utime(tmp_path / "slurm_job", (0, 1000 - age_s))
+    assert _job_number(tmp_path) == number
 
 
 def test_a_run_of_long_steps_may_be_silent_for_long(tmp_path: Path) -> None:

@@ -221,6 +221,11 @@ def test_a_prediction_that_is_killed_goes_on_where_it_was(
         file.write('{"row": 6, "lab')
     with pytest.raises(ConfigError, match="was begun with another model, input or columns"):
         run(monkeypatch, "--columns", "text=body", *words, tmp_path / "out.jsonl")
+    written = os.stat(tmp_path / "in.jsonl").st_mtime_ns
+    os.utime(tmp_path / "in.jsonl", ns=(written, written + 1))
+    with pytest.raises(ConfigError, match="was begun with another model, input or columns"):
+        run(monkeypatch, *words, tmp_path / "out.jsonl")
+    os.utime(tmp_path / "in.jsonl", ns=(written, written))
     run(monkeypatch, *words, tmp_path / "out.jsonl")
     assert calls == [3, 3, 2, 2]
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 from ranks_harness import run_ranks
 
-from bert_ds.basics.ranks import DataError
+from bert_ds.basics.ranks import CheckpointError, DataError
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.folders.output_folders import MARKER
 from bert_ds.training.agreement import on_main_rank
-from bert_ds.training.launch.run_folder import enter_run_folder, prove_same_files, refuse_foreign_folders
+from bert_ds.training.launch.run_folder import (
+    enter_run_folder,
+    prove_same_files,
+    refuse_foreign_folders,
+    write_tokenizer,
+)
 
 
 def scenarios(rank: int, world_size: int, folder: str) -> dict[str, str]:
@@ -34,6 +39,7 @@ def scenarios(rank: int, world_size: int, folder: str) -> dict[str, str]:
     attempt("different", DataError, lambda: prove_same_files([own / "manifest.json"]))
     (shared / "checkpoints/global_step3").mkdir(parents=True, exist_ok=True)
     attempt("occupied", ConfigError, lambda: enter_run_folder(shared, {"run_config.json": "x"}, resume="never"))
+    attempt("done", CheckpointError, lambda: enter_run_folder(root / "done", {"a.json": "1"}, resume="auto"))
     attempt("foreign", ConfigError, lambda: refuse_foreign_folders([root / "seed_1", root / "foreign"]))
     attempt("foreign hf", ConfigError, lambda: refuse_foreign_folders([root / "with_hf"], export="hf"))
     attempt("foreign entered", ConfigError, lambda: enter_run_folder(root / "foreign", {"a.json": "1"}, resume="auto"))
@@ -66,7 +72,10 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     for name in ("foreign/run.lock", "with_hf/hf/mine"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("mine")
-    (folder / "with_hf" / MARKER).write_text('{"bert_ds_folder": "run"}')
+    (folder / "done").mkdir()
+    (folder / "done/DONE").touch()
+    for name in ("with_hf", "done"):
+        (folder / name / MARKER).write_text('{"bert_ds_folder": "run"}')
     return run_ranks(scenarios, 2, str(folder))
 
 
@@ -87,6 +96,19 @@ def test_a_rank_that_sees_another_file_is_named_on_every_rank(said: list[dict[st
 def test_a_folder_with_checkpoints_is_refused_and_left_as_it_is(said: list[dict[str, str]]) -> None:
     assert all("--resume auto continues it" in rank["occupied"] for rank in said)
     assert said[0]["config"] == "{}\n"
+
+
+def test_a_run_that_is_done_and_has_no_checkpoint_is_refused(said: list[dict[str, str]]) -> None:
+    assert all("done is marked DONE but holds no checkpoint" in rank["done"] for rank in said)
+
+
+def test_the_tokenizer_of_checkpoints_stays_as_it_is(tmp_path: Path) -> None:
+    saved: list[Path] = []
+    (tmp_path / "tokenizer").mkdir()
+    write_tokenizer(tmp_path, saved.append)
+    (tmp_path / "checkpoints/global_step2").mkdir(parents=True)
+    write_tokenizer(tmp_path, saved.append)
+    assert saved == [tmp_path / "tokenizer"]
 
 
 def test_what_rank_0_raises_is_raised_everywhere_and_what_it_returns_is_returned(said: list[dict[str, str]]) -> None:

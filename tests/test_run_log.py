@@ -37,6 +37,7 @@ def test_every_opening_is_a_new_attempt(tmp_path: Path) -> None:
     for attempt in (1, 2, 3):
         log = RunLog(tmp_path, MAIN, total_steps=10)
         log.start(0, {})
+        log.row("start", 0, {"rolled_back_from": 2})
         assert log.attempt == attempt
         log.close()
 

@@ -39,6 +39,7 @@ def test_rows_count_as_the_short_way_of_reading_has_them(tmp_path: Path) -> None
         ]
         rows += [row("evaluation", turn + 5, loss=float(turn)), row("skipped", turn + 7), "{torn", "[" * 9000, "7"]
         rows += [row("start", turn + 4)] if turn % 3 else [row("train", turn // 2, loss=-1.0)]
+        rows += [row("start", 6)] * (turn == 10)  # before the one that was there already
     path = written(tmp_path, rows)
     found, wanted = read_run_rows(path), read_metrics(path)
     assert list(found.numbers) == [one["step"] for one in wanted]
@@ -48,7 +49,7 @@ def test_rows_count_as_the_short_way_of_reading_has_them(tmp_path: Path) -> None
     assert list(found.whole) == wanted
     assert list(found.evaluations) == read_metrics(path, "evaluation")
     assert list(found.skipped) == read_metrics(path, "skipped")
-    assert len(found.attempts) == 21
+    assert len(found.attempts) == 22
 
 
 def test_what_is_kept_does_not_follow_the_number_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,10 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 from call_watch import Calls
 from corpus_fixtures import random_documents, write_shards
 from test_verb_wiring import ALONE, RECIPE, SPREAD
@@ -18,7 +20,8 @@ import bert_ds.pretrain
 from bert_ds.basics.ranks import Ranks
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.run_plan import RunPlan, make_plan
-from bert_ds.corpus.batches.plan_batches import held_out_batches
+from bert_ds.corpus.batches.batch_stages import data_settings
+from bert_ds.corpus.batches.plan_batches import held_out_batches, longest_batches
 from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.checkpoints.train_state import TrainState
 from bert_ds.training.launch.restart import StopRequest
@@ -108,6 +111,24 @@ def test_a_trial_looks_for_a_larger_batch_where_it_is_asked_to(
     (given,) = calls["try_longest"]
     assert given["search"] == (option == "find_micro_batch")
     assert not (args.run_dir / "DONE").exists()
+
+
+def test_a_replay_has_the_seed_and_the_batches_of_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch, bert_ds.pretrain, replay_step=None)
+    plan, args = plan_of(folder, "training.num_workers=0"), arguments(folder / "runs/replay", replay_step=3)
+    assert bert_ds.pretrain.pretrain(plan, ALONE, args=args, stop=StopRequest()) == 0
+    (given,) = calls["replay_step"]
+    assert (given["step"], given["seed"]) == (3, 11)
+    data = bert_ds.pretrain.open_corpus(plan, args.run_dir, log=given["log"])
+    (one, *_), (wanted, *_) = given["batch"](1), data.rank_batches(1, rank=0, split=plan.split)
+    assert torch.equal(one.input_ids_T, wanted.input_ids_T)
+
+
+def test_the_longest_batch_is_cut_as_in_the_stage_that_needs_most(folder: Path) -> None:
+    data, plan = Mock(), plan_of(folder, 'stages=[{"until": 0.5, "train_batch_size": 16}]', "training.few_shapes=true")
+    longest_batches(plan, data)(3)
+    data.longest_batch.assert_called_once_with(6, stage=0)
+    assert data_settings(plan.run, plan.stages).few_shapes
 
 
 def test_a_run_by_the_clock_has_the_stages_and_the_files_of_its_steps(

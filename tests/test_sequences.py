@@ -200,6 +200,7 @@ def _count_examples(folder: Path) -> int:
         ({"short_seq_prob": 0.9}, 0),
         ({"sentence_pair": "none"}, 0),
         ({"sentence_pair": "none", "cross_documents": True}, 0),
+        ({"whole_sentences": False}, 0),
         ({}, 1),
     ],
 )
@@ -208,6 +209,8 @@ def test_the_cache_of_other_settings_is_not_taken(changes: dict[str, Any], seed:
     split = open_train(tmp_path, random_documents(20))
     if changes.get("cross_documents"):
         config["sentence_pair"] = "none"
+    if "whole_sentences" in changes:
+        config |= {"sentence_pair": "none", "short_seq_prob": 0.0}
     before = build(split, SequenceConfig(**config), 0).example_units.tolist()
     other = SequenceConfig(**{**config, **changes})
     alone = build_examples(split, other, seed=seed, cache_dirs=(tmp_path / "alone",)).example_units.tolist()

@@ -113,7 +113,8 @@ def test_the_fingerprint_is_the_old_one_without_stages_and_tells_all_stages_apar
     own = (8, 64, 16, 0.15)
     others = [[(0, 32, 16, 0.15), own], [(0, 64, 8, 0.15), own], [(0, 64, 16, 0.4), own]]
     others += [[(0, 32, 16, 0.15), (9, *own[1:])], [(0, 32, 16, 0.15), (4, 64, 8, 0.15), own]]
-    assert len({OLD_FINGERPRINT, *(open_data(shards, order).fingerprint for order in others)}) == 6
+    others += [[(0, 64, 16, 0.3), own], [(0, 64, 16, 0.15), own]]
+    assert len({OLD_FINGERPRINT, *(open_data(shards, order).fingerprint for order in others)}) == 8
 
 
 STAGES = [

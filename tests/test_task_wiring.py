@@ -152,6 +152,11 @@ def test_rows_are_predicted_so_many_at_a_time(tmp_path: Path) -> None:
     assert model.training
 
 
+def test_a_long_text_is_cut_to_the_length_of_its_task(tmp_path: Path) -> None:
+    _, rows = reviews(tmp_path, max_seq_length=4)
+    assert {len(feature.input_ids) for feature in rows.train.features} == {4}
+
+
 def test_rows_are_counted_and_not_their_sequences(tmp_path: Path) -> None:
     write_lines(tmp_path / "train", [json.dumps({"words": ["film"] * 20, "tags": ["N"] * 19 + ["O"]})])
     write_lines(tmp_path / "held", [json.dumps({"words": ["it"], "tags": ["O"]})])
