@@ -29,7 +29,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +183,7 @@ def finish(case: Case, run_dir: Path, *, steps: int, step_s: float = 0.0) -> Non
     assert codes == [0] * case.ranks, f"{case.name}: exit codes {codes}, see {run_dir}"
 
 
-def run_case(case: Case, work: Path, *, num_kills: int) -> dict[str, Any]:
+def run_case(case: Case, work: Path, num_kills: int) -> dict[str, Any]:
     """Kill one run num_kills times, let it end, and compare it with the run that was left alone."""
     clock, steps = random.Random(case.name), 4 * num_kills
     killed, whole = work / case.name / "killed", work / case.name / "whole"
@@ -268,7 +267,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--every_s", type=float, default=15.0)
     parser.add_argument("--work", type=Path, default=Path("runs/campaign-kills"))
-    parser.add_argument("--unrecorded", action="store_true", help="print the row and keep it out of the results")
     args = parser.parse_args()
     if args.what == "table":
         return print_table()
@@ -277,15 +275,14 @@ def main() -> None:
     # What DeepSpeed imports and loads late, imported once for all children.
     assert deepspeed.runtime.zero.muon.muon_optimizer and torch._dynamo
     leave_out_shared_memory_operator()
-    keep = print if args.unrecorded else partial(add_row, RESULTS)
     if args.what == "soak":
-        return keep(soak(args.work, minutes=args.minutes, every_s=args.every_s))
-    done = set() if args.unrecorded else {row["case"] for row in read_rows(RESULTS) if row["kind"] == "kills"}
+        return add_row(RESULTS, soak(args.work, minutes=args.minutes, every_s=args.every_s))
+    done = {row["case"] for row in read_rows(RESULTS) if row["kind"] == "kills"}
     for case in CASES:
         if args.only in (None, case.name) and case.name not in done:
             num_kills = 2 * args.kills if case is CASES[0] else args.kills
-            row = run_case(case, args.work, num_kills=num_kills)
-            keep(json.dumps(row) if args.unrecorded else row)
+            row = run_case(case, args.work, num_kills)
+            add_row(RESULTS, row)
             assert survived(row), row
 
 

@@ -1,7 +1,6 @@
 """Storms of signals over whole launches: each run must save where it was stopped and go on as if nothing had happened.
 
     python tests/campaign_storms.py storms [--first 0] [--storms 200] [--whole_imports]
-    python tests/campaign_storms.py nohup [--steps 100]
     python tests/campaign_storms.py table
 
 A storm: up to ten SIGTERM, SIGINT, SIGUSR1 and SIGHUP at random moments within 1.5 s, each to one or all processes of a
@@ -11,7 +10,7 @@ from a checkpoint. Afterwards every process must end by itself and the newest ch
 was taken. The run is then continued, and losses, evaluations and the checkpoint at its end, weights and optimizer, must
 have the bits of the run that was left alone.
 
-nohup: launched so, a run goes on when its terminal is closed and every process gets SIGHUP; then a storm stops it.
+test_storms has two under nohup: such a run goes on when its terminal is closed and all get SIGHUP, until the storm.
 
 The processes are those of a user: DeepSpeed's runner, its launcher, the ranks and a loader process each. Unless
 --whole_imports is given, `light_launcher` spares the two launchers the import of torch. Storms with the same number are
@@ -27,7 +26,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,11 +33,10 @@ from typing import Any, NamedTuple
 
 import torch
 from campaign_rows import add_row, read_rows
-from fork_server import free_port
-from stormed_launch import Blow, Launch, arguments, marked, steps_taken
+from forked_verbs import run_verb
+from stormed_launch import PATIENCE_S, Blow, Launch, arguments, marked, steps_taken
 from test_pretrain import make_workshop
 
-from bert_ds import pretrain
 from bert_ds.basics.processes import STOP_SIGNALS
 from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.checkpoints.checkpoint_engine import load_safely
@@ -97,30 +94,9 @@ def storm_under_nohup(way: str) -> Storm:
 
 
 def finish(work: Path, run_dir: Path, *, ranks: int) -> None:
-    """Let the run go on to its end, in processes forked from this one, which has imported everything."""
-    port, pids = free_port(), []
-    for rank in range(ranks):
-        pid = os.fork()
-        if pid == 0:
-            try:
-                out = os.open(run_dir.parent / f"{run_dir.name}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-                os.dup2(out, 1)
-                os.dup2(out, 2)
-                facts = {
-                    "RANK": rank,
-                    "LOCAL_RANK": rank,
-                    "WORLD_SIZE": ranks,
-                    "LOCAL_SIZE": ranks,
-                    "MASTER_PORT": port,
-                }
-                os.environ.update({name: str(value) for name, value in facts.items()}, MASTER_ADDR="127.0.0.1")
-                sys.argv = [pretrain.__file__, *arguments(work, run_dir)]
-                os._exit(pretrain.main())
-            finally:
-                os._exit(1)
-        pids.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    assert codes == [0] * ranks, f"the continued run ended with {codes}: see {run_dir}.txt"
+    """Let the run go on to its end, in forked processes."""
+    done = run_verb(ROOT / "bert_ds/pretrain.py", *arguments(work, run_dir), world_size=ranks, timeout_s=PATIENCE_S)
+    assert done.returncode == 0, f"the continued run of {run_dir} ended with {done.returncode}: {done.stderr[-3000:]}"
 
 
 def digest(run_dir: Path) -> str:
@@ -236,25 +212,17 @@ def print_table() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("storms", "nohup", "table"))
+    parser.add_argument("what", choices=("storms", "table"))
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--storms", type=int, default=200, metavar="N", help="up to storm N - 1")
-    parser.add_argument("--steps", type=int, default=100, help="of a run under nohup")
     parser.add_argument("--whole_imports", action="store_true")
     parser.add_argument("--work", type=Path, default=Path("runs/campaign-storms"))
     args = parser.parse_args()
     if args.what == "table":
         return print_table()
-    os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
     args.work = args.work.absolute()
     light = not args.whole_imports
-    prepare(args.work, steps=STEPS if args.what == "storms" else args.steps)
-    if args.what == "nohup":
-        for way in ("deepspeed", "bert-ds"):
-            row = weather(args.work, storm_under_nohup(way), args.work / way, start_s=0.0, light=light, nohup=True)
-            print(json.dumps({"way": way, **row}), flush=True)
-        return
+    prepare(args.work, steps=STEPS)
     start_s = time_start(args.work, light=light)
     recorded = {row["number"] for row in read_rows(RESULTS)}
     for number in (number for number in range(args.first, args.storms) if number not in recorded):

@@ -38,3 +38,11 @@ def run_verb(
         code = next((code for code in launch(orders, timeout_s=timeout_s) if code), 0)
         out, err = ("".join(Path(own[name]).read_text("utf-8", "replace") for own in files) for name in ("out", "err"))
     return subprocess.CompletedProcess(words, code, out, err)
+
+
+def run_text(code: str, *folders: Path) -> subprocess.CompletedProcess[str]:
+    """Run a text as a script, which has `sys` and finds the modules of these folders first."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "script.py")
+        script.write_text(f"import sys\nsys.path[:0] = {[str(one) for one in folders]}\n{code}", encoding="utf-8")
+        return run_verb(script)

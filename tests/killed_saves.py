@@ -1,23 +1,20 @@
-"""Run by test_checkpoints.py in a process of its own: training that is killed inside its saves, again and again.
+"""Training that is killed inside its saves, again and again; test_checkpoints.py calls `killed_saves` in a fork.
 
-The parent imports everything once and forks; each child resumes, trains one step, saves, and kills itself with SIGKILL
-at its k-th file operation under `checkpoints/` (audit events: open, rename, mkdir, remove ...), or is killed from
-outside after a random time. After each kill the folder must offer a whole checkpoint, none of them older than before.
+Each child resumes, trains one step, saves, and kills itself with SIGKILL at its k-th file operation under
+`checkpoints/` (audit events: open, rename, mkdir, remove ...), or is killed from outside after a random time. After
+each kill the folder must offer a whole checkpoint, none of them older than before.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import deepspeed.runtime.zero.muon.muon_optimizer
-import torch
 from tiny_training import ds_config, join_alone, run_tiny
 
 from bert_ds.basics.ranks import Ranks
@@ -28,17 +25,43 @@ from bert_ds.training.launch.process_group import leave_out_shared_memory_operat
 TOTAL_STEPS = 100_000
 
 
-ASYNCHRONOUS = sys.argv[4:] == ["asynchronous"]
+def killed_saves(folder: Path, stride: int, num_kills: int, asynchronous: bool) -> dict[str, Any]:
+    """Kill, then let the run continue to its next step and compare its losses with an uninterrupted run's."""
+    leave_out_shared_memory_operator()
+    killed, whole = (Victim(folder / name, asynchronous) for name in ("killed", "whole"))
+    result = {"operations": kill_at_every_operation(killed, stride), "times": kill_at_random_times(killed, num_kills)}
+    last = newest_step(killed.run_dir) + 1
+    for victim in (killed, whole):
+        assert os.waitpid(victim.fork(last), 0)[1] == 0
+    losses = [[row["loss"] for row in read_metrics(one.run_dir / "metrics.jsonl")] for one in (killed, whole)]
+    return result | {"last_step": last, "num_losses": len(losses[1]), "same": losses[0] == losses[1]}
 
 
-def train_in_child(run_dir: Path, steps: int, *, kill_at: int | None) -> None:
+class Victim(NamedTuple):
+    """A run that is forked to be killed."""
+
+    run_dir: Path
+    asynchronous: bool
+
+    def fork(self, steps: int, *, kill_at: int | None = None) -> int:
+        """Return the process that resumes the run and trains it to `steps`."""
+        pid = os.fork()
+        if pid == 0:
+            try:
+                train_in_child(self, steps, kill_at=kill_at)
+            finally:
+                os._exit(1)
+        return pid
+
+
+def train_in_child(victim: Victim, steps: int, *, kill_at: int | None) -> None:
     """Resume, train to `steps` saving every step, and leave the process."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     join_alone()
     if kill_at is not None:
-        kill_at_operation(run_dir / "checkpoints", kill_at)
-    how = {"steps": steps, "total_steps": TOTAL_STEPS, "save_every": 1, "asynchronous": ASYNCHRONOUS}
-    run_tiny(run_dir, Ranks(0, 0, 1), config=ds_config(2), **how)
+        kill_at_operation(victim.run_dir / "checkpoints", kill_at)
+    how = {"steps": steps, "total_steps": TOTAL_STEPS, "save_every": 1, "asynchronous": victim.asynchronous}
+    run_tiny(victim.run_dir, Ranks(0, 0, 1), config=ds_config(2), **how)
     os._exit(0)
 
 
@@ -59,28 +82,18 @@ def kill_at_operation(folder: Path, number: int) -> None:
     sys.addaudithook(hook)
 
 
-def fork(run_dir: Path, steps: int, *, kill_at: int | None = None) -> int:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            train_in_child(run_dir, steps, kill_at=kill_at)
-        finally:
-            os._exit(1)
-    return pid
-
-
 def newest_step(run_dir: Path) -> int:
     path = find_checkpoint(run_dir)
     return 0 if path is None else step_of(path.name)
 
 
-def kill_at_every_operation(run_dir: Path, stride: int) -> dict[str, int]:
+def kill_at_every_operation(victim: Victim, stride: int) -> dict[str, int]:
     """Kill before operation 0, stride, 2 stride ... of a save until one runs through."""
     kills = number = 0
     while True:
-        before = newest_step(run_dir)
-        _, status = os.waitpid(fork(run_dir, before + 1, kill_at=number), 0)
-        assert newest_step(run_dir) >= before
+        before = newest_step(victim.run_dir)
+        _, status = os.waitpid(victim.fork(before + 1, kill_at=number), 0)
+        assert newest_step(victim.run_dir) >= before
         if not os.WIFSIGNALED(status):
             assert os.waitstatus_to_exitcode(status) == 0
             return {"kills": kills, "operations": number}
@@ -88,43 +101,22 @@ def kill_at_every_operation(run_dir: Path, stride: int) -> dict[str, int]:
         number += stride
 
 
-def kill_at_random_times(run_dir: Path, num_kills: int) -> dict[str, int]:
+def kill_at_random_times(victim: Victim, num_kills: int) -> dict[str, int]:
     """Kill from outside while the child trains and saves step after step."""
     clock = random.Random(5)
     for _ in range(num_kills):
-        before = newest_step(run_dir)
-        pid = fork(run_dir, TOTAL_STEPS)
+        before = newest_step(victim.run_dir)
+        pid = victim.fork(TOTAL_STEPS)
         deadline = time.monotonic() + 60
-        while newest_step_name(run_dir) <= before and time.monotonic() < deadline:
+        while newest_step_name(victim.run_dir) <= before and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(clock.uniform(0.0, 0.15))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        assert newest_step(run_dir) > before
-    return {"kills": num_kills, "last_step": newest_step(run_dir)}
+        assert newest_step(victim.run_dir) > before
+    return {"kills": num_kills, "last_step": newest_step(victim.run_dir)}
 
 
 def newest_step_name(run_dir: Path) -> int:
     names = [path.name for path in (run_dir / "checkpoints").glob("global_step*")]
     return max(map(step_of, names), default=0)
-
-
-def main(folder: Path, stride: int, num_kills: int) -> None:
-    """Kill, then let the run continue to its next step and compare its losses with an uninterrupted run's."""
-    torch.set_num_threads(1)
-    # What DeepSpeed imports and loads late, imported once for all children.
-    assert deepspeed.runtime.zero.muon.muon_optimizer and torch._dynamo
-    leave_out_shared_memory_operator()
-    result = {
-        "operations": kill_at_every_operation(folder / "killed", stride),
-        "times": kill_at_random_times(folder / "killed", num_kills),
-    }
-    last = newest_step(folder / "killed") + 1
-    for name in ("killed", "whole"):
-        assert os.waitpid(fork(folder / name, last), 0)[1] == 0
-    losses = [[row["loss"] for row in read_metrics(folder / name / "metrics.jsonl")] for name in ("killed", "whole")]
-    print(json.dumps(result | {"last_step": last, "num_losses": len(losses[1]), "same": losses[0] == losses[1]}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,4 +1,4 @@
-"""Run a test's worker function on several gloo ranks of this machine.
+"""Run a test's function in processes forked from one that has imported everything: on several gloo ranks, or alone.
 
 The worker is a top-level function of a test module, called as `worker(rank, world_size, *args)` after the process group
 is up; what it returns is pickled back to the test. A rank that raises fails the test with that rank's traceback.
@@ -40,16 +40,33 @@ def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout_s
     module = worker.__module__
     if module == "__main__":
         module = Path(str(sys.modules["__main__"].__file__)).stem
+    calls = [
+        ("ranks_harness", "enter", (rank, world_size, module, worker.__name__, args)) for rank in range(world_size)
+    ]
+    return _answers(calls, rank_facts(world_size), timeout_s)
+
+
+def run_forked(function: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> Any:
+    """Return `function(*args)`, of a process that may fork: it has imported everything and has no threads.
+
+    Raises:
+        AssertionError: it raised or died.
+        subprocess.TimeoutExpired: it did not answer within timeout_s.
+    """
+    return _answers([(function.__module__, function.__name__, args)], [{}], timeout_s)[0]
+
+
+def _answers(calls: list[tuple[str, str, tuple]], facts: list[dict[str, str]], timeout_s: float) -> list[Any]:
+    """Return what each call (module, function, arguments) returns in a process of its own, all at once."""
     with tempfile.TemporaryDirectory() as name:
         folder, orders = Path(name), []
-        for rank, facts in enumerate(rank_facts(world_size)):
-            call = (rank, world_size, module, worker.__name__, args)
-            order = (folder / f"call{rank}", folder / f"answer{rank}", folder / f"says{rank}")
-            order[0].write_bytes(pickle.dumps(("ranks_harness", "enter", call, str(order[1]))))
+        for place, (call, own) in enumerate(zip(calls, facts, strict=True)):
+            order = (folder / f"call{place}", folder / f"answer{place}", folder / f"says{place}")
+            order[0].write_bytes(pickle.dumps((*call, str(order[1]))))
             files = {"call": str(order[0]), "out": str(order[2]), "err": str(order[2])}
-            orders.append({"env": plain_environment() | facts, "cwd": os.getcwd(), **files})
+            orders.append({"env": plain_environment() | own, "cwd": os.getcwd(), **files})
         codes = launch(orders, timeout_s=timeout_s)
-        for rank, code in enumerate(codes):
-            said = (folder / f"says{rank}").read_text("utf-8", "replace")
-            assert code == 0, f"rank {rank} of {world_size} ended with {code}:\n{said}"
-        return [pickle.loads((folder / f"answer{rank}").read_bytes()) for rank in range(world_size)]
+        for place, code in enumerate(codes):
+            said = (folder / f"says{place}").read_text("utf-8", "replace")
+            assert code == 0, f"process {place} of {len(calls)} ended with {code}:\n{said}"
+        return [pickle.loads((folder / f"answer{place}").read_bytes()) for place in range(len(calls))]

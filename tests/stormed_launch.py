@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from fork_server import free_port
+from fork_server import free_port, plain_environment
 
 from bert_ds.basics.processes import STOP_SIGNALS, command_of, is_rank, parent_of, process_identity
 from bert_ds.reporting.run_log import read_metrics
@@ -54,7 +54,7 @@ class Launch:
             script = [str(ROOT / "bert_ds/pretrain.py"), *arguments(work, run_dir)]
             command = [sys.executable, "-m", "deepspeed.launcher.runner", *launcher, *script]
         path = os.environ.get("PYTHONPATH", "")
-        environment = {**os.environ, MARK: self.mark, "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**plain_environment(), MARK: self.mark, "CUDA_VISIBLE_DEVICES": ""}
         environment["PYTHONPATH"] = f"{ROOT / 'tests/light_launcher'}:{path}" if light else path
         self.terminal, side = os.openpty()
         self.process = subprocess.Popen(

@@ -7,19 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+from forked_verbs import run_text, run_verb
+
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "kernels/benchmarks"
 
 
-def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+def start(script: str, *arguments: str, forked: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a benchmark in the interpreter, forked or in a new process."""
     paths = (os.environ.get("PYTHONPATH", ""), str(ROOT), str(ROOT / "kernels"), str(BENCHMARKS))
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    if forked:
+        return run_verb(BENCHMARKS / script, *arguments, env=environment)
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
 
 
 def test_a_dry_run_calls_every_provider_of_every_operator_and_step_and_writes_nothing(tmp_path: Path) -> None:
-    result = run_python(str(BENCHMARKS / "bench_gpu.py"), "--dry_run", "--results", str(tmp_path))
+    result = start("bench_gpu.py", "--dry_run", "--results", str(tmp_path), forked=False)
     assert result.returncode == 0, result.stderr
     ops = ("attention", "rotary", "layer_norm", "bias_gelu", "geglu", "mlm_cross_entropy", "embedding", "lamb")
     ran = {
@@ -33,7 +38,7 @@ def test_a_dry_run_calls_every_provider_of_every_operator_and_step_and_writes_no
 
 
 def test_the_references_run_on_a_cpu_at_small_sizes(tmp_path: Path) -> None:
-    result = run_python(str(BENCHMARKS / "bench_ops.py"), "--on_cpu", "--dry_run", "--results", str(tmp_path))
+    result = start("bench_ops.py", "--on_cpu", "--dry_run", "--results", str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "torch padded sdpa" in result.stdout and "left out" not in result.stderr
     assert list(tmp_path.iterdir()) == []
@@ -41,7 +46,7 @@ def test_the_references_run_on_a_cpu_at_small_sizes(tmp_path: Path) -> None:
 
 def test_the_host_time_of_every_operator_is_taken_of_two_versions_in_turns(tmp_path: Path) -> None:
     against = ("--against", "HEAD") if (ROOT / ".git").exists() else ()
-    result = run_python(str(BENCHMARKS / "bench_host_time.py"), "--dry_run", "--results", str(tmp_path), *against)
+    result = start("bench_host_time.py", "--dry_run", "--results", str(tmp_path), *against)
     assert result.returncode == 0, result.stderr
     launches = {}
     for line in result.stdout.splitlines():
@@ -82,7 +87,7 @@ assert [row["op"] for row in read_rows(path)] == ["a", "a", "b", "b", "c", "c"]
 for other in ({{"gpu": "h"}}, {{"commit": "abd"}}, {{"commit": "abc+"}}, {{"commit": "unknown"}}):
     assert recorded(path, facts | other, ("op",)) == set()
 """
-    result = run_python("-c", script)
+    result = run_text(script, BENCHMARKS)
     assert result.returncode == 0, result.stderr
 
 
@@ -97,7 +102,7 @@ assert [row["op"] for row in read_rows(folder / "tests_green.csv")] == ["numeric
 assert red_ops(["numerics"], facts, folder) == []
 assert len(read_rows(folder / "tests_green.csv")) == 1
 """
-    result = run_python("-c", script)
+    result = run_text(script, BENCHMARKS)
     assert result.returncode == 0, result.stderr
     assert "test_kernel_of_nothing.py" in result.stderr
 
@@ -132,5 +137,5 @@ from bench_cases_ends import bert_tensor_sizes
 # BERT-large with 30528 rows of words and its pooler, then the masked-LM head, then the pair head.
 assert sum(bert_tensor_sizes(24, 1024)) == 335_148_032 + (1024 * 1024 + 3 * 1024 + 30528) + (2 * 1024 + 2)
 """
-    result = run_python("-c", script)
+    result = run_text(script, BENCHMARKS)
     assert result.returncode == 0, result.stderr

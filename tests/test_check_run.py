@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
 from config_cases import DEEPSPEED, RECIPE, changed, write_json
 from downstream_cases import review_task
+from forked_verbs import run_verb
 
 import bert_ds.check_run
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
@@ -19,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def check_run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "bert_ds/check_run.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+    with chdir(cwd):
+        return run_verb(ROOT / "bert_ds/check_run.py", *arguments, timeout_s=60)
 
 
 def test_the_default_run_is_valid_and_its_numbers_are_printed(tmp_path: Path) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickletools
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks_harness import run_ranks
+from killed_saves import killed_saves
+from ranks_harness import run_forked, run_ranks
 from tiny_training import (
     FACTS,
     ds_config,
@@ -296,18 +294,9 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(run_dir: Path) -> Non
     assert verify_checkpoint(newest(run_dir))["step"] == 4
 
 
-def killed_saves(folder: Path, stride: int, num_kills: int, how: str) -> dict[str, Any]:
-    tests = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{tests}:{tests.parent}:{tests.parent / 'kernels'}"}
-    command = [sys.executable, str(tests / "killed_saves.py"), str(folder), str(stride), str(num_kills), how]
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
-    assert answer.returncode == 0, answer.stderr[-3000:]
-    return json.loads(answer.stdout.splitlines()[-1])
-
-
 @pytest.mark.parametrize("how", ["blocking", "asynchronous"])
 def test_kills_inside_saves_lose_no_checkpoint_and_change_no_loss(how: str, tmp_path: Path) -> None:
-    result = killed_saves(tmp_path, 4, 2, how)
+    result = run_forked(killed_saves, tmp_path, 4, 2, how == "asynchronous")
     assert result["operations"]["kills"] >= 4
     assert result["num_losses"] == result["last_step"]
     assert result["same"]

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +13,7 @@ import pytest
 import torch
 import transformers
 from downstream_cases import BAD, GOOD, OTHER, write_tiny_export
+from forked_verbs import run_verb
 from tiny_training import ds_config, join_alone
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
@@ -250,9 +248,7 @@ def test_the_verb_wants_a_text_and_writes_the_figures(workshop: Workshop, tmp_pa
     words = ["--task", "masked_words", "--model", str(workshop.model), "--output", str(tmp_path / "out")]
     with pytest.raises(ConfigError, match="--data: is missing, wanted the text"):
         checked_scoring(score_arguments(words))
-    command = [sys.executable, str(ROOT / "bert_ds/score.py"), *words, "--data", str(workshop.held_out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = run_verb(ROOT / "bert_ds/score.py", *words, "--data", workshop.held_out)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["metric"] == "loss_mlm_masked"

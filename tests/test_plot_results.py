@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import os
 import subprocess
-import sys
 from pathlib import Path
 
-from forked_verbs import run_verb
+from forked_verbs import run_text, run_verb
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "kernels/benchmarks"
@@ -97,6 +95,5 @@ from plot_results import *
 text = README.read_text()
 assert with_section(text, section(RESULTS, "benchmarks/results")) == text
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "kernels", BENCHMARKS)))}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    result = run_text(script, BENCHMARKS)
     assert result.returncode == 0, result.stderr

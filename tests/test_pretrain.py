@@ -8,13 +8,11 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from forked_verbs import run_verb
+from forked_verbs import run_text, run_verb
 
 from bert_ds.reporting.run_log import read_metrics
 
@@ -166,7 +164,10 @@ def test_a_launch_that_does_not_fit_leaves_what_describes_the_run(workshop: Path
 def test_the_launcher_trains_two_ranks_and_leaves_a_whole_run_folder(workshop: Path) -> None:
     run_dir = workshop / "runs/two_ranks"
     script, *arguments = pretrain_command(workshop, run_dir)
-    launched = run("-m", "deepspeed.launcher.runner", "--num_gpus", 2, "--master_port", 29817, script, *arguments)
+    path = f"{ROOT / 'tests/light_launcher'}:{os.environ.get('PYTHONPATH', '')}"
+    light = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    launcher = ("-m", "deepspeed.launcher.runner", "--num_gpus", 2, "--master_port", 29817)
+    launched = run(*launcher, script, *arguments, env=light)
     assert launched.returncode == 0, launched.stdout + launched.stderr
     left = {path.name for path in run_dir.iterdir()}
     wanted = {"run_config.json", "ds_config.json", "environment.json", "metrics.jsonl", "logs", "checkpoints", "DONE"}
@@ -218,14 +219,13 @@ def test_a_world_size_that_cannot_make_the_global_batch_is_a_config_error_that_n
 
 def test_a_killed_run_continues_with_the_identical_losses(workshop: Path, finished_run: Path) -> None:
     run_dir = workshop / "runs/killed"
-    command = [sys.executable, *map(str, pretrain_command(workshop, run_dir, "--resume", "auto"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 7/"):
-            process.kill()
-    assert process.wait(timeout=120) == -signal.SIGKILL
+    words = [str(word) for word in pretrain_command(workshop, run_dir, "--resume", "auto")]
+    code = (
+        "import os, runpy\n"
+        "sys.stdout.write = lambda text: os.kill(os.getpid(), 9) if text.startswith('step 7/') else len(text)\n"
+        f"sys.argv = {words}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    assert run_text(code).returncode == -signal.SIGKILL
     continued = run(*pretrain_command(workshop, run_dir, "--resume", "must"))
     assert continued.returncode == 0, continued.stdout + continued.stderr
     assert "resumed from" in continued.stdout
@@ -236,10 +236,10 @@ def test_the_export_fills_masks_in_plain_transformers(workshop: Path, finished_r
     exported = run(ROOT / "bert_ds/export_hf.py", "--run_dir", finished_run)
     assert exported.returncode == 0, exported.stdout + exported.stderr
     code = (
-        "from transformers import pipeline; import sys; fill = pipeline('fill-mask', model=sys.argv[1]);"
+        f"from transformers import pipeline\nfill = pipeline('fill-mask', model={str(finished_run / 'hf')!r})\n"
         "print(len(fill('the cat sees the [MASK] .')))"
     )
-    filled = run("-c", code, finished_run / "hf")
+    filled = run_text(code)
     assert filled.returncode == 0, filled.stderr
     assert filled.stdout.strip().splitlines()[-1] == "5"
     loss = evaluated(finished_run)[1]["loss_mlm_masked"]

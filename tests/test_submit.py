@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from config_cases import DEEPSPEED, RECIPE, write_json
+from forked_verbs import run_verb
 from test_job_config import INJECTIONS, JOB
 
 import bert_ds.submit
@@ -35,7 +37,7 @@ from bert_ds.launch.slurm_job import (
 
 ROOT = Path(__file__).resolve().parents[1]
 
-FAKE_SBATCH = """#!{python}
+FAKE_SBATCH = """#!{python} -IS
 import json, os, sys
 with open({record!r}, "a") as file:
     file.write(json.dumps({{"argv": sys.argv[1:], "cwd": os.getcwd()}}) + "\\n")
@@ -57,8 +59,8 @@ def submit(folder: Path, *arguments: object, env: dict[str, str] | None = None) 
     """Run the verb on a small recipe whose global batch is 48."""
     run, ds = write_json(folder, "run.json", RECIPE), write_json(folder, "zero2.json", DEEPSPEED)
     places = ("--run", run, "--deepspeed_config", ds, "--run_dir", folder / "runs/a")
-    command = [sys.executable, ROOT / "bert_ds/submit.py", *places, *arguments]
-    return subprocess.run(list(map(str, command)), cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+    with chdir(folder):
+        return run_verb(ROOT / "bert_ds/submit.py", *places, *arguments, env=env, timeout_s=60)
 
 
 def plan_of(folder: Path, world_size: int = 4) -> Any:

@@ -8,19 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked_verbs import run_text, run_verb
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "kernels/benchmarks"
 
 
-def run_python(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess[str]:
+def compiled(script: str) -> subprocess.CompletedProcess[str]:
     """Run in a process of its own: the one of the tests may have bound the kernels to the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = (os.environ.get("PYTHONPATH", ""), str(ROOT / "kernels"), str(BENCHMARKS))
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    if interpret:
-        environment["TRITON_INTERPRET"] = "1"
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
 
 
 def test_a_tile_that_spills_is_left_out_and_without_a_gpu_no_table_changes() -> None:
@@ -33,7 +32,7 @@ before = dict(subject.table)
 assert tune(replace(subject, tiles=lambda architecture, size: iter(tiles)), "sm_80", has_gpu=False) is None
 assert subject.table == before
 """
-    result = run_python("-c", script)
+    result = compiled(script)
     assert result.returncode == 0, result.stderr
     assert "Tile(block_m=128, block_n=64, num_warps=8, num_stages=1, max_registers=None): left out: " in result.stderr
     assert "bytes of stack" in result.stderr
@@ -53,7 +52,7 @@ with cpu:
 assert [kernel_name(launch) for launch in launches] == ["geglu_bwd"] and launches[0].tile == tile
 assert seconds(subject, case, "sm_90", tile, cpu) > 0
 """
-    result = run_python("-c", script, interpret=True)
+    result = run_text(script, BENCHMARKS)
     assert result.returncode == 0, result.stderr
 
 
@@ -65,7 +64,7 @@ assert seconds(subject, case, "sm_90", tile, cpu) > 0
     ],
 )
 def test_what_cannot_be_tuned_is_refused(arguments: list[str], message: str) -> None:
-    result = run_python(str(BENCHMARKS / "tune_tiles.py"), *arguments)
+    result = run_verb(BENCHMARKS / "tune_tiles.py", *arguments)
     assert result.returncode != 0 and message in result.stderr
 
 
@@ -104,5 +103,5 @@ except ValueError as error:
 else:
     raise AssertionError
 """
-    result = run_python("-c", script)
+    result = run_text(script, BENCHMARKS)
     assert result.returncode == 0, result.stderr
