@@ -169,12 +169,15 @@ def _import_all() -> None:
     sys.path[:0] = [str(root), str(root / "kernels")]
     import conftest  # before triton, for its interpreter
     import deepspeed
+    import deepspeed.module_inject.auto_ep_config
     import sklearn.metrics
     import torch
     import torch._dynamo
+    import torch.profiler._cupti_monitor
     import transformers
     from deepspeed.runtime.zero.muon import muon_optimizer
     from matplotlib.figure import Figure
+    from torch.utils.serialization import config
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import bert_ds.build_shards
@@ -188,7 +191,7 @@ def _import_all() -> None:
     import bert_ds.train_tokenizer
     import bert_ds.train_wordpiece
 
-    assert conftest and muon_optimizer and torch._dynamo and sklearn.metrics and bert_ds
+    assert conftest and muon_optimizer and torch._dynamo and sklearn.metrics and bert_ds and config
     assert transformers.BertForPreTraining and transformers.AutoTokenizer
     torch.set_num_threads(1)
     # What is found out once per process: which operators there are, names of weights, releases and commit, fonts.
