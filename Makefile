@@ -158,7 +158,7 @@ campaign-families: env-dev
 	  touch .venv-transformers4/installed; }
 	$(BIN)/python tests/campaign_families.py --peer .venv-transformers4/bin/python --work runs/$@
 	$(BIN)/python tests/campaign_family_stages.py --work runs/$@-stages
-	$(BIN)/python -m pytest -m campaign tests/test_family_runs.py tests/test_family_use.py
+	$(BIN)/python -m pytest -m campaign tests/test_family_runs.py tests/test_family_use.py tests/test_family_kinds.py
 
 campaign-modules-of-a-step: env-dev
 	$(BIN)/python tests/campaign_modules_of_a_step.py

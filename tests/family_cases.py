@@ -91,6 +91,8 @@ FAMILIES = {name: config for name, config in FORMS.items() if "," not in name}
 WIRED = {name: FORMS[name] for name in (*FAMILIES, "bert, pre-norm")}
 """What a user may do with an encoder is tested for each of these: one of each class of transformers."""
 EVERY_FAMILY = pytest.mark.parametrize("config", WIRED.values(), ids=WIRED.keys())
+OWN_LAYERS = ("bert", "modernbert")
+"""Families whose layers are their own: what is slow and only repeats for the others is in make campaign-families."""
 
 
 def disturbed(model: nn.Module, *, seed: int = 0) -> nn.Module:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from downstream_cases import PIECES, review_task, tokenizer_of, write_tiny_export
 from encoder_cases import spread_weights
-from family_cases import EVERY_FAMILY, of_size
+from family_cases import EVERY_FAMILY, OWN_LAYERS, WIRED, of_size
 from forked_verbs import run_verb
 from sentence_transformers import SentenceTransformer
 from test_embedding_kind import pair_task
@@ -37,6 +37,7 @@ from bert_ds.encoder.pretrained import load_pretrained
 from bert_ds.reporting.run_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
+CAMPAIGN = pytest.mark.campaign
 
 
 def task_file(kind: str, folder: Path) -> Path:
@@ -52,8 +53,20 @@ def model_of(kind: str, config: EncoderConfig, rows: TaskRows) -> TaskModel:
     return model
 
 
-@EVERY_FAMILY
-@pytest.mark.parametrize("kind", [*SETTINGS, "question_answering", "sentence_embedding"])
+CLASSES = ("classification", "token_classification", "multiple_choice", "question_answering", "sentence_embedding")
+"""A kind for each class that transformers has of a family."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        pytest.param(
+            *(kind, config), id=f"{name}-{kind}", marks=() if name in OWN_LAYERS or kind in CLASSES else CAMPAIGN
+        )
+        for name, config in WIRED.items()
+        for kind in (*SETTINGS, "question_answering", "sentence_embedding")
+    ],
+)
 def test_a_kind_learns_is_written_is_read_and_opened(kind: str, config: EncoderConfig, tmp_path: Path) -> None:
     join_alone()
     tokenizer, task = tokenizer_of(config), load_task(task_file(kind, tmp_path))
@@ -119,7 +132,13 @@ def check_opened(kind: str, predictions: Any, rows: TaskRows, folder: Path) -> N
                 assert tags == list(found.value[1] if kind == "intent_slot" else found.value)
 
 
-@EVERY_FAMILY
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, id=name, marks=() if name in (*OWN_LAYERS, "albert") else CAMPAIGN)  # its layers are one
+        for name, config in WIRED.items()
+    ],
+)
 def test_the_verb_fine_tunes_at_stage_3_and_a_student_learns_from_what_it_made(
     config: EncoderConfig, tmp_path: Path
 ) -> None:
