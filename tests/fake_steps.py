@@ -1,7 +1,7 @@
 """Whole training steps on CUDA tensors that are not there (`fake_cuda`), and what in them would wait.
 
-Every case makes a model and takes two steps of two micro-batches; the second is watched. The first may make what later
-ones find again (a table, a constant on the card).
+Every case makes a model and takes two steps, of one micro-batch and of two; the second is watched. The first may make
+what later ones find again (a table, a constant on the card).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from encoder_cases import packed_inputs
 from fake_plants import PLANTS, planted
-from family_cases import WIRED, of_size
+from family_cases import OWN_LAYERS, WIRED, of_size
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -71,7 +71,7 @@ TASKS: dict[str, tuple[dict[str, tuple[str, ...]], dict[str, np.ndarray]]] = {
     "sentence_embedding, contrastive": ({}, {"partner": np.array([0])}),
 }
 """Labels of a kind and the targets of one feature of twelve tokens."""
-OWN_ENCODERS, OWN_FRONTS = ("bert", "modernbert"), ("classification", "token_classification", "question_answering")
+OWN_ENCODERS, OWN_FRONTS = OWN_LAYERS, ("classification", "token_classification", "question_answering")
 """Families whose way through the layers is their own, and kinds of which the second one's heads have a front of theirs;
 what the others call is called by these."""
 
@@ -79,11 +79,11 @@ what the others call is called by these."""
 class Engine:
     """What the loop asks of DeepSpeed's engine."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.device = module, torch.device("cuda", 0)
+    def __init__(self, module: nn.Module, micro_steps: int) -> None:
+        self.module, self.device, self._micro_steps = module, torch.device("cuda", 0), micro_steps
 
     def gradient_accumulation_steps(self) -> int:
-        return 2
+        return self._micro_steps
 
     def __call__(self, **inputs: Any) -> Any:
         return self.module(**inputs)
@@ -200,7 +200,7 @@ def waits_of(case: Case, allowed: Mapping[tuple[str, str], str] = {}) -> dict[st
             watch.waits.clear()
             watch.used.clear()
             try:
-                _step(Engine(model), case, watch, optimizer=optimizer, judge=Judge(guard, armed=True), step=step)
+                _step(Engine(model, step), case, watch, optimizer=optimizer, judge=Judge(guard, armed=True), step=step)
             except Exception as caught:  # a number that was not read leads to shapes that do not fit
                 if not isinstance(caught, WaitError) and not watch.waits:
                     raise
@@ -224,11 +224,11 @@ def _move(model: Any, dtype: torch.dtype) -> None:
 
 
 def _step(engine: Any, case: Case, watch: WaitWatch, *, optimizer: Any, judge: Judge, step: int) -> None:
-    batches = []
-    for _ in range(2):
+    batches, micro_steps = [], engine.gradient_accumulation_steps()
+    for _ in range(micro_steps):
         batch = case.batch(engine.module)
         batches.append(batch._map(lambda tensor: watch.pinned(tensor.clone())) if case.pins else batch)
-    counts = {name: 2 * count for name, count in batches[0].counts.items()}
+    counts = {name: micro_steps * count for name, count in batches[0].counts.items()}
     forward_backward(engine, batches, counts=counts, seed=1, step=step, judge=judge)
     if optimizer is not None:
         gradient_norm(engine.module)

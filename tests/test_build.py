@@ -172,7 +172,7 @@ def test_a_finished_shard_damaged_before_the_build_goes_on_is_built_again(
 def test_a_real_kill_minus_nine_loses_nothing(tokenizer: Path, tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     row = '{"text": "' + "a b c d e f g h i j . " * 40
-    source.write_text("".join(f'{row}{" ".join(text(number))}"}}\n' for number in range(6_000)))
+    source.write_text("".join(f'{row}{" ".join(text(number))}"}}\n' for number in range(3_000)))
     command = [sys.executable, str(ROOT / "bert_ds/build_shards.py"), "--input", str(source), "--tokenizer"]
     command += [str(tokenizer), "--tokens-per-shard", "100000", "--validation-fraction", "0.1", "--output"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

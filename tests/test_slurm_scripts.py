@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-RECORDER = """#!{python}
+RECORDER = """#!{python} -IS
 import json, os, pathlib, sys
 with open({folder!r} + "/calls.jsonl", "a") as file:
     names = ("MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "BERT_DS_EXITS")
@@ -23,7 +23,7 @@ with open({folder!r} + "/calls.jsonl", "a") as file:
     file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:], environment]) + "\\n")
 if sys.argv[0].endswith("scontrol") and sys.argv[1:2] == ["show"]:
     print("nid1\\nnid2")
-if sys.argv[0].endswith("srun") and any(word.endswith("pretrain.py") for word in sys.argv):
+if sys.argv[0].endswith("srun") and any(word.endswith(("pretrain.py", "finetune.py")) for word in sys.argv):
     run_dir = pathlib.Path(sys.argv[sys.argv.index("--run_dir") + 1])
     (run_dir / "DONE").write_text("{{}}")
 """
