@@ -28,20 +28,23 @@ SLOW = (
 )
 """Beginnings of files that interpret kernels or train for long in this process."""
 LONGEST = (
-    "test_lamb_zero",
-    "test_muon_zero",
     "test_recipe_settings",
+    "test_lamb_zero",
+    "test_waits",
+    "test_muon_zero",
     "test_task_settings",
-    "test_checkpoints",
-    "test_storms",
+    "test_family_runs",
     "test_benchmarks",
+    "test_storms",
+    "test_family_use",
+    "test_family_kinds",
+    "test_checkpoints",
+    "test_pretrain",
+    "test_elastic",
+    "test_kernel_aot",
     "test_kernel_embedding",
     "test_hang_watchdog",
-    "test_elastic",
-    "test_pretrain",
-    "test_slurm_scripts",
-    "test_kernel_aot",
-    "test_killed_runs",
+    "test_verbs",
 )
 """Files that begin first, so that two workers end at about the same time; a worker takes whole files."""
 STARTERS = ("run_verb", "run_ranks", "run_forked", "weather", "subprocess", "make_workshop", "must")
