@@ -14,7 +14,7 @@ from config_cases import RECIPE, changed, launched, write_json
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import BaseModel
 
-from bert_ds.configuration.deepspeed_file.ds_config import load_pair, resolve_ds_config
+from bert_ds.configuration.deepspeed_file.ds_config import load_ds_config, load_pair, resolve_ds_config
 from bert_ds.configuration.deepspeed_file.ds_keys import default_of, leaves, setting_names
 from bert_ds.configuration.recipe.run_config import ConfigError
 
@@ -42,8 +42,10 @@ REASONS = {
 
 def read(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """What DeepSpeed gets of a file, None where the file is refused."""
+    file = write_json(folder, "ds.json", settings)
     try:
-        run, ds = load_pair(write_json(folder, "run.json", RUN), write_json(folder, "ds.json", settings))
+        load_ds_config(file)  # refuses most of them, and reads no recipe
+        run, ds = load_pair(write_json(folder, "run.json", RUN), file)
         return resolve_ds_config(launched(run), ds, 1)
     except ConfigError:
         return None
