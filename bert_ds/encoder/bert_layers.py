@@ -38,6 +38,8 @@ HF_LAYER_PARTS = {
     "feed_forward.intermediate": "intermediate.dense",
     "feed_forward.output": "output.dense",
     "feed_forward.layer_norm": "output.LayerNorm",
+    "attention_norm.layer_norm": "attention.ln",
+    "feed_forward_norm.layer_norm": "ln",
 }
 """Of a part of a layer its name in transformers, for BERT and the families that copy it there."""
 
@@ -337,7 +339,7 @@ def initialise_weights(module: nn.Module, config: LayerSettings, *, seed: int) -
 
 
 def layer_rows(name: str, hf_name: str, config: LayerSettings, *, parts: Mapping[str, str]) -> Iterator[TensorRow]:
-    """Yield the tensors of one layer with LayerNorm behind its blocks; with it in front, all but those of LayerNorms.
+    """Yield the tensors of one layer.
 
     Args:
         name, hf_name: of the layer, ours and transformers'.
@@ -356,6 +358,7 @@ def layer_rows(name: str, hf_name: str, config: LayerSettings, *, parts: Mapping
         ("feed_forward.intermediate", (intermediate, hidden)),
         ("feed_forward.output", (hidden, intermediate)),
         *([("feed_forward.layer_norm", (hidden,))] if is_post else []),
+        *([] if is_post else [("attention_norm.layer_norm", (hidden,)), ("feed_forward_norm.layer_norm", (hidden,))]),
     ):
         yield from linear_rows(f"{name}.{part}", f"{hf_name}.{parts[part]}", *shape)
 

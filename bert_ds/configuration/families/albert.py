@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -65,10 +65,11 @@ class AlbertConfig(BertNamesConfig):
             )
         return self
 
-    @property
-    def family(self) -> str:
-        """ "albert"."""
-        return self.type
+    @classmethod
+    def from_hf_values(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what transformers takes where config.json is silent: ALBERT-xxlarge."""
+        largest = {"hidden_size": 4096, "num_attention_heads": 64, "intermediate_size": 16384}
+        return {name: size for name, size in largest.items() if name not in content}
 
     @property
     def learned_pairs(self) -> tuple[str, ...]:
@@ -112,22 +113,8 @@ class AlbertConfig(BertNamesConfig):
 
     def own_matrices(self) -> list[tuple[int, int]]:
         """Return those of all layers, one that several layers share once."""
-        attention, feed_forward = self._owners("attention"), self._owners("feed_forward")
+        attention, feed_forward = self.num_owners("attention"), self.num_owners("feed_forward")
         return self.attention_matrices() * attention + self.feed_forward_matrices() * feed_forward
-
-    def count_parameters(self, *, has_pair_head: bool) -> int:
-        """Return the trainable parameters; the decoder is tied and counts once, and so does what layers share.
-
-        Args:
-            has_pair_head: with pooler and two-class head, that is, with a sentence pair objective.
-        """
-        hidden = self.hidden_size
-        rows = self.padded_vocab_size + self.max_position_embeddings + self.type_vocab_size
-        projection = self.projection_weights + hidden if self.projection_weights else 0
-        pair_head = hidden * hidden + hidden + 2 * hidden + 2 if has_pair_head else 0
-        layers = self._owners("attention") * self.attention_parameters()
-        layers += self._owners("feed_forward") * self.feed_forward_parameters()
-        return (rows + 2) * self.embedding_size + projection + layers + self.word_head_parameters() + pair_head
 
     def exported(self) -> EncoderConfig:
         """Return the BERT that computes the same where a part alone is shared: each layer has a copy of it."""
@@ -135,6 +122,3 @@ class AlbertConfig(BertNamesConfig):
             return self
         names = (BertConfig.model_fields.keys() & type(self).model_fields.keys()) - {"type"}
         return BertConfig(**{name: getattr(self, name) for name in names})
-
-    def _owners(self, part: str) -> int:
-        return len({self.owner(layer, part) for layer in range(self.num_hidden_layers)})

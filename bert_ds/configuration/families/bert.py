@@ -34,25 +34,11 @@ class BertConfig(BertNamesConfig):
     positions: Literal["learned", "sinusoid"] = "learned"
     """A vector learned for each position, or fixed sinusoids, which are exported as the table that they are."""
 
-    @property
-    def family(self) -> str:
-        """ "bert"."""
-        return self.type
-
     def exported(self) -> BertConfig:
         """Return the settings with positions as a table like any other, of which config.json says no more."""
         return self.model_copy(update={"positions": "learned"})
 
-    def count_parameters(self, *, has_pair_head: bool) -> int:
-        """Return the trainable parameters; the decoder is tied and counts once.
-
-        Args:
-            has_pair_head: with pooler and two-class head, that is, with a sentence pair objective.
-        """
-        hidden = self.hidden_size
-        # Of the embeddings behind the sum, or of the last layer: one LayerNorm either way.
-        num_positions = self.max_position_embeddings if self.positions == "learned" else 0
-        rows = self.padded_vocab_size + num_positions + self.type_vocab_size
-        pair_head = hidden * hidden + hidden + 2 * hidden + 2 if has_pair_head else 0
-        layers = self.num_hidden_layers * self.layer_parameters()
-        return rows * hidden + 2 * hidden + layers + self.word_head_parameters() + pair_head
+    def embedding_parameters(self) -> int:
+        """Return those of words, positions unless they are fixed, segments and one LayerNorm."""
+        fixed = 0 if self.positions == "learned" else self.position_rows * self.hidden_size
+        return super().embedding_parameters() - fixed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.reading.config_section import DropoutProbability, PositiveFloat, Size
@@ -16,9 +16,44 @@ class BertLayersConfig(EncoderConfig):
 
     LAYERS = "bert"
 
-    def layer_parameters(self) -> int:
-        """Return the parameters of one layer: weights and biases of its matrices, and two LayerNorms."""
-        return self.attention_parameters() + self.feed_forward_parameters()
+    if TYPE_CHECKING:  # a field of some families, fixed in others
+
+        @property
+        def hidden_act(self) -> str: ...
+        @property
+        def hidden_dropout_prob(self) -> float: ...
+        @property
+        def attention_probs_dropout_prob(self) -> float: ...
+        @property
+        def layer_norm_eps(self) -> float: ...
+        @property
+        def norm_position(self) -> str: ...
+
+    @property
+    def segment_rows(self) -> int:
+        """Rows of the segment embedding."""
+        return 0
+
+    def count_parameters(self, *, has_pair_head: bool) -> int:
+        """Return the trainable parameters; the decoder is tied and counts once, and so does what layers share.
+
+        Args:
+            has_pair_head: with pooler and two-class head, that is, with a sentence pair objective.
+        """
+        hidden = self.hidden_size
+        projection = self.projection_weights + hidden if self.projection_weights else 0
+        layers = self.num_owners("attention") * self.attention_parameters()
+        layers += self.num_owners("feed_forward") * self.feed_forward_parameters()
+        pair_head = hidden * hidden + hidden + 2 * hidden + 2 if has_pair_head else 0
+        return self.embedding_parameters() + projection + layers + self.word_head_parameters() + pair_head
+
+    def embedding_parameters(self) -> int:
+        """Return those of words, positions, segments and one LayerNorm: theirs, or that of the last layer."""
+        return (self.padded_vocab_size + self.position_rows + self.segment_rows + 2) * self.embedding_width
+
+    def num_owners(self, part: str) -> int:
+        """Return how many layers have weights of their own for a part, "attention" or "feed_forward"."""
+        return len({self.owner(layer, part) for layer in range(self.num_hidden_layers)})
 
     def attention_parameters(self) -> int:
         """Return those of a layer's attention and the LayerNorm of it."""
@@ -74,6 +109,11 @@ class BertNamesConfig(BertLayersConfig):
 
     @property
     def num_segments(self) -> int:
+        """Number of segment ids."""
+        return self.type_vocab_size
+
+    @property
+    def segment_rows(self) -> int:
         """Number of segment ids."""
         return self.type_vocab_size
 

@@ -55,11 +55,6 @@ class DistilBertConfig(BertLayersConfig):
     """Standard deviation of the normal initialisation of every weight matrix."""
 
     @property
-    def family(self) -> str:
-        """ "distilbert"."""
-        return self.type
-
-    @property
     def hidden_act(self) -> str:
         """BERT's name for the activation."""
         return self.activation
@@ -93,13 +88,3 @@ class DistilBertConfig(BertLayersConfig):
         """Return the settings with another dropout in every place that has one."""
         places = ("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout")
         return self.model_copy(update=dict.fromkeys(places, probability))
-
-    def count_parameters(self, *, has_pair_head: bool) -> int:
-        """Return the trainable parameters; the decoder is tied and counts once.
-
-        Args:
-            has_pair_head: there is none, for no segment tells the texts of a pair apart.
-        """
-        rows = self.padded_vocab_size + self.max_position_embeddings
-        layers = self.num_hidden_layers * self.layer_parameters()
-        return rows * self.hidden_size + 2 * self.hidden_size + layers + self.word_head_parameters()

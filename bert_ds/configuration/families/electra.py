@@ -35,11 +35,6 @@ class ElectraConfig(BertNamesConfig):
     """Width of the feed-forward layer."""
 
     @property
-    def family(self) -> str:
-        """ "electra"."""
-        return self.type
-
-    @property
     def learned_pairs(self) -> tuple[str, ...]:
         """None: no class of transformers has a head for them."""
         return ()
@@ -86,18 +81,3 @@ class ElectraConfig(BertNamesConfig):
     def projection_weights(self) -> int:
         """Return D E where the widths differ."""
         return self.hidden_size * self.embedding_size if self.embedding_size != self.hidden_size else 0
-
-    def count_parameters(self, *, has_pair_head: bool) -> int:
-        """Return the trainable parameters; the decoder is tied and counts once.
-
-        Args:
-            has_pair_head: there is none.
-        """
-        projection = self.projection_weights + self.hidden_size if self.projection_weights else 0
-        layers = self.num_hidden_layers * self.layer_parameters()
-        return self.embedding_parameters() + projection + layers + self.word_head_parameters()
-
-    def embedding_parameters(self) -> int:
-        """Return those of words, positions, segments and their LayerNorm."""
-        rows = self.padded_vocab_size + self.max_position_embeddings + self.type_vocab_size
-        return (rows + 2) * self.embedding_size

@@ -7,7 +7,7 @@ sequence.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
@@ -34,6 +34,9 @@ class EncoderConfig(Section):
     """Special pieces that its tokenizer has."""
     LAYERS: ClassVar[str]
     """What its layers are: a student may start from layers of a teacher of another family with the same."""
+
+    if TYPE_CHECKING:  # each family has a field of its own name alone
+        type: Any
 
     vocab_size: Annotated[int, Field(ge=8, le=2**24)]
     """Number of word pieces of the tokenizer, without padding rows."""
@@ -68,7 +71,7 @@ class EncoderConfig(Section):
     @property
     def family(self) -> str:
         """Name of the family, the `type` of the section."""
-        raise NotImplementedError
+        return self.type
 
     @property
     def position_rows(self) -> int:

@@ -96,11 +96,6 @@ class ModernBertConfig(EncoderConfig):
         return self
 
     @property
-    def family(self) -> str:
-        """ "modernbert"."""
-        return self.type
-
-    @property
     def has_output_bias(self) -> bool:
         """Whether the word scores have a bias."""
         return self.decoder_bias

@@ -60,11 +60,6 @@ class RobertaConfig(BertNamesConfig):
         return {"max_position_embeddings": positions - pad - 1} if type(positions) is type(pad) is int else {}
 
     @property
-    def family(self) -> str:
-        """ "roberta"."""
-        return self.type
-
-    @property
     def num_segments(self) -> int:
         """0: the one that there is tells nothing apart."""
         return 0
@@ -83,13 +78,3 @@ class RobertaConfig(BertNamesConfig):
     def position_rows(self) -> int:
         """Those of text, and those up to the padding's, which no token has."""
         return self.max_position_embeddings + self.first_position
-
-    def count_parameters(self, *, has_pair_head: bool) -> int:
-        """Return the trainable parameters; the decoder is tied and counts once.
-
-        Args:
-            has_pair_head: there is none, for no segment tells the texts of a pair apart.
-        """
-        rows = self.padded_vocab_size + self.position_rows + self.type_vocab_size
-        layers = self.num_hidden_layers * self.layer_parameters()
-        return (rows + 2) * self.hidden_size + layers + self.word_head_parameters()

@@ -17,28 +17,20 @@ Dropout draws no random state: each mask is a function of `dropout_seed`, the el
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.families.bert import BertConfig
-from bert_ds.encoder.bert_layers import (
-    HF_LAYER_PARTS,
-    LayeredEncoder,
-    first_free_site,
-    initialise_weights,
-    layer_rows,
-)
+from bert_ds.encoder.bert_layers import LayeredEncoder
 from bert_ds.encoder.blocks import first_rows
+from bert_ds.encoder.families.bert_form import BertForm, common_roles
 from bert_ds.encoder.families.embeddings import BertEmbeddings, EmbeddingSettings, sinusoids
-from bert_ds.encoder.families.family import LAYER_MATRICES, Family, Role, RoleName, refused_settings
+from bert_ds.encoder.families.family import Role, RoleName
 from bert_ds.encoder.fused_ops import FusedOps
-from bert_ds.encoder.tensor_rows import TensorRow, linear_rows, same_row, without_tied
-from bert_ds.encoder.word_head import MaskedWordHead
+from bert_ds.encoder.tensor_rows import TensorRow, same_row
 
 
 class BertEncoder(LayeredEncoder):
@@ -99,14 +91,7 @@ class PairHead(nn.Module):
         return F.linear(pooled_ND, self.weight, self.bias)
 
 
-def _word_head(config: BertConfig, ops: FusedOps) -> MaskedWordHead:
-    return MaskedWordHead(config, ops, eps=config.layer_norm_eps, act=config.hidden_act)
-
-
-_DECODER = "cls.predictions.decoder.weight"
-_WORDS = "bert.embeddings.word_embeddings.weight"
-_BUFFERS = ("bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
-_SHARED_SETTINGS = (
+_SETTINGS = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -120,100 +105,31 @@ _SHARED_SETTINGS = (
     "layer_norm_eps",
     "initializer_range",
 )
-_CLASSES = {"post": "Bert", "pre": "MegatronBert"}
-_WANTED = {
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-}
+_FORM = BertForm(
+    config=BertConfig,
+    encoder="bert",
+    front=("bert.pooler.dense", "bert.pooler.dense"),
+    word_head=("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions"),
+    decoder="cls.predictions.decoder",
+    settings={name: name for name in _SETTINGS},
+    wanted={
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+    },
+)
 
 
-def encoder_rows(config: BertConfig, *, has_front: bool) -> Iterator[TensorRow]:
-    """Yield every tensor of the encoder, in the model's order."""
-    hidden, embeddings, is_post = config.hidden_size, "bert.embeddings", config.norm_position == "post"
-    yield TensorRow(f"{embeddings}.word_weight", (config.padded_vocab_size, hidden), (_WORDS,), config.vocab_size)
-    for name, hf_name, rows in (
-        ("position_weight", "position_embeddings", config.max_position_embeddings),
-        ("token_type_weight", "token_type_embeddings", config.type_vocab_size),
-    ):
-        yield same_row(f"{embeddings}.{name}", f"{embeddings}.{hf_name}.weight", rows, hidden)
-    if is_post:
-        yield from linear_rows(f"{embeddings}.layer_norm", f"{embeddings}.LayerNorm", hidden)
-    for layer in range(config.num_hidden_layers):
-        name, hf_name = f"bert.layer.{layer}", f"bert.encoder.layer.{layer}"
-        yield from layer_rows(name, hf_name, config, parts=HF_LAYER_PARTS)
-        if not is_post:
-            yield from linear_rows(f"{name}.attention_norm.layer_norm", f"{hf_name}.attention.ln", hidden)
-            yield from linear_rows(f"{name}.feed_forward_norm.layer_norm", f"{hf_name}.ln", hidden)
-    if not is_post:
-        yield from linear_rows("bert.final_norm.layer_norm", "bert.encoder.ln", hidden)
-    if has_front:
-        yield from linear_rows("bert.pooler.dense", "bert.pooler.dense", hidden, hidden)
-
-
-def word_head_rows(config: BertConfig) -> Iterator[TensorRow]:
-    """Yield the tensors of the masked-word head."""
-    hidden = config.hidden_size
-    yield from linear_rows("predictions.transform", "cls.predictions.transform.dense", hidden, hidden)
-    yield from linear_rows("predictions.layer_norm", "cls.predictions.transform.LayerNorm", hidden)
-    yield TensorRow("predictions.bias", (config.padded_vocab_size,), ("cls.predictions.bias",), config.vocab_size)
-
-
-def pair_head_rows(config: BertConfig) -> Iterator[TensorRow]:
+def pair_head_rows(config: EmbeddingSettings) -> Iterator[TensorRow]:
     """Yield the tensors of the pair head."""
     yield same_row("seq_relationship.weight", "cls.seq_relationship.weight", 2, config.hidden_size)
     yield same_row("seq_relationship.bias", "cls.seq_relationship.bias", 2)
 
 
-def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors under today's names, without buffers and without the tied decoder.
-
-    Old names are `gamma` and `beta` of a LayerNorm, no `bert.` in front, the decoder's bias under
-    `cls.predictions.decoder`.
-    """
-    result: dict[str, Tensor] = {}
-    for old_name, tensor in tensors.items():
-        name = old_name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        name = name.replace("cls.predictions.decoder.bias", "cls.predictions.bias")
-        if name.startswith(("embeddings.", "encoder.", "pooler.")):
-            name = f"bert.{name}"
-        if name in result and not torch.equal(result[name], tensor):
-            raise CheckpointError(f"tensor {old_name} is a second {name} with other values")
-        if name not in _BUFFERS:
-            result[name] = tensor
-    return without_tied(result, _DECODER, words=_WORDS)
-
-
-def hf_settings(config: BertConfig, special_ids: Mapping[str, int]) -> dict[str, Any]:
-    """Return the content of config.json."""
-    return {
-        "model_type": next(
-            name for name, fixed in config.HF_TYPES.items() if fixed["norm_position"] == config.norm_position
-        ),
-        **{key: getattr(config, key) for key in _SHARED_SETTINGS},
-        "pad_token_id": special_ids["pad"],
-        "tie_word_embeddings": True,
-        "dtype": "float32",
-    }
-
-
-def from_hf_settings(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return our settings of a config.json, and what this encoder cannot be."""
-    return {key: content[key] for key in _SHARED_SETTINGS if key in content}, refused_settings(content, _WANTED)
-
-
-def _roles(config: BertConfig) -> dict[RoleName, Role]:
-    name = _CLASSES[config.norm_position]
-    return {
-        "masked words": Role(f"{name}ForMaskedLM"),
-        "pre-training": Role(f"{name}ForPreTraining"),
-        "encoder": Role(f"{name}Model", without_front={"add_pooling_layer": False}),
-        "sequence classification": Role(f"{name}ForSequenceClassification", "classifier", reads_front=True),
-        "token tags": Role(f"{name}ForTokenClassification", "classifier"),
-        "question answering": Role(f"{name}ForQuestionAnswering", "qa_outputs", has_dropout=False),
-        "multiple choice": Role(f"{name}ForMultipleChoice", "classifier", reads_front=True),
-    }
+def _roles(config: EmbeddingSettings) -> dict[RoleName, Role]:
+    name = {"post": "Bert", "pre": "MegatronBert"}[config.norm_position]
+    return {**common_roles(name, has_pooler=True), "pre-training": Role(f"{name}ForPreTraining")}
 
 
 def _fixed_tensors(config: BertConfig) -> dict[str, Tensor]:
@@ -222,22 +138,11 @@ def _fixed_tensors(config: BertConfig) -> dict[str, Tensor]:
     return {"bert.embeddings.position_weight": sinusoids(config.max_position_embeddings, config.hidden_size)}
 
 
-BERT = Family(
+BERT = _FORM.family(
     make_encoder=BertEncoder,
-    word_head=_word_head,
     pair_head=PairHead,
-    initialise=initialise_weights,
-    no_decay_patterns=lambda config: ("*bias", "*layer_norm_weight"),
-    equal_parts=lambda config: dict.fromkeys(("*qkv_weight", "*qkv_bias"), ("query", "key", "value")),
-    matrix_patterns=LAYER_MATRICES,
     roles=_roles,
-    encoder_rows=encoder_rows,
-    word_head_rows=word_head_rows,
     pair_head_rows=pair_head_rows,
     hf_head_prefixes=("cls.", "classifier.", "qa_outputs."),
-    hf_settings=hf_settings,
-    from_hf_settings=from_hf_settings,
-    modern_names=modern_names,
-    first_free_site=first_free_site,
     fixed_tensors=_fixed_tensors,
 )

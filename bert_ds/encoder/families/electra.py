@@ -15,38 +15,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_ds.configuration.families.electra import ElectraConfig
-from bert_ds.encoder import bert_layers
-from bert_ds.encoder.bert_layers import HF_LAYER_PARTS, LayeredEncoder, initialise_weights, layer_rows
-from bert_ds.encoder.blocks import Dropout, DroppingFront, activated, first_rows
+from bert_ds.encoder.bert_layers import LayeredEncoder
+from bert_ds.encoder.blocks import activated
+from bert_ds.encoder.families.bert_form import (
+    BertForm,
+    FrontedEncoder,
+    common_roles,
+    site_behind_front,
+    written_settings,
+)
 from bert_ds.encoder.families.embeddings import ProjectedEmbeddings, add_projection
-from bert_ds.encoder.families.family import LAYER_MATRICES, Family, Role, RoleName, refused_settings
+from bert_ds.encoder.families.family import Role, RoleName
 from bert_ds.encoder.fused_ops import FusedOps
-from bert_ds.encoder.tensor_rows import TensorRow, linear_rows, same_row, without_tied
-from bert_ds.encoder.word_head import MaskedWordHead
+from bert_ds.encoder.tensor_rows import TensorRow, linear_rows
 
 
-class ElectraEncoder(LayeredEncoder):
-    """Token stream -> hidden states.
-
-    Args:
-        config: shape, dropout and LayerNorm settings.
-        ops: the table of fused operations.
-        has_front: whether the dense layer in front of a classifier of sequences exists.
-        activation_checkpointing: keep only each layer's input and recompute the rest in the backward pass.
-    """
-
-    def __init__(
-        self, config: ElectraConfig, ops: FusedOps, *, has_front: bool = True, activation_checkpointing: bool = False
-    ) -> None:
-        embeddings = ProjectedEmbeddings(config, ops, has_projection=config.embedding_size != config.hidden_size)
-        super().__init__(config, ops, embeddings, activation_checkpointing=activation_checkpointing)
-        dropout = Dropout(config.hidden_dropout_prob, bert_layers.first_free_site(config))
-        self.front = DroppingFront(config.hidden_size, ops, dropout=dropout, act=F.gelu) if has_front else None
-
-    def sequence_rows(self, hidden_TD: Tensor, cu_seqlens: Tensor, dropout_seed: Tensor | None = None) -> Tensor:
-        """Return what a head of whole sequences reads, [N, D]: [CLS] through the front, which drops with a seed."""
-        assert self.front is not None, "the encoder was made without its front"
-        return self.front(first_rows(hidden_TD, cu_seqlens), dropout_seed)
+def make_encoder(config: ElectraConfig, ops: FusedOps, **others: Any) -> FrontedEncoder:
+    """Return the encoder; `others` are arguments of `FrontedEncoder`."""
+    embeddings = ProjectedEmbeddings(config, ops, has_projection=bool(config.projection_weights))
+    return FrontedEncoder(config, ops, embeddings, act=F.gelu, **others)
 
 
 class ElectraGenerator(LayeredEncoder):
@@ -92,57 +79,6 @@ class ElectraDetector(nn.Module):
         return F.linear(dense_TD, self.score_weight, self.score_bias)[:, 0]
 
 
-def first_free_site(config: ElectraConfig) -> int:
-    """Return the number of the first dropout mask behind those of the layers and of the front."""
-    return bert_layers.first_free_site(config) + 1
-
-
-def _word_head(config: ElectraConfig, ops: FusedOps) -> MaskedWordHead:
-    return MaskedWordHead(config, ops, eps=config.layer_norm_eps)
-
-
-_DECODER = "generator_lm_head.weight"
-_WORDS = "electra.embeddings.word_embeddings.weight"
-_BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
-_NOT_WRITTEN = ("type", "pad_vocab_size_to_multiple_of")
-_SETTINGS = tuple(name for name in ElectraConfig.model_fields if name not in _NOT_WRITTEN)
-_WANTED = {
-    "summary_type": "first",
-    "summary_use_proj": True,
-    "summary_activation": "gelu",
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-    "position_embedding_type": "absolute",
-}
-
-
-def encoder_rows(config: ElectraConfig, *, has_front: bool) -> Iterator[TensorRow]:
-    """Yield every tensor of the encoder, in the model's order."""
-    hidden, width, name, hf_name = config.hidden_size, config.embedding_size, "bert.embeddings", "electra.embeddings"
-    yield TensorRow(f"{name}.word_weight", (config.padded_vocab_size, width), (_WORDS,), config.vocab_size)
-    for ours, theirs, rows in (
-        ("position_weight", "position_embeddings", config.max_position_embeddings),
-        ("token_type_weight", "token_type_embeddings", config.type_vocab_size),
-    ):
-        yield same_row(f"{name}.{ours}", f"{hf_name}.{theirs}.weight", rows, width)
-    yield from linear_rows(f"{name}.layer_norm", f"{hf_name}.LayerNorm", width)
-    if width != hidden:
-        yield from linear_rows(f"{name}.projection", "electra.embeddings_project", hidden, width)
-    for layer in range(config.num_hidden_layers):
-        yield from layer_rows(f"bert.layer.{layer}", f"electra.encoder.layer.{layer}", config, parts=HF_LAYER_PARTS)
-    if has_front:
-        yield from linear_rows("bert.front.dense", "classifier.dense", hidden, hidden)
-
-
-def word_head_rows(config: ElectraConfig) -> Iterator[TensorRow]:
-    """Yield the tensors of the masked-word head."""
-    width = config.embedding_size
-    yield from linear_rows("predictions.transform", "generator_predictions.dense", width, config.hidden_size)
-    yield from linear_rows("predictions.layer_norm", "generator_predictions.LayerNorm", width)
-    yield TensorRow("predictions.bias", (config.padded_vocab_size,), ("generator_lm_head.bias",), config.vocab_size)
-
-
 def detector_rows(config: ElectraConfig) -> Iterator[TensorRow]:
     """Yield the tensors of the head that detects replaced tokens."""
     hidden, name = config.hidden_size, "discriminator_predictions"
@@ -150,76 +86,47 @@ def detector_rows(config: ElectraConfig) -> Iterator[TensorRow]:
     yield from linear_rows("detector.score", f"{name}.dense_prediction", 1, hidden)
 
 
-def modern_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors without buffers and without the tied decoder.
-
-    An encoder alone has no `electra.` in front of its names.
-    """
-    named = {
-        f"electra.{name}" if name.startswith(("embeddings", "encoder.")) else name: tensor
-        for name, tensor in tensors.items()
-        if not name.endswith(_BUFFERS)
-    }
-    return without_tied(named, _DECODER, words=_WORDS)
-
-
-def hf_settings(config: ElectraConfig, special_ids: Mapping[str, int]) -> dict[str, Any]:
-    """Return the content of config.json."""
-    return {
-        "model_type": "electra",
-        **{name: getattr(config, name) for name in _SETTINGS},
-        "summary_type": "first",
-        "summary_use_proj": True,
-        "summary_activation": "gelu",
-        "summary_last_dropout": config.hidden_dropout_prob,
-        "pad_token_id": special_ids["pad"],
-        "tie_word_embeddings": True,
-        "dtype": "float32",
-    }
-
-
-def from_hf_settings(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return our settings of a config.json, and what this encoder cannot be."""
-    return {"type": "electra", **{name: content[name] for name in _SETTINGS if name in content}}, refused_settings(
-        content, _WANTED
-    )
+def _more_settings(config: ElectraConfig, special_ids: Mapping[str, int]) -> dict[str, Any]:
+    return {**_SUMMARY, "summary_last_dropout": config.hidden_dropout_prob}
 
 
 def _roles(config: ElectraConfig) -> dict[RoleName, Role]:
-    summary = ("classifier.dense", "sequence_summary.summary")
+    name, summary = "ElectraForSequenceClassification", ("classifier.dense", "sequence_summary.summary")
     return {
-        "masked words": Role("ElectraForMaskedLM"),
+        **common_roles("Electra"),
         "replaced tokens": Role("ElectraForPreTraining"),
-        "encoder": Role("ElectraModel"),
-        "sequence classification": Role(
-            "ElectraForSequenceClassification", "classifier.out_proj", reads_front=True, front_drops=True
-        ),
-        "token tags": Role("ElectraForTokenClassification", "classifier"),
-        "question answering": Role("ElectraForQuestionAnswering", "qa_outputs", has_dropout=False),
+        "sequence classification": Role(name, "classifier.out_proj", reads_front=True, front_drops=True),
         "multiple choice": Role("ElectraForMultipleChoice", "classifier", reads_front=True, front_renamed=summary),
     }
 
 
-ELECTRA = Family(
-    make_encoder=ElectraEncoder,
-    word_head=_word_head,
-    pair_head=None,
-    initialise=initialise_weights,
-    no_decay_patterns=lambda config: ("*bias", "*layer_norm_weight"),
-    equal_parts=lambda config: dict.fromkeys(("*qkv_weight", "*qkv_bias"), ("query", "key", "value")),
-    matrix_patterns=LAYER_MATRICES,
+_SUMMARY = {"summary_type": "first", "summary_use_proj": True, "summary_activation": "gelu"}
+_FORM = BertForm(
+    config=ElectraConfig,
+    encoder="electra",
+    front=("bert.front.dense", "classifier.dense"),
+    word_head=("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head"),
+    decoder="generator_lm_head",
+    settings=written_settings(ElectraConfig),
+    more_settings=_more_settings,
+    wanted={
+        **_SUMMARY,
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+        "position_embedding_type": "absolute",
+    },
+    projection="embeddings_project",
+    word_head_act="gelu",
+)
+ELECTRA = _FORM.family(
+    make_encoder=make_encoder,
     roles=_roles,
-    encoder_rows=encoder_rows,
-    word_head_rows=word_head_rows,
-    pair_head_rows=lambda config: iter(()),
     hf_head_prefixes=(
         *("generator_", "discriminator_predictions.", "qa_outputs.", "sequence_summary."),
         *("classifier.out_proj.", "classifier.weight", "classifier.bias"),
     ),
-    hf_settings=hf_settings,
-    from_hf_settings=from_hf_settings,
-    modern_names=modern_names,
-    first_free_site=first_free_site,
+    first_free_site=site_behind_front,
     make_generator=ElectraGenerator,
     detector=ElectraDetector,
     detector_rows=detector_rows,

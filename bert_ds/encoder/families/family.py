@@ -90,6 +90,8 @@ class Family(NamedTuple):
     """Number of the first dropout mask that the encoder does not use."""
     fixed_tensors: Callable[[Any], Mapping[str, Tensor]] = lambda config: {}
     """Tensors of `encoder_rows` that are no weights but follow from the settings: they are in exports alone."""
+    other_form: Callable[[Any], Family | None] = lambda config: None
+    """The row of settings of this family for which transformers has other names; None where it is this one."""
     make_generator: Callable[..., Any] | None = None
     """(config of the generator, ops) -> an encoder; its ids are what `embeddings` gives with is_projected False."""
     detector: Callable[..., Any] | None = None

@@ -34,4 +34,5 @@ def weight_patterns(config: EncoderConfig) -> tuple[Sequence[str], Mapping[str, 
 
 def family_of(config: EncoderConfig) -> Family:
     """Return the row of a model's settings."""
-    return FAMILIES[config.family]
+    row = FAMILIES[config.family]
+    return row.other_form(config) or row
