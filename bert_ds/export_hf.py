@@ -140,6 +140,7 @@ def _facts(run: RunConfig, checkpoint: Path, metrics: Path) -> dict[str, object]
         "optimizer": f"{run.optimizer.type}, peak learning rate {run.optimizer.lr:g}",
         "schedule": run.schedule.type,
         **({"layers left out of a step": run.training.layer_drop} if run.training.layer_drop else {}),
+        **({"stochastic depth": run.training.stochastic_depth} if run.training.stochastic_depth else {}),
         "precision of training": run.training.precision,
         "text": "docstrings of installed Python packages" if run.corpus.type == "embedded" else "token shards",
         "seed": run.seed,

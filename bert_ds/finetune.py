@@ -151,7 +151,8 @@ def finetune(task: TaskConfig, run_dir: Path, *, start: Start) -> int:
     ranks, rows = start.ranks, start.rows
     trained = trained_task(task, start.pretrained.config, num_sequences=len(rows.train.features))
     split = checked_split(trained, start.ds, ranks.world_size)
-    trained = replace(trained, model=trained.model.with_dropout(task.dropout))
+    model = trained.model.with_dropout(task.dropout, classifier=task.classifier_dropout)
+    trained = replace(trained, model=model)
     ds_config = resolve_ds_config(trained, start.ds, ranks.world_size, run_dir=str(run_dir))
     folder = LaunchFolder(run_dir, described(task, ds_config), start.args.resume)
     log = enter(folder, ranks, total_steps=trained.training.steps, decision=start.decision)

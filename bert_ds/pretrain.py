@@ -252,7 +252,7 @@ def build_model(plan: RunPlan, run_dir: Path) -> PretrainingModel:
         "kernels": kernels_for(run.training.kernels, on_cuda=get_accelerator().device_name() == "cuda"),
         "objectives": make_objectives(run.objective_weights, generator=run.generator),
         "activation_checkpointing": plan.ds.activation_checkpointing,
-        **{"init_seed": run.seed, "layer_drop": run.training.layer_drop},
+        **{"init_seed": run.seed, **run.training.left_out},
     }
     if distillation is None:
         model = PretrainingModel(run.model, **options)

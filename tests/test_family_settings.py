@@ -65,12 +65,16 @@ ELECTRA: dict[str, Any] = {
     "hidden_act": "gelu_new",
     "hidden_dropout_prob": 0.3,
     "attention_probs_dropout_prob": 0.3,
+    "classifier_dropout": 0.2,
     "max_position_embeddings": 80,
     "type_vocab_size": 3,
     "initializer_range": 0.03,
     "layer_norm_eps": 1e-4,
 }
-ALBERT = {**ELECTRA, "num_hidden_groups": 3, "hidden_act": "gelu", "classifier_dropout_prob": 0.3}
+ALBERT = {
+    **{name: value for name, value in ELECTRA.items() if name != "classifier_dropout"},
+    **{"num_hidden_groups": 3, "hidden_act": "gelu", "classifier_dropout_prob": 0.3},
+}
 ROBERTA = {
     **{name: value for name, value in ELECTRA.items() if name not in ("embedding_size", "type_vocab_size")},
     "pad_token_id": 3,
@@ -88,7 +92,7 @@ REASONS = {
     "tie_word_embeddings": "tied but for ModernBERT's; others are refused: test_family_starts",
     **dict.fromkeys(("summary_type", "summary_use_proj", "summary_activation"), "others are refused: as above"),
     **dict.fromkeys(("is_decoder", "add_cross_attention", "use_cache"), "of decoders"),
-    **dict.fromkeys(("classifier_dropout", "summary_last_dropout"), "of tasks, which set them"),
+    "summary_last_dropout": "of tasks, which set it",
     "inner_group_num": "layers of a group that differ; others than 1 are refused: as above",
     "deterministic_flash_attn": "how transformers' own kernel adds up",
     "sparse_prediction": "of transformers' loss alone: scores are of every token without labels",

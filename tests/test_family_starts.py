@@ -190,6 +190,7 @@ KNOWN = '"albert", "bert", "distilbert", "electra", "modernbert", "roberta"'
         ),
         ("model", {**RECIPE["model"], "type": "distilbert", "dropout": 1.0}, "model.dropout: found 1.0, wanted < 1.0"),
         ("training.layer_drop", 1.0, "training.layer_drop: found 1.0, wanted < 1.0"),
+        ("training.stochastic_depth", 1.0, "training.stochastic_depth: found 1.0, wanted < 1.0"),
         ("model.local_attention", 0, "model.local_attention: found 0, wanted >= 2"),
         ("model.local_attention", 1, "model.local_attention: found 1, wanted >= 2"),
         ("model.num_attention_heads", 128, "model: heads are 1 wide (hidden_size 128 over num_attention_heads 128)"),

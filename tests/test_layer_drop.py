@@ -82,18 +82,20 @@ def test_which_layers_are_left_out_goes_by_seed_step_and_layer_alone() -> None:
 
 PLAIN = Run("plain")
 DROPS = [Run(f"drops{stage}", stage, settings=("training.layer_drop=0.5",)) for stage in range(4)]
-WHOLE = Run("whole", 3, dropout=0.1, recompute=True, settings=("training.layer_drop=0.5",))
-RESUMED = Run("resumed", 3, dropout=0.1, resumes="whole", settings=("training.layer_drop=0.5",))
+DEEP = Run("deep", 3, settings=("training.stochastic_depth=0.9",))
+BOTH = ("training.layer_drop=0.5", "training.stochastic_depth=0.5")
+WHOLE = Run("whole", 3, dropout=0.1, recompute=True, settings=BOTH)
+RESUMED = Run("resumed", 3, dropout=0.1, resumes="whole", settings=BOTH)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[EncoderConfig, Path]:
-    """Runs whose steps leave out layers."""
+    """Runs whose steps leave out layers, or blocks of layers for some of the sequences."""
     folder = tmp_path_factory.mktemp("drops")
     config = of_size(FORMS["bert"], vocab_size=TOKENIZER.vocab_size)
     write_inputs(folder, config)
-    run_ranks(train_all, 1, folder, [PLAIN, DROPS[0]])
-    run_ranks(train_all, 2, folder, [*DROPS, WHOLE, RESUMED])
+    run_ranks(train_all, 1, folder, [PLAIN, DROPS[0], DEEP])
+    run_ranks(train_all, 2, folder, [*DROPS, DEEP, WHOLE, RESUMED])
     return config, folder
 
 
@@ -105,6 +107,9 @@ def test_every_stage_on_one_and_two_ranks_is_one_curve_and_resumes_to_the_same_b
     assert wanted != pytest.approx(losses(run_folder(folder, 1, PLAIN)), rel=1e-4)
     for run in DROPS:
         assert losses(run_folder(folder, 2, run)) == pytest.approx(wanted, rel=2e-5), run
+    deep = losses(run_folder(folder, 1, DEEP))
+    assert deep != pytest.approx(losses(run_folder(folder, 1, PLAIN)), rel=1e-4)
+    assert losses(run_folder(folder, 2, DEEP)) == pytest.approx(deep, rel=2e-5)
     assert losses(run_folder(folder, 2, WHOLE)) == losses(run_folder(folder, 2, RESUMED))
     ends = [
         load_fp32_state_dict(run_folder(folder, 2, run) / f"checkpoints/global_step{STEPS}") for run in (WHOLE, RESUMED)

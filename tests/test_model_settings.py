@@ -42,6 +42,7 @@ BERT = {
     "type_vocab_size": 3,
     "layer_norm_eps": 1e-2,
 }
+PLACES = dict.fromkeys(("embedding_dropout_prob", "attention_output_dropout_prob", "feed_forward_dropout_prob"), 0.3)
 MODERN = {
     "hidden_activation": "gelu_pytorch_tanh",
     "initializer_cutoff_factor": 1.0,
@@ -52,23 +53,39 @@ MODERN = {
     "global_attn_every_n_layers": 1,
     "local_attention": 4,
     **dict.fromkeys(("global_rope_theta", "local_rope_theta"), 10.0),
-    **dict.fromkeys(("attention_dropout", "embedding_dropout", "mlp_dropout"), 0.3),
+    **dict.fromkeys(("attention_dropout", "attention_output_dropout", "embedding_dropout", "mlp_dropout"), 0.3),
     "classifier_activation": "gelu_pytorch_tanh",
 }
 OWN: dict[str, dict[str, Any]] = {"albert": {"embedding_size": 16}, "modernbert": {"local_attention": 8}}
 """What a family wants beside the small sizes."""
 FAMILIES: dict[str, dict[str, Any]] = {
-    "albert": {**BERT, "hidden_act": "gelu", "embedding_size": 8, "num_hidden_groups": 2, "shared_parts": "attention"},
-    "distilbert": {"activation": "gelu_new", "dropout": 0.3, "attention_dropout": 0.3, "max_position_embeddings": 48},
-    "electra": {**BERT, "embedding_size": 8},
+    "albert": {
+        **BERT,
+        **PLACES,
+        "hidden_act": "gelu",
+        "embedding_size": 8,
+        "num_hidden_groups": 2,
+        "shared_parts": "attention",
+    },
+    "distilbert": {
+        **PLACES,
+        "activation": "gelu_new",
+        "dropout": 0.3,
+        "attention_dropout": 0.3,
+        "max_position_embeddings": 48,
+    },
+    "electra": {**BERT, **PLACES, "embedding_size": 8},
     "modernbert": MODERN,
-    "roberta": {**{name: value for name, value in BERT.items() if name != "type_vocab_size"}, "pad_token_id": 2},
+    "roberta": {
+        **{name: value for name, value in {**BERT, **PLACES}.items() if name != "type_vocab_size"},
+        "pad_token_id": 2,
+    },
 }
 CHANGES = {
     f"model:{family}.{name}": value
     for family, values in FAMILIES.items()
     for name, value in {**SIZES, **values}.items()
-}
+} | {f"model:bert.{name}": value for name, value in PLACES.items()}
 
 
 def made_of(family: str, **changes: Any) -> tuple[dict[str, Any], list[float]]:

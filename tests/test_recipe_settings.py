@@ -50,7 +50,10 @@ RECIPE: dict[str, Any] = {
 REASONS = {
     "$schema": "for editors",
     "format": "has one value",
-    "model:albert.classifier_dropout": "of tasks, which set it: test_task_settings",
+    **{
+        f"model:{family}.classifier_dropout": "of tasks, which set it: test_task_settings"
+        for family in ("albert", "bert", "electra", "roberta")
+    },
     "model:distilbert.qa_dropout": "of tasks, which set it: test_task_settings",
     "model:distilbert.seq_classif_dropout": "of tasks, which set it: test_task_settings",
     "model:roberta.type_vocab_size": "has one value",
@@ -168,6 +171,7 @@ CHANGES = {
     "training.gradient_clipping": Change(0.05),
     "training.few_shapes": Change(True),
     "training.layer_drop": Change(0.5),
+    "training.stochastic_depth": Change(0.5),
     "training.log_every_steps": Change(3),
     **{f"stages.0.{name}": Change(value, STAGED) for name, value in STAGE.items()},
     **{f"evaluation.{name}": Change(value) for name, value in EVALUATED.items()},

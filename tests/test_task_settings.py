@@ -69,6 +69,7 @@ CHANGES = {
     "seed": Change(2),
     "max_seq_length": Change(5),
     "dropout": Change(0.5),
+    "classifier_dropout": Change(0.9),
     "class_weights": Change("balanced"),
     "freeze.embeddings": Change(True),
     "freeze.layers": Change(1),

@@ -26,6 +26,15 @@ class Fillings(NamedTuple):
 NO_FILLINGS = Fillings()
 
 
+class BranchDraws(NamedTuple):
+    """What decides which blocks of layers add nothing to a sequence, however the examples are dealt to ranks."""
+
+    seed: Tensor
+    """int64 [1], of the step."""
+    example_ids_N3: Tensor
+    """See `MicroBatch.example_ids`."""
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """One micro-batch, of pre-training or of a task: its sequences end to end, the longest first."""

@@ -55,9 +55,10 @@ def recipe_problems(run: RunConfig) -> list[Problem]:
     if training.compile and training.kernels == "torch":
         text = 'true wants the Triton kernels, but training.kernels is "torch": wanted "auto" or "triton" there'
         problems.append(Problem("training.compile", text))
-    if training.compile and training.layer_drop:
-        text = f"true is for layers that all compute, training.layer_drop is {training.layer_drop}: wanted 0 there"
-        problems.append(Problem("training.compile", text))
+    for name, share in training.left_out.items():
+        if training.compile and share:
+            text = f"true is for layers that all compute, training.{name} is {share}: wanted 0 there"
+            problems.append(Problem("training.compile", text))
     problems += start_problems(run)
     pair, is_distilled = sequences.sentence_pair, run.distillation is not None
     problems += objective_problems(run.objectives, model, sentence_pair=pair, is_distilled=is_distilled)

@@ -8,21 +8,26 @@ read, and what dropout is a function of: `families/bert.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bert_ds.basics.micro_batch import BranchDraws
+from bert_ds.configuration.families.bert_layers import HiddenPlace
 from bert_ds.encoder.blocks import (
     AddNorm,
     Dropout,
+    Kept,
     PassedOver,
     activated,
     at_their_tokens,
+    kept_branches,
     read_rows,
     refuse_partitioned,
     require_seed,
+    scaled,
     through_layers,
     where_nothing_drops,
 )
@@ -60,8 +65,6 @@ class LayerSettings(Protocol):
     @property
     def hidden_act(self) -> str: ...
     @property
-    def hidden_dropout_prob(self) -> float: ...
-    @property
     def attention_probs_dropout_prob(self) -> float: ...
     @property
     def layer_norm_eps(self) -> float: ...
@@ -72,6 +75,7 @@ class LayerSettings(Protocol):
     @property
     def vocab_size(self) -> int: ...
     def owner(self, layer: int, part: str) -> int: ...
+    def dropout_of(self, place: HiddenPlace) -> float: ...
 
 
 class LayeredEncoder(nn.Module):
@@ -84,6 +88,8 @@ class LayeredEncoder(nn.Module):
         activation_checkpointing: keep only each layer's input and recompute the rest in the backward pass.
     """
 
+    stochastic_depth = 0.0
+    """How often the last layer's blocks add nothing to a sequence, see `kept_branches`."""
     reads_first_tokens = True
     """Whether `sequence_rows` looks at nothing but the first token of every sequence."""
 
@@ -92,14 +98,15 @@ class LayeredEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
-        self.dropout_is_used = config.hidden_dropout_prob > 0 or config.attention_probs_dropout_prob > 0
+        places = (config.dropout_of(place) for place in get_args(HiddenPlace))
+        self.dropout_is_used = max(config.attention_probs_dropout_prob, *places) > 0
         self.embeddings = embeddings
         make_layer = BertLayer if config.norm_position == "post" else PreNormLayer
         self.layer = nn.ModuleList(make_layer(config, ops, layer=index) for index in range(config.num_hidden_layers))
         share_parts(self.layer, config)
         self.final_norm = None
         if config.norm_position == "pre":
-            self.final_norm = _add_norm(config, ops, site=first_free_site(config) - 1)
+            self.final_norm = _add_norm(config, ops, dropped="feed_forward", site=first_free_site(config) - 1)
 
     def forward(
         self,
@@ -112,6 +119,7 @@ class LayeredEncoder(nn.Module):
         dropout_seed: Tensor | None = None,
         read_R: Tensor | None = None,
         passed_over: frozenset[int] = frozenset(),
+        branches: BranchDraws | None = None,
     ) -> Tensor:
         """Encode a packed micro-batch.
 
@@ -122,6 +130,7 @@ class LayeredEncoder(nn.Module):
             dropout_seed: int64 [1], on the device of the ids; needed in training mode when the config has dropout.
             read_R: int64 [R], the tokens whose hidden states are read, where it is not all, see `through_layers`.
             passed_over: layers that have no effect, counted from 0.
+            branches: what decides of a stochastic depth, needed in training mode where there is one.
 
         Returns:
             hidden_TD in the dtype of the parameters; rows that are not read have no meaning.
@@ -132,7 +141,8 @@ class LayeredEncoder(nn.Module):
         stream = (cu_seqlens, max_seqlen, dropout_seed)
         past = PassedOver(passed_over, (torch.zeros_like(cu_seqlens), 0, dropout_seed)) if passed_over else None
         recompute = self.activation_checkpointing and self.training
-        how: dict[str, Any] = {"recompute": recompute, "read_R": read_R, "passed_over": past}
+        kept = kept_branches(self, branches, cu_seqlens, num_tokens=len(input_ids_T))
+        how: dict[str, Any] = {"recompute": recompute, "read_R": read_R, "passed_over": past, "kept": kept}
         if self.final_norm is None:
             hidden_RD = through_layers(self.layer, hidden_TD, *stream, **how)
         else:
@@ -162,11 +172,15 @@ class BertLayer(nn.Module):
         max_seqlen: int,
         dropout_seed: Tensor | None = None,
         read_R: Tensor | None = None,
+        *,
+        kept: Kept | None = None,
     ) -> Tensor:
         """Return hidden_TD of the next layer, or [R, D] of the tokens that are read."""
-        site = self.first_site
-        hidden_RD = self.attention(hidden_TD, cu_seqlens, max_seqlen, dropout_seed, read_R, first_site=site)
-        return self.feed_forward(hidden_RD, dropout_seed, site=site + 2)
+        site, stream = self.first_site, (cu_seqlens, max_seqlen, dropout_seed, read_R)
+        first_T1, second_T1 = (None, None) if kept is None else kept
+        hidden_RD = self.attention(hidden_TD, *stream, first_site=site, kept_T1=first_T1)
+        kept_R1 = None if second_T1 is None else read_rows(second_T1, read_R)
+        return self.feed_forward(hidden_RD, dropout_seed, site=site + 2, kept_T1=kept_R1)
 
 
 class PreNormLayer(nn.Module):
@@ -176,9 +190,9 @@ class PreNormLayer(nn.Module):
         super().__init__()
         first_site = EMBEDDING_SITE + 1 + SITES_PER_LAYER * layer
         self.first_site = first_site
-        self.attention_norm = _add_norm(config, ops, site=first_site - 1)
+        self.attention_norm = _add_norm(config, ops, dropped="feed_forward", site=first_site - 1)
         self.attention = BertAttention(config, ops)
-        self.feed_forward_norm = _add_norm(config, ops, site=first_site + 1)
+        self.feed_forward_norm = _add_norm(config, ops, dropped="attention_output", site=first_site + 1)
         self.feed_forward = BertFeedForward(config, ops)
 
     def forward(
@@ -189,13 +203,16 @@ class PreNormLayer(nn.Module):
         max_seqlen: int,
         dropout_seed: Tensor | None = None,
         read_R: Tensor | None = None,
+        *,
+        kept: Kept | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return what the feed-forward block gives, and the residual stream that it is to be added to, [R, D] both."""
         normed_TD, residual_TD = self.attention_norm(x_TD, residual_TD, dropout_seed)
-        site = self.first_site
-        x_RD = self.attention(normed_TD, cu_seqlens, max_seqlen, dropout_seed, read_R, first_site=site)
+        site, stream = self.first_site, (cu_seqlens, max_seqlen, dropout_seed, read_R)
+        first_T1, second_T1 = (None, None) if kept is None else kept
+        x_RD = scaled(self.attention(normed_TD, *stream, first_site=site), first_T1, read_R)
         normed_RD, residual_RD = self.feed_forward_norm(x_RD, read_rows(residual_TD, read_R), dropout_seed)
-        return self.feed_forward(normed_RD, dropout_seed, site=site + 2), residual_RD
+        return scaled(self.feed_forward(normed_RD, dropout_seed, site=site + 2), second_T1, read_R), residual_RD
 
 
 class BertAttention(nn.Module):
@@ -208,7 +225,7 @@ class BertAttention(nn.Module):
         self.eps = config.layer_norm_eps
         self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.probs_dropout_prob = config.attention_probs_dropout_prob
-        self.output_dropout_prob = config.hidden_dropout_prob
+        self.output_dropout_prob = config.dropout_of("attention_output")
         self.has_norm = config.norm_position == "post"
         self.qkv_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
         self.qkv_bias = nn.Parameter(torch.empty(3 * hidden_size))
@@ -227,8 +244,9 @@ class BertAttention(nn.Module):
         read_R: Tensor | None = None,
         *,
         first_site: int,
+        kept_T1: Tensor | None = None,
     ) -> Tensor:
-        """Return the projection of the attention, [R, D]; if post LayerNorm(hidden + dropout(projection))."""
+        """Return the projection of the attention, [R, D]; if post LayerNorm(hidden + dropout(kept * projection))."""
         qkv_T3HK = F.linear(hidden_TD, self.qkv_weight, self.qkv_bias).view(-1, 3, self.num_heads, self.head_dim)
         context_THK = self.ops.attention(
             qkv_T3HK,
@@ -241,13 +259,14 @@ class BertAttention(nn.Module):
         context_RD = read_rows(context_THK.flatten(1), read_R)
         if not self.has_norm:
             return F.linear(context_RD, self.output_weight, self.output_bias)
+        is_whole = kept_T1 is None
         return self.ops.dropout_add_layer_norm(
-            F.linear(context_RD, self.output_weight),
+            scaled(F.linear(context_RD, self.output_weight, None if is_whole else self.output_bias), kept_T1, read_R),
             read_rows(hidden_TD, read_R),
             self.layer_norm_weight,
             self.layer_norm_bias,
             self.eps,
-            x_bias_D=self.output_bias,
+            x_bias_D=self.output_bias if is_whole else None,
             dropout_p=self.output_dropout_prob if self.training else 0.0,
             dropout_seed=dropout_seed,
             site=first_site + 1,
@@ -263,7 +282,7 @@ class BertFeedForward(nn.Module):
         self.ops = ops
         self.eps = config.layer_norm_eps
         self.act = config.hidden_act
-        self.dropout_prob = config.hidden_dropout_prob
+        self.dropout_prob = config.dropout_of("feed_forward")
         self.has_norm = config.norm_position == "post"
         self.intermediate_weight = nn.Parameter(torch.empty(intermediate_size, hidden_size))
         self.intermediate_bias = nn.Parameter(torch.empty(intermediate_size))
@@ -273,19 +292,22 @@ class BertFeedForward(nn.Module):
             self.layer_norm_weight = nn.Parameter(torch.empty(hidden_size))
             self.layer_norm_bias = nn.Parameter(torch.empty(hidden_size))
 
-    def forward(self, hidden_TD: Tensor, dropout_seed: Tensor | None = None, *, site: int) -> Tensor:
-        """Return dense(act(dense(hidden_TD))); if post LayerNorm(hidden_TD + dropout(of it))."""
+    def forward(
+        self, hidden_TD: Tensor, dropout_seed: Tensor | None = None, *, site: int, kept_T1: Tensor | None = None
+    ) -> Tensor:
+        """Return dense(act(dense(hidden_TD))); if post LayerNorm(hidden_TD + dropout(kept * of it))."""
         inner_TF = F.linear(hidden_TD, self.intermediate_weight)
         intermediate_TF = activated(self.ops, inner_TF, self.intermediate_bias, self.act)
         if not self.has_norm:
             return F.linear(intermediate_TF, self.output_weight, self.output_bias)
+        is_whole = kept_T1 is None
         return self.ops.dropout_add_layer_norm(
-            F.linear(intermediate_TF, self.output_weight),
+            scaled(F.linear(intermediate_TF, self.output_weight, None if is_whole else self.output_bias), kept_T1),
             hidden_TD,
             self.layer_norm_weight,
             self.layer_norm_bias,
             self.eps,
-            x_bias_D=self.output_bias,
+            x_bias_D=self.output_bias if is_whole else None,
             dropout_p=self.dropout_prob if self.training else 0.0,
             dropout_seed=dropout_seed,
             site=site,
@@ -363,6 +385,6 @@ def layer_rows(name: str, hf_name: str, config: LayerSettings, *, parts: Mapping
         yield from linear_rows(f"{name}.{part}", f"{hf_name}.{parts[part]}", *shape)
 
 
-def _add_norm(config: LayerSettings, ops: FusedOps, *, site: int) -> AddNorm:
-    dropout = Dropout(config.hidden_dropout_prob, site)
+def _add_norm(config: LayerSettings, ops: FusedOps, *, dropped: HiddenPlace, site: int) -> AddNorm:
+    dropout = Dropout(config.dropout_of(dropped), site)
     return AddNorm(config.hidden_size, eps=config.layer_norm_eps, dropout=dropout, ops=ops)

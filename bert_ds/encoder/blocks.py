@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bert_ds.encoder.fused_ops import FusedOps
+from bert_ds.basics.micro_batch import BranchDraws
+from bert_ds.encoder.fused_ops import FusedOps, uniform_draws
 
 
 class Dropout(NamedTuple):
@@ -23,6 +24,49 @@ class Dropout(NamedTuple):
 APPROXIMATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 """Torch's name for the GELU of a setting."""
 _OTHERS = {"relu": F.relu, "silu": F.silu}
+
+
+Kept = tuple[Tensor, Tensor]
+"""What a layer's attention and feed-forward block are multiplied with at each token, fp32 [T, 1] both."""
+
+
+def kept_branches(encoder: Any, drawn: BranchDraws | None, cu_seqlens: Tensor, *, num_tokens: int) -> list[Kept] | None:
+    """Return what each layer's blocks are kept with: stochastic depth (Huang et al. 2016, arXiv 1603.09382).
+
+    In layer l of L, counted from 1, a block adds nothing to a sequence with probability `stochastic_depth` * l / L, as
+    published (equation 4), and to the others so much more that an evaluation has nothing to scale.
+
+    Args:
+        encoder: with `layer` and `stochastic_depth`.
+        drawn: what decides; each block draws for each sequence.
+        cu_seqlens: int32 [N + 1]; sequences behind those of `drawn` are fillings, and keep all.
+        num_tokens: T.
+
+    Returns:
+        For each layer; None where nothing is dropped.
+
+    Raises:
+        ValueError: the encoder is in training mode and drops, and nothing decides.
+    """
+    if not encoder.training or not encoder.stochastic_depth:
+        return None
+    if drawn is None:
+        raise ValueError("branches is None, but the model is in training mode and has a stochastic depth")
+    sources_N, epochs_N, examples_N = drawn.example_ids_N3.unbind(1)
+    counters = (examples_N & 0xFFFFFFFF, (sources_N << 20 | epochs_N) & 0xFFFFFFFF)
+    num_layers, blocks = len(encoder.layer), []
+    for number in range(2 * num_layers):
+        probability = encoder.stochastic_depth * (number // 2 + 1) / num_layers
+        drawn_N = uniform_draws(drawn.seed, counters, site=number)
+        kept_N = (drawn_N >= probability).float() / (1 - probability)
+        kept_N = F.pad(kept_N, (0, len(cu_seqlens) - 1 - len(kept_N)), value=1.0)
+        blocks.append(kept_N.repeat_interleave(cu_seqlens.diff(), output_size=num_tokens)[:, None])
+    return list(zip(blocks[::2], blocks[1::2], strict=True))
+
+
+def scaled(x_TD: Tensor, kept_T1: Tensor | None, read_R: Tensor | None = None) -> Tensor:
+    """Return the rows times what they are kept with, see `kept_branches`; of the tokens that are read where x is."""
+    return x_TD if kept_T1 is None else x_TD * read_rows(kept_T1, read_R).to(x_TD.dtype)
 
 
 def activated(ops: FusedOps, x_TF: Tensor, bias_F: Tensor | None, act: str) -> Tensor:
@@ -100,6 +144,7 @@ def through_layers(
     recompute: bool,
     read_R: Tensor | None = None,
     passed_over: PassedOver | None = None,
+    kept: Sequence[Kept] | None = None,
 ) -> Any:
     """Return what comes out of the last layer.
 
@@ -113,6 +158,7 @@ def through_layers(
         recompute: keep only what is carried between layers and compute the rest again in the backward pass.
         read_R: int64 [R], the tokens that are read; the last layer then gives their rows, in this order. None for all.
         passed_over: layers of no effect.
+        kept: what each layer gets as `kept`, see `kept_branches`; None for nothing.
     """
     for number, layer in enumerate(layers):
         arguments = carried if isinstance(carried, tuple) else (carried,)
@@ -122,10 +168,11 @@ def through_layers(
             continue
         if number == len(layers) - 1 and read_R is not None:
             others = (*others, read_R)
+        named: dict[str, Any] = {} if kept is None else {"kept": kept[number]}
         if recompute:
-            carried = checkpoint(layer, *arguments, *others, use_reentrant=False, preserve_rng_state=False)
+            carried = checkpoint(layer, *arguments, *others, use_reentrant=False, preserve_rng_state=False, **named)
         else:
-            carried = layer(*arguments, *others)
+            carried = layer(*arguments, *others, **named)
     return carried
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_ds.configuration.families.modernbert import ModernBertConfig
-from bert_ds.encoder.blocks import APPROXIMATIONS, AddNorm, Dropout, read_rows
+from bert_ds.encoder.blocks import APPROXIMATIONS, AddNorm, Dropout, Kept, read_rows, scaled
 from bert_ds.encoder.fused_ops import FusedOps
 
 EMBEDDING_SITE = 0
@@ -52,7 +52,7 @@ class ModernBertLayer(nn.Module):
     def __init__(self, config: ModernBertConfig, ops: FusedOps, *, layer: int) -> None:
         super().__init__()
         first_site = EMBEDDING_SITE + 1 + SITES_PER_LAYER * layer
-        none, written = Dropout(0.0, 0), Dropout(config.attention_dropout, first_site + 1)
+        none, written = Dropout(0.0, 0), Dropout(config.written_dropout, first_site + 1)
         self.attention_norm = add_norm(config, ops, dropout=none) if layer else None
         self.attention = ModernBertAttention(config, ops, has_window=config.has_window[layer], site=first_site)
         self.feed_forward_norm = add_norm(config, ops, dropout=written)
@@ -67,6 +67,8 @@ class ModernBertLayer(nn.Module):
         max_seqlen: int,
         dropout_seed: Tensor | None = None,
         read_R: Tensor | None = None,
+        *,
+        kept: Kept | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return what the feed-forward block gives, and the residual stream that it is not yet added to.
 
@@ -75,9 +77,11 @@ class ModernBertLayer(nn.Module):
         normed_TD = residual_TD
         if self.attention_norm is not None:
             normed_TD, residual_TD = self.attention_norm(x_TD, residual_TD, dropout_seed)
+        first_T1, second_T1 = (None, None) if kept is None else kept
         x_RD = self.attention(normed_TD, position_ids_T, cu_seqlens, max_seqlen, dropout_seed, read_R)
-        normed_RD, residual_RD = self.feed_forward_norm(x_RD, read_rows(residual_TD, read_R), dropout_seed)
-        return self.feed_forward(normed_RD, dropout_seed), residual_RD
+        x_RD, residual_RD = scaled(x_RD, first_T1, read_R), read_rows(residual_TD, read_R)
+        normed_RD, residual_RD = self.feed_forward_norm(x_RD, residual_RD, dropout_seed)
+        return scaled(self.feed_forward(normed_RD, dropout_seed), second_T1, read_R), residual_RD
 
 
 class ModernBertAttention(nn.Module):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_ds.basics.micro_batch import NO_FILLINGS, Fillings
+from bert_ds.basics.micro_batch import NO_FILLINGS, BranchDraws, Fillings
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.fused_ops import fused_ops
@@ -42,6 +42,7 @@ class PretrainingModel(nn.Module):
         init_seed: seed of the initial weights.
         objectives: what it is trained on, masked words among them.
         layer_drop: share of the layers that a step is taken without; who trains draws them.
+        stochastic_depth: share of the sequences to which the last layer's blocks add nothing, see `kept_branches`.
     """
 
     predictions: MaskedWordHead
@@ -57,10 +58,11 @@ class PretrainingModel(nn.Module):
         init_seed: int = 0,
         objectives: Sequence[Objective] | None = None,
         layer_drop: float = 0.0,
+        stochastic_depth: float = 0.0,
     ) -> None:
         super().__init__()
         ops, family = fused_ops(kernels), family_of(config)
-        self.config, self.layer_drop = config, layer_drop
+        self.config, self.layer_drop, self.stochastic_depth = config, layer_drop, stochastic_depth
         self.objectives = tuple(plain_objectives(has_pair_head=has_pair_head) if objectives is None else objectives)
         self.terms = ordered_terms(self.objectives)
         self.has_pair_head = any(isinstance(objective, SentencePair) for objective in self.objectives)
@@ -73,6 +75,7 @@ class PretrainingModel(nn.Module):
                 self.add_module(name, head)
         for encoder in self.encoders():
             encoder.activation_checkpointing = activation_checkpointing
+            encoder.stochastic_depth = stochastic_depth
         family.initialise(self, config, seed=init_seed)
 
     def encoders(self) -> Iterator[Any]:
@@ -94,12 +97,13 @@ class PretrainingModel(nn.Module):
         fillings: Fillings = NO_FILLINGS,
         dropout_seed: Tensor | None = None,
         passed_over: frozenset[int] = frozenset(),
+        branches: BranchDraws | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return (loss_sums_L, metric_sums_M) of a packed micro-batch, see `objectives.objective.stacked`.
 
         Args:
             input_ids_T, token_type_ids_T, position_ids_T, cu_seqlens, max_seqlen: see `BertEncoder`.
-            dropout_seed, passed_over: see there too.
+            dropout_seed, passed_over, branches: see there too.
             targets: by name, those that the objectives read.
             kind_counts: in an evaluation, the number of words to predict of each kind, one kind behind the other.
             fillings: what lies at the end of the stream and of the targets and counts for nothing.
@@ -112,6 +116,7 @@ class PretrainingModel(nn.Module):
             "max_seqlen": max_seqlen,
             "dropout_seed": dropout_seed,
             "passed_over": passed_over,
+            "branches": branches,
         }
         seen = Seen(self.bert, stream, targets, kind_counts, fillings=fillings)
         seen.will_read([objective.tokens_read(self, seen) for objective in self.objectives])

@@ -91,15 +91,6 @@ class AlbertConfig(BertNamesConfig):
         """Return D E, also where both are one; 0 where a part alone is shared."""
         return self.hidden_size * self.embedding_size if self.shared_parts == "all" else 0
 
-    @property
-    def classifier_dropout_prob(self) -> float:
-        """That of the settings."""
-        return self.classifier_dropout
-
-    def with_dropout(self, probability: float) -> Self:
-        """Return the settings with another dropout in every place that has one."""
-        return super().with_dropout(probability).model_copy(update={"classifier_dropout": probability})
-
     def owner(self, layer: int, part: str) -> int:
         """Return the first layer of the group, where it is a part that is shared."""
         size = self.num_hidden_layers // self.num_hidden_groups

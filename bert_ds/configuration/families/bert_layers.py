@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, get_args
 
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.reading.config_section import DropoutProbability, PositiveFloat, Size
 
 Activation = Literal["gelu", "gelu_new", "relu", "silu"]
 """Between the two matrices of a feed-forward block, and in the masked-word head."""
+HiddenPlace = Literal["embedding", "attention_output", "feed_forward"]
+"""Where hidden states are dropped in pre-training."""
 
 
 class BertLayersConfig(EncoderConfig):
     """Base of all of them: what follows from the sizes."""
 
     LAYERS = "bert"
+    DROPOUTS = tuple(f"{place}_dropout_prob" for place in get_args(HiddenPlace))
 
     if TYPE_CHECKING:  # a field of some families, fixed in others
 
@@ -28,6 +31,18 @@ class BertLayersConfig(EncoderConfig):
         def layer_norm_eps(self) -> float: ...
         @property
         def norm_position(self) -> str: ...
+
+    embedding_dropout_prob: DropoutProbability | None = None
+    """Dropout after the embeddings; null: as of the other hidden states."""
+    attention_output_dropout_prob: DropoutProbability | None = None
+    """Dropout of what the attention writes; null: as of the other hidden states."""
+    feed_forward_dropout_prob: DropoutProbability | None = None
+    """Dropout of what the feed-forward block writes; null: as of the other hidden states."""
+
+    def dropout_of(self, place: HiddenPlace) -> float:
+        """Return the dropout of hidden states in a place."""
+        found: float | None = getattr(self, f"{place}_dropout_prob")
+        return self.hidden_dropout_prob if found is None else found
 
     @property
     def segment_rows(self) -> int:
@@ -91,6 +106,10 @@ class BertNamesConfig(BertLayersConfig):
     """Base of those of them that have segments, and BERT's names for everything."""
 
     SIZES = (*BertLayersConfig.SIZES, "max_position_embeddings", "type_vocab_size")
+    DROPOUTS = (
+        *(*BertLayersConfig.DROPOUTS, "hidden_dropout_prob", "attention_probs_dropout_prob"),
+        "classifier_dropout",
+    )
 
     hidden_act: Activation = "gelu"
     """"gelu" is the published erf form, "gelu_new" the tanh approximation; or "relu" or "silu"."""
@@ -98,6 +117,8 @@ class BertNamesConfig(BertLayersConfig):
     """Dropout after the embeddings, after both dense blocks of a layer, and in front of a classifier."""
     attention_probs_dropout_prob: DropoutProbability = 0.1
     """Dropout of the attention probabilities."""
+    classifier_dropout: DropoutProbability | None = None
+    """Dropout in front of a task's classifier; null: hidden_dropout_prob."""
     max_position_embeddings: Size = 512
     """Longest sequence in tokens."""
     type_vocab_size: Size = 2
@@ -119,9 +140,5 @@ class BertNamesConfig(BertLayersConfig):
 
     @property
     def classifier_dropout_prob(self) -> float:
-        """That of the hidden states."""
-        return self.hidden_dropout_prob
-
-    def with_dropout(self, probability: float) -> Self:
-        """Return the settings with another dropout of hidden states and attention probabilities."""
-        return self.model_copy(update={"hidden_dropout_prob": probability, "attention_probs_dropout_prob": probability})
+        """That of the settings, or that of the hidden states."""
+        return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout

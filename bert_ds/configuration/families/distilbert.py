@@ -26,6 +26,8 @@ class DistilBertConfig(BertLayersConfig):
         "intermediate_size": "hidden_dim",
     }
     SIZES = (*BertLayersConfig.SIZES, "max_position_embeddings")
+    CLASSIFIER_DROPOUTS = ("qa_dropout", "seq_classif_dropout")
+    DROPOUTS = (*BertLayersConfig.DROPOUTS, "dropout", "attention_dropout", *CLASSIFIER_DROPOUTS)
 
     type: Literal["distilbert"] = "distilbert"
     """Family of the encoder."""
@@ -83,8 +85,3 @@ class DistilBertConfig(BertLayersConfig):
     def classifier_dropout_prob(self) -> float:
         """That of whole sequences; a task sets all of them alike."""
         return self.seq_classif_dropout
-
-    def with_dropout(self, probability: float) -> DistilBertConfig:
-        """Return the settings with another dropout in every place that has one."""
-        places = ("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout")
-        return self.model_copy(update=dict.fromkeys(places, probability))

@@ -32,6 +32,10 @@ class EncoderConfig(Section):
     """How names of the head for pairs begin in Hugging Face's files, or what they hold."""
     MARKS: ClassVar[Marks] = BERT_MARKS
     """Special pieces that its tokenizer has."""
+    DROPOUTS: ClassVar[tuple[str, ...]]
+    """Settings of dropout in every place; one that may be null is another's then."""
+    CLASSIFIER_DROPOUTS: ClassVar[tuple[str, ...]] = ("classifier_dropout",)
+    """Those of them in front of a task's classifier alone."""
     LAYERS: ClassVar[str]
     """What its layers are: a student may start from layers of a teacher of another family with the same."""
 
@@ -166,9 +170,17 @@ class EncoderConfig(Section):
         """Dropout in front of a task's classifier."""
         raise NotImplementedError
 
-    def with_dropout(self, probability: float) -> Self:
-        """Return the settings with another dropout in all places that fine-tuning changes; 0 switches it off."""
-        raise NotImplementedError
+    def with_dropout(self, probability: float, *, classifier: float | None = None) -> Self:
+        """Return the settings with another dropout in every place; 0 switches it off.
+
+        Args:
+            probability: of all of them.
+            classifier: in front of a task's classifier where it is another there.
+        """
+        fields = type(self).model_fields
+        places = {name: None if fields[name].default is None else probability for name in self.DROPOUTS}
+        last = {} if classifier is None else dict.fromkeys(self.CLASSIFIER_DROPOUTS, classifier)
+        return self.model_copy(update={**places, **last})
 
     def with_layers(self, layers: Sequence[int]) -> Self:
         """Return the settings of the network of some layers alone.
@@ -189,18 +201,18 @@ class EncoderConfig(Section):
 
     def form(self) -> dict[str, str]:
         """Return what trained weights belong to, by field of a recipe: not dropout, nor how weights begin."""
-        begin, without, with_some = self.spelled_out(), self.with_dropout(0.0), self.with_dropout(0.5)
+        begin = self.spelled_out()
         settings = {
             name: str(getattr(begin, name))
             for name in type(self).model_fields
-            if not name.startswith("initializer") and getattr(without, name) == getattr(with_some, name)
+            if not name.startswith("initializer") and name not in self.DROPOUTS
         }
         return {"family": self.family} | {f"model.{name}": text for name, text in settings.items() if name != "type"}
 
     @property
     def drops(self) -> bool:
         """Whether there is a place with dropout."""
-        return self != self.with_dropout(0.0)
+        return any(getattr(self, name) for name in self.DROPOUTS)
 
     def count_parameters(self, *, has_pair_head: bool) -> int:
         """Return the trainable parameters of pre-training, padded rows of the vocabulary included.

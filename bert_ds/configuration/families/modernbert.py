@@ -20,6 +20,9 @@ class ModernBertConfig(EncoderConfig):
     TITLE = "ModernBERT"
     HF_TYPES = {"modernbert": {}}
     LAYERS = "modernbert"
+    DROPOUTS = (
+        *("attention_dropout", "attention_output_dropout", "embedding_dropout", "mlp_dropout", "classifier_dropout"),
+    )
     SIZES = (
         *(*EncoderConfig.SIZES, "norm_bias", "attention_bias", "mlp_bias", "decoder_bias", "classifier_bias"),
         "tie_word_embeddings",
@@ -71,6 +74,8 @@ class ModernBertConfig(EncoderConfig):
     """Base of the rotary frequencies in layers with a window."""
     attention_dropout: DropoutProbability = 0.0
     """Dropout of the attention probabilities, and of what the attention writes."""
+    attention_output_dropout: DropoutProbability | None = None
+    """Dropout of what the attention writes; null: attention_dropout."""
     embedding_dropout: DropoutProbability = 0.0
     """Dropout after the embedding."""
     mlp_dropout: DropoutProbability = 0.0
@@ -94,6 +99,11 @@ class ModernBertConfig(EncoderConfig):
                 f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}"
             )
         return self
+
+    @property
+    def written_dropout(self) -> float:
+        """Dropout of what the attention writes."""
+        return self.attention_dropout if self.attention_output_dropout is None else self.attention_output_dropout
 
     @property
     def has_output_bias(self) -> bool:
@@ -135,11 +145,6 @@ class ModernBertConfig(EncoderConfig):
     def classifier_dropout_prob(self) -> float:
         """That of the settings."""
         return self.classifier_dropout
-
-    def with_dropout(self, probability: float) -> ModernBertConfig:
-        """Return the settings with another dropout in every place that has one."""
-        places = ("attention_dropout", "embedding_dropout", "mlp_dropout", "classifier_dropout")
-        return self.model_copy(update=dict.fromkeys(places, probability))
 
     def count_parameters(self, *, has_pair_head: bool) -> int:
         """Return the trainable parameters; a tied decoder counts once.

@@ -78,6 +78,8 @@ class TaskConfig(Section):
     """Longest sequence in tokens; what is longer is cut or split, as the kind allows."""
     dropout: DropoutProbability = 0.1
     """Dropout in the encoder and before the head, whatever the pre-trained config says."""
+    classifier_dropout: DropoutProbability | None = None
+    """Dropout before the head where it is another than in the encoder."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: a row counts in inverse proportion to how frequent its label is; the mean weight is 1."""
     freeze: FreezeConfig = FreezeConfig()

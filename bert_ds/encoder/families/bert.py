@@ -104,6 +104,7 @@ _SETTINGS = (
     "type_vocab_size",
     "layer_norm_eps",
     "initializer_range",
+    "classifier_dropout",
 )
 _FORM = BertForm(
     config=BertConfig,

@@ -23,7 +23,7 @@ from bert_ds.encoder.fused_ops import FusedOps
 from bert_ds.encoder.tensor_rows import TensorRow, linear_rows, same_row, without_tied
 from bert_ds.encoder.word_head import MaskedWordHead
 
-_NOT_WRITTEN = ("type", "pad_vocab_size_to_multiple_of")
+_NOT_WRITTEN = ("type", "pad_vocab_size_to_multiple_of", *BertLayersConfig.DROPOUTS)
 _ENCODER_PARTS = ("embeddings", "encoder.", "transformer.", "pooler.")
 _BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -52,7 +52,7 @@ class FrontedEncoder(LayeredEncoder):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(config, ops, embeddings, activation_checkpointing=activation_checkpointing)
-        dropout = Dropout(config.hidden_dropout_prob, first_free_site(config))
+        dropout = Dropout(config.classifier_dropout_prob, first_free_site(config))
         self.front = DroppingFront(config.hidden_size, ops, dropout=dropout, act=act) if has_front else None
 
     def sequence_rows(self, hidden_TD: Tensor, cu_seqlens: Tensor, dropout_seed: Tensor | None = None) -> Tensor:
@@ -195,7 +195,7 @@ class BertForm:
                 for name, fixed in said.HF_TYPES.items()
                 if all(getattr(said, setting) == value for setting, value in fixed.items())
             ),
-            **{theirs: getattr(said, ours) for ours, theirs in self.settings.items()},
+            **{theirs: value for ours, theirs in self.settings.items() if (value := getattr(said, ours)) is not None},
             **self.more_settings(said, special_ids),
         }
         settings.setdefault("pad_token_id", special_ids["pad"])

@@ -31,7 +31,7 @@ class DistilBertEmbeddings(nn.Module):
     def __init__(self, config: DistilBertConfig, ops: FusedOps) -> None:
         super().__init__()
         hidden_size = config.hidden_size
-        self.ops, self.eps, self.dropout_prob = ops, config.layer_norm_eps, config.dropout
+        self.ops, self.eps, self.dropout_prob = ops, config.layer_norm_eps, config.dropout_of("embedding")
         self.word_weight = nn.Parameter(torch.empty(config.padded_vocab_size, hidden_size))
         self.position_weight = nn.Parameter(torch.empty(config.max_position_embeddings, hidden_size))
         self.layer_norm_weight = nn.Parameter(torch.empty(hidden_size))

@@ -87,7 +87,7 @@ def detector_rows(config: ElectraConfig) -> Iterator[TensorRow]:
 
 
 def _more_settings(config: ElectraConfig, special_ids: Mapping[str, int]) -> dict[str, Any]:
-    return {**_SUMMARY, "summary_last_dropout": config.hidden_dropout_prob}
+    return {**_SUMMARY, "summary_last_dropout": config.classifier_dropout_prob}
 
 
 def _roles(config: ElectraConfig) -> dict[RoleName, Role]:

@@ -47,7 +47,7 @@ class BertEmbeddings(nn.Module):
         super().__init__()
         self.ops = ops
         self.eps = config.layer_norm_eps
-        self.dropout_prob = config.hidden_dropout_prob
+        self.dropout_prob = config.dropout_of("embedding")
         self.has_norm = config.norm_position == "post"
         self.word_weight = nn.Parameter(torch.empty(config.padded_vocab_size, width))
         if has_sinusoids:

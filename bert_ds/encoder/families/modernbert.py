@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bert_ds.basics.micro_batch import BranchDraws
 from bert_ds.configuration.families.modernbert import ModernBertConfig
 from bert_ds.encoder.blocks import (
     Dropout,
@@ -22,6 +23,7 @@ from bert_ds.encoder.blocks import (
     activated,
     at_their_tokens,
     first_rows,
+    kept_branches,
     mean_rows,
     refuse_partitioned,
     require_seed,
@@ -51,12 +53,16 @@ class ModernBertEncoder(nn.Module):
         activation_checkpointing: keep only what is carried between layers and recompute the rest in the backward pass.
     """
 
+    stochastic_depth = 0.0
+    """How often the last layer's blocks add nothing to a sequence, see `kept_branches`."""
+
     def __init__(
         self, config: ModernBertConfig, ops: FusedOps, *, has_front: bool = True, activation_checkpointing: bool = False
     ) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
-        self.dropout_is_used = max(config.attention_dropout, config.embedding_dropout, config.mlp_dropout) > 0
+        places = (config.attention_dropout, config.written_dropout, config.embedding_dropout, config.mlp_dropout)
+        self.dropout_is_used = max(places) > 0
         self.embeddings = ModernBertEmbeddings(config, ops)
         self.layer = nn.ModuleList(ModernBertLayer(config, ops, layer=i) for i in range(config.num_hidden_layers))
         self.final_norm = add_norm(config, ops, dropout=Dropout(0.0, 0))
@@ -74,6 +80,7 @@ class ModernBertEncoder(nn.Module):
         dropout_seed: Tensor | None = None,
         read_R: Tensor | None = None,
         passed_over: frozenset[int] = frozenset(),
+        branches: BranchDraws | None = None,
     ) -> Tensor:
         """Encode a packed micro-batch.
 
@@ -85,6 +92,7 @@ class ModernBertEncoder(nn.Module):
             dropout_seed: int64 [1], on the device of the ids; needed in training mode when the config has dropout.
             read_R: int64 [R], the tokens whose hidden states are read, where it is not all, see `through_layers`.
             passed_over: layers that have no effect, counted from 0.
+            branches: what decides of a stochastic depth, needed in training mode where there is one.
 
         Returns:
             hidden_TD in the dtype of the parameters; rows that are not read have no meaning.
@@ -97,7 +105,8 @@ class ModernBertEncoder(nn.Module):
         if passed_over:
             past = PassedOver(passed_over, (position_ids_T[:0], torch.zeros_like(cu_seqlens), 0, dropout_seed))
         recompute = self.activation_checkpointing and self.training
-        how: dict[str, Any] = {"recompute": recompute, "read_R": read_R, "passed_over": past}
+        kept = kept_branches(self, branches, cu_seqlens, num_tokens=len(hidden_TD))
+        how: dict[str, Any] = {"recompute": recompute, "read_R": read_R, "passed_over": past, "kept": kept}
         x_RD, residual_RD = through_layers(self.layer, (None, hidden_TD), *stream, **how)
         hidden_RD = self.final_norm(x_RD, residual_RD, dropout_seed)[0]
         return at_their_tokens(hidden_RD, read_R, num_tokens=len(input_ids_T))
@@ -191,7 +200,10 @@ _REFUSED = {
     "head_dim": "hidden_size over num_attention_heads",
 }
 """What transformers would compute with, though its ModernBERTs do not say it."""
-_NOT_WRITTEN = ("type", "pad_vocab_size_to_multiple_of", "layer_types", "global_attn_every_n_layers")
+_NOT_WRITTEN = (
+    *("type", "pad_vocab_size_to_multiple_of", "attention_output_dropout"),
+    *("layer_types", "global_attn_every_n_layers"),
+)
 
 
 def encoder_rows(config: ModernBertConfig, *, has_front: bool) -> Iterator[TensorRow]:

@@ -122,10 +122,13 @@ def _generated(model: Any, stream: Mapping[str, Any], positions_P: Tensor) -> Te
     """Return hidden_TD of the generator, of the masked tokens at least."""
     seed = stream["dropout_seed"]
     seed = None if seed is None else ~seed  # another number: no mask is one of the discriminator's
+    branches = stream.get("branches")
+    branches = None if branches is None else branches._replace(seed=~branches.seed)
     names = ("input_ids_T", "token_type_ids_T", "position_ids_T")
     embedded_TE = model.bert.embeddings(*(stream[name] for name in names), seed, is_projected=False)
     read_R = positions_P if 0 < len(positions_P) < len(embedded_TE) else None
-    return model.generator(**{**stream, "input_ids_T": embedded_TE, "dropout_seed": seed, "read_R": read_R})
+    own = {"input_ids_T": embedded_TE, "dropout_seed": seed, "branches": branches, "read_R": read_R}
+    return model.generator(**{**stream, **own})
 
 
 def _draws(model: Any, stream: Mapping[str, Any], positions_P: Tensor) -> Tensor:

@@ -54,9 +54,10 @@ def gradient_report(
     terms, reports = engine.module.terms, []
     for micro_step, batch in enumerate(micro_batches):
         part = dist.get_rank() * len(micro_batches) + micro_step
-        inputs = batch.to(engine.device).model_inputs()
+        moved = batch.to(engine.device)
+        drops = drops_of(engine.module, seed, step, part, device=engine.device, example_ids=moved.example_ids)
         # Through the module: the engine would take the backward of its own output for one of its micro-steps.
-        loss_sums_L, _ = engine.module(**inputs, **drops_of(engine.module, seed, step, part, device=engine.device))
+        loss_sums_L, _ = engine.module(**moved.model_inputs(), **drops)
         loss = step_loss(loss_sums_L, counts, terms=terms)
         gradients = torch.autograd.grad(loss, [one for _, one in named], allow_unused=True)
         norms = {

@@ -7,22 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bert_ds.basics.micro_batch import BranchDraws
+
 _MASK = 2**64 - 1
 _LAYERS = 2**32
 """Names the draws of layers, where the others have a number of a micro-batch."""
+_BRANCHES = 2**33
+"""Those of blocks of layers, which go by the example."""
 
 
-def drops_of(module: nn.Module, seed: int, step: int, part: int, *, device: torch.device | str) -> dict[str, Any]:
+def drops_of(
+    module: nn.Module, seed: int, step: int, part: int, *, device: torch.device | str, example_ids: Tensor | None
+) -> dict[str, Any]:
     """Return the arguments of a model's forward that say what a micro-batch drops.
 
     Args:
-        module: of pre-training, which may have a `layer_drop`, or of a task.
+        module: of pre-training, which may have a `layer_drop` and a `stochastic_depth`, or of a task.
         seed, step, part, device: see `dropout_seed`.
+        example_ids: of the micro-batch, on the device.
     """
     drops: dict[str, Any] = {"dropout_seed": dropout_seed(seed, step, part, device=device)}
     model: Any = module
     if layer_drop := getattr(model, "layer_drop", 0.0):
         drops["passed_over"] = passed_over(seed, step, num_layers=len(model.bert.layer), layer_drop=layer_drop)
+    if getattr(model, "stochastic_depth", 0.0):
+        assert example_ids is not None, "a batch of pre-training names its examples"
+        drops["branches"] = BranchDraws(dropout_seed(seed, step, _BRANCHES, device=device), example_ids)
     return drops
 
 

@@ -100,10 +100,12 @@ def forward_backward(
         raise ValueError(f"{len(micro_batches)} micro-batches for a step, wanted {accumulation} (accumulation steps)")
     terms, total = engine.module.terms, None
     for micro_step, batch in enumerate(micro_batches):
-        inputs: dict[str, Any] = {"dropout_seed": None, **batch.to(engine.device).model_inputs()}
+        moved = batch.to(engine.device)
+        inputs: dict[str, Any] = {"dropout_seed": None, **moved.model_inputs()}
         if seed is not None:
             part = dist.get_rank() * accumulation + micro_step
-            inputs |= drops_of(engine.module, seed, step, part, device=engine.device)
+            ids = moved.example_ids
+            inputs |= drops_of(engine.module, seed, step, part, device=engine.device, example_ids=ids)
         loss_sums_L, metric_sums_M = engine(**inputs)
         loss = poison_if_not_finite(step_loss(loss_sums_L, counts, terms=terms))
         sums = torch.cat([loss_sums_L.detach(), metric_sums_M.detach()]).double()
