@@ -29,7 +29,7 @@ DEEPSPEED_CONFIG := ds_configs/zero2.json
 .PHONY: pretrain test test-fast test-slurm check format env env-dev clean bench-gpu gpu-first
 .PHONY: campaign-kills campaign-folders campaign-storms campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-lamb campaign-muon campaign-kernels campaign-configs campaign-fuzz campaign-slurm
-.PHONY: campaign-predict campaign-unpad campaign-init campaign-duplicates campaign-families campaign-gpu-first campaign-cpu-speed campaign-context campaign-few-shapes campaign-compile campaign-start campaign-modules-of-a-step bench-cpu bench-host bench-unpad test-gpu sanitize-gpu
+.PHONY: campaign-predict campaign-latency campaign-unpad campaign-init campaign-duplicates campaign-families campaign-gpu-first campaign-cpu-speed campaign-context campaign-few-shapes campaign-compile campaign-start campaign-modules-of-a-step bench-cpu bench-host bench-unpad test-gpu sanitize-gpu
 
 env:
 	@.ci/make_env.sh
@@ -120,6 +120,10 @@ campaign-hf-trainer: env-dev
 campaign-predict: env-dev
 	@[[ -n "$(DATA)" ]] || { echo "DATA=folder is missing: the folder that holds sst2"; exit 2; }
 	$(BIN)/python tests/campaign_predict.py --data $(DATA) --work runs/$@
+
+campaign-latency: env-dev
+	$(BIN)/python -m pytest -m campaign tests/test_int8.py
+	$(BIN)/python tests/campaign_latency.py --work runs/$@
 
 campaign-lamb: env-dev
 	$(BIN)/python -m pytest -m campaign tests/test_lamb_campaign.py

@@ -2,6 +2,8 @@
 
     python bert_ds/export_hf.py --run_dir runs/mine [--onnx]       the newest checkpoint -> runs/mine/hf
     python bert_ds/export_hf.py --model runs/mine/hf --onnx        a folder there is already, fine-tuned or not
+    python bert_ds/export_hf.py --model runs/sst2/hf --onnx --int8    with int8 matrices, and what they cost the task
+    python bert_ds/export_hf.py --model runs/sst2/hf --push_to_hub ME/NAME --license apache-2.0 --language en
 
 With --onnx the folder gets an onnx/ with model.onnx, config.json and tokenizer, run once in onnxruntime to prove it.
 With --layers 0 2 --output FOLDER a network of these layers alone is written.
@@ -11,11 +13,13 @@ new one or stays as it is.
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bert_ds.launch.command_line import answer_early, run_main
+from bert_ds.launch.hub import Card, push_folder
 from bert_ds.launch.verb_arguments import export_hf_arguments
 
 if __name__ == "__main__":
@@ -32,14 +36,16 @@ from bert_ds.configuration.model_folder import GENERATOR_FOLDER
 from bert_ds.configuration.plan_table import generator_text
 from bert_ds.configuration.recipe.run_config import RunConfig, load_run_config
 from bert_ds.configuration.run_stages import stages_text
+from bert_ds.configuration.task.task_config import TaskConfig
 from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
+from bert_ds.downstream.tuning.int8 import write_int8
 from bert_ds.encoder.hf_folder import model_card_text, special_ids, write_hf_folder
 from bert_ds.encoder.hf_mapping import hf_config, role_of, share_unseen_segments, to_hf
 from bert_ds.encoder.hf_onnx import ONNX_FILE, write_onnx
 from bert_ds.encoder.hf_verify import verify_export
 from bert_ds.encoder.initial_weights import layers_alone
 from bert_ds.encoder.objectives.replaced_tokens import halves
-from bert_ds.folders.replaced_folders import ONNX_FOLDER, replaced_export
+from bert_ds.folders.replaced_folders import INT8_FOLDER, ONNX_FOLDER, replaced_export
 from bert_ds.reporting.run_log import AT_MASK, read_metrics
 from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint, read_manifest
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
@@ -47,17 +53,30 @@ from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 
 def main() -> None:
     args = export_hf_arguments()
+    name = "hf" if args.model is None else INT8_FOLDER if args.int8 else ONNX_FOLDER
     source: Path = args.run_dir if args.model is None else args.model
-    output: Path = args.output or source / ("hf" if args.model is None else ONNX_FOLDER)
-    with replaced_export(output) as folder:
-        if args.model is not None:
-            said = [export_onnx(source, folder, shown=output)]
-        else:
-            said = [export(source, args.checkpoint, folder, shown=output, layers=args.layers)]
-            if args.onnx:
-                (folder / ONNX_FOLDER).mkdir()
-                said.append(export_onnx(folder, folder / ONNX_FOLDER, shown=output / ONNX_FOLDER))
-    print("\n".join(said))
+    output: Path = args.output or source / name
+    if args.model is None or args.onnx:
+        with replaced_export(output) as folder:
+            said = written(args, source, folder, shown=output)
+        print("\n".join(said))
+    if args.push_to_hub is not None:
+        card = Card(args.license, args.language, args.datasets)
+        pushed = output if args.model is None else args.model
+        print(f"pushed {pushed}: {push_folder(pushed, args.push_to_hub, private=args.private, card=card)}")
+
+
+def written(args: argparse.Namespace, source: Path, folder: Path, *, shown: Path) -> list[str]:
+    """Write what is asked for into an empty folder, which will be called `shown`; return what to say of it."""
+    if args.int8:
+        return [export_int8(source, folder, args.task, shown=shown)]
+    if args.model is not None:
+        return [export_onnx(source, folder, shown=shown)]
+    said = [export(source, args.checkpoint, folder, shown=shown, layers=args.layers)]
+    if args.onnx:
+        (folder / ONNX_FOLDER).mkdir()
+        said.append(export_onnx(folder, folder / ONNX_FOLDER, shown=shown / ONNX_FOLDER))
+    return said
 
 
 def export(run_dir: Path, name: str | None, folder: Path, *, shown: Path, layers: Sequence[int] | None = None) -> str:
@@ -118,6 +137,15 @@ def export_onnx(model: Path, folder: Path, *, shown: Path) -> str:
     return (
         f"wrote {shown / ONNX_FILE}: onnxruntime's scores differ from transformers' by at most "
         f"{check.max_difference:.1e} (largest score {check.scale:.1f})"
+    )
+
+
+def export_int8(model: Path, folder: Path, task: TaskConfig, *, shown: Path) -> str:
+    """Write the ONNX form of a fine-tuned folder with int8 matrices into an empty folder; return what to say of it."""
+    check = write_int8(model, folder, task, say=print)
+    return (
+        f"wrote {shown / ONNX_FILE}: {check.metric} of {task.name} {check.fp32:.4f} in fp32, {check.int8:.4f} in int8 "
+        f"({check.num_rows:,} validation rows), {check.fp32_bytes / 1e6:,.1f} MB and {check.int8_bytes / 1e6:,.1f} MB"
     )
 
 

@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from downstream_cases import CONFIG, PIECES, write_lines, write_task, write_tiny_export
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from tiny_training import join_alone
+from tokenizers import Tokenizer
 
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
@@ -119,6 +122,25 @@ def test_onnxruntime_gives_the_vectors_of_sentence_transformers(fine_tuned: Path
     found_ND = (hidden_NSD * kept_NS1).sum(axis=1) / kept_NS1.sum(axis=1)
     wanted_ND = SentenceTransformer(str(fine_tuned / "hf"), device="cpu").encode(texts)
     assert abs(found_ND - wanted_ND).max() < 1e-5 * abs(wanted_ND).max()
+
+
+def test_the_folder_has_what_text_embeddings_inference_reads(fine_tuned: Path) -> None:
+    """Names without a default in its router/src/lib.rs and backends/candle/src/models/bert.rs."""
+    folder = fine_tuned / "hf"
+    pooling = json.loads((folder / "1_Pooling/config.json").read_text())
+    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+    assert [pooling[f"pooling_mode_{mode}"] for mode in modes] == [False, True, False, False]
+    config = json.loads((folder / "config.json").read_text())
+    numbers = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    numbers += ("max_position_embeddings", "type_vocab_size", "pad_token_id")
+    assert all(type(config[name]) is int for name in numbers)
+    assert all(type(config[name]) is float for name in ("hidden_dropout_prob", "initializer_range", "layer_norm_eps"))
+    assert (config["architectures"], config["model_type"], config["hidden_act"]) == (["BertModel"], "bert", "gelu")
+    assert json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"] == 24
+    tensors = load_file(folder / "model.safetensors")
+    names = ("embeddings.word_embeddings", "encoder.layer.0.attention.self.query")
+    assert {f"bert.{name}.weight" for name in names} <= set(tensors), "it reads them with and without bert."
+    assert Tokenizer.from_file(str(folder / "tokenizer.json")).encode("the film").tokens[0] == "[CLS]"
 
 
 @pytest.mark.parametrize(

@@ -169,14 +169,18 @@ def read_json_file(path: Path) -> Any:
         return None
 
 
-def _absent_text(folder: Path) -> str:
-    """Say what is there instead of a folder that is not."""
+def near_folder(folder: Path) -> str:
+    """Return '; did you mean "x"?' for the folder whose name is like that of one that is not there, or nothing."""
     beside = folder.absolute().parent
     try:
         names = [path.name for path in beside.iterdir() if path.is_dir() and not path.name.startswith(".")]
     except OSError:
         names = []
-    if near := did_you_mean(folder.name, names):
+    return did_you_mean(folder.name, names)
+
+
+def _absent_text(folder: Path) -> str:
+    if near := near_folder(folder):
         return f": there is no such folder{near}"
     return (
         ": there is no such folder; names of the Hugging Face hub are not looked up, a model from there is downloaded "

@@ -81,6 +81,21 @@ def write_onnx(folder: Path, output: Path) -> OnnxCheck:
     return check
 
 
+def quantise(path: Path) -> None:
+    """Replace an ONNX file by one whose matrices and embeddings are int8; what they are multiplied with is scaled as it
+    comes, by the largest value in the whole batch (onnxruntime's dynamic quantisation)."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    small = path.with_name(f"{path.stem}.int8.onnx")
+    root, before = logging.getLogger(), logging.getLogger().level
+    root.setLevel(logging.ERROR)  # it recommends a step for convolutions
+    try:
+        quantize_dynamic(path, small)
+    finally:
+        root.setLevel(before)
+    small.replace(path)
+
+
 def load_to_trace(folder: Path) -> Any:
     """Return transformers' model of the folder, in fp32, with a pooler only where there are weights of one.
 

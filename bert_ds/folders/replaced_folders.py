@@ -28,8 +28,8 @@ from bert_ds.folders.output_folders import claim, entries, first_entry, foreign_
 
 EXPORT_MANIFEST = "export_manifest.json"
 """In every export: relative path -> sha256 of each file, this one aside."""
-ONNX_FOLDER = "onnx"
-"""Inside an export; it is an export of its own, so that it can be added and replaced alone."""
+ONNX_FOLDER, INT8_FOLDER = "onnx", "onnx_int8"
+"""Inside an export; each is an export of its own, so that it can be added and replaced alone."""
 
 _OUR_KEYS = ("sentence_pair_objective", "finetuned_task", "onnx")
 """What config.json of an export has and that of no other folder."""
@@ -116,7 +116,7 @@ def foreign_in_export(folder: Path) -> str | None:
             continue
         if full.is_symlink() or not (full.is_dir() or full.is_file()):
             return path
-        if full.name == ONNX_FOLDER and (full / EXPORT_MANIFEST).is_file():
+        if full.name in (ONNX_FOLDER, INT8_FOLDER) and (full / EXPORT_MANIFEST).is_file():
             if (foreign := foreign_in_export(full)) is not None:
                 return f"{path}/{foreign}"
             inner = f"{path}/"

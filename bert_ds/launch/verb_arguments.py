@@ -11,7 +11,9 @@ from bert_ds.configuration.model_folder import folder_problem, require_model_fol
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.configuration.run_speed import CARDS
 from bert_ds.configuration.task.search_space import load_trials
+from bert_ds.configuration.task.task_config import TaskConfig, load_task
 from bert_ds.launch.command_line import add_launch_options, positive
+from bert_ds.launch.hub import NAME, hub_folder
 from bert_ds.launch.verbs import verb_parser
 
 Words = Sequence[str] | None
@@ -37,6 +39,7 @@ def init_arguments(words: Words = None) -> argparse.Namespace:
         parser.error(f"--world_size: found {args.world_size}, wanted at least 1")
     if args.output.exists():
         raise ConfigError(f"{args.output} is there already, and nothing was touched: wanted a new name")
+    args.like = None if args.like is None else hub_folder(args.like, "--like")
     if args.like is not None and (text := folder_problem(args.like)) is not None:
         raise ConfigError(f"--like {args.like}{text}")
     return args
@@ -78,6 +81,7 @@ def finetune_arguments(words: Words = None) -> argparse.Namespace:
     parser.add_argument("--parallel", type=int, metavar="N", help="trials at a time (default: GPUs, or cores / 4)")
     add_launch_options(parser)
     args = parser.parse_args(words)
+    args.model = hub_folder(args.model, "--model")
     if args.seed is not None and args.seeds:
         parser.error("--seed and --seeds exclude each other")
     if args.search is None and (args.trial, args.parallel) != (None, None):
@@ -97,7 +101,9 @@ def score_arguments(words: Words = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder for predictions, figures and results.json")
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    args.model = hub_folder(args.model, "--model")
+    return args
 
 
 def predict_arguments(words: Words = None) -> argparse.Namespace:
@@ -117,7 +123,7 @@ def predict_arguments(words: Words = None) -> argparse.Namespace:
     for word in args.columns:
         if "=" not in word:
             parser.error(f"--columns: found {word}, wanted FIELD=COLUMN")
-    require_model_folder(args.model)
+    args.model = _model_folder(args.model)
     if args.input != "-" and not Path(args.input).is_file():
         raise DataError(f"--input {args.input}: there is no such file")
     return args
@@ -130,7 +136,7 @@ def probe_arguments(words: Words = None) -> argparse.Namespace:
     parser.add_argument("--max_vectors", type=int, default=10_000, help="per side (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder for probes.json and probes.png")
     args = parser.parse_args(words)
-    require_model_folder(args.model)
+    args.model = _model_folder(args.model)
     return args
 
 
@@ -141,7 +147,7 @@ def show_masks_arguments(words: Words = None) -> argparse.Namespace:
     parser.add_argument("--text", action="append", help="sentence with one [MASK]; may be repeated")
     parser.add_argument("--top_k", type=int, default=5, help="words per sentence")
     args = parser.parse_args(words)
-    require_model_folder(args.model)
+    args.model = _model_folder(args.model)
     return args
 
 
@@ -150,23 +156,58 @@ def export_hf_arguments(words: Words = None) -> argparse.Namespace:
     parser = verb_parser("export_hf")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run_dir", type=Path, help="folder of the run")
-    source.add_argument("--model", type=Path, help="Hugging Face folder, exported or fine-tuned; wants --onnx")
+    source.add_argument("--model", type=Path, help="folder, exported or fine-tuned; wants --onnx or --push_to_hub")
     parser.add_argument("--checkpoint", metavar="global_stepN", help="name of the checkpoint (default: the newest)")
     parser.add_argument("--onnx", action="store_true", help="write an ONNX file and its tokenizer as well")
-    parser.add_argument("--output", type=Path, help="folder to write (default: RUN_DIR/hf or MODEL/onnx)")
+    parser.add_argument("--int8", action="store_true", help="with int8 matrices; says what they cost the task")
+    parser.add_argument("--task", help="of --int8: what MODEL was fine-tuned on (default: that of the run it lies in)")
+    parser.add_argument("--data", type=Path, help="of --task: folder of its data files")
+    output = "folder to write (default: RUN_DIR/hf, MODEL/onnx or MODEL/onnx_int8)"
+    parser.add_argument("--output", type=Path, help=output)
     parser.add_argument(
         "--layers", type=int, nargs="+", metavar="N", help="export a network of these layers alone, counted from 0"
     )
+    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="put the folder there, with the token in HF_TOKEN")
+    parser.add_argument("--private", action="store_true", help="of --push_to_hub: for yourself and your organisation")
+    parser.add_argument("--license", help="of --push_to_hub: as the hub calls it, apache-2.0 for example")
+    parser.add_argument("--language", nargs="+", default=[], help="of --push_to_hub: en, zh, ...")
+    parser.add_argument("--datasets", nargs="+", default=[], help="of --push_to_hub: names of the data sets on the hub")
     args = parser.parse_args(words)
-    if args.layers is not None and (args.model is not None or args.output is None):
-        parser.error("--layers makes another network of a run: wanted --run_dir and --output beside it")
-    if args.model is not None and (not args.onnx or args.checkpoint):
-        parser.error("--model is a finished folder: wanted --onnx beside it, and no --checkpoint")
+    if (text := _export_problem(args)) is not None:
+        parser.error(text)
     if args.model is not None:
-        require_model_folder(args.model)
+        args.model = _model_folder(args.model)
+        args.task = _own_task(args) if args.int8 else None
     elif not args.run_dir.is_dir():
         raise ConfigError(f"{args.run_dir} is not a folder: wanted a run, or a Hugging Face folder")
     return args
+
+
+def _export_problem(args: argparse.Namespace) -> str | None:
+    """Say which options of an export do not go together."""
+    is_model, is_pushed = args.model is not None, args.push_to_hub is not None
+    if args.layers is not None and (is_model or args.output is None):
+        return "--layers makes another network of a run: wanted --run_dir and --output beside it"
+    if is_model and (not (args.onnx or is_pushed) or args.checkpoint):
+        return "--model is a finished folder: wanted --onnx or --push_to_hub beside it, and no --checkpoint"
+    if args.int8 and not (is_model and args.onnx):
+        return "--int8 is proven by the metric of a task: wanted --onnx and a fine-tuned --model beside it"
+    if not args.int8 and (args.task or args.data):
+        return "--task and --data are of --int8: wanted it beside them"
+    if not is_pushed and (args.private or args.license or args.language or args.datasets):
+        return "--private, --license, --language and --datasets are of --push_to_hub: wanted it beside them"
+    if is_pushed and NAME.fullmatch(args.push_to_hub) is None:
+        return f"--push_to_hub: found {args.push_to_hub}, wanted OWNER/NAME"
+    if is_pushed and not (args.license and args.language):
+        return "--push_to_hub: wanted --license and --language beside it, which nothing in the folder says"
+    return None
+
+
+def _model_folder(path: Path) -> Path:
+    """Return the folder of a --model, which may be a name of the hub."""
+    folder = hub_folder(path, "--model")
+    require_model_folder(folder)
+    return folder
 
 
 def _add_search(args: argparse.Namespace) -> None:
@@ -184,6 +225,16 @@ def _add_search(args: argparse.Namespace) -> None:
             )
         args.set += args.trials[args.trial].overrides
         args.resume = "auto" if args.resume == "never" else args.resume
+
+
+def _own_task(args: argparse.Namespace) -> TaskConfig:
+    """Return the task that a folder was fine-tuned on."""
+    beside = args.model.absolute().parent / "task_config.json"
+    if args.task is None and not beside.is_file():
+        raise ConfigError(
+            f"--int8: {args.model} does not lie in the run that made it: wanted --task, and --data with it"
+        )
+    return load_task(args.task or beside, data=args.data)
 
 
 def add_pair_options(parser: argparse.ArgumentParser) -> None:

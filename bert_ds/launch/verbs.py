@@ -51,7 +51,8 @@ VERBS = {
     ),
     "report": Verb("Say how a run went, or write it as a page with figures.", "--run_dir runs/mine --html"),
     "export_hf": Verb(
-        "Export a checkpoint as a Hugging Face folder, or a Hugging Face folder as ONNX.", "--run_dir runs/mine"
+        "Export a checkpoint as a Hugging Face folder, such a folder as ONNX, or put it on the hub.",
+        "--run_dir runs/mine",
     ),
     "show_masks": Verb(
         "Print the likeliest words for the [MASK] of some sentences.",

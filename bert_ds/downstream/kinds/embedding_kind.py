@@ -23,6 +23,8 @@ from bert_ds.downstream.rows.features import Feature, FeatureContext, cut_to, en
 from bert_ds.downstream.rows.records import Record
 from bert_ds.downstream.scores.metrics import correlations
 
+_POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+
 
 def sentence_transformers_files(config: EncoderConfig, max_seq_length: int) -> dict[str, str]:
     """Return what makes a Hugging Face folder one of sentence-transformers: file name -> text.
@@ -34,6 +36,8 @@ def sentence_transformers_files(config: EncoderConfig, max_seq_length: int) -> d
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
         {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
     ]
+    # text-embeddings-inference wants each mode said.
+    modes = {f"pooling_mode_{mode}": mode == "mean_tokens" for mode in _POOLING_MODES}
     contents = {
         "modules.json": modules,
         "sentence_bert_config.json": {
@@ -41,7 +45,7 @@ def sentence_transformers_files(config: EncoderConfig, max_seq_length: int) -> d
             "do_lower_case": False,
             "model_args": dict(role_of(config, "encoder").without_front),
         },
-        "1_Pooling/config.json": {"word_embedding_dimension": config.hidden_size, "pooling_mode_mean_tokens": True},
+        "1_Pooling/config.json": {"word_embedding_dimension": config.hidden_size, **modes},
         "config_sentence_transformers.json": {"similarity_fn_name": "cosine"},
     }
     return {name: json.dumps(content, indent=2) + "\n" for name, content in contents.items()}

@@ -72,7 +72,7 @@ def measure_side(model: Any, task: TaskConfig, side: Side, labels: Labels) -> Me
         count_targets=kind.count_targets,
     )
     predictions = kind.predict(side.examples, side.features, found.summaries, labels)
-    figures = _measured(task, side, predictions, labels, rows=range(len(predictions)))
+    figures = labelled_figures(task, side, predictions, labels, rows=range(len(predictions)))
     return Measurement({**figures, **found.means} if figures else {}, predictions)
 
 
@@ -84,7 +84,7 @@ def part_figures(
     See `scored_parts`. The parts have metrics and no losses.
     """
     parts = scored_parts(name, len(side.examples), side.overlapping)
-    figures = {part: _measured(task, side, found.predictions, labels, rows=rows) for part, rows in parts.items()}
+    figures = {part: labelled_figures(task, side, found.predictions, labels, rows=rows) for part, rows in parts.items()}
     return {**{part: one for part, one in figures.items() if one}, name: found.figures}
 
 
@@ -98,10 +98,10 @@ def row_counts(rows: TaskRows) -> dict[str, dict[str, int]]:
     return {"rows": counts, "rows_removed": rows.num_removed}
 
 
-def _measured(
+def labelled_figures(
     task: TaskConfig, side: Side, predictions: Sequence[Prediction], labels: Labels, *, rows: Iterable[int]
 ) -> dict[str, float]:
-    """Return the metrics of some rows, of those that have a label; {} where none has."""
+    """Return the metrics of some rows of a side, of those that have a label; {} where none has."""
     labelled = [index for index in rows if side.examples[index].target is not None]
     if not labelled:
         return {}

@@ -31,7 +31,7 @@ from bert_ds.downstream.rows.examples import Example
 from bert_ds.downstream.rows.features import Feature, FeatureContext
 from bert_ds.downstream.rows.free_words import Word, joined_words, split_words
 from bert_ds.downstream.scores.entity_scores import entities
-from bert_ds.downstream.tuning.scorers import make_scorer
+from bert_ds.downstream.tuning.scorers import make_scorer, scores_by_length
 from bert_ds.downstream.tuning.task_folder import tokenizer_folder
 from bert_ds.encoder.hf_folder import read_json
 from bert_ds.encoder.hf_mapping import model_config_from_hf
@@ -95,14 +95,12 @@ class Predictor:
     def __call__(self, rows: Sequence[Any], *, batch_size: int = 32) -> list[dict[str, Any]]:
         """Return one answer for each row, in their order; rows of like length are computed together."""
         asked = [self._asked(row) for row in rows]
-        flat = [(number, feature) for number, one in enumerate(asked) for feature in one.features]
-        flat.sort(key=lambda pair: -len(pair[1].input_ids))
+        owners = [(number, place) for number, one in enumerate(asked) for place in range(len(one.features))]
+        features = [feature for one in asked for feature in one.features]
         summaries: list[list[Any]] = [[None] * len(one.features) for one in asked]
-        for first in range(0, len(flat), batch_size):
-            group = flat[first : first + batch_size]
-            for (number, feature), scores in zip(group, self._scorer([one for _, one in group]), strict=True):
-                place = next(i for i, one in enumerate(asked[number].features) if one is feature)
-                summaries[number][place] = self._summary(feature, scores)
+        for index, scores in scores_by_length(self._scorer, features, batch_size=batch_size):
+            number, place = owners[index]
+            summaries[number][place] = self._summary(features[index], scores)
         return [self._answer(one, found) for one, found in zip(asked, summaries, strict=True)]
 
     def _asked(self, row: Any) -> _Asked:

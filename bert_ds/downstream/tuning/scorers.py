@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +42,16 @@ def make_scorer(folder: Path, kind: str) -> Scorer:
     return _TorchScorer(folder, kind)
 
 
+def scores_by_length(
+    scorer: Scorer, features: Sequence[Feature], *, batch_size: int
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Yield the place and the scores of each feature; those of like length are computed together."""
+    places = sorted(range(len(features)), key=lambda place: -len(features[place].input_ids))
+    for first in range(0, len(places), batch_size):
+        group = places[first : first + batch_size]
+        yield from zip(group, scorer([features[place] for place in group]), strict=True)
+
+
 class _TorchScorer:
     def __init__(self, folder: Path, kind: str) -> None:
         model, self.labels = read_task_folder(folder, KINDS[kind], kernels="auto")
@@ -74,17 +84,20 @@ class _OnnxScorer:
         self.labels = {} if form.labels_name is None else {form.labels_name: folder_labels(folder, content)}
 
     def __call__(self, features: Sequence[Feature]) -> list[dict[str, np.ndarray]]:
-        lengths = [len(feature.input_ids) for feature in features]
-        shape = (len(features), max(lengths))
+        lengths = [length for feature in features for length in feature.sequence_lengths]
+        ids = [part for feature in features for part in _sequences(feature, feature.input_ids)]
+        types = [part for feature in features for part in _sequences(feature, feature.token_type_ids)]
+        shape = (len(lengths), max(lengths))
         inputs = {name: np.zeros(shape, dtype=np.int64) for name in ("input_ids", "token_type_ids", "attention_mask")}
-        for row, feature in enumerate(features):
-            inputs["input_ids"][row, : lengths[row]] = feature.input_ids
-            inputs["token_type_ids"][row, : lengths[row]] = feature.token_type_ids
-            inputs["attention_mask"][row, : lengths[row]] = 1
+        for row, length in enumerate(lengths):
+            inputs["input_ids"][row, :length] = ids[row]
+            inputs["token_type_ids"][row, :length] = types[row]
+            inputs["attention_mask"][row, :length] = 1
         names = [output.name for output in self._session.get_outputs()]
         given = {name: array for name, array in inputs.items() if name in self._inputs}
         outputs = dict(zip(names, self._session.run(names, given), strict=True))
-        return [self._of_row(outputs, row, length) for row, length in enumerate(lengths)]
+        rows = iter([self._of_row(outputs, row, length) for row, length in enumerate(lengths)])
+        return [_joined([next(rows) for _ in feature.sequence_lengths]) for feature in features]
 
     def _of_row(self, outputs: dict[str, np.ndarray], row: int, length: int) -> dict[str, np.ndarray]:
         if self._kind == "question_answering":
@@ -95,3 +108,11 @@ class _OnnxScorer:
         if self._kind == "token_classification":
             return {"token_scores": outputs["logits"][row, :length]}
         return {"scores": outputs["logits"][row][None]}
+
+
+def _sequences(feature: Feature, values: np.ndarray) -> list[np.ndarray]:
+    return np.split(values, np.cumsum(feature.sequence_lengths)[:-1])
+
+
+def _joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
