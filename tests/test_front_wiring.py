@@ -8,7 +8,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 from call_watch import Calls
@@ -17,12 +17,13 @@ from corpus_fixtures import FIRST_TEXT_ID, random_documents, write_shards
 from downstream_cases import review_task
 from test_report import logged, written
 
-from bert_ds import judge_launch, submit
+from bert_ds import init, judge_launch, submit
 from bert_ds.basics.ranks import DataError, Ranks
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.deepspeed_file.ds_config import load_ds_config, load_pair
 from bert_ds.configuration.recipe.run_config import ConfigError, EmbeddedCorpus, MaskingConfig, SequenceConfig
 from bert_ds.configuration.run_plan import make_plan
+from bert_ds.configuration.run_speed import CARDS
 from bert_ds.configuration.task.task_config import load_task
 from bert_ds.corpus.batches import loader
 from bert_ds.corpus.batches.batch_stages import DataSettings, DataStage
@@ -98,6 +99,20 @@ def test_a_job_is_planned_with_its_overrides_and_by_its_precision(
     assert submit.speed_of(args, make_plan(run, ds, 1)) is None  # an H100 has no peak in fp32 here
     run, ds = load_pair(files[1], files[3], overrides=["training.precision=bf16"])
     assert submit.speed_of(args, make_plan(run, ds, 1)) is not None
+
+
+def test_a_recipe_is_chosen_for_the_card_the_ranks_and_the_time_that_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"given_sections": {}, "choose": MagicMock(), "on_card": None, "make_plan": Mock(warnings=())}
+    nothing: dict[str, Any] = {"load_tokenizer_for": None, "write_recipe": None, "load_run_config": None}
+    calls = Calls(monkeypatch, init, **parts, **nothing, told=[], epoch_warnings=[])
+    words = ["--corpus", "shards", "--hours", "2", "--gpu", "H200", "--world_size", "4"]
+    monkeypatch.setattr(sys, "argv", ["init.py", str(tmp_path / "run.json"), *words])
+    init.main()
+    (given,) = calls["choose"]
+    assert (given["minutes"], given["world_size"]) == (120, 4)
+    assert calls["on_card"][0]["card"] == CARDS["H200"] and calls["make_plan"][0]["world_size"] == 4
 
 
 def test_sbatch_is_started_with_what_the_site_says_unless_the_user_says_otherwise(

@@ -85,6 +85,11 @@ def test_a_window_hides_keys_further_away(lengths: tuple[int, ...]) -> None:
     check_by_the_2x_rule(qkv, cu_seqlens, window=5, dropout_p=0.1, dropout_seed=SEED)
 
 
+def test_in_a_window_of_0_every_token_sees_itself_alone() -> None:
+    qkv, cu_seqlens = packed((9, 20), heads=1, dtype=torch.float32)
+    torch.testing.assert_close(attention(qkv, cu_seqlens, 20, window=0), qkv[:, 2])
+
+
 @pytest.mark.campaign
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -66,6 +66,11 @@ def test_the_reference_takes_rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> 
     pieces = results(mlm_cross_entropy_reference, tensors, labels, vocab_size=37)
     for name, value in whole.items():
         torch.testing.assert_close(pieces[name], value)
+    hidden, weight, bias = tensors
+    likeliest = (hidden @ weight.T + bias)[:, :37].argmax(1)
+    for right in (0, 3, 7):
+        given = torch.where(torch.arange(7, device=DEVICE) < right, likeliest, (likeliest + 1) % 37)
+        assert mlm_cross_entropy_reference(*tensors, given, vocab_size=37)[1] == right
 
 
 def test_the_reference_survives_logits_a_hundred_apart() -> None:

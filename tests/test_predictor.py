@@ -193,7 +193,7 @@ def test_a_csv_is_answered_row_by_row_whatever_its_rows_hold(
 
 
 def test_a_prediction_that_is_killed_goes_on_where_it_was(
-    reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bert_ds.predict, "ROWS_AT_ONCE", 3)
     texts = ["the film is great", "dull", "", "this story", "not JSON", "we saw it in paris", "play", "and the book"]
@@ -201,6 +201,7 @@ def test_a_prediction_that_is_killed_goes_on_where_it_was(
     (tmp_path / "in.jsonl").write_text("".join(line + "\n" for line in lines))
     words = ("--model", reviews, "--input", tmp_path / "in.jsonl", "--output")
     run(monkeypatch, *words, tmp_path / "whole.jsonl")
+    assert "whole.jsonl, 2 of them could not be answered" in capsys.readouterr().err
 
     class Killed(BaseException):
         pass

@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import bert_ds.finetune
 import bert_ds.pretrain
+import bert_ds.score
 from bert_ds.basics.ranks import Ranks
 from bert_ds.configuration.deepspeed_file.ds_config import load_ds_config
 from bert_ds.configuration.task.task_config import TaskConfig, load_task, trained_task
@@ -145,11 +146,28 @@ def test_rows_are_predicted_so_many_at_a_time(tmp_path: Path) -> None:
     model.register_forward_pre_hook(
         lambda module, args, inputs: sizes.append(len(inputs["cu_seqlens"]) - 1), with_kwargs=True
     )
-    measure_side(model, task, rows.validation, rows.labels)
+    found = measure_side(model, task, rows.validation, rows.labels)
     assert sizes == [3, 3, 2] and not model.training
     model.train()
-    measure_side(model, task, rows.validation, rows.labels)
-    assert model.training
+    at_once = task.model_copy(update={"evaluation": task.evaluation.model_copy(update={"batch_size": 8})})
+    wanted = measure_side(model, at_once, rows.validation, rows.labels)
+    assert model.training and sizes[3:] == [8]
+    assert found.figures["loss"] == pytest.approx(wanted.figures["loss"])
+
+
+@pytest.mark.parametrize("side", FILES)
+def test_a_folder_is_scored_on_its_side_of_that_name(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    join_alone()
+    parts = {
+        "read_task_folder": (Mock(), {}),
+        "tokenizer_folder": None,
+        "load_tokenizer": Mock(identity={"vocab_size": 9, "fingerprint": "f"}),
+    }
+    parts |= {"check_tokenizer": None, "read_task": Mock(**{name: name for name in FILES}), "measure_side": None}
+    calls = Calls(monkeypatch, bert_ds.score, **parts, part_figures={}, row_counts={}, report=None)
+    task, args = Mock(kind="classification"), Namespace(model=Path("hf"), side=side, output=None)
+    bert_ds.score.score_fine_tuned(task, args, Ranks(0, 0, 1))
+    assert calls["measure_side"][0]["side"] == calls["part_figures"][0]["side"] == side
 
 
 def test_a_long_text_is_cut_to_the_length_of_its_task(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from bert_kernels.hf import describe, repad, unpad
 from bert_kernels.hf.operators import attention_over_tokens, operators_for
-from bert_kernels.hf.packing import pack_bounds
+from bert_kernels.hf.packing import pack_bounds, pack_rows
 
 
 def facts(model: nn.Module) -> dict[str, Any]:
@@ -53,6 +53,19 @@ def test_repad_gives_back_the_plain_model_and_its_bits(name: str) -> None:
     inputs = cases.make_batch(name).inputs
     assert torch.equal(ours.train()(**inputs)[0], plain.train()(**inputs)[0])
     assert "computes without padding" in describe(unpad(ours))
+
+
+def test_repad_gives_back_the_attention_that_was_set() -> None:
+    model = cases.make_model("BertModel")
+    model.set_attn_implementation("eager")
+    assert repad(unpad(model)).config._attn_implementation == "eager"
+
+
+def test_rows_of_equal_length_lie_side_by_side_the_longest_first() -> None:
+    lengths = torch.tensor([3, 5, 0, 3, 5])
+    packing = pack_rows(torch.arange(6) < lengths[:, None], even_if_full=False)
+    assert packing is not None and (packing.lengths, packing.groups) == ([5, 5, 3, 3], [(2, 5), (2, 3)])
+    assert packing.places(torch.tensor([6, 4, 0, 29])).tolist() == [0, -1, 10, -1]
 
 
 def is_unpadded(model: Any) -> bool:
