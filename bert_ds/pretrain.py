@@ -38,19 +38,26 @@ from bert_ds.configuration.deepspeed_file.ds_config import resolve_ds_config
 from bert_ds.configuration.plan_table import plan_table
 from bert_ds.configuration.recipe.precision import decided, with_precision
 from bert_ds.configuration.recipe.run_config import RunConfig, dump_run_config
-from bert_ds.configuration.run_checks import drawn_weights
 from bert_ds.configuration.run_plan import RunPlan, make_plan
 from bert_ds.corpus.batches.batch_stages import data_settings
-from bert_ds.corpus.batches.loader import PretrainingData, Source
-from bert_ds.corpus.batches.plan_batches import evaluated_batches, held_out_batches, longest_batches, training_batches
-from bert_ds.corpus.shards.embedded import CorpusFolders, build_embedded, embedded_folders
+from bert_ds.corpus.batches.loader import PretrainingData
+from bert_ds.corpus.batches.plan_batches import (
+    corpus_of,
+    evaluated_batches,
+    held_out_batches,
+    longest_batches,
+    source_facts,
+    training_batches,
+)
+from bert_ds.corpus.shards.embedded import build_embedded
 from bert_ds.corpus.shards.shard_folder import MANIFEST
 from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer, load_tokenizer_for
+from bert_ds.corpus.tokenizer.word_vectors import read_word_vectors
 from bert_ds.encoder.compiled_layers import compile_layers
 from bert_ds.encoder.distillation import make_student
 from bert_ds.encoder.families.table import weight_patterns
 from bert_ds.encoder.fused_ops import kernels_for
-from bert_ds.encoder.initial_weights import load_initial_weights, start_at_unigram
+from bert_ds.encoder.initial_weights import load_initial_weights, start_at_unigram, start_at_vectors
 from bert_ds.encoder.objectives.table import make_objectives
 from bert_ds.encoder.pretrained import check_tokenizer
 from bert_ds.encoder.pretraining_model import PretrainingModel
@@ -165,7 +172,7 @@ def open_run(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace) -> Opened
     if run.training.total_steps is None and not (args.dry_run or args.find_micro_batch):
         plan = with_total_steps(
             plan,
-            lambda: build_engine(plan, data, ds_config, run_dir),
+            lambda: build_engine(plan, data, ds_config, log=log),
             batches=lambda place: training_batches(plan, data, ranks, start=place),
             held_out=lambda: held_out_batches(run, data, ranks),
             run_dir=run_dir,
@@ -173,7 +180,7 @@ def open_run(plan: RunPlan, ranks: Ranks, *, args: argparse.Namespace) -> Opened
         )
         folder = folder._replace(descriptions=descriptions(plan.run, ds_config))
         data = open_corpus(plan, run_dir, log=log) if run.stages else data  # now that it is known where stages begin
-    return OpenedRun(plan, ranks, folder, log, data, build_engine(plan, data, ds_config, run_dir))
+    return OpenedRun(plan, ranks, folder, log, data, build_engine(plan, data, ds_config, log=log))
 
 
 def make_services(opened: OpenedRun, state: TrainState, stages: StageChanges, *, stop: StopRequest) -> Services:
@@ -198,7 +205,7 @@ def make_services(opened: OpenedRun, state: TrainState, stages: StageChanges, *,
         save=saver.save,
         settle=saver.settle if policy.asynchronous else None,
         evaluate=lambda reached: Evaluation(evaluate_sources(engine, evaluated_batches(run, data, ranks))),
-        row_facts=lambda step: row_facts(data, stages, step + state.passed_over),
+        row_facts=lambda step: stages.row(place := step + state.passed_over - 1) | source_facts(data, place),
         roll_back=go_back,
         rank_times=RankTimes(engine.module) if ranks.world_size > 1 else None,
     )
@@ -215,24 +222,24 @@ def open_corpus(plan: RunPlan, run_dir: Path, *, log: RunLog) -> PretrainingData
     if run.corpus.type == "embedded":
         config, parent = run.corpus, run_dir.parent
         on_main_rank(lambda: build_embedded(config, parent, say=log.info) and None)
-        folders = embedded_folders(config, parent)
-        sources = [Source(folders.shards, "docstrings")]
-    else:
-        folders = CorpusFolders(Path(run.corpus.tokenizer), Path(run.corpus.sources[0].path))
-        weights = drawn_weights(run.corpus)
-        sources = [Source(Path(one.path), one.path, by) for one, by in zip(run.corpus.sources, weights, strict=True)]
+    tokenizer, sources = corpus_of(run, run_dir.parent)
     prove_same_files([source.folder / MANIFEST for source in sources])
-    on_main_rank(lambda: write_tokenizer(run_dir, load_tokenizer_for(run.model, folders.tokenizer).save))
+    on_main_rank(lambda: write_tokenizer(run_dir, load_tokenizer_for(run.model, tokenizer).save))
     settings = data_settings(run, plan.stages)
-    return PretrainingData(sources, folders.tokenizer, settings=settings, cache_dir=run_dir / "examples")
+    return PretrainingData(sources, tokenizer, settings=settings, cache_dir=run_dir / "examples")
 
 
-def build_engine(plan: RunPlan, data: PretrainingData, ds_config: dict[str, Any], run_dir: Path) -> DeepSpeedEngine:
+def build_engine(plan: RunPlan, data: PretrainingData, ds_config: dict[str, Any], *, log: RunLog) -> DeepSpeedEngine:
     """Make model and optimizer and hand them to DeepSpeed; a collective. A checkpoint replaces the weights later."""
     run = plan.run
-    model = build_model(plan, run_dir)
+    model = build_model(plan, log.run_dir)
     if run.init_from is not None:
         load_initial_weights(model, Path(run.init_from), read_run=newest_fp32_weights)
+    if run.word_vectors is not None:
+        path, tokenizer = Path(run.word_vectors), load_tokenizer(log.run_dir / "tokenizer")
+        found = read_word_vectors(path, tokenizer, width=run.model.embedding_width)
+        start_at_vectors(model, found.ids, found.vectors)
+        log.info(found.text)
     if run.output_bias == "log_unigram":
         start_at_unigram(model, data.piece_counts)
     optimizer = make_optimizer(
@@ -287,13 +294,6 @@ def follow_stages(plan: RunPlan, data: PretrainingData, engine: DeepSpeedEngine,
     ]
     meter = Throughput(world_size=plan.world_size, peak_flops_per_rank=peak)
     return StageChanges(plan.stages, flops, engine=engine, throughput=meter, log=log)
-
-
-def row_facts(data: PretrainingData, stages: StageChanges, number: int) -> dict[str, Any]:
-    """Return what the row of a batch, counted from 1, says besides: its stage, and what each source gave to it."""
-    counts = data.source_counts(number - 1, number) if len(data.names) > 1 else {}
-    sources = {"sources": {name: count._asdict() for name, count in counts.items()}} if counts else {}
-    return {**stages.row(number - 1), **sources}
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ def test_the_precision_of_a_run_reaches_its_optimizer(
     monkeypatch.setattr(verb, "make_optimizer", lambda *_, **settings: made.update(settings))
     monkeypatch.setattr(verb, "make_engine", lambda *_: None)
     training = SimpleNamespace(precision=precision, kernels="auto", compile=False)
-    run = SimpleNamespace(training=training, optimizer=None, init_from=None, output_bias="zeros", distillation=None)
+    starts = {"init_from": None, "word_vectors": None, "output_bias": "zeros", "distillation": None}
+    run = SimpleNamespace(training=training, optimizer=None, **starts)
     if verb is pretrain:
-        verb.build_engine(SimpleNamespace(run=run), None, {}, Path())
+        verb.build_engine(SimpleNamespace(run=run), None, {}, log=SimpleNamespace(run_dir=Path()))
     else:
         start = SimpleNamespace(
             rows=None, args=SimpleNamespace(random_weights=True), ds=SimpleNamespace(activation_checkpointing=False)

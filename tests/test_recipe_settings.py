@@ -115,6 +115,7 @@ BPE = {**PLAIN, **EMBEDDED, "model.type": "roberta", "corpus.tokenizer_kind": "b
 CHANGES = {
     "seed": Change(6),
     "init_from": Change("teacher"),
+    "word_vectors": Change("vectors.txt"),
     "output_bias": Change("log_unigram"),
     "model:bert.vocab_size": Change(300, EMBEDDED, {"corpus.vocab_size": 300}),
     "model:bert.norm_position": Change("pre"),
@@ -215,6 +216,8 @@ class Workshop:
         self.made: dict[str, Any] = {}
         (folder / "words.txt").write_text("北京\n学习\n", encoding="utf-8")
         (folder / "words2.txt").write_text("天气很好\n我们\n", encoding="utf-8")
+        vectors = [f"{word} {' '.join(['0.5', '-0.5'] * 8)}" for word in (*SUBJECTS, "the", "sees")]
+        (folder / "vectors.txt").write_text("\n".join([f"{len(vectors)} 16", *vectors]), encoding="utf-8")
         for seed, tokenizer, shards in ((1, "tokenizer", "shards"), (2, "other", "more")):
             (folder / f"{shards}.txt").write_text(text(seed), encoding="utf-8")
             source = ("--input", folder / f"{shards}.txt")

@@ -25,6 +25,7 @@ from bert_ds.configuration.recipe.objective_config import objective_problems
 from bert_ds.configuration.recipe.run_config import EmbeddedCorpus, RunConfig, ScheduleConfig, ShardCorpus, TrainedRun
 from bert_ds.configuration.run_stages import run_stages, stage_problems
 from bert_ds.configuration.start_checks import start_problems
+from bert_ds.configuration.vector_file import vectors_problem
 
 
 def recipe_problems(run: RunConfig) -> list[Problem]:
@@ -143,6 +144,7 @@ def named_files(run: RunConfig) -> tuple[list[Problem], list[str]]:
     checks: list[tuple[str, str | None, Callable[[Path], str | None]]] = [
         ("masking.word_list", run.masking.word_list, lambda path: None),
         ("init_from", run.init_from, lambda path: weights_problem(path, run)),
+        ("word_vectors", run.word_vectors, lambda path: vectors_problem(path, width=run.model.embedding_width)),
     ]
     if run.distillation is not None:
         checks.append(("distillation.teacher", run.distillation.teacher, lambda path: _teacher_problem(path, run)))

@@ -71,6 +71,18 @@ def start_at_unigram(model: PretrainingModel, counts: np.ndarray) -> None:
         bias_V[: len(seen)] = (seen / seen.sum()).log()
 
 
+def start_at_vectors(model: PretrainingModel, ids: np.ndarray, vectors: np.ndarray) -> None:
+    """Let some pieces start from given vectors, as they are; the others stay as they are.
+
+    Args:
+        model: on the CPU, not yet wrapped by DeepSpeed.
+        ids: int64 [n], of the pieces.
+        vectors: fp32 [n, E] in the width of the word embedding.
+    """
+    with torch.no_grad():
+        model.bert.embeddings.word_weight[torch.from_numpy(ids)] = torch.from_numpy(vectors)
+
+
 def layers_alone(
     state_dict: Mapping[str, Tensor], config: EncoderConfig, layers: Sequence[int]
 ) -> tuple[dict[str, Tensor], EncoderConfig]:

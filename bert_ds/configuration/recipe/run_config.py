@@ -80,7 +80,7 @@ __all__ = [
 
 RECIPE_PATHS = (
     *("init_from", "corpus.tokenizer", "corpus.sources.*.path", "masking.word_list", "distillation.teacher"),
-    "$schema",
+    *("word_vectors", "$schema"),
 )
 """Settings that name a file or folder; `*` stands for every item of a list."""
 
@@ -127,6 +127,8 @@ class RunConfig(Section):
     """Seed of initialisation, data order, masks and dropout."""
     init_from: Annotated[str, Field(min_length=1)] | None = None
     """Folder of an exported or Hugging Face encoder, or of a run, whose weights start this run."""
+    word_vectors: Annotated[str, Field(min_length=1)] | None = None
+    """File of word vectors in word2vec's text form, from which the embedding of each word that is a piece starts."""
     output_bias: Literal["zeros", "log_unigram"] = "zeros"
     """Where the bias of the word scores starts: log_unigram at how often each piece is in the training text."""
     model: ModelSection

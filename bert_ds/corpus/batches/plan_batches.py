@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import DataError, Ranks
 from bert_ds.configuration.recipe.run_config import RunConfig
+from bert_ds.configuration.run_checks import drawn_weights
 from bert_ds.configuration.run_plan import RunPlan
-from bert_ds.corpus.batches.loader import PretrainingData
+from bert_ds.corpus.batches.loader import PretrainingData, Source
+from bert_ds.corpus.shards.embedded import embedded_folders
+
+
+def corpus_of(run: RunConfig, embedded_in: Path) -> tuple[Path, list[Source]]:
+    """Return the tokenizer and the sources of a recipe.
+
+    Args:
+        run: the recipe.
+        embedded_in: folder in which the corpus lies where it is the embedded one.
+    """
+    if run.corpus.type == "embedded":
+        folders = embedded_folders(run.corpus, embedded_in)
+        return folders.tokenizer, [Source(folders.shards, "docstrings")]
+    weights = drawn_weights(run.corpus)
+    sources = [Source(Path(one.path), one.path, by) for one, by in zip(run.corpus.sources, weights, strict=True)]
+    return Path(run.corpus.tokenizer), sources
 
 
 def training_batches(plan: RunPlan, data: PretrainingData, ranks: Ranks, *, start: int) -> Iterator[list[MicroBatch]]:
@@ -53,3 +71,9 @@ def longest_batches(plan: RunPlan, data: PretrainingData) -> Callable[[int], Mic
     index, own = plan.largest_stage, plan.split.micro_batch_size
     there = plan.stages[index].split.micro_batch_size
     return lambda size: data.longest_batch(-(-size * there // own), stage=index)
+
+
+def source_facts(data: PretrainingData, place: int) -> dict[str, Any]:
+    """Return what each of several sources gave to the batch in a place of their order, for the row of its step."""
+    counts = data.source_counts(place, place + 1) if len(data.names) > 1 else {}
+    return {"sources": {name: count._asdict() for name, count in counts.items()}} if counts else {}
