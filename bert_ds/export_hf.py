@@ -45,10 +45,14 @@ from bert_ds.encoder.hf_onnx import ONNX_FILE, write_onnx
 from bert_ds.encoder.hf_verify import verify_export
 from bert_ds.encoder.initial_weights import layers_alone
 from bert_ds.encoder.objectives.replaced_tokens import halves
+from bert_ds.encoder.objectives.sentence_structure import two_classes
 from bert_ds.folders.replaced_folders import INT8_FOLDER, ONNX_FOLDER, replaced_export
 from bert_ds.reporting.run_log import AT_MASK, read_metrics
 from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint, read_manifest
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
+
+_OF_THREE = "of the three classes of pairs next and previous are exported: transformers' head has two"
+"""Said of an export where sentence structure was learned."""
 
 
 def main() -> None:
@@ -91,6 +95,8 @@ def export(run_dir: Path, name: str | None, folder: Path, *, shown: Path, layers
     state_dict = load_fp32_state_dict(checkpoint)
     tokenizer = run_dir / "tokenizer"
 
+    if run.sequences.sentence_pair == "structure":
+        state_dict = two_classes(state_dict)
     if run.sequences.sentence_pair == "none":
         state_dict = share_unseen_segments(state_dict)
     parts: dict[str, tuple[Mapping[str, Tensor], EncoderConfig]] = {"": (state_dict, run.model)}
@@ -109,6 +115,7 @@ def export(run_dir: Path, name: str | None, folder: Path, *, shown: Path, layers
     return (
         f"exported {checkpoint.name} to {shown}: transformers' scores differ by at most "
         f"{worst.max_difference:.1e} (largest score {worst.scale:.1f}), tokenizer equal"
+        + (f"; {_OF_THREE}" if run.sequences.sentence_pair == "structure" else "")
     )
 
 
@@ -123,7 +130,7 @@ def write_model(
 ) -> None:
     """Write what a run has trained, or one of the two halves of it, into an empty folder."""
     detects = role_of(weights) == "replaced tokens"
-    pair, ids = run.sequences.sentence_pair, special_ids(tokenizer)
+    pair, ids = run.sequences.exported_pair, special_ids(tokenizer)
     config = hf_config(model, sentence_pair=pair, special_ids=ids, has_detector=detects)
     # So that a task notices when the folder's tokenizer is exchanged for another of the same size.
     config["tokenizer_fingerprint"] = load_tokenizer(tokenizer).fingerprint
@@ -160,6 +167,7 @@ def _facts(run: RunConfig, checkpoint: Path, metrics: Path) -> dict[str, object]
         "examples per step": run.training.train_batch_size,
         "longest sequence in training": run.sequences.max_seq_length,
         "sentence pair objective": run.sequences.sentence_pair,
+        **({"pair classifier": _OF_THREE} if run.sequences.sentence_pair == "structure" else {}),
         **({} if run.generator is None else {"generator": generator_text(run.generator, run.objective_weights)}),
         **({"segments": "trained on one; the others are equal to it"} if has_unseen else {}),
         "masked share of the tokens": run.masking.mlm_probability,

@@ -20,7 +20,7 @@ configs = st.one_of(
     st.builds(
         SequenceConfig,
         max_seq_length=st.integers(8, 40),
-        sentence_pair=st.sampled_from(["nsp", "sop", "none"]),
+        sentence_pair=st.sampled_from(["nsp", "sop", "structure", "none"]),
         short_seq_prob=st.sampled_from([0.0, 0.5, 1.0]),
     ),
     st.builds(
@@ -84,8 +84,9 @@ def test_a_segment_is_consecutive_text_of_one_document(
         documents = [set(np.searchsorted(document_ends, part, side="right").tolist()) for part in parts]
         assert all(map(is_counting, parts))
         assert all(len(found) == 1 for found in documents)
-        if config.sentence_pair == "nsp":
-            assert (documents[0] != documents[1]) == example.pair_label
+        if config.sentence_pair in ("nsp", "structure"):
+            random = 2 if config.sentence_pair == "structure" else 1
+            assert (documents[0] != documents[1]) == (example.pair_label == random)
         elif not config.cross_documents:
             assert len(set.union(*documents)) == 1
 
@@ -99,7 +100,7 @@ def test_planned_lengths_are_the_lengths(tmp_path: Path, lengths: list[list[int]
     assert plan.lengths.tolist() == [len(make_example(plan, row).input_ids) for row in range(len(indices))]
 
 
-@pytest.mark.parametrize("sentence_pair", ["nsp", "sop"])
+@pytest.mark.parametrize("sentence_pair", ["nsp", "sop", "structure"])
 def test_an_example_is_a_function_of_its_key(tmp_path: Path, sentence_pair: str) -> None:
     table = table_of(tmp_path, random_documents(10), SequenceConfig(max_seq_length=64, sentence_pair=sentence_pair))
     index = np.array([7])
@@ -108,7 +109,7 @@ def test_an_example_is_a_function_of_its_key(tmp_path: Path, sentence_pair: str)
     assert alone.key == (0, 0, 7)
 
 
-@pytest.mark.parametrize("sentence_pair", ["nsp", "sop"])
+@pytest.mark.parametrize("sentence_pair", ["nsp", "sop", "structure"])
 def test_pairs_are_drawn_anew_in_every_epoch(tmp_path: Path, sentence_pair: str) -> None:
     table = table_of(tmp_path, random_documents(10), SequenceConfig(max_seq_length=64, sentence_pair=sentence_pair))
     first, second = ([example.input_ids.tolist() for example in all_examples(table, epoch=epoch)] for epoch in range(2))

@@ -87,6 +87,10 @@ def weights_problem(folder: Path, run: RunConfig) -> str | None:
         return f"the weights have {', '.join(wrong)}"
     if run.sequences.sentence_pair != "none" and not has_pair_head(folder, recipe):
         return f"{folder} has no head for sentence pairs: wanted sequences.sentence_pair=none"
+    is_structure = isinstance(recipe, dict) and _pair_of(recipe) == "structure"
+    if run.sequences.pair_classes and (run.sequences.pair_classes == 3) != is_structure:
+        text = f"the head of {folder} tells {3 if is_structure else 2} kinds of pairs apart"
+        return f'{text}, sequences.sentence_pair "{run.sequences.sentence_pair}" wants another'
     if any(one.type == "replaced_tokens" for one in run.objectives or ()) and not has_generator(folder, recipe):
         return f"{folder} has no generator: wanted the run or the export of one that learned replaced_tokens"
     return None
@@ -146,7 +150,7 @@ def _vocab_text(found: int, vocab_size: int) -> str | None:
 def has_pair_head(folder: Path, recipe: Any = None) -> bool:
     """Whether weights have the head for sentence pairs, as far as that is known without torch: true where it is not."""
     if isinstance(recipe, dict):
-        return (recipe.get("sequences") or {}).get("sentence_pair", "nsp") != "none"
+        return _pair_of(recipe) != "none"
     try:
         with open_regular(folder / "model.safetensors") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -154,6 +158,11 @@ def has_pair_head(folder: Path, recipe: Any = None) -> bool:
         return not names or any(config.PAIR_HEAD.encode() in names for config in FAMILY_CONFIGS.values())
     except (OSError, ValueError):
         return True
+
+
+def _pair_of(recipe: dict[str, Any]) -> Any:
+    """Return what a recipe says of pairs."""
+    return (recipe.get("sequences") or {}).get("sentence_pair", "nsp")
 
 
 def no_family_text(content: dict[str, Any]) -> str:

@@ -61,7 +61,9 @@ def num_parameters(run: RunConfig) -> int:
     """Return the trainable parameters of a recipe, padded rows of the vocabulary included."""
     if run.generator is not None:
         return run.model.count_with_generator(run.generator)
-    return run.model.count_parameters(has_pair_head=run.sequences.sentence_pair != "none")
+    classes = run.sequences.pair_classes
+    third = run.model.hidden_size + 1 if classes == 3 else 0
+    return run.model.count_parameters(has_pair_head=classes > 0) + third
 
 
 def teacher_flops_per_token(teacher: EncoderConfig, run: RunConfig, mean_length: float) -> float:
@@ -77,7 +79,8 @@ def _encoder_flops(model: EncoderConfig, mean_length: float, *, kept_layers: flo
 
 def _head_flops(model: EncoderConfig, run: RunConfig, mean_length: float) -> float:
     hidden = model.hidden_size
-    pooler = 6 * (hidden * hidden + 2 * hidden) if run.sequences.sentence_pair != "none" else 0
+    classes = run.sequences.pair_classes
+    pooler = 6 * (hidden * hidden + classes * hidden) if classes else 0
     return (6 * model.word_head_weights() * _predictions(run, mean_length) + pooler) / mean_length
 
 

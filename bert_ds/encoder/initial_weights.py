@@ -114,7 +114,7 @@ def layers_alone(
 def start_from_layers(model: PretrainingModel, teacher: PretrainingModel, layers: Sequence[int]) -> None:
     """Copy a teacher's embeddings, heads and some of its layers into a new model of the same sizes.
 
-    A pair head that the teacher does not have stays as it is.
+    A pair head that the teacher does not have, or has for other pairs, stays as it is.
 
     Args:
         model: with len(layers) layers.
@@ -129,4 +129,5 @@ def start_from_layers(model: PretrainingModel, teacher: PretrainingModel, layers
     def source(name: str) -> str:
         return _OF_LAYER.sub(taken, name)
 
-    model.load_state_dict({name: theirs.get(source(name), tensor) for name, tensor in own.items()})
+    found = {name: theirs.get(source(name), tensor) for name, tensor in own.items()}
+    model.load_state_dict({name: found[name] if found[name].shape == own[name].shape else own[name] for name in own})

@@ -73,8 +73,8 @@ class AlbertConfig(BertNamesConfig):
 
     @property
     def learned_pairs(self) -> tuple[str, ...]:
-        """The order of segments alone, after which its head is called; all where it is exported as BERT."""
-        return ("sop",) if self.shared_parts == "all" else super().learned_pairs
+        """The order of segments, after which its head is called; all where it is exported as BERT."""
+        return ("sop", "structure") if self.shared_parts == "all" else super().learned_pairs
 
     @property
     def norm_position(self) -> str:

@@ -137,7 +137,7 @@ class EncoderConfig(Section):
     @property
     def learned_pairs(self) -> tuple[str, ...]:
         """What a head for pairs of segments may learn in pre-training; nothing where there is none."""
-        return ("nsp", "sop") if self.num_segments else ()
+        return ("nsp", "sop", "structure") if self.num_segments else ()
 
     @property
     def learns_replaced(self) -> bool:

@@ -63,19 +63,34 @@ class ShardCorpus(Section):
         return self
 
 
+ExportedPairName = Literal["nsp", "sop", "none"]
+SentencePairName = Literal["nsp", "sop", "structure", "none"]
+
+
 class SequenceConfig(Section):
     """How documents become examples."""
 
     max_seq_length: Annotated[int, Field(ge=8, le=2**20)] = 128
     """Longest example in tokens, [CLS] and [SEP] included."""
-    sentence_pair: Literal["nsp", "sop", "none"] = "nsp"
-    """nsp: next sentence or a random one (BERT). sop: two segments in order or swapped (ALBERT). none: no pair."""
+    sentence_pair: SentencePairName = "nsp"
+    """nsp: next sentence or a random one (BERT). sop: two segments in order or swapped (ALBERT). structure: next,
+    previous or of another document (StructBERT). none: no pair."""
     short_seq_prob: Probability = 0.1
     """Share of examples whose target length is drawn from 2..max_seq_length instead of being the maximum."""
     cross_documents: bool = False
     """With sentence_pair "none": fill an example from several documents, separated by [SEP]."""
     whole_sentences: bool = True
     """An example holds sentences that fit; false, with sentence_pair "none", cuts a document wherever one is full."""
+
+    @property
+    def pair_classes(self) -> int:
+        """How many kinds of pairs the head for pairs tells apart; 0 without pairs."""
+        return {"none": 0, "structure": 3}.get(self.sentence_pair, 2)
+
+    @property
+    def exported_pair(self) -> ExportedPairName:
+        """What an export has a head for: of "structure" what of it is "sop", for transformers' head has two classes."""
+        return "sop" if self.sentence_pair == "structure" else self.sentence_pair
 
     @model_validator(mode="after")
     def _check(self) -> SequenceConfig:

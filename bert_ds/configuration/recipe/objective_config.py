@@ -14,13 +14,16 @@ from bert_ds.configuration.reading.config_section import PositiveFloat, Section
 DETECTOR_WEIGHT, GENERATOR_FRACTION = 50.0, 0.25
 """Of replaced tokens where a recipe says nothing else: those of ELECTRA-small (arXiv 2003.10555, table 6)."""
 
+PAIR_OBJECTIVES = {"nsp": "sentence_pair", "sop": "sentence_pair", "structure": "sentence_structure"}
+"""What learns the pairs that sequences.sentence_pair makes."""
+
 
 class ObjectiveConfig(Section):
     """One objective and its weight in the loss."""
 
-    type: Literal["masked_words", "sentence_pair", "replaced_tokens"]
-    """Masked words, the sentence pairs that sequences.sentence_pair makes, or, beside masked words that a generator
-    then learns, which tokens it has replaced."""
+    type: Literal["masked_words", "sentence_pair", "sentence_structure", "replaced_tokens"]
+    """Masked words, the sentence pairs that sequences.sentence_pair makes, with "structure" sentence_structure, or,
+    beside masked words that a generator then learns, which tokens it has replaced."""
     weight: PositiveFloat | None = None
     """Its loss is multiplied by this; null: 50 for replaced_tokens, 1 for the others. Beside a teacher,
     distillation.mlm_weight is that of masked words."""
@@ -33,7 +36,8 @@ def objective_weights(objectives: Sequence[ObjectiveConfig] | None, *, sentence_
     """Return the weight of each objective; where none is listed, 1 for masked words and for the pairs that are made."""
     if objectives is not None:
         return {objective.type: _weight(objective) for objective in objectives}
-    return {"masked_words": 1.0} | ({} if sentence_pair == "none" else {"sentence_pair": 1.0})
+    pairs = PAIR_OBJECTIVES.get(sentence_pair)
+    return {"masked_words": 1.0} | ({} if pairs is None else {pairs: 1.0})
 
 
 def generator_of(objectives: Sequence[ObjectiveConfig] | None, model: EncoderConfig) -> EncoderConfig | None:
@@ -66,9 +70,10 @@ def objective_problems(
             problems.append(
                 Problem(f"{place}.type", f'"{objective.type}" is listed twice, wanted once with its weight')
             )
-        elif objective.type == "sentence_pair" and sentence_pair == "none":
-            text = '"sentence_pair" has no pairs to learn: sequences.sentence_pair is "none", wanted "nsp" or "sop"'
-            problems.append(Problem(f"{place}.type", text))
+        elif objective.type in PAIR_OBJECTIVES.values() and objective.type != PAIR_OBJECTIVES.get(sentence_pair):
+            wanted = " or ".join(f'"{name}"' for name, learner in PAIR_OBJECTIVES.items() if learner == objective.type)
+            text = f'"{objective.type}" has no pairs to learn: sequences.sentence_pair is "{sentence_pair}"'
+            problems.append(Problem(f"{place}.type", f"{text}, wanted {wanted}"))
         elif objective.type == "masked_words" and is_distilled and weight != 1.0:
             text = f"{weight:g} is a second weight of masked words: beside a teacher distillation.mlm_weight is theirs"
             problems.append(Problem(f"{place}.weight", f"{text}, wanted 1 here"))
@@ -80,8 +85,9 @@ def objective_problems(
     if "masked_words" not in types:
         text = f'found {", ".join(types) or "none"}, wanted "masked_words" among them: nothing else trains the words'
         problems.append(Problem("objectives", text))
-    if "sentence_pair" not in types and sentence_pair != "none":
-        text = f'"sentence_pair" is missing and sequences.sentence_pair "{sentence_pair}" makes pairs: list it, or '
+    learner = PAIR_OBJECTIVES.get(sentence_pair)
+    if learner is not None and learner not in types:
+        text = f'"{learner}" is missing and sequences.sentence_pair "{sentence_pair}" makes pairs: list it, or '
         problems.append(Problem("objectives", text + 'wanted sequences.sentence_pair "none"'))
     return problems
 

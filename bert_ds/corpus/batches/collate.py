@@ -31,7 +31,7 @@ def collate(examples: Sequence[MaskedExample]) -> MicroBatch:
 
             masked_positions: int64 [P], indices into T, ascending; in an evaluation ascending within each kind.
             masked_labels: int64 [P], the pieces to predict there.
-            pair_labels: int64 [N]: 0, 1, or IGNORE_INDEX where there is no pair objective.
+            pair_labels: int64 [N]: 0, 1, 2 of three kinds, or IGNORE_INDEX where there is no pair objective.
 
         and the counts of masked words, of labelled pairs ("sentence_pair") and of tokens.
     """

@@ -15,7 +15,7 @@ import numpy as np
 
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
 from bert_ds.corpus.batches.keyed_random import Draw, keyed_bits
-from bert_ds.corpus.batches.sentence_pairs import next_sentence_pairs, order_pairs
+from bert_ds.corpus.batches.sentence_pairs import next_sentence_pairs, order_pairs, structure_pairs
 from bert_ds.corpus.batches.sequences import ExampleTable
 
 
@@ -27,7 +27,7 @@ class Example(NamedTuple):
     token_type_ids: np.ndarray
     """int8 [n], 0 or 1."""
     pair_label: int
-    """0 next or in order, 1 random or swapped, IGNORE_INDEX without a pair objective."""
+    """0 next or in order, 1 random or swapped, 2 random of three, IGNORE_INDEX without a pair objective."""
     key: tuple[int, int, int]
     """(source, epoch, example)."""
 
@@ -97,6 +97,9 @@ def choose_spans(
             spans = _pair_spans(pairs)
         case "nsp":
             pairs, labels = next_sentence_pairs(table, first, last, bits=bits)
+            spans = _pair_spans(pairs)
+        case "structure":
+            pairs, labels = structure_pairs(table, first, last, bits=bits)
             spans = _pair_spans(pairs)
     keys = np.stack([np.full_like(indices, source), epochs, indices], axis=1)
     return ExampleSpans(table, keys, spans, labels)

@@ -1,4 +1,4 @@
-"""The two segments of an example: next sentence prediction (BERT) and sentence order prediction (ALBERT).
+"""The two segments of an example: next sentence prediction (BERT), sentence order (ALBERT), both (StructBERT).
 
 Next sentence prediction follows the BERT paper: `a` is the run up to a random sentence boundary; half of the time `b`
 is the rest of the run (label 0), otherwise sentences of another document (label 1). A run of one sentence has no rest
@@ -16,6 +16,10 @@ front or the back by a coin, as published.
 
 Sentence order prediction: the run is cut at a random sentence boundary and the halves are swapped half of the time
 (label 1). A run of one sentence stays whole and carries no label.
+
+Sentence structure (Wang et al. 2019, arXiv 1908.04577): of each three runs one is cut and left in order, so that `b` is
+next (label 0), one is swapped, so that `b` is what was before (label 1), and one gets a random next as above (label 2),
+as does every run of one sentence.
 """
 
 from __future__ import annotations
@@ -61,19 +65,20 @@ def next_sentence_pairs(
     """Cut runs for next sentence prediction; arguments and result as for `order_pairs`, b never empty."""
     pairs = _true_pairs(table, first, last, bits=bits)
     is_random = (last - first == 1) | _coin(bits(Draw.PAIR_LABEL, slice(None)))
-    rows = np.flatnonzero(is_random)
-    longest = table.config.max_seq_length - num_special_tokens(table.config)
-    starts, cuts, _, ends = pairs[rows].T
-    targets = target_lengths(starts, table.config, seed=table.seed)
-    at_document_end = _document_ends(table, first[rows]) == last[rows]
-    displaced = at_document_end & (last - first > 1)[rows]
-    wanted = np.where(displaced, ends - cuts, targets - (cuts - starts))
-    room = np.where(displaced, longest - (cuts - starts), wanted)
-    begin = _random_units(table, first[rows], wanted, bits=bits(Draw.RANDOM_NEXT, rows))
-    end = _end_near(table, begin, wanted, room=room)
-    pairs[rows, 2], pairs[rows, 3] = table.unit_tokens[begin], table.unit_tokens[end]
-    _truncate_pairs(pairs, rows, longest, bits=bits)
+    _set_random_nexts(pairs, np.flatnonzero(is_random), table=table, first=first, last=last, bits=bits)
     return pairs, is_random.astype(np.int64)
+
+
+def structure_pairs(
+    table: ExampleTable, first: np.ndarray, last: np.ndarray, *, bits: Bits
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut runs for sentence structure; arguments and result as for `order_pairs`, b never empty."""
+    pairs = _true_pairs(table, first, last, bits=bits)
+    labels = below(bits(Draw.PAIR_LABEL, slice(None)), 3)
+    labels[last - first == 1] = 2
+    pairs[labels == 1] = pairs[labels == 1][:, [2, 3, 0, 1]]
+    _set_random_nexts(pairs, np.flatnonzero(labels == 2), table=table, first=first, last=last, bits=bits)
+    return pairs, labels
 
 
 def truncated_sizes(sizes: np.ndarray, longest: int) -> np.ndarray:
@@ -90,6 +95,23 @@ def truncated_sizes(sizes: np.ndarray, longest: int) -> np.ndarray:
     a_is_longer = np.where(sizes.min(axis=1) > longest // 2, True, sizes[:, 0] > sizes[:, 1])
     longer = longest - shorter
     return np.where(a_is_longer[:, None], np.stack([longer, shorter], 1), np.stack([shorter, longer], 1))
+
+
+def _set_random_nexts(
+    pairs: np.ndarray, rows: np.ndarray, *, table: ExampleTable, first: np.ndarray, last: np.ndarray, bits: Bits
+) -> None:
+    """Give, in place, these of the true pairs a b of another document."""
+    longest = table.config.max_seq_length - num_special_tokens(table.config)
+    starts, cuts, _, ends = pairs[rows].T
+    targets = target_lengths(starts, table.config, seed=table.seed)
+    at_document_end = _document_ends(table, first[rows]) == last[rows]
+    displaced = at_document_end & (last - first > 1)[rows]
+    wanted = np.where(displaced, ends - cuts, targets - (cuts - starts))
+    room = np.where(displaced, longest - (cuts - starts), wanted)
+    begin = _random_units(table, first[rows], wanted, bits=bits(Draw.RANDOM_NEXT, rows))
+    end = _end_near(table, begin, wanted, room=room)
+    pairs[rows, 2], pairs[rows, 3] = table.unit_tokens[begin], table.unit_tokens[end]
+    _truncate_pairs(pairs, rows, longest, bits=bits)
 
 
 def _true_pairs(table: ExampleTable, first: np.ndarray, last: np.ndarray, *, bits: Bits) -> np.ndarray:

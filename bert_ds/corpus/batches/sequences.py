@@ -118,8 +118,9 @@ def build_examples(
             raise DataError(f"{path}: written a moment ago and its checksum is wrong already: check this disk")
     unit_tokens, example_units, document_units = words
     table = ExampleTable(split, config, seed, unit_tokens, example_units, document_units)
-    if config.sentence_pair == "nsp" and np.count_nonzero(np.diff(document_units)) < 2:
-        raise DataError(f'{split.folder} {split.split}: sentence_pair "nsp" wants at least 2 documents, found 1')
+    if config.sentence_pair in ("nsp", "structure") and np.count_nonzero(np.diff(document_units)) < 2:
+        pair = config.sentence_pair
+        raise DataError(f'{split.folder} {split.split}: sentence_pair "{pair}" wants at least 2 documents, found 1')
     return table
 
 

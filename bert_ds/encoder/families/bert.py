@@ -79,15 +79,15 @@ class BertPooler(nn.Module):
 
 
 class PairHead(nn.Module):
-    """Two scores from the pooled [CLS]: index 0 means is next (NSP) or in order (SOP), as Hugging Face has it."""
+    """A score per kind of pair from the pooled [CLS]: index 0 is next (NSP) or in order (SOP), as Hugging Face's."""
 
-    def __init__(self, config: EmbeddingSettings) -> None:
+    def __init__(self, config: EmbeddingSettings, num_classes: int = 2) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(2, config.hidden_size))
-        self.bias = nn.Parameter(torch.empty(2))
+        self.weight = nn.Parameter(torch.empty(num_classes, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_classes))
 
     def forward(self, pooled_ND: Tensor) -> Tensor:
-        """Return logits_N2."""
+        """Return logits_NC."""
         return F.linear(pooled_ND, self.weight, self.bias)
 
 

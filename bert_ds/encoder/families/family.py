@@ -64,7 +64,8 @@ class Family(NamedTuple):
     word_head: Callable[..., Any]
     """(config, ops) -> the masked-word head."""
     pair_head: Callable[..., Any] | None
-    """(config) -> two classes from the rows of sequences; None where nothing tells the segments of a pair apart."""
+    """(config, number of classes) -> their scores from the rows of sequences; None where nothing tells the segments of
+    a pair apart."""
     initialise: Callable[..., None]
     """(module, config, seed=) fills every parameter."""
     no_decay_patterns: Callable[[Any], tuple[str, ...]]

@@ -29,6 +29,7 @@ class SentencePair:
     """
 
     needs_front = True
+    num_classes = 2
 
     def __init__(self, weight: float = 1.0) -> None:
         self.terms = (LossTerm("pair", count="sentence_pair", metric="pair_correct", weight=weight),)
@@ -37,7 +38,7 @@ class SentencePair:
         """Return the classifier."""
         pair_head = family_of(config).pair_head
         assert pair_head is not None, "refused where the recipe is read"
-        return {"seq_relationship": pair_head(config)}
+        return {"seq_relationship": pair_head(config, self.num_classes)}
 
     def tokens_read(self, model: Any, seen: Seen) -> Tensor | None:
         """See `Objective.tokens_read`."""
@@ -46,9 +47,9 @@ class SentencePair:
     def sums(self, model: Any, seen: Seen) -> Sums:
         """See `Objective.sums`."""
         labels_N = seen.targets["pair_labels"]
-        logits_N2 = pair_logits(model, seen.hidden_TD, seen.stream["cu_seqlens"]).float()
-        loss = F.cross_entropy(logits_N2, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
-        return Sums({"pair": loss}, {"pair_correct": (logits_N2.argmax(dim=-1) == labels_N).sum().float()})
+        logits_NC = pair_logits(model, seen.hidden_TD, seen.stream["cu_seqlens"]).float()
+        loss = F.cross_entropy(logits_NC, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
+        return Sums({"pair": loss}, {"pair_correct": (logits_NC.argmax(dim=-1) == labels_N).sum().float()})
 
 
 def tokens_of_sequences(encoder: Any, stream: Mapping[str, Any]) -> Tensor | None:
@@ -59,5 +60,5 @@ def tokens_of_sequences(encoder: Any, stream: Mapping[str, Any]) -> Tensor | Non
 
 
 def pair_logits(model: Any, hidden_TD: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Return logits_N2 of a model that has the classifier."""
+    """Return logits_NC of a model that has the classifier."""
     return model.seq_relationship(model.bert.sequence_rows(hidden_TD, cu_seqlens))

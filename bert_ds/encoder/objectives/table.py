@@ -9,8 +9,13 @@ from bert_ds.encoder.objectives.masked_words import MaskedWords
 from bert_ds.encoder.objectives.objective import Objective
 from bert_ds.encoder.objectives.replaced_tokens import ReplacedTokens
 from bert_ds.encoder.objectives.sentence_pair import SentencePair
+from bert_ds.encoder.objectives.sentence_structure import SentenceStructure
 
-OBJECTIVES: Mapping[str, Callable[[float], Objective]] = {"masked_words": MaskedWords, "sentence_pair": SentencePair}
+OBJECTIVES: Mapping[str, Callable[[float], Objective]] = {
+    "masked_words": MaskedWords,
+    "sentence_pair": SentencePair,
+    "sentence_structure": SentenceStructure,
+}
 """From the type in a recipe to what makes the objective of a weight. Replaced tokens are what becomes of masked words
 where a generator learns these."""
 
