@@ -40,9 +40,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 @pytest.fixture
 def exported(tiny_export: Path, tmp_path: Path) -> Path:
-    """An export of ours with an ONNX folder in it."""
+    """An export of ours with a second model and an ONNX folder in it."""
     folder = tmp_path / "hf"
     shutil.copytree(tiny_export, folder)
+    shutil.copytree(tiny_export, folder / "generator")
     write_export_manifest(folder)
     (folder / "onnx").mkdir()
     (folder / "onnx/model.onnx").write_bytes(b"onnx")
@@ -78,6 +79,7 @@ def test_the_card_of_a_fine_tuned_folder_names_its_metrics(exported: Path) -> No
     )
     rows = "| fact | value |\n|---|---|\n| validation accuracy | 0.9 |\n| validation loss_label | 0.3 |\n"
     (exported / "README.md").write_text(text + rows, encoding="utf-8")
+    (exported / "README.md").rename(exported / "generator/README.md")  # a kind with two folders has one in each
     card = ModelCard(hub_module.complete_card(exported, CARD._replace(datasets=())))
     assert card.data.metrics == ["accuracy"] and card.data.datasets is None
     assert "bert-ds finetune --task sst2 --model DIR" in card.text

@@ -102,7 +102,7 @@ def push_folder(folder: Path, name: str, *, private: bool, card: Card) -> str:
     operations += [
         CommitOperationAdd(inside, path)
         for inside, path in files.items()
-        if path.name not in ("README.md", EXPORT_MANIFEST)
+        if inside != "README.md" and path.name != EXPORT_MANIFEST
     ]
     with _reaching_out(where, unreachable=DataError):
         hub = HfApi(endpoint=_endpoint())
@@ -114,7 +114,8 @@ def complete_card(folder: Path, card: Card) -> str:
     """Return README.md of an export with license, language, data, metrics and the command that makes such a model."""
     from huggingface_hub import ModelCard
 
-    found = ModelCard((folder / "README.md").read_text(encoding="utf-8"))
+    readme = next(path for path in (folder / "README.md", *sorted(folder.glob("*/README.md"))) if path.is_file())
+    found = ModelCard(readme.read_text(encoding="utf-8"))
     metrics = re.findall(r"^\| validation (\w+) \|", found.text, re.MULTILINE)
     facts = {"license": card.license, "language": list(card.language), "datasets": list(card.datasets)}
     facts["metrics"] = [name for name in metrics if not name.startswith("loss_")]
