@@ -71,13 +71,13 @@ class Entry(NamedTuple):
 def main() -> None:
     """Run what has no row yet; print the tables and draw the picture."""
     args = _arguments()
-    if args.phase != "table":
+    if args.phase == "tasks":
+        run_tasks(args)
+    elif args.phase != "table":
         prepare(args)
         for entry in entries(args):
             if not args.only or entry.name in args.only:
                 row_of(entry, args)
-        if args.phase == "tasks":
-            run_tasks(args)
     print_tables(read_rows(RESULTS))
     draw(read_rows(RESULTS), RESULTS.with_suffix(".png"))
 
