@@ -169,7 +169,7 @@ def _import_all() -> None:
     sys.path[:0] = [str(root), str(root / "kernels")]
     import conftest  # before triton, for its interpreter
     import deepspeed
-    import deepspeed.module_inject.auto_ep_config
+    import deepspeed.module_inject.auto_ep_layer
     import sklearn.metrics
     import torch
     import torch._dynamo
@@ -192,7 +192,7 @@ def _import_all() -> None:
     import bert_ds.train_wordpiece
 
     assert conftest and muon_optimizer and torch._dynamo and sklearn.metrics and bert_ds and config
-    assert transformers.BertForPreTraining and transformers.AutoTokenizer
+    assert transformers.BertForPreTraining and transformers.AutoTokenizer and transformers.BertTokenizer
     torch.set_num_threads(1)
     # What is found out once per process: which operators there are, names of weights, releases and commit, fonts.
     assert deepspeed.ops.__compatible_ops__ and not get_checkpoint_conversion_mapping("none")
@@ -202,6 +202,7 @@ def _import_all() -> None:
     figure.subplots().set_title("1")
     figure.savefig(io.BytesIO())
     _forget_at_exit()
+    os.fsync = lambda descriptor: None  # for a cut of the power, which no test makes; a kill needs none
     gc.freeze()
 
 
