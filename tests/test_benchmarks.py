@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from forked_verbs import run_text, run_verb
@@ -13,18 +12,15 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "kernels/benchmarks"
 
 
-def start(script: str, *arguments: str, forked: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a benchmark in the interpreter, forked or in a new process."""
+def start(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a benchmark in the interpreter."""
     paths = (os.environ.get("PYTHONPATH", ""), str(ROOT), str(ROOT / "kernels"), str(BENCHMARKS))
     environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    if forked:
-        return run_verb(BENCHMARKS / script, *arguments, env=environment)
-    command = [sys.executable, str(BENCHMARKS / script), *arguments]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    return run_verb(BENCHMARKS / script, *arguments, env=environment)
 
 
 def test_a_dry_run_calls_every_provider_of_every_operator_and_step_and_writes_nothing(tmp_path: Path) -> None:
-    result = start("bench_gpu.py", "--dry_run", "--results", str(tmp_path), forked=False)
+    result = start("bench_gpu.py", "--dry_run", "--results", str(tmp_path))
     assert result.returncode == 0, result.stderr
     ops = ("attention", "rotary", "layer_norm", "bias_gelu", "geglu", "mlm_cross_entropy", "embedding", "lamb")
     ran = {

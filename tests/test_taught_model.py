@@ -123,7 +123,7 @@ def finetune(
 
 
 def test_a_student_is_taught_by_a_finished_run_on_two_ranks(tiny_export: Path, tmp_path: Path) -> None:
-    task = review_task(tmp_path / "data", training={"epochs": 12, "train_batch_size": 8, "log_every_steps": 1})
+    task = review_task(tmp_path / "data", training={"epochs": 8, "train_batch_size": 8, "log_every_steps": 1})
     done = finetune(task, tiny_export, tmp_path / "teacher")
     assert done.returncode == 0, done.stdout + done.stderr
     teacher = f"--set=distillation={json.dumps({'teacher': str(tmp_path / 'teacher/hf'), 'label_weight': 0.0})}"
