@@ -2,10 +2,11 @@
 
     python tests/campaign_start_seconds.py --work FOLDER [--before TREE] [--rounds N]
 
-`embedded_default` with its corpus built, and a classification of short texts. The start is from that of the rank's
-process to the end of its first step, the processor seconds of that time beside it, which other work disturbs less. The
-end is from the end of the last step to that of the process, with an evaluation (64 examples, 160 rows) and the save,
-without the export. With --before another checkout of this project takes turns with this one.
+`embedded_default` with its corpus built, and a classification of short texts; the rank alone, and `bert-ds`, which
+checks the words before it starts one. The start is from that of the process to the end of the first step, the processor
+seconds of that time beside it, which other work disturbs less. The end is from the end of the last step to that of the
+process, with an evaluation (64 examples, 160 rows) and the save, without the export. With --before another checkout of
+this project takes turns with this one.
 """
 
 from __future__ import annotations
@@ -54,11 +55,15 @@ def prepared(work: Path) -> dict[str, list[Any]]:
     pretrain += ["--set", f"evaluation.every_steps={STEPS}", "--set", "evaluation.num_examples=64"]
     pretrain += ["--set", f"checkpoints.every_steps={STEPS}"]
     if not (work / "model/model.safetensors").exists():
-        started(ROOT, [*pretrain, "--run_dir", work / "first"]).wait()
-        started(ROOT, ["export_hf.py", "--run_dir", work / "first", "--output", work / "model"]).wait()
+        started(ROOT, [*pretrain, "--run_dir", work / "first"]).communicate()
+        started(ROOT, ["export_hf.py", "--run_dir", work / "first", "--output", work / "model"]).communicate()
     training = {"train_batch_size": 32, "epochs": 2, "log_every_steps": 1}
     task = review_task(work / "task", rows=640, training=training)
-    return {"pretrain": pretrain, "finetune": ["finetune.py", "--task", task, "--model", work / "model"]}
+    return {
+        "pretrain": pretrain,
+        "bert-ds pretrain": ["console.py", "pretrain", *pretrain[1:]],
+        "finetune": ["finetune.py", "--task", task, "--model", work / "model"],
+    }
 
 
 def started(tree: Path, words: list[Any]) -> subprocess.Popen[str]:
@@ -70,15 +75,16 @@ def started(tree: Path, words: list[Any]) -> subprocess.Popen[str]:
 
 def timed(tree: Path, words: list[Any]) -> dict[str, float]:
     """Return the figures of a run."""
-    begun, step_at, first_cpu, exported = time.time(), 0.0, 0.0, 0.0
+    begun, first, first_cpu, step_at, exported = time.time(), 0.0, 0.0, 0.0, 0.0
     process = started(tree, words)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step "):
             step_at = time.time()
             if line.startswith("step 1/"):
-                first, cpu = step_at, psutil.Process(process.pid).cpu_times()
-                first_cpu = cpu.user + cpu.system
+                rank = psutil.Process(process.pid)
+                times = [one.cpu_times() for one in (rank, *rank.children(recursive=True))]
+                first, first_cpu = step_at, sum(each.user + each.system for each in times)
         elif line.startswith("exported to "):
             written = [path.stat().st_mtime for path in Path(words[-1]).glob("figures/*")]
             exported = time.time() - max(written)
