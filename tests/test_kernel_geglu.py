@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -70,6 +71,11 @@ def test_a_layer_without_a_bias_is_as_near_to_the_truth_as_torch(dtype: torch.dt
 @pytest.mark.parametrize("num_rows", [3, 4, 5, 521])
 def test_the_2x_rule_holds_over_the_whole_matrix(num_rows: int, width: int, dtype: torch.dtype) -> None:
     check_by_the_2x_rule(*inputs(num_rows, width, dtype), "none")
+
+
+def test_more_row_blocks_than_programs_are_all_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("bert_kernels.geglu"), "BIAS_GELU_PROGRAMS", 2)
+    check_by_the_2x_rule(*inputs(33, 8), "none")
 
 
 def test_gradients_agree_with_finite_differences() -> None:

@@ -102,7 +102,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_export: Path) -> tuple[
     ds = load_ds_config("zero1")
     layers = {"number_checkpoints": CONFIG.num_hidden_layers}
     ds = replace(ds, settings={**ds.settings, "activation_checkpointing": layers})
-    args = Namespace(model=tiny_export, trivial=True, resume="never", random_weights=False, hang_limit=0.0)
+    args = Namespace(model=tiny_export, trivial=True, resume="never", random_weights=False, hang_limit=0.0, search=None)
     with pytest.MonkeyPatch.context() as patch:
         names = ("trivial_figures", "prove_same_files", "build_model", "make_optimizer", "train_watched")
         calls = Calls(patch, bert_ds.finetune, **dict.fromkeys(names, Calls.THROUGH))
@@ -135,7 +135,8 @@ def test_sides_and_their_counts_are_told_apart_in_the_results(tuned: Any) -> Non
     assert set(results["test"]) == set(results["validation"]) - {"loss", "loss_label", "label_accuracy"}
     config = json.loads((tuned[1] / "hf/config.json").read_text())
     assert {str(number): name for name, number in config["label2id"].items()} == config["id2label"]
-    assert len((tuned[1] / "predictions/test/predictions.tsv").read_text().splitlines()) == 1 + 5
+    _, *predicted = (tuned[1] / "predictions/test/predictions.tsv").read_text().splitlines()
+    assert [line.split("\t")[0] for line in predicted] == list("01234")
 
 
 def test_rows_are_predicted_so_many_at_a_time(tmp_path: Path) -> None:

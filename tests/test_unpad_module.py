@@ -15,6 +15,7 @@ import torch
 import transformers
 import unpad_cases as cases
 from torch import nn
+from transformers.models.bert.modeling_bert import BertLayer
 
 from bert_kernels.hf import describe, repad, unpad
 from bert_kernels.hf.operators import attention_over_tokens, operators_for
@@ -59,6 +60,30 @@ def test_repad_gives_back_the_attention_that_was_set() -> None:
     model = cases.make_model("BertModel")
     model.set_attn_implementation("eager")
     assert repad(unpad(model)).config._attn_implementation == "eager"
+
+
+def test_a_head_and_a_layer_whose_forward_is_a_person_s_own_are_left_alone() -> None:
+    class Head(transformers.BertForMaskedLM):
+        def forward(self, **inputs: Any) -> Any:
+            return super().forward(**inputs)
+
+    class Layer(BertLayer):
+        def forward(self, *args: Any, **options: Any) -> Any:
+            return super().forward(*args, **options)
+
+    model = Head(cases.make_model("BertForMaskedLM").config)
+    model.bert.encoder.layer[0].__class__ = Layer
+    said = describe(unpad(model, kernels="torch"))
+    assert "1 layers fused by" in said and "labelled tokens" not in said
+    assert type(model) is Head and type(model.bert.encoder.layer[0]) is Layer
+
+
+def test_words_without_the_label_of_their_pair_have_no_loss_and_all_their_logits() -> None:
+    plain, ours = cases.pair("BertForPreTraining")
+    inputs = {name: x for name, x in cases.make_batch("BertForPreTraining").inputs.items() if "next" not in name}
+    mine, theirs = ours.train()(**inputs), plain.train()(**inputs)
+    assert mine.loss is None and theirs.loss is None
+    assert mine.prediction_logits.shape == theirs.prediction_logits.shape
 
 
 def test_rows_of_equal_length_lie_side_by_side_the_longest_first() -> None:

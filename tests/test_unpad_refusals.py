@@ -178,6 +178,13 @@ def test_a_head_without_a_pooler_wants_the_first_token_too(name: str) -> None:
             model(**cases.make_batch(name, mask).inputs)
 
 
+def test_of_two_heads_the_stricter_decides_what_a_mask_may_hide() -> None:
+    names = ("ModernBertForMultipleChoice", "ModernBertForSequenceClassification")
+    models = unpad(torch.nn.ModuleDict({name: cases.make_model(name) for name in names}))
+    with pytest.raises(ValueError, match="hides the first token of a row"):
+        models[names[0]](**cases.make_batch(names[0], "left").inputs)
+
+
 def test_choices_of_modernbert_are_read_at_their_first_token_wherever_it_stands() -> None:
     model = unpad(cases.make_model("ModernBertForMultipleChoice"))
     with pytest.raises(ValueError, match="hides a whole row"):
@@ -228,6 +235,10 @@ def test_the_loss_of_answers_is_refused_with_padding_and_equal_without() -> None
     torch.testing.assert_close(ours(**full).loss, plain(**full).loss)
     with pytest.raises(ValueError, match="the softmax of this loss runs over padding too"):
         ours(**cases.make_batch("BertForQuestionAnswering").inputs | answers)
+    mask = torch.ones(4, cases.LENGTH, dtype=torch.long)
+    mask[3, 9:] = 0
+    with pytest.raises(ValueError, match="the softmax of this loss runs over padding too"):
+        ours(**full | {"attention_mask": mask})
     ours = unpad(repad(ours), answers_at_real_tokens=True)
     assert describe(ours).startswith("model (BertForQuestionAnswering): its loss compares a place with the real tokens")
     with pytest.raises(ValueError, match="an answer begins or ends at padding"):
