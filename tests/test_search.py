@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 from downstream_cases import review_rows, review_task, write_lines
 from forked_verbs import run_verb
+from matplotlib.figure import Figure
 
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.configuration.task.search_space import load_trials
 from bert_ds.console import verb_command
 from bert_ds.launch import search
 from bert_ds.launch.verb_arguments import finetune_arguments
+from bert_ds.reporting import search_page
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = [1e-6, 5e-3, 1e-3]
@@ -107,6 +109,18 @@ def test_the_test_rows_are_looked_at_by_the_chosen_trial_alone(
         own = json.loads((trial / "results.json").read_text())
         assert "test" not in own and not (trial / "predictions/test").exists()
         assert own["rows"]["train"] == 44, "training rows that are part of a test row are left out all the same"
+
+
+def test_the_picture_has_plain_numbers_and_words_below_it() -> None:
+    figure = Figure()
+    axes = figure.subplots(1, 2)
+    search_page._draw_setting(axes[0], [1e-3, 2e-5, 3e-4], [0.9, 0.1, 0.5])
+    search_page._draw_setting(axes[1], ["lamb", "adamw", "lamb"], [0.9, 0.1, 0.5])
+    figure.canvas.draw()
+    labels = [[label.get_text() for label in axis.get_xticklabels()] for axis in axes]
+    assert "0.0002" in labels[0] and not any("$" in label for label in labels[0])
+    assert labels[1] == ["lamb", "adamw"] and list(axes[1].lines[0].get_xdata()) == [0, 1, 0]
+    assert list(axes[0].lines[1].get_xdata()) == [1e-3], "the chosen one"
 
 
 def parsed(words: list[object], space: Path, *more: object) -> argparse.Namespace:

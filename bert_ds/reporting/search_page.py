@@ -74,6 +74,8 @@ def _draw(results: Mapping[str, Any]) -> Picture:
 
 def _draw_setting(axis: Any, found: Sequence[Any], values: Sequence[float]) -> None:
     """Draw values of the metric over those of a setting, the first of which is the best."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     places = found
     if not all(type(one) in (int, float) for one in found):
         words = list(dict.fromkeys(map(_shown, found)))
@@ -81,6 +83,9 @@ def _draw_setting(axis: Any, found: Sequence[Any], values: Sequence[float]) -> N
         axis.set_xticks(range(len(words)), words)
     elif min(found) > 0 and max(found) > 8 * min(found):
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
     axis.plot(places, values, "o", color=BLUE, alpha=0.7)
     axis.plot(places[:1], values[:1], "o", color=RED)
 
