@@ -101,7 +101,7 @@ def test_the_limit_of_the_command_line_sets_the_timeout(verb: str, monkeypatch: 
     module = importlib.import_module(f"bert_ds.{verb}")
     words = {
         "pretrain": ["--run", "recipes/bert_base_phase1.json", "--deepspeed_config", "zero1.json"],
-        "finetune": ["--task", "tasks/cola.json", "--deepspeed_config", "zero1.json", "--model", "nowhere"],
+        "finetune": ["--task", "tasks/cola.json", "--deepspeed_config", "zero1.json", "--model", str(ROOT)],
     }[verb]
     files = [str(ROOT / "ds_configs" / word) if word.endswith(".json") else word for word in words]
     monkeypatch.setattr("sys.argv", [verb, *files, "--run_dir", "nowhere", "--hang_limit", "5000"])
