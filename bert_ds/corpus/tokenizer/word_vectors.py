@@ -92,7 +92,7 @@ def _finite(number: bytes, path: Path, line: int) -> float:
         value = float(number)
     except ValueError:
         value = math.nan
-    if not abs(value) <= np.finfo(np.float32).max:
+    if not abs(value) <= float(np.finfo(np.float32).max):
         text = describe(number.decode(errors="replace"))
         raise DataError(f"{path}:{line}: {text} is no number that fp32 can hold, wanted one")
     return value
