@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, Mock
@@ -21,6 +22,7 @@ from bert_ds import init, judge_launch, submit
 from bert_ds.basics.ranks import DataError, Ranks
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.deepspeed_file.ds_config import load_ds_config, load_pair
+from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.configuration.recipe.run_config import ConfigError, EmbeddedCorpus, MaskingConfig, SequenceConfig
 from bert_ds.configuration.run_plan import make_plan
 from bert_ds.configuration.run_speed import CARDS
@@ -36,7 +38,7 @@ from bert_ds.corpus.shards.shard_folder import FileRecord, ShardRecord, open_sha
 from bert_ds.corpus.text.documents import Document
 from bert_ds.corpus.text.text_input import DocumentInput
 from bert_ds.export_hf import _measured
-from bert_ds.launch.launch_checks import CHECKS, checked_task
+from bert_ds.launch.launch_checks import CHECKS, _disagreements, checked_task
 from bert_ds.launch.task_table import rows_left, task_table
 from bert_ds.launch.verb_arguments import finetune_arguments, pretrain_arguments
 from bert_ds.reporting.run_history import below_unigram, read_history
@@ -44,11 +46,11 @@ from bert_ds.reporting.run_overview import _job_number, read_overview
 from bert_ds.training.launch.restart_policy import Progress, Verdict
 
 
-def test_short_words_of_a_command_line_become_settings(tmp_path: Path) -> None:
+def test_short_words_of_a_command_line_become_settings(tmp_path: Path, tiny_export: Path) -> None:
     given = pretrain_arguments(["--init_from", "runs/old", "--set", "seed=4", "--replay_step", "7"])
     assert (given.set, given.resume) == (["seed=4", "init_from=runs/old"], "must")
     assert pretrain_arguments([]).resume == "never"
-    words = ["--task", str(review_task(tmp_path)), "--model", "m"]
+    words = ["--task", str(review_task(tmp_path)), "--model", str(tiny_export)]
     assert finetune_arguments([*words, "--seed", "7"]).set == ["seed=7"]
 
 
@@ -64,6 +66,14 @@ def test_every_folder_and_file_that_a_fine_tuning_names_is_looked_at_before_the_
     (tmp_path / "run/seed_2/mine").touch()
     with pytest.raises(ConfigError, match="seed_2 holds 'mine'"):
         CHECKS["finetune"]([*words, "--seeds", "1", "2"])
+
+
+def test_what_depends_on_a_model_that_is_not_known_yet_is_left_to_the_ranks(tmp_path: Path) -> None:
+    task, ds = load_task(review_task(tmp_path)), load_ds_config("zero1")
+    ds = replace(ds, settings={**ds.settings, "activation_checkpointing": {"number_checkpoints": 2}})
+    assert [problem.path for problem in _disagreements(task, ds, None)] == []
+    found = [problem.path for problem in _disagreements(task, ds, BertConfig(num_hidden_layers=3))]
+    assert [path.partition(".")[0] for path in found] == ["activation_checkpointing"]
 
 
 def test_the_table_of_a_fine_tuning_counts_the_rows_that_are_trained_on(tmp_path: Path, tiny_export: Path) -> None:

@@ -25,7 +25,10 @@ from bert_ds.downstream.kinds.split_rows import split_rows
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.rows.features import Feature
 from bert_ds.downstream.rows.task_batches import step_batches
+from bert_ds.downstream.scores.qa_scores import answer_scores
 from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
+from bert_ds.downstream.untrained import masked_words
+from bert_ds.downstream.untrained.minimal_pairs import pair_accuracies
 from bert_ds.encoder.fused_ops import fused_ops
 
 TOKENIZER = WordPieceTokenizer(PIECES, TextRules())
@@ -118,3 +121,19 @@ def test_a_question_without_an_answer_counts_nothing() -> None:
     losses, _, found = head(stream, targets)
     wanted = cross_entropy(found["scores"][None, :2], torch.tensor([1]))
     assert losses.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_scores_of_what_is_not_trained_are_those_of_their_definitions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[Any] = [Mock(pair=Mock(paradigm=name), is_right=name == "a") for name in "aaab"]
+    assert pair_accuracies(judged) == {"accuracy": 0.5, "accuracy_a": 1.0, "accuracy_b": 0.0}
+    at_threshold = answer_scores({"q": ["x"]}, {"q": "x"}, rules="squad2", no_answer_scores={"q": 1.0}, threshold=1.0)
+    assert at_threshold["exact_match"] == 100.0  # only a better score than the threshold means no answer
+    model: Any = Mock(vocab_size=9, encode=lambda text: np.arange(len(text.split()), dtype=np.int32))
+    for name, text in (("one.txt", "we saw"), ("two.txt", "it was a film")):
+        write_lines(tmp_path / name, [text])
+    read = masked_words.read_pieces([tmp_path / "one.txt", tmp_path / "two.txt"], model)
+    assert (read.document_ends.tolist(), len(read.ids), read.num_characters) == ([2, 6], 6, 19)
+    monkeypatch.setattr(masked_words, "MAX_COUNTED_TOKENS", 3)
+    assert masked_words._counts([tmp_path / "two.txt"], model).tolist() == [1, 1, 1, 0, 0, 0, 0, 0, 0]

@@ -170,7 +170,9 @@ def test_another_attention_set_afterwards_is_refused() -> None:
         model(**cases.make_batch("BertModel").inputs)
 
 
-@pytest.mark.parametrize("name", ["ElectraForSequenceClassification", "DistilBertForSequenceClassification"])
+@pytest.mark.parametrize(
+    "name", ["ElectraForSequenceClassification", "ElectraForMultipleChoice", "DistilBertForSequenceClassification"]
+)
 def test_a_head_without_a_pooler_wants_the_first_token_too(name: str) -> None:
     model = unpad(cases.make_model(name))
     for mask in ("left", "empty"):
