@@ -69,7 +69,7 @@ def pretrain_arguments(words: Words = None) -> argparse.Namespace:
 def finetune_arguments(words: Words = None) -> argparse.Namespace:
     """Return the command line of finetune.py."""
     parser = verb_parser("finetune")
-    _add_task_options(parser, model="Hugging Face folder of a pre-trained encoder")
+    _add_task_options(parser, model="Hugging Face folder of a pre-trained encoder, or its name on the hub")
     add_spread_option(parser)
     parser.add_argument("--run_dir", type=Path, help="run folder (default: runs/NAME of the task)")
     parser.add_argument("--seed", type=int, help="seed of this run, instead of the task's")
@@ -109,7 +109,7 @@ def score_arguments(words: Words = None) -> argparse.Namespace:
 def predict_arguments(words: Words = None) -> argparse.Namespace:
     """Return the command line of predict.py, whose folder and input are there."""
     parser = verb_parser("predict")
-    parser.add_argument("--model", type=Path, required=True, help="fine-tuned Hugging Face folder, or its onnx/")
+    parser.add_argument("--model", type=Path, required=True, help="fine-tuned folder, its onnx/, or a name on the hub")
     parser.add_argument("--input", default="-", metavar="FILE", help=".txt, .jsonl or .csv (default: standard input)")
     parser.add_argument("--output", default="-", metavar="FILE", help=".jsonl or .csv (default: standard output)")
     parser.add_argument("--input_format", choices=("txt", "jsonl", "csv"), help="where the ending does not say it")
