@@ -51,7 +51,9 @@ NUM_STEPS, NUM_WARM_STEPS, NUM_TIMED_STEPS = 20, 1, 3
 def measure_errors() -> None:
     """Append the worst deviation of every stage and number of ranks after 20 steps, ours and the peers'."""
     truths = {
-        kind: train_unsharded(formula_of, NUM_STEPS, settings=MUON_SETTINGS, clip=CLIP, dtype=torch.float64).weights
+        kind: train_unsharded(
+            formula_of, NUM_STEPS, settings=MUON_SETTINGS, clip=CLIP, model=make_model().double()
+        ).weights
         for kind, formula_of in (("muon", muon_formula_of), ("deepspeed", deepspeed_formula_of))
     }
     cases = [Case(stage, optimizer=kind, num_steps=NUM_STEPS) for kind in ("muon", "plain_muon") for stage in STAGES]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,14 @@ class TinyBert(nn.Module):
     A key bias has no gradient in theory; Adam would turn its rounding noise into full steps.
     """
 
-    vocab, hidden, inner, length, layers = 97, 24, 50, 9, 2
+    vocab, hidden, inner, length = 97, 24, 50, 9
 
-    def __init__(self, *, with_unused: bool = False, fused_qkv: bool = False) -> None:
+    def __init__(self, *, num_layers: int = 2, with_unused: bool = False, fused_qkv: bool = False) -> None:
         super().__init__()
         self.word_embeddings = nn.Embedding(self.vocab, self.hidden)
         self.position_embeddings = nn.Embedding(self.length, self.hidden)
         self.LayerNorm = nn.LayerNorm(self.hidden)
-        self.layer = nn.ModuleList([_Layer(self.hidden, self.inner) for _ in range(self.layers)])
+        self.layer = nn.ModuleList([_Layer(self.hidden, self.inner) for _ in range(num_layers)])
         self.transform = nn.Linear(self.hidden, self.hidden)
         self.decoder_bias = nn.Parameter(torch.zeros(self.vocab))
         if fused_qkv:
@@ -107,7 +107,7 @@ def decay_of(name: str) -> float:
     return 0.0 if "bias" in name or "LayerNorm" in name else 0.1
 
 
-def make_model(**options: bool) -> TinyBert:
+def make_model(**options: Any) -> TinyBert:
     """Return the model with the same weights every time."""
     torch.manual_seed(7)
     return TinyBert(**options)
@@ -127,11 +127,11 @@ def train_unsharded(
     *,
     settings: Settings,
     clip: float,
-    dtype: torch.dtype = torch.float32,
+    model: TinyBert | None = None,
     num_micro_batches: int = NUM_MICRO_BATCHES,
 ) -> Trajectory:
-    """Train the small BERT on one process with whole tensors, each by the formula of its name."""
-    model = make_model().to(dtype)
+    """Train the small BERT, or this one, on one process with whole tensors, each by the formula of its name."""
+    model = model or make_model()
     states = {name: State(p) for name, p in model.named_parameters()}
     losses, norms = [], []
     for step in range(num_steps):

@@ -39,6 +39,7 @@ class Case:
     num_steps: int = 20
     num_micro_batches: int = NUM_MICRO_BATCHES
     """Per step, over all ranks."""
+    num_layers: int = 2
     zero: dict[str, Any] = field(default_factory=dict)
     """Further keys of zero_optimization."""
     top: dict[str, Any] = field(default_factory=dict)
@@ -156,11 +157,12 @@ def build(case: Case, world_size: int) -> tuple[Any, torch.optim.Optimizer, nn.M
     import deepspeed
 
     config = ds_config(case, world_size)
+    options = {"num_layers": case.num_layers, "with_unused": case.with_unused, "fused_qkv": case.fused_qkv}
     if case.zero_init:
         with deepspeed.zero.Init(config_dict_or_path=config):
-            model = make_model(with_unused=case.with_unused, fused_qkv=case.fused_qkv)
+            model = make_model(**options)
     else:
-        model = make_model(with_unused=case.with_unused, fused_qkv=case.fused_qkv)
+        model = make_model(**options)
     optimizer = make_any_optimizer(case.optimizer, model, fused_qkv=case.fused_qkv, scaled_rates=case.scaled_rates)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     share_replicated_work(optimizer, zero_stage=case.stage)

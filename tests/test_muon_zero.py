@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from lamb_bert import Trajectory, fuse_qkv, train_unsharded
+from lamb_bert import Trajectory, fuse_qkv, make_model, train_unsharded
 from lamb_checkpoints import load_universal, run_same_world_size, save_for_universal
 from lamb_optimizers import CLIP
 from lamb_reference import relative_error
@@ -62,7 +62,7 @@ def run(cases: list[Case], world_size: int) -> dict[str, list[Report]]:
 @pytest.fixture(scope="module")
 def unsharded() -> Trajectory:
     settings: dict[str, Any] = {"settings": MUON_SETTINGS, "clip": CLIP, "num_micro_batches": MICRO_BATCHES}
-    return train_unsharded(muon_formula_of, 8, dtype=torch.float64, **settings)
+    return train_unsharded(muon_formula_of, 8, model=make_model().double(), **settings)
 
 
 @pytest.fixture(scope="module")
