@@ -20,6 +20,7 @@ from bert_ds.configuration.model_folder import weights_problem
 from bert_ds.configuration.recipe.run_config import RunConfig, SequenceConfig
 from bert_ds.configuration.run_checks import recipe_problems
 from bert_ds.configuration.run_size import flops_per_token, num_parameters
+from bert_ds.corpus.batches.examples import choose_spans, make_example
 from bert_ds.encoder.hf_folder import load_hf_folder, read_json
 from bert_ds.encoder.initial_weights import load_initial_weights, start_from_layers
 from bert_ds.encoder.objectives.table import make_objectives
@@ -38,7 +39,9 @@ def model_of(form: str = "bert", pair: str = "sentence_structure", *, seed: int 
 
 def test_a_third_is_next_a_third_previous_and_a_third_of_another_document(tmp_path: Path) -> None:
     table = table_of(tmp_path, counting_documents([[2, 3], [1, 1]]), CONFIG)
-    examples = [all_examples(table, epoch=epoch)[0] for epoch in range(1500)]
+    epochs = np.arange(1500)
+    chosen = choose_spans(table, np.zeros_like(epochs), epochs=epochs, source=0, seed=0)
+    examples = [make_example(chosen, row) for row in range(1500)]
     found = {(example.pair_label, *map(tuple, segments(example))) for example in examples}
     assert {row for row in found if row[0] < 2} == {(0, (5, 6), (7, 8, 9)), (1, (7, 8, 9), (5, 6))}
     others = {row[1:] for row in found if row[0] == 2}
