@@ -77,9 +77,13 @@ def test_ranks_share_the_sequences_of_a_step_in_the_order_of_the_seed() -> None:
     assert len({tuple(seen(1, seed=seed)) for seed in (0, 3, 4)}) == 3
 
 
-def test_each_of_several_labels_of_a_row_is_renamed(tmp_path: Path) -> None:
+def test_each_of_several_labels_and_tags_of_a_row_is_renamed(tmp_path: Path) -> None:
     rows = [{"text": "we saw it", "labels": ["a", "b"]}]
     found = rows_of(tmp_path, "multi_label", {"text": "text", "labels": "labels"}, rows, rename_labels={"a": "z"})
+    assert found.train.examples[0].target == ("z", "b")
+    tagged = [{"words": ["we", "saw"], "tags": ["a", "b"]}]
+    fields = {"words": "words", "tags": "tags"}
+    found = rows_of(tmp_path, "token_classification", fields, tagged, rename_labels={"a": "z"})
     assert found.train.examples[0].target == ("z", "b")
 
 

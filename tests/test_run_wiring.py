@@ -97,7 +97,11 @@ def test_a_save_behind_the_training_is_settled_and_ranks_are_compared_where_ther
     checkpoints = opened.plan.run.checkpoints.model_copy(update={"asynchronous": False})
     plan = replace(opened.plan, run=opened.plan.run.model_copy(update={"checkpoints": checkpoints}))
     other = replace(opened, plan=plan, ranks=Ranks(1, 1, 2))
-    services = bert_ds.pretrain.make_services(other, TrainState(), stages, stop=StopRequest())
+    services = bert_ds.pretrain.make_services(other, TrainState(passed_over=2), stages, stop=StopRequest())
+    assert services.row_facts is not None
+    first, third = (opened.data.source_counts(place, place + 1) for place in (0, 2))
+    assert services.row_facts(1)["sources"] == {name: count._asdict() for name, count in third.items()}
+    assert third != first
     assert services.settle is None and isinstance(services.rank_times, RankTimes)
 
 
