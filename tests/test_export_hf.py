@@ -271,7 +271,7 @@ def test_a_run_is_exported_with_its_onnx_file(
     assert f"wrote {tmp_path}/hf/onnx/model.onnx: onnxruntime's scores differ" in capsys.readouterr().out
     assert (tmp_path / "hf" / "onnx" / "model.onnx").is_file()
     assert _run_verb(monkeypatch, "--model", str(tmp_path / "hf")) == 2
-    assert "--model is a finished folder: wanted --onnx beside it" in capsys.readouterr().err
+    assert "--model is a finished folder: wanted --onnx or --push_to_hub beside it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
