@@ -237,9 +237,10 @@ def run_tasks(args: argparse.Namespace) -> None:
         settings = (f"training.epochs={epochs}", "optimizer.lr=3e-4", f"seed={seed}", "max_seq_length=64")
         words = [word for setting in settings for word in ("--set", setting)]
         spread = ("--deepspeed_config", ROOT / "ds_configs/zero1.json", "--data", args.data, "--run_dir", run_dir)
-        _verb("finetune", "--task", task, "--model", folder / "hf", *spread, *words)
+        if not (run_dir / "results.json").exists():
+            _verb("finetune", "--task", task, "--model", folder / "hf", *spread, *words)
         results = json.loads((run_dir / "results.json").read_bytes())
-        add_row(RESULTS, {**key, "score": results["best"], "amx": _has_amx(), "commit": _commit()})
+        add_row(RESULTS, {**key, "score": results["validation"][results["metric"]], "amx": _has_amx(), "commit": _commit()})
 
 
 def _paths(work: Path) -> list[str]:

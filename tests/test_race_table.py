@@ -65,7 +65,7 @@ def test_tasks_are_trained_from_models_that_are_there_and_need_no_text(
     def verb(name: str, *words: Any) -> None:
         calls.append((name, words[words.index("--task") + 1], words[words.index("--model") + 1].parent.name))
         (run_dir := words[words.index("--run_dir") + 1]).mkdir(parents=True)
-        (run_dir / "results.json").write_text('{"best": 0.5}')
+        (run_dir / "results.json").write_text('{"metric": "f1", "validation": {"loss": 2.0, "f1": 0.5}}')
 
     monkeypatch.setattr(campaign_race, "_verb", verb)
     options = ["--work", str(tmp_path), "--data", str(tmp_path), "--minutes", "9", "--seeds", "1"]
