@@ -240,7 +240,8 @@ def run_tasks(args: argparse.Namespace) -> None:
         if not (run_dir / "results.json").exists():
             _verb("finetune", "--task", task, "--model", folder / "hf", *spread, *words)
         results = json.loads((run_dir / "results.json").read_bytes())
-        add_row(RESULTS, {**key, "score": results["validation"][results["metric"]], "amx": _has_amx(), "commit": _commit()})
+        score = results["validation"][results["metric"]]
+        add_row(RESULTS, {**key, "score": score, "amx": _has_amx(), "commit": _commit()})
 
 
 def _paths(work: Path) -> list[str]:
