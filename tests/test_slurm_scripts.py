@@ -25,6 +25,8 @@ if sys.argv[0].endswith("scontrol") and sys.argv[1:2] == ["show"]:
     print("nid1\\nnid2")
 if sys.argv[0].endswith("srun") and any(word.endswith(("pretrain.py", "finetune.py")) for word in sys.argv):
     run_dir = pathlib.Path(sys.argv[sys.argv.index("--run_dir") + 1])
+    if "--trial" in sys.argv:
+        run_dir /= "trial_" + sys.argv[sys.argv.index("--trial") + 1].zfill(3)
     (run_dir / "DONE").write_text("{{}}")
 """
 
