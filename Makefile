@@ -2,6 +2,7 @@
 # make test       everything that needs no GPU
 # make test-fast  the part of it that starts no process: for every edit
 # make check      ruff, format, mypy, import-linter, pip-audit
+# make docs       the documentation as a site, build/site/index.html; it opens without a server and fetches nothing
 # make test-slurm a real Slurm of two nodes on this machine, through the faults a job meets; names the missing packages
 # make gpu-first  all that the first minutes on an NVIDIA GPU should answer, the most important first, each stage in a
 #                 process of its own: MINUTES=9, again to go on; WHEELS=folder where DeepSpeed is not installed but lies
@@ -26,7 +27,7 @@ BIN := .venv/bin
 RUN_DIR := runs/default
 DEEPSPEED_CONFIG := ds_configs/zero2.json
 
-.PHONY: pretrain test test-fast test-slurm check format env env-dev clean bench-gpu gpu-first
+.PHONY: pretrain test test-fast test-slurm docs check format env env-dev clean bench-gpu gpu-first
 .PHONY: campaign-kills campaign-folders campaign-storms campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-lamb campaign-muon campaign-kernels campaign-configs campaign-fuzz campaign-slurm
 .PHONY: campaign-predict campaign-latency campaign-unpad campaign-init campaign-duplicates campaign-families campaign-gpu-first campaign-cpu-speed campaign-context campaign-few-shapes campaign-compile campaign-start campaign-modules-of-a-step bench-cpu bench-host bench-unpad test-gpu sanitize-gpu
@@ -56,6 +57,9 @@ test-fast: env-dev
 test-slurm: env-dev
 	@$(BIN)/python tests/slurm_cluster.py
 	$(BIN)/python -m pytest -m "slurm and not campaign" --durations 0 --durations-min 5 tests/test_slurm.py tests/test_slurm_pipeline.py
+
+docs: env-dev
+	$(BIN)/python -m properdocs build --strict -f docs/generator/properdocs.yml
 
 check: env-dev
 	$(BIN)/ruff check .

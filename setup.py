@@ -64,6 +64,7 @@ setup(
         "tensorboard": ["tensorboard>=2.16"],
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
         "embeddings": ["sentence-transformers>=5.1"],
+        "docs": ["properdocs>=1.6.7,<1.7", "properdocs-theme-mkdocs>=1.6.7,<1.7"],
         "dev": [
             "pytest>=8",
             "setuptools>=77",
@@ -87,6 +88,8 @@ setup(
             "seqeval==1.2.2",
             "accelerate>=1.10",
             "peft>=0.18",
+            "properdocs>=1.6.7,<1.7",
+            "properdocs-theme-mkdocs>=1.6.7,<1.7",
         ],
     },
     entry_points={"console_scripts": ["bert-ds = bert_ds.console:main"]},

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("bert_ds", "kernels", "slurm", "ds_configs", ".ci")
+FOLDERS = ("bert_ds", "kernels", "slurm", "ds_configs", "docs", ".ci")
 PYTHON = [*sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")), ROOT / "setup.py"]
 SHELL = sorted(
     path
