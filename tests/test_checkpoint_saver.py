@@ -19,6 +19,7 @@ from tiny_training import FACTS, ds_config, join_alone, run_tiny, step_batches, 
 
 from bert_ds.basics.ranks import CheckpointError, Ranks
 from bert_ds.reporting.run_log import read_metrics
+from bert_ds.training.checkpoints import checkpoint_saver
 from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint, verify_checkpoint
 from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
@@ -58,7 +59,7 @@ def save_behind_training_on_a_full_disk(run_dir: Path, ranks: Ranks) -> list[Any
         if ranks.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         begun = saver.save(TrainState(step=step))
-        answers.append((begun, saver.settle(True), find_checkpoint(run_dir).name))
+        answers.append((begun, saver.settle(True), saver.settle(False), find_checkpoint(run_dir).name))
     return answers
 
 
@@ -87,9 +88,9 @@ def test_a_save_behind_the_training_holds_the_weights_of_one_that_blocks_at_stag
 def test_a_failed_write_behind_the_training_is_told_and_leaves_the_older_checkpoint(both_ways: Any) -> None:
     folder, found = both_ways
     assert found["full"] == [
-        (True, True, "global_step1"),
-        (True, False, "global_step1"),
-        (True, True, "global_step3"),
+        (True, True, True, "global_step1"),
+        (True, False, False, "global_step1"),
+        (True, True, True, "global_step3"),
     ]
     log = (folder / "full/logs/rank_0.log").read_text()
     assert "checkpoint global_step2 was not written, older ones are untouched: rank 1: zero_pp_rank_1" in log
@@ -146,6 +147,21 @@ def test_where_memory_is_short_a_save_blocks_and_says_so(
     assert saver.save(TrainState(step=1))
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoints/global_step1"
     assert "bytes of host memory, 1,000 are available" in capsys.readouterr().out
+
+
+def test_the_first_rank_of_a_machine_needs_room_for_the_model_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join_alone()
+    engine = tiny_engine(ds_config(2))
+    needed = checkpoint_saver.checkpoint_bytes(engine)
+    monkeypatch.setattr(checkpoint_saver, "gather_json", lambda machine: ["a", "a", "b"])
+    log = tiny_services(tmp_path, 0, 1).log
+    saver = CheckpointSaver(engine, tmp_path, policy=CheckpointPolicy(asynchronous=True), log=log)
+    for share, fits in ((0.9, False), (1.1, True)):
+        memory = SimpleNamespace(available=share * needed / 0.8)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
+        assert saver._fits_into_memory() == fits
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -53,12 +53,14 @@ def removed_in(folder: Path) -> list[list[str]]:
 
 
 def test_equal_and_nearly_equal_documents_go_and_the_first_stays(tmp_path: Path) -> None:
-    first, other = prose(1), prose(2)
+    first, other = prose(1), [*prose(2), "café"]
     near, far = changed(first, 0.01, seed=3), changed(first, 0.2, seed=4)
     texts = [" ".join(words) for words in (first, other, near, far)]
     texts.insert(2, texts[0].upper().replace(" ", "\n"))  # the same words
     counts = clean(given(texts), tmp_path / "out", settings=SETTINGS)
-    assert counts == Counts(kept=3, exact=1, near=1, overlap=0, kept_bytes=sum(len(texts[n]) for n in (0, 1, 4)))
+    assert counts == Counts(
+        kept=3, exact=1, near=1, overlap=0, kept_bytes=sum(len(texts[n].encode()) for n in (0, 1, 4))
+    )
     assert kept_in(tmp_path / "out") == [texts[0], texts[1], texts[4]]
     exact, nearly = removed_in(tmp_path / "out")
     assert exact == ["text 2", "exact", "text 0", "1.00"]
@@ -93,6 +95,20 @@ def test_of_planted_copies_nearly_all_are_found_and_nothing_else_goes(tmp_path: 
     assert wrong == []
     hits = [seen is not None and seen.source == str(number) for number, seen in enumerate(found)]
     assert sum(hits) >= 90
+
+
+def test_of_documents_that_are_less_alike_most_are_found_and_the_nearest_is_told(tmp_path: Path) -> None:
+    index = DuplicateIndex(tmp_path / "index.sqlite", 0.4)
+    for number in range(40):
+        index.find_or_add(str(number), prose(number))
+    found = [index.find_or_add("", changed(prose(number), 0.06, seed=number)) for number in range(40)]
+    assert sum(seen is not None and seen.source == str(number) for number, seen in enumerate(found)) >= 24
+    text = prose(50, length=1000)
+    nearer, further = (changed(text, share, seed=3) for share in (0.01, 0.12))
+    assert index.find_or_add("nearer", nearer) is index.find_or_add("further", further) is None
+    seen = index.find_or_add("", text)
+    assert seen is not None and seen.source == "nearer"
+    index.close()
 
 
 @pytest.mark.parametrize("stop_after", [1, 7, 12])
@@ -149,38 +165,43 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.
 def test_rows_of_tasks_are_taken_out_of_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row, held_out, trained = (prose(number, length=30) for number in (1, 2, 3))
+    row, held_out, trained, test = (prose(number, length=30) for number in (1, 2, 3, 4))
+    (tmp_path / "data").mkdir()
     for name, words in (("dev", row), ("cut", held_out), ("train", trained)):
-        (tmp_path / f"{name}.tsv").write_text(f"text\tlabel\n{' '.join(words)}\ta\ntoo short\tb\n")
+        (tmp_path / f"data/{name}.tsv").write_text(f"text\tlabel\n{' '.join(words)}\ta\ntoo short\tb\n")
+    (tmp_path / "data/test.jsonl").write_text(json.dumps({"text": test, "label": "a", "number": 7}) + "\n")
     for name, files in (
-        ("official", {"train": "train.tsv", "validation": "dev.tsv"}),
+        ("official", {"train": "train.tsv", "validation": "dev.tsv", "test": "test.jsonl"}),
         ("fraction", {"train": "cut.tsv"}),
     ):
-        data = {side: [{"path": path, "format": "tsv"}] for side, path in files.items()}
+        data = {side: [{"path": path, "format": path.partition(".")[2]}] for side, path in files.items()}
         data |= {"fields": {"text": "text", "label": "label"}}
         data |= {"validation_fraction": 0.5} if name == "fraction" else {}
         task = {"name": name, "kind": "classification", "data": data}
         (tmp_path / f"{name}.json").write_text(json.dumps(task))
     texts = [
         " ".join(prose(9, length=50) + row[4:14] + prose(8, length=50)).upper(),  # ten words of a validation row
-        " ".join(prose(7, length=50) + held_out[:8]),  # of a row that may be held out
-        " ".join(prose(6, length=50) + row[:7]),  # seven are too few
+        " ".join(prose(7, length=50) + held_out[:7]),  # of a row that may be held out
+        " ".join(prose(10, length=50) + test[7:14]),  # of a test row, which holds its words one by one
+        " ".join(prose(6, length=50) + row[:6]),  # six are too few
         " ".join(prose(5, length=50) + trained[:20]),  # training rows may be read
     ]
+    texts.append(f"{texts[-1]} and more")  # nearly the same
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
     words = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out", "--text_field", "body", "--against"]
-    words += [tmp_path / "official.json", tmp_path / "fraction.json"]
+    words += [tmp_path / "official.json", tmp_path / "fraction.json", "--data", tmp_path / "data"]
+    words += ["--overlap_words", 7, "--near", 1.0]
     monkeypatch.setattr(sys, "argv", ["clean_text.py", *map(str, words)])
     bert_ds.clean_text.main()
     said = capsys.readouterr().out
-    assert "46 runs of 8 words of the tasks; 6 texts are shorter" in said
-    assert "2 documents kept" in said and "0 nearly, 2 with words of a task" in said
-    assert kept_in(tmp_path / "out") == texts[2:]
-    assert [row[1] for row in removed_in(tmp_path / "out")] == ["overlap", "overlap"]
-    assert removed_in(tmp_path / "out")[1][2] == " ".join(held_out[:8])
+    assert "72 runs of 7 words of the tasks; 7 texts are shorter" in said
+    assert "3 documents kept" in said and "0 nearly, 3 with words of a task" in said
+    assert kept_in(tmp_path / "out") == texts[3:]
+    assert [row[1] for row in removed_in(tmp_path / "out")] == ["overlap"] * 3
+    assert [row[2] for row in removed_in(tmp_path / "out")][1:] == [" ".join(held_out[:7]), " ".join(test[7:14])]
 
 
-def test_what_cannot_be_is_one_sentence(tmp_path: Path) -> None:
+def test_what_cannot_be_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, _ = row_shingles(["one two three four five six seven eight"], 8)
     texts = ["one two three four five six seven eight", "and one two three four five six seven eight"]
     with pytest.raises(
@@ -188,6 +209,13 @@ def test_what_cannot_be_is_one_sentence(tmp_path: Path) -> None:
     ):
         clean(given(texts), tmp_path / "out", settings=SETTINGS, against=rows)
     assert clean(given(texts), tmp_path / "out", settings=SETTINGS).kept == 2  # nothing stands in its way
+    clean(given(texts), tmp_path / "rows", settings=SETTINGS, against={"one row"})
+    for folder, number, rows in (("rows", 2, {"another"}), ("out", 1, set())):
+        with pytest.raises(ConfigError, match="was made of other text or settings"):
+            clean(given(texts[:number]), tmp_path / folder, settings=SETTINGS, against=rows)
+    monkeypatch.setattr(cleaning, "_RULES", 2)
+    with pytest.raises(ConfigError, match="was made of other text or settings"):
+        clean(given(texts), tmp_path / "out", settings=SETTINGS)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/text-00000.jsonl").write_text("mine")
     with pytest.raises(ConfigError, match=r"holds 'text-00000.jsonl', which is not ours"):

@@ -18,7 +18,7 @@ from corpus_fixtures import FIRST_TEXT_ID, random_documents, write_shards
 from downstream_cases import review_task
 from test_report import logged, written
 
-from bert_ds import init, judge_launch, submit
+from bert_ds import export_hf, init, judge_launch, submit
 from bert_ds.basics.ranks import DataError, Ranks
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
 from bert_ds.configuration.deepspeed_file.ds_config import load_ds_config, load_pair
@@ -207,6 +207,31 @@ def test_tables_of_examples_may_lie_in_the_run_and_sources_share_the_examples_of
     spread: Any = {"batch_size": 4, "rank": 0, "world_size": 1}
     one, wanted = data.evaluation_batches(4, source="b", **spread), alone.evaluation_batches(4, **spread)
     assert next(one).input_ids_T.tolist() == next(wanted).input_ids_T.tolist()
+
+
+def test_a_source_with_too_little_held_out_text_is_left_out_alone() -> None:
+    def batches(number: int, *, source: str | None = None, **spread: int) -> Any:
+        if source == "small":
+            raise DataError("too few")
+        return iter([])
+
+    recipe: Any = Namespace(evaluation=Namespace(num_examples=8, batch_size=4))
+    data: Any = Namespace(names=["a", "small", "b"], evaluation_batches=batches)
+    assert [name for name, _ in evaluated_batches(recipe, data, Ranks(0, 0, 1))] == ["", "a", "b"]
+
+
+@pytest.mark.parametrize("more", [[], ["--onnx"]])
+def test_what_is_pushed_is_the_model_with_the_words_of_its_card(
+    more: list[str], tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = Calls(monkeypatch, export_hf, push_folder="there", written=["said"])
+    words = ["--push_to_hub", "me/a", "--private", "--license", "mit", "--language", "en", "--datasets", "d"]
+    output = ["--output", str(tmp_path / "onnx")] if more else []
+    monkeypatch.setattr(sys, "argv", ["export_hf.py", "--model", str(tiny_export), *words, *more, *output])
+    export_hf.main()
+    (given,) = calls["push_folder"]
+    assert (given["folder"], given["name"], given["private"]) == (tiny_export, "me/a", True)
+    assert given["card"] == ("mit", ["en"], ["d"])
 
 
 def test_stages_of_one_length_read_on_where_the_one_before_has_ended(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from call_watch import Calls
 from export_cases import export, spread_state_dict, write_tokenizer
 
 from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.recipe.run_config import ConfigError
+from bert_ds.encoder import hf_onnx
 from bert_ds.encoder.hf_onnx import load_to_trace, verify_onnx, write_onnx
 from bert_ds.folders.replaced_folders import replaced_export
 
@@ -75,12 +77,14 @@ def test_every_file_can_be_read_by_whom_the_umask_lets_read(classifier: Path) ->
     assert len({path.stat().st_mode for path in (classifier / "onnx").iterdir()}) == 1
 
 
-def test_a_file_of_another_model_is_caught(classifier: Path) -> None:
+def test_a_file_of_another_model_is_caught(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch, hf_onnx, _random_inputs=Calls.THROUGH)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier)
     with torch.no_grad():
         model.classifier.bias[0] += 0.1
     with pytest.raises(CheckpointError, match=r"onnxruntime's scores differ from transformers' by 1\.000e-01"):
         verify_onnx(model, classifier / "onnx" / "model.onnx", longest=37)
+    assert [(one["batch_size"], one["length"]) for one in calls["_random_inputs"]] == [(1, 1), (1, 37), (3, 19)]
 
 
 def test_a_folder_of_an_older_onnx_is_replaced(classifier: Path) -> None:

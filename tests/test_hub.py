@@ -45,9 +45,10 @@ def exported(tiny_export: Path, tmp_path: Path) -> Path:
     shutil.copytree(tiny_export, folder)
     shutil.copytree(tiny_export, folder / "generator")
     write_export_manifest(folder)
-    (folder / "onnx").mkdir()
-    (folder / "onnx/model.onnx").write_bytes(b"onnx")
-    write_export_manifest(folder / "onnx")
+    for name in ("onnx", "onnx_int8"):
+        (folder / name).mkdir()
+        (folder / name / "model.onnx").write_bytes(name.encode())
+        write_export_manifest(folder / name)
     return folder
 
 
@@ -101,6 +102,15 @@ def test_a_model_of_the_hub_is_downloaded_once_and_read_like_any_folder(
     assert hub_folder(Path("you/tiny"), "--model") == folder and len(hub.asked) == num_asked
     monkeypatch.setattr(hub_module, "_OFFLINE", True)
     assert predict_arguments(["--model", "you/tiny"]).model == folder
+
+
+def test_a_name_without_an_owner_and_weights_of_an_older_model_are_found(
+    hub: Hub, tiny_export: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub.files["older"] = {"config.json": (tiny_export / "config.json").read_bytes(), "pytorch_model.bin": b"weights"}
+    folder = hub_folder(Path("older"), "--like")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == hub.files["older"]
 
 
 def test_paths_and_what_is_nearly_one_are_not_looked_for_on_the_hub(

@@ -29,6 +29,7 @@ from bert_ds.configuration.run_choice import (
 from bert_ds.configuration.run_plan import RunPlan, make_plan
 from bert_ds.configuration.run_size import optimizer_flops
 from bert_ds.configuration.run_speed import CARDS, step_times
+from bert_ds.training.launch import launch_precision
 
 BASE = {"name": "mine", "model": {"vocab_size": 8192}, "corpus": {"type": "embedded", "vocab_size": 8192}}
 
@@ -146,6 +147,18 @@ def test_the_cores_are_measured_once_for_each_width_in_the_precision_that_a_laun
     assert small.run.model.hidden_size != wide.run.model.hidden_size
     assert 0 < measure(small).step_s == measure(small).step_s
     assert 0 < measure(again).step_s < measure(wide).step_s
+
+
+def test_the_cores_are_taken_at_the_speed_of_the_precision_that_the_recipe_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates = launch_precision.GemmRates(fp32=1e9, bf16=9e9)
+    monkeypatch.setattr(launch_precision, "gemm_rates", lambda model: rates)
+    seconds = {}
+    for precision in ("fp32", "auto"):
+        plan = chosen(5, base={**BASE, "training": {"precision": precision}}).plan
+        seconds[precision] = bert_ds.init.cpu_measure()(plan).step_s
+    assert seconds["fp32"] / seconds["auto"] == pytest.approx(0.67 * 9e9 / (1.1 * 1e9))
 
 
 def test_a_shipped_recipe_keeps_its_network_and_objective_and_gets_a_batch_that_suits_the_time(

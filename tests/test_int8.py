@@ -9,19 +9,23 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import onnx
 import pytest
-from downstream_cases import review_task
+from downstream_cases import GOOD, PIECES, review_task, write_lines
 from test_predictor import asked, written
 
 import bert_ds
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.configuration.task.task_config import load_task
 from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
+from bert_ds.corpus.tokenizer.wordpiece import TextRules, WordPieceTokenizer
 from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.rows.features import Feature
 from bert_ds.downstream.tuning import int8
 from bert_ds.downstream.tuning.int8 import write_int8
 from bert_ds.downstream.tuning.outcome import measure_side
@@ -96,6 +100,49 @@ def test_the_verb_says_the_metric_in_both_and_predict_takes_either_file(
     wanted, fp32, small = (bert_ds.load_predictor(folder)(texts) for folder in folders)
     assert numbers(fp32) == pytest.approx(numbers(wanted), abs=1e-5) and fp32[2]["error"] == "text is empty"
     assert numbers(small) == pytest.approx(numbers(wanted), abs=0.1) and numbers(small) != numbers(fp32)
+
+
+class Answers:
+    """What is right of two classes in an order that is not the task's, or that all is good."""
+
+    labels: ClassVar[dict[str, Any]] = {"label": ("good", "bad")}
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self._is_small = (folder / "model.onnx").stat().st_size < 1000
+
+    def __call__(self, features: Sequence[Feature]) -> list[dict[str, np.ndarray]]:
+        good = {PIECES.index(word) for word in GOOD}
+        are_good = [self._is_small or bool(good & {*one.input_ids.tolist()}) for one in features]
+        return [{"scores": np.array([[1.0, 0.0] if is_good else [0.0, 1.0]])} for is_good in are_good]
+
+
+def test_each_file_is_measured_by_its_own_scores_of_the_validation_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides = {"train": ["great\tgood", "it is dull\tbad"], "validation": ["great\tgood"]}
+    sides["validation"] += ["the film is very dull\tbad", "the play is great\tgood"]  # the longest is computed first
+    for name, rows in sides.items():
+        write_lines(tmp_path / name, ["text\tlabel", *rows])
+    data = {name: [{"path": name, "format": "tsv"}] for name in sides} | {"drop_overlap": False}
+    data |= {"fields": {"text": "text", "label": "label"}}
+    task = load_task(review_task(tmp_path, data=data, metric="macro_f1", evaluation={"batch_size": 2}))
+
+    def write(model: Path, folder: Path) -> None:
+        (folder / "model.onnx").write_bytes(bytes(2000))
+        (folder / "config.json").write_text("{}")
+
+    tokenizer = WordPieceTokenizer(PIECES, TextRules())
+    for name, fake in {
+        "kind_of": lambda folder: "classification",
+        "write_onnx": write,
+        "load_tokenizer": lambda folder: tokenizer,
+        "check_tokenizer": lambda folder, **identity: None,
+        "make_scorer": Answers,
+        "quantise": lambda path: path.write_bytes(bytes(500)),
+    }.items():
+        monkeypatch.setattr(int8, name, fake)
+    check = write_int8(tmp_path, tmp_path, task, say=print)
+    assert check == int8.Int8Check("macro_f1", 1.0, pytest.approx(0.4), 3, 2000, 500)
 
 
 def test_int8_wants_the_task_of_the_folder_and_onnxruntime(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from bert_ds.configuration.task.task_config import load_task
 from bert_ds.corpus.tokenizer.wordpiece import TextRules, WordPieceTokenizer
 from bert_ds.downstream.kinds.kind import Prediction
 from bert_ds.downstream.kinds.table import KINDS
-from bert_ds.downstream.tuning.outcome import Measurement, Outcome, _export, write_side
+from bert_ds.downstream.tuning.outcome import Measurement, Outcome, _export, write_side, write_summary
 from bert_ds.downstream.tuning.task_folder import make_task_model
 from bert_ds.downstream.tuning.task_rows import read_task
 from bert_ds.folders.output_folders import open_run_folder
@@ -75,3 +77,20 @@ def test_predictions_and_figures_keep_what_a_person_put_in_their_place(outcome: 
         write_side(run_dir, "validation", outcome.task, side, found)
     kept = {str(path.relative_to(run_dir)): path.read_text() for path in run_dir.rglob("*.kept-*")}
     assert kept == {f"{name}.kept-1": "mine" for name in mine}
+
+
+def test_a_summary_is_over_all_seeds_and_both_sides(tmp_path: Path) -> None:
+    for seed, score in ((3, 0.5), (1, 1.0), (2, 0.75)):
+        (tmp_path / str(seed)).mkdir()
+        sides = {"validation": {"f1": score}, "test": {"f1": score / 2}, "test_others": {"f1": score / 4}}
+        results = {"task": "t", "metric": "f1", "seed": seed, **sides, "trivial": {"f1": 0.1}}
+        if seed != 2:  # of an earlier version, or without rows
+            results |= {"test_overlapping": {"f1": 1.0}}
+            sides["test"]["loss"] = 2.0
+        (tmp_path / f"{seed}/results.json").write_text(json.dumps(results))
+    write_summary(tmp_path, [tmp_path / str(seed) for seed in (3, 1, 2)])
+    summary = json.loads((tmp_path / "results.json").read_text())
+    assert summary["seeds"] == [3, 1, 2]
+    assert summary["validation"]["f1"] == {"mean": 0.75, "deviation": 0.25, "values": [0.5, 1.0, 0.75]}
+    assert (summary["test"]["f1"]["mean"], summary["test_others"]["f1"]["mean"]) == (0.375, 0.1875)
+    assert "test_overlapping" not in summary and set(summary["test"]) == {"f1"} and summary["trivial"] == {"f1": 0.1}

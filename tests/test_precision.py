@@ -196,6 +196,16 @@ def test_a_description_that_says_nothing_is_passed_over(tmp_path: Path, text: st
     assert json.loads((tmp_path / "task_config.json").read_text())["training"]["precision"] == "bf16"
 
 
+def test_of_each_precision_the_best_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, now, times = (3.0, 6.0, 1.0, 2.0, 2.0, 4.0), 0.0, [0.0]  # fp32 and bf16 in turns
+    for seconds in taken:
+        times += [now, now := now + seconds]
+    read = iter([*times, now])
+    monkeypatch.setattr(launch_precision.time, "perf_counter", lambda: next(read))
+    flops = 2 * 512 * 32 * 64
+    assert launch_precision.gemm_rates(SHAPE) == GemmRates(flops / 1.0, flops / 2.0)
+
+
 def test_both_rates_are_measured_on_this_machine() -> None:
     rates = launch_precision.gemm_rates(SHAPE)
     assert all(1e6 < rate < 1e15 for rate in rates)

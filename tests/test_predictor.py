@@ -273,6 +273,8 @@ def test_the_helpers_of_a_notebook_read_and_change_nothing(tmp_path: Path) -> No
     assert [problem.split(":")[0] for problem in bad.problems] == ["--deepspeed_config", "--run"]
     wrong = bert_ds.check(write_json(tmp_path, "run.json", {"name": "x"}))
     assert any("optimizer" in problem for problem in wrong.problems) and wrong.numbers == {}
+    other = bert_ds.check("bert_base_zh", "zero3", overrides=["name=other"])
+    assert other.numbers["run"].startswith("other: ") and any("corpus.tokenizer" in one for one in other.warnings)
     with pytest.raises(AttributeError, match="has no attribute 'load_histroy'"):
         _ = bert_ds.load_histroy
 

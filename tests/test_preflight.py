@@ -8,13 +8,14 @@ import shutil
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from ranks_harness import run_ranks
 
 from bert_ds.basics.ranks import Ranks
 from bert_ds.configuration.recipe.run_config import ConfigError
-from bert_ds.training.launch.node_facts import Needs, NodeFacts, node_problems
+from bert_ds.training.launch.node_facts import Needs, NodeFacts, needs_of, node_problems
 
 FIT = NodeFacts(
     node="n0",
@@ -76,6 +77,14 @@ def test_a_node_with_one_bad_link_of_two_is_not_blamed_for_its_neighbour() -> No
 def test_the_memory_of_a_node_is_what_all_its_ranks_share() -> None:
     facts = [FIT._replace(reduced=3.0, memory=3 * 2**29, links=()) for _ in range(2)]
     assert [one.partition(":")[0] for one in node_problems(facts, Needs())] == ["node n0 (rank 0)"]
+
+
+def test_checkpoints_that_are_there_already_need_no_room(tmp_path: Path) -> None:
+    (folder := tmp_path / "checkpoints/global_step3").mkdir(parents=True)
+    (folder / "weights").write_bytes(bytes(60))
+    plan: Any = Mock(disk_bytes=100)
+    plan.memory.return_value = Mock(device=7, host=8)
+    assert needs_of(plan, tmp_path) == Needs(disk=40, device=7, host=8)
 
 
 def _look(rank: int, world_size: int, folder: str, fault: str) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from ranks_harness import run_ranks
-from tiny_training import TinyModel, ds_config, step_batches, tiny_engine, tiny_loop, tiny_services
+from tiny_training import TinyModel, ds_config, join_alone, step_batches, tiny_engine, tiny_loop, tiny_services
 
 from bert_ds.reporting.run_log import read_metrics, step_line
 from bert_ds.training.checkpoints.train_state import TrainState
@@ -51,12 +51,19 @@ def test_the_slow_rank_and_the_one_that_waits_for_data_are_in_the_row_and_the_li
 
 @pytest.mark.parametrize(
     ("seconds", "remark"),
-    [((1.0, 1.0, 1.5, 1.0), "rank 2 (+50%)"), ((1.0, 1.3), "rank 1 (+30%)"), ((1.0, 1.1), None), ((0.0, 0.0), None)],
+    [((1.0, 1.0, 1.5, 1.0), "rank 2 (+50%)"), ((1.0, 1.3), "rank 1 (+30%)"), ((1.0, 1.2), None), ((0.0, 0.0), None)],
 )
 def test_a_rank_is_slow_where_it_takes_a_fifth_longer_than_the_median_of_the_others(
     seconds: tuple[float, ...], remark: str | None
 ) -> None:
     assert slow_rank(seconds) == remark
+
+
+def test_every_row_counts_the_waits_since_the_one_before() -> None:
+    join_alone()
+    times = RankTimes(TinyModel())
+    times.data_wait_s = 2.0
+    assert (times.report(), times.data_wait_s) == ({}, 0.0)
 
 
 def test_the_spread_names_the_rank_of_the_largest() -> None:

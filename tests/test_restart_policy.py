@@ -26,7 +26,7 @@ def verdict(progress: Progress = PROGRESS, limit: int = 3, **facts: Any) -> Verd
 
 
 def test_the_marker_ends_the_job_well_whatever_srun_answers() -> None:
-    assert verdict(is_done=True, srun_code=137)[:2] == ("done", 0)
+    assert verdict(is_done=True, srun_code=137)[:2] == verdict(is_done=True, stop="USR1")[:2] == ("done", 0)
 
 
 def test_a_run_that_has_saved_nothing_is_never_said_to_have_saved() -> None:

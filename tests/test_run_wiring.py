@@ -58,7 +58,8 @@ def arguments(run_dir: Path, **options: Any) -> Any:
 def trained(folder: Path) -> tuple[Calls, RunPlan, Path]:
     """A run that is finished and then entered again: what its parts were given, its plan and its folder."""
     names = ("decide_precision", "prove_same_files", "enter", "make_services", "Services")
-    names += ("StageChanges", "peak_flops", "train_watched")
+    names += ("StageChanges", "peak_flops", "train_watched", "settle_micro_batch", "PretrainingData")
+    names += ("load_tokenizer_for",)
     plan, run_dir = plan_of(folder, "checkpoints.asynchronous=true", "training.num_workers=0"), folder / "runs/whole"
     with pytest.MonkeyPatch.context() as patch:
         calls = Calls(patch, bert_ds.pretrain, **dict.fromkeys(names, Calls.THROUGH))
@@ -74,6 +75,21 @@ def test_a_launch_is_told_of_the_run_that_it_goes_on_with_and_of_its_end(trained
     assert [call["total_steps"] for call in calls["enter"]] == [4, 4]
     assert "step 4/4" in (run_dir / "logs/rank_0.log").read_text()
     assert {call["limit_s"] for call in calls["train_watched"]} == {0.0}
+
+
+def test_corpus_and_micro_batch_are_those_of_the_family_the_run_and_all_stages(trained: Any) -> None:
+    calls, plan, run_dir = trained
+    assert {call["cache_dir"] for call in calls["PretrainingData"]} == {run_dir / "examples"}
+    assert [call["model"] for call in calls["load_tokenizer_for"]] == [plan.run.model] * 2
+    lengths = read_metrics(run_dir / "metrics.jsonl", "start")[0]["data"]["mean_length_by_stage"]
+    assert [call["mean_lengths"] for call in calls["settle_micro_batch"]] == [lengths] * 2
+
+
+def test_a_run_that_is_asked_to_stop_is_not_done(folder: Path) -> None:
+    stop, run_dir = StopRequest(), folder / "runs/stopped"
+    stop.request("SIGTERM")
+    assert bert_ds.pretrain.pretrain(plan_of(folder), ALONE, args=arguments(run_dir), stop=stop) == 75
+    assert not (run_dir / "DONE").exists()
 
 
 def test_every_source_has_to_be_the_same_on_all_ranks(trained: Any, folder: Path) -> None:
@@ -114,7 +130,13 @@ def test_a_trial_looks_for_a_larger_batch_where_it_is_asked_to(
     assert bert_ds.pretrain.pretrain(plan_of(folder), ALONE, args=args, stop=StopRequest()) == 0
     (given,) = calls["try_longest"]
     assert given["search"] == (option == "find_micro_batch")
+    assert given["split"] == plan_of(folder).split and given["split"].accumulation == 4
     assert not (args.run_dir / "DONE").exists()
+    calls |= Calls(monkeypatch, bert_ds.pretrain, with_total_steps=None)
+    clock = plan_of(folder, "training.total_steps=null", "training.max_minutes=9")
+    args = arguments(folder / f"runs/{option}-clock", **{option: True})
+    assert bert_ds.pretrain.pretrain(clock, ALONE, args=args, stop=StopRequest()) == 0
+    assert calls["with_total_steps"] == []
 
 
 def test_a_replay_has_the_seed_and_the_batches_of_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +148,46 @@ def test_a_replay_has_the_seed_and_the_batches_of_the_run(folder: Path, monkeypa
     data = bert_ds.pretrain.open_corpus(plan, args.run_dir, log=given["log"])
     (one, *_), (wanted, *_) = given["batch"](1), data.rank_batches(1, rank=0, split=plan.split)
     assert torch.equal(one.input_ids_T, wanted.input_ids_T)
+
+
+def test_deepspeed_is_given_the_micro_batch_that_was_settled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_file = folder / "open.json"
+    open_file.write_text("{}")
+    run, ds = load_pair(folder / "run.json", open_file, overrides=["stages=[]"])
+    plan = make_plan(run, ds, 1)
+    assert plan.split.micro_batch_size != 4
+    settled = make_plan(run, replace(ds, settings={**ds.settings, "train_micro_batch_size_per_gpu": 4}), 1)
+    calls = Calls(monkeypatch, bert_ds.pretrain, settle_micro_batch=settled, build_engine=None)
+    opened = bert_ds.pretrain.open_run(plan, ALONE, args=arguments(folder / "runs/open"))
+    described = json.loads(opened.folder.descriptions["ds_config.json"])
+    given = calls["build_engine"][0]["ds_config"]
+    assert given["train_micro_batch_size_per_gpu"] == described["train_micro_batch_size_per_gpu"] == 4
+
+
+def test_word_vectors_have_the_width_of_the_embedding_and_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Mock(ids=[3], vectors=[[1.0]], text="one piece has one")
+    nothing = dict.fromkeys(("load_tokenizer", "start_at_vectors", "make_optimizer", "make_engine", "decided"))
+    calls = Calls(
+        monkeypatch, bert_ds.pretrain, read_word_vectors=found, build_model=Mock(), weight_patterns=(), **nothing
+    )
+    run = Mock(init_from=None, word_vectors="v.txt", output_bias="zero", model=Mock(embedding_width=3, hidden_size=9))
+    plan, log, data = Mock(run=run), Mock(run_dir=Path("run")), Mock()
+    bert_ds.pretrain.build_engine(plan, data, {}, log=log)
+    assert calls["read_word_vectors"][0]["width"] == 3
+    (given,) = calls["start_at_vectors"]
+    assert (given["ids"], given["vectors"]) == ([3], [[1.0]])
+    log.info.assert_called_once_with("one piece has one")
+
+
+def test_all_layers_that_learn_are_compiled_with_the_kernels_that_they_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Mock(encoders=lambda: [Mock(layer=["a", "b"]), Mock(layer=["c"])])
+    parts = {"kernels_for": "triton", "make_objectives": (), "PretrainingModel": model}
+    monkeypatch.setattr(bert_ds.pretrain, "compile_layers", compiled := Mock())
+    Calls(monkeypatch, bert_ds.pretrain, **parts)
+    training = Mock(compile=True, kernels="auto", left_out={})
+    plan = Mock(run=Mock(distillation=None, training=training), ds=Mock(activation_checkpointing=False))
+    assert bert_ds.pretrain.build_model(plan, Path("run")) is model
+    assert [*compiled.call_args.args[0]] == ["a", "b", "c"] and compiled.call_args.kwargs == {"kernels": "triton"}
 
 
 def test_the_longest_batch_is_cut_as_in_the_stage_that_needs_most(folder: Path) -> None:

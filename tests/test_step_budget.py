@@ -87,5 +87,14 @@ def test_timing_takes_whole_steps_with_their_batches_and_counts_the_usual_one_of
     assert engine.basic_optimizer.state, "no optimizer step was taken"
 
 
+def test_the_slowest_rank_says_how_long_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    join_alone()
+    monkeypatch.setattr(step_budget, "time", clock := Clock(1.0))
+    monkeypatch.setattr(step_budget, "max_over_ranks", lambda seconds: 2 * seconds)
+    engine = tiny_engine(ds_config(2, accumulation=2))
+    costs = time_steps(engine, iter(clock), held_out=[micro_batch(1, 1)], minutes=0.5)
+    assert (costs.step_s, costs.spent_s) == (2.0, 2 * clock.now)
+
+
 def test_the_stages_of_a_run_count_by_their_shares_of_the_steps() -> None:
     assert over_stages([(0.75, Costs(1.0, 9.0, 3.0)), (0.25, Costs(2.0, 8.0, 4.0))]) == Costs(1.25, 8.0, 7.0)

@@ -14,7 +14,7 @@ from tiny_training import ds_config
 
 from bert_ds.basics.ranks import DataError, Ranks
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
-from bert_ds.configuration.task.task_config import load_task, trained_task
+from bert_ds.configuration.task.task_config import FreezeConfig, load_task, trained_task
 from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.rows.features import Feature
@@ -28,7 +28,7 @@ from bert_ds.downstream.tuning.evaluation_history import (
     write_history,
 )
 from bert_ds.downstream.tuning.outcome import measure_side
-from bert_ds.downstream.tuning.task_engine import build_model, layer_lr_scale
+from bert_ds.downstream.tuning.task_engine import build_model, freeze, layer_lr_scale
 from bert_ds.downstream.tuning.task_rows import read_task
 from bert_ds.encoder.families.table import weight_patterns
 from bert_ds.encoder.pretrained import check_tokenizer, load_pretrained
@@ -118,6 +118,15 @@ def test_every_stage_gives_the_same_predictions_on_all_ranks(stage: int, two_ran
     scores = torch.tensor(two_ranks[0][stage]["scores"])
     assert scores.shape == (10, 2)
     assert torch.allclose(scores, torch.tensor(two_ranks[0][0]["scores"]), atol=1e-4)
+
+
+def test_of_twelve_layers_those_that_are_counted_are_frozen() -> None:
+    model = torch.nn.Module()
+    model.bert = torch.nn.Module()
+    model.bert.layer = torch.nn.ModuleList(torch.nn.Linear(1, 1, bias=False) for _ in range(12))
+    assert freeze(model, FreezeConfig(layers=2)) == 2
+    left = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert left == [f"bert.layer.{layer}.weight" for layer in range(2, 12)]
 
 
 def test_the_rate_falls_from_the_head_to_the_embeddings() -> None:

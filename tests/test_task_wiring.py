@@ -31,12 +31,14 @@ from bert_ds.downstream.kinds.kind import Prediction
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.rows.features import Feature
 from bert_ds.downstream.rows.task_batch import pack
+from bert_ds.downstream.tuning import task_engine
 from bert_ds.downstream.tuning.evaluation_history import Measured, read_history, write_history
-from bert_ds.downstream.tuning.outcome import Measurement, measure_side, row_counts, write_side, write_summary
+from bert_ds.downstream.tuning.outcome import Measurement, measure_side, row_counts, write_side
 from bert_ds.downstream.tuning.task_engine import EvaluationHistory, build_model
 from bert_ds.downstream.tuning.task_folder import make_task_model
 from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
 from bert_ds.encoder.fused_ops import fused_ops
+from bert_ds.training.checkpoints.train_state import TrainState
 from bert_ds.training.launch.launch_precision import Decision
 from bert_ds.training.launch.restart import StopRequest
 
@@ -69,9 +71,10 @@ def test_a_command_line_reaches_the_launch(
     own: dict[str, Any] = {"pretrain": 0}
     if is_finetune:
         own = {"open_task": Mock(decision=Decision("bf16", "")), "finetune": 0, "write_summary": None}
-    parts = {"joined_ranks": nullcontext(), "preflight": None, "refuse_foreign_folders": None}
-    calls = Calls(monkeypatch, verb, **parts, **own)
-    monkeypatch.setattr(verb, "StopRequest", Mock())
+    parts = {"joined_ranks": nullcontext(), "preflight": None, "refuse_foreign_folders": None, "follow_launcher": None}
+    calls = Calls(monkeypatch, verb, **parts, **own, read_ranks=Ranks(1, 1, 2))
+    monkeypatch.setattr(verb, "StopRequest", stop := Mock())
+    needed: Any = None if is_finetune else Calls(monkeypatch, verb, needs_of=Mock())["needs_of"]
     words = ["--hang_limit", "5000", "--start_limit", "9", "--preflight", "on", "--run_dir", str(run_dir)]
     if is_finetune:
         words += ["--task", str(review_task(tmp_path)), "--model", str(tiny_export), "--seeds", "3", "1"]
@@ -83,6 +86,9 @@ def test_a_command_line_reaches_the_launch(
     (measured,) = calls["preflight"]
     assert measured["when"] == "on" and measured["run_dir"] == run_dir
     assert (measured["needs"] is None) == is_finetune
+    assert is_finetune or needed[0]["plan"].world_size == 2
+    stop().install.assert_called_once_with(speaks=False)
+    assert [call["stop"] for call in calls["follow_launcher"]] == [stop()]
     seeds = [run_dir / "seed_3", run_dir / "seed_1"]
     wanted = [seeds, [run_dir]] if is_finetune else [[run_dir]]
     assert [call["run_dirs"] for call in calls["refuse_foreign_folders"]] == wanted
@@ -93,8 +99,8 @@ def test_a_command_line_reaches_the_launch(
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_export: Path) -> tuple[Calls, Path, TaskConfig]:
-    """A fine-tuning in this process: what its parts were given, its folder, and its task."""
+def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_export: Path) -> tuple[Calls, Path, TaskConfig, Any]:
+    """A fine-tuning in this process: what its parts were given, its folder, its task, and what seeds share."""
     join_alone()
     folder = tmp_path_factory.mktemp("tuned")
     training = {"epochs": 1, "train_batch_size": 8, "precision": "bf16", "kernels": "torch"}
@@ -109,7 +115,61 @@ def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_export: Path) -> tuple[
         ranks, run_dir = Ranks(0, 0, 1), folder / "run"
         start = bert_ds.finetune.open_task(task, ds, args=args, ranks=ranks, stop=StopRequest(), run_dirs=[run_dir])
         assert bert_ds.finetune.finetune(task, run_dir, start=start) == 0
-    return calls, run_dir, task
+    return calls, run_dir, task, start
+
+
+@pytest.mark.parametrize("is_exhausted", [True, False])
+def test_a_run_that_has_nothing_more_to_gain_is_finished_and_trains_no_more(
+    is_exhausted: bool, tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, task, start = tuned
+    calls = Calls(monkeypatch, bert_ds.finetune, train_watched=None, conclude=None)
+    monkeypatch.setattr(EvaluationHistory, "is_exhausted", is_exhausted)
+    monkeypatch.setattr(EvaluationHistory, "step", 3)
+    assert bert_ds.finetune.finetune(task, tmp_path / "run", start=start) == (0 if is_exhausted else 75)
+    assert (len(calls["train_watched"]), len(calls["conclude"])) == ((0, 1) if is_exhausted else (1, 0))
+    assert (tmp_path / "run/DONE").exists() == is_exhausted
+
+
+def test_seeds_behind_one_that_was_stopped_are_left_and_nothing_is_summed_up(
+    tmp_path: Path, tiny_export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join_alone()
+    parts = {"joined_ranks": nullcontext(), "follow_launcher": None, "open_task": Mock(decision=Decision("fp32", ""))}
+    calls = Calls(monkeypatch, bert_ds.finetune, **parts, finetune=75, write_summary=None)
+    monkeypatch.setattr(bert_ds.finetune, "StopRequest", Mock())
+    words = ["--task", str(review_task(tmp_path)), "--model", str(tiny_export), "--run_dir", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", ["finetune.py", *words, "--seeds", "3", "1"])
+    assert bert_ds.finetune.main() == 75
+    assert (len(calls["finetune"]), calls["write_summary"]) == (1, [])
+
+
+@pytest.mark.parametrize("is_random", [True, False])
+def test_a_network_starts_from_its_folder_unless_random_weights_are_asked_for(
+    is_random: bool, tuned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {
+        "build_model": (Mock(), None),
+        "make_optimizer": None,
+        "make_engine": None,
+        "weight_patterns": ((), {}, ()),
+    }
+    calls = Calls(monkeypatch, bert_ds.finetune, **parts)
+    start = replace(tuned[3], args=Namespace(random_weights=is_random))
+    trained = trained_task(tuned[2], CONFIG, num_sequences=16)
+    bert_ds.finetune.build_engine(trained, {}, start=start, log=Mock())
+    assert calls["build_model"][0]["tensors"] == ({} if is_random else start.pretrained.tensors)
+
+
+def test_only_a_step_that_is_better_than_all_before_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    join_alone()
+    task, rows = reviews(tmp_path)
+    best = EvaluationHistory(None, task, rows.validation, rows.labels, run_dir=tmp_path, from_step=0)
+    saved = []
+    for step, value in enumerate((0.5, 0.4, 0.7, 0.7), 1):
+        Calls(monkeypatch, task_engine, measure_side=Measurement({"accuracy": value}, []))
+        saved.append(best.evaluate(TrainState(step=step)).save)
+    assert saved == [True, False, True, False]
 
 
 def test_the_trivial_method_learns_from_the_training_rows_and_is_measured_on_the_validation_rows(tuned: Any) -> None:
@@ -193,19 +253,6 @@ def test_a_report_of_classes_pairs_each_labelled_row_with_its_own_prediction(tmp
     write_side(tmp_path, "test", task, rows.test, Measurement({}, [Prediction(value, {}) for value in values]))
     header, *table = (tmp_path / "figures/test_confusion.tsv").read_text().splitlines()
     assert [row.split("\t")[1:] for row in table] == [["2", "0"], ["0", "2"]], header
-
-
-def test_a_summary_is_over_all_seeds_and_both_sides(tmp_path: Path) -> None:
-    for seed, score in ((3, 0.5), (1, 1.0), (2, 0.75)):
-        (tmp_path / str(seed)).mkdir()
-        sides = {"validation": {"f1": score}, "test": {"f1": score / 2}, "test_others": {"f1": score / 4}}
-        results = {"task": "t", "metric": "f1", "seed": seed, **sides}
-        (tmp_path / f"{seed}/results.json").write_text(json.dumps(results))
-    write_summary(tmp_path, [tmp_path / str(seed) for seed in (3, 1, 2)])
-    summary = json.loads((tmp_path / "results.json").read_text())
-    assert summary["seeds"] == [3, 1, 2]
-    assert summary["validation"]["f1"] == {"mean": 0.75, "deviation": 0.25, "values": [0.5, 1.0, 0.75]}
-    assert (summary["test"]["f1"]["mean"], summary["test_others"]["f1"]["mean"]) == (0.375, 0.1875)
 
 
 def test_evaluations_up_to_a_checkpoint_are_kept_and_decide_which_checkpoints_are(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from tiny_training import TinyBatch, TinyModel, ds_config, join_alone, micro_batch, tiny_engine
 
 from bert_ds.configuration.deepspeed_file.ds_batch import BatchSplit
+from bert_ds.training.loop import trial_step
 from bert_ds.training.loop.trial_step import fits_in_memory, largest_that_fits, probe_longest, try_longest
 
 
@@ -56,6 +58,17 @@ def test_the_largest_micro_batch_is_found_by_running_out_of_memory(stage: int) -
     assert largest_that_fits(lambda size: fits_in_memory(engine, rows(size)), start=1, limit=64) == 4
 
 
+def test_a_batch_fits_where_it_does_on_every_rank_with_the_gradients_of_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    join_alone()
+    engine, passes = tiny_engine(ds_config(2, accumulation=3)), []
+    engine.module.register_forward_pre_hook(lambda module, args: passes.append(1))
+    assert fits_in_memory(engine, micro_batch(1, 1)) and len(passes) == 2
+    monkeypatch.setattr(trial_step, "max_over_ranks", lambda value: 1.0)  # another rank has no room
+    assert not fits_in_memory(tiny_engine(ds_config(2)), micro_batch(1, 1))
+
+
 @pytest.mark.parametrize(("largest", "found"), [(0, None), (1, 1), (5, 4), (8, 8), (1000, 64)])
 def test_doubling_finds_the_largest_size_that_fits(largest: int, found: int | None) -> None:
     assert largest_that_fits(lambda size: size <= largest, start=1, limit=64) == found
@@ -99,3 +112,11 @@ def test_the_search_begins_at_the_planned_micro_batch() -> None:
         '"train_micro_batch_size_per_gpu": 4',
         'a micro-batch of 8 does not fit: set "train_micro_batch_size_per_gpu" to 4 and look again',
     ]
+
+
+def test_the_search_ends_at_what_a_rank_has_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = None
+    log: Any = Said()
+    monkeypatch.setattr(trial_step, "fits_in_memory", lambda engine, batch: True)
+    try_longest(engine, Mock(), split=BatchSplit(2, 4, 2), log=log, search=True)
+    assert log.lines == ['"train_micro_batch_size_per_gpu": 8']

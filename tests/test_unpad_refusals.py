@@ -35,6 +35,13 @@ def other_forward() -> nn.Module:
     return model
 
 
+def engine(module: str) -> nn.Module:
+    """A model as the engine of a library holds it."""
+    found = type("Engine", (nn.Module,), {"__module__": module})()
+    found.model = cases.make_model("BertModel")
+    return found
+
+
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "nothing to unpad": (
         lambda: nn.Linear(2, 2),
@@ -59,6 +66,7 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "a foreign class": (foreign, "ForeignEncoder has a forward of its own"),
     "a forward of its own": (other_forward, "BertModel has a forward of its own"),
     "parallel": (lambda: nn.DataParallel(cases.make_model("BertModel")), "DataParallel has wrapped the model"),
+    "an engine": (lambda: engine("deepspeed.runtime.engine"), "Engine has wrapped the model: unpad and repad"),
     "compiled": (lambda: torch.compile(cases.make_model("BertModel")), "OptimizedModule has wrapped the model"),
     "cut feed-forward": (make("BertModel", chunk_size_feed_forward=4), "chunk_size_feed_forward cuts by length"),
     "a mean over padding": (make("ElectraForMultipleChoice", summary_type="mean"), "summary_type is 'mean'"),

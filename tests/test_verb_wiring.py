@@ -102,7 +102,7 @@ def test_the_model_has_the_seed_of_the_recipe_and_recomputes_where_the_deepspeed
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_come_from_as_many_processes_as_the_recipe_says(num_workers: int, opened: Opened) -> None:
     training = opened.plan.run.training.model_copy(update={"num_workers": num_workers})
     plan = replace(opened.plan, run=opened.plan.run.model_copy(update={"training": training}))

@@ -27,7 +27,7 @@ def written(path: Path, *lines: str) -> Path:
 
 @EVERY_KIND
 def test_a_word_that_is_one_piece_gives_it_its_vector(kind: str, tmp_path: Path) -> None:
-    """By the tokenizer's own rules, behind a space; the first of several counts, and a special piece is text."""
+    """By the tokenizer's own rules, behind a space; the first of several counts, no special piece has any."""
     tokenizer = small_tokenizer(kind)
     singles = [
         word
@@ -36,8 +36,8 @@ def test_a_word_that_is_one_piece_gives_it_its_vector(kind: str, tmp_path: Path)
     ]
     assert singles
     rows = [f"{word} {place} -0.5 1e-2" for place, word in enumerate(singles)]
-    others = ["[MASK] 7 7 7", "</s> 7 7 7 ", "thequickbrown 8 8 8", f"{singles[0]} 9 9 9"]
-    path = written(tmp_path / "v.txt", f"{len(rows) + 4} 3", *rows, *others)
+    others = ["[MASK] 7 7 7", "</s> 7 7 7 ", "\u2603 7 7 7", "thequickbrown 8 8 8", f"{singles[0]} 9 9 9"]
+    path = written(tmp_path / "v.txt", f"{len(rows) + len(others)} 3", *rows, *others)
     found = read_word_vectors(path, tokenizer, width=3)
     wanted = {
         int(np.frombuffer(tokenizer.encode_part(word, spaced=True), dtype=tokenizer.dtype)[0]): [place, -0.5, 1e-2]
@@ -49,7 +49,7 @@ def test_a_word_that_is_one_piece_gives_it_its_vector(kind: str, tmp_path: Path)
     assert sorted(wanted) == found.ids.tolist() and found.vectors.dtype == np.float32
     pieces, number = tokenizer.vocab_size - 5, len(singles)
     assert found.text == (
-        f"word vectors of {number + 4} words: {number} of {pieces} pieces have one, "
+        f"word vectors of {number + 5} words: {number} of {pieces} pieces have one, "
         f"{pieces - number} have none and start as without"
     )
 

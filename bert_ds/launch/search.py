@@ -133,10 +133,10 @@ def trial_row(folder: Path, trial: Trial, metric: str) -> dict[str, Any] | None:
         return None
     value = results["validation"].get(metric)
     if isinstance(value, dict):  # several seeds
-        return row | {"value": value["mean"], "deviation": value["deviation"]}
+        row["deviation"], value = value["deviation"], value["mean"]
     if not isinstance(value, int | float):
         raise DataError(f"{path}/results.json has no {metric} of the validation rows: wanted rows with labels")
-    return row | {"value": value if math.isfinite(value) else None, "step": results["step"]}
+    return row | {"value": value if math.isfinite(value) else None, "step": results.get("step")}
 
 
 def gpus(devices: Path = Path("/dev")) -> list[str]:
