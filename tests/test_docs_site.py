@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from doc_commands import PAGES
 from documents import with_page_links
 from verb_help import verb_parsers
 
 from bert_ds.launch.verbs import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted(path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/*.md")))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def anchors_of(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_hold_where_the_files_are_read_without_a_site(path: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     broken = []
@@ -155,6 +155,7 @@ def test_links_between_files_become_links_between_pages() -> None:
     assert linked("[a](zh/x.md)", "index.md") == "a"  # README.md has no folder zh
     assert linked("[a](docs/zh/x.md)", "zh/index.md") == "[a](x.md)"
     assert linked("[a](ARCHITECTURE.md#known-limits)", "index.md") == "[a](reference/limits.md)"
+    assert linked("[a](../ds_configs/schema.json)", "zh.md") == "[a](reference/recipe.md)"
     assert linked("[values](../Makefile)", "x.md") == "values (`Makefile`)"
     assert linked("`x`\n```\n[a](SERVING.md)\n```\n", "index.md") == "`x`\n```\n[a](SERVING.md)\n```\n"
     assert linked("![p](tests/results/race.png)", "index.md") == "![p](tests/results/race.png)"

@@ -21,6 +21,14 @@ DOCUMENTS = {
     "slurm/README.md": "documents/slurm.md",
 }
 """File of the repository -> page of the site that it is."""
+LISTS = {
+    "ds_configs/schema.json": "reference/recipe.md",
+    "ds_configs/task_schema.json": "reference/task.md",
+    "bert_ds/configuration/deepspeed_file/ds_keys.json": "reference/deepspeed_file.md",
+    "bert_ds/training/optimizers": "reference/optimizers.md",
+    "bert_ds/launch/verbs.py": "reference/verbs.md",
+}
+"""File or folder of the repository -> page of the site that lists what is in it."""
 SECTIONS = {
     "reference/words.md": ("ARCHITECTURE.md", "Words"),
     "reference/limits.md": ("ARCHITECTURE.md", "Known limits"),
@@ -66,7 +74,8 @@ def with_page_links(text: str, page: str, *, add_image: Callable[[str], None]) -
             return found.group()
         name, _, anchor = target.partition("#")
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source_of(page)), name))
-        on_site = DOCUMENTS.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
+        own = path.removeprefix("docs/") if path.startswith("docs/") else None
+        on_site = (DOCUMENTS | LISTS).get(path, own)
         if path in _moved(anchor):
             on_site, anchor = _moved(anchor)[path], ""
         if image and on_site is None:

@@ -1,0 +1,124 @@
+"""Every command of every document: its verb reads its options, and it runs at a tiny size or is listed with why not."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from config_cases import RECIPE, write_json
+from doc_commands import (
+    NOT_RUN,
+    PAGES,
+    ROOT,
+    Command,
+    blocks_of,
+    commands_of,
+    small_words,
+    write_world,
+)
+from forked_verbs import run_verb
+from verb_help import verb_parsers
+
+from bert_ds.configuration.reading.shipped_files import Kind, named_file
+from bert_ds.launch.command_line import CALLED_BY
+from bert_ds.launch.verbs import VERBS
+
+TUTORIAL = ROOT / "docs/tutorial.md"
+ALL = [command for page in PAGES for command in commands_of(page)]
+NAMED: dict[str, Kind] = {"--run": "recipe", "--task": "task", "--deepspeed_config": "DeepSpeed file"}
+"""Options that take a shipped file by its bare name -> its kind."""
+
+
+def test_every_command_is_of_a_verb_or_listed_and_nothing_is_listed_in_vain() -> None:
+    assert len(ALL) > 60
+    assert [command for command in ALL if command.verb is None and command.reason is None] == []
+    assert [pattern for pattern in NOT_RUN if not any(re.search(pattern, command.text) for command in ALL)] == []
+
+
+def test_every_verb_of_a_command_reads_its_options_and_every_file_of_ours_is_there() -> None:
+    parsers, targets = verb_parsers(), (ROOT / "Makefile").read_text(encoding="utf-8")
+    wrong = []
+    for command in ALL:
+        words = [word for word in command.words if word.startswith(("ds_configs/", "slurm/", "bert_ds/"))]
+        wrong += [(command, word) for word in words if word != "slurm/site.env" and not (ROOT / word).exists()]
+        if command.words[0] == "make" and not re.search(rf"^{command.words[1]}\b.*:", targets, re.MULTILINE):
+            wrong.append((command, "no such target"))
+        if command.verb is None:
+            continue
+        if command.verb not in VERBS:
+            wrong.append((command, "no such verb"))
+            continue
+        try:
+            parsers[command.verb].parse_args(command.verb_words)
+        except SystemExit:
+            wrong.append((command, "options"))
+        for option, name in zip(command.verb_words, command.verb_words[1:], strict=False):
+            if option in NAMED and not name.endswith(".json") and name != "R.json":
+                named_file(name, NAMED[option])
+    assert wrong == []
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reader's folder, with the task file that the tutorial shows."""
+    folder = tmp_path_factory.mktemp("reader")
+    write_world(folder, blocks_of(TUTORIAL, "json")[0])
+    os.symlink(ROOT / "ds_configs", folder / "ds_configs")
+    return folder
+
+
+def run(command: Command, run_dir: str | None = None) -> str | None:
+    """Run a command at a tiny size; return what it complains of, None where it does not."""
+    done = run_verb(ROOT / f"bert_ds/{command.verb}.py", *small_words(command, run_dir))
+    return None if done.returncode == 0 else f"{command.page}: {command.text}: {done.stderr[-600:]}"
+
+
+@pytest.fixture(scope="module")
+def tutorial(world: Path) -> list[Command]:
+    """The tutorial's commands, run in order in the reader's folder."""
+    ran = [command for command in commands_of(TUTORIAL) if command.reason is None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(world)
+        for command in ran:
+            assert (complaint := run(command)) is None, complaint
+    return ran
+
+
+def test_the_tutorial_leads_from_text_to_answers(world: Path, tutorial: list[Command]) -> None:
+    verbs = ["train_wordpiece", "build_shards", "init", "check_run", "pretrain", "report", "export_hf"]
+    assert [command.verb for command in tutorial] == [*verbs, "check_run", "finetune", "predict"]
+    for left in ("runs/mine/DONE", "runs/mine/hf/model.safetensors", "runs/my_task/hf/config.json"):
+        assert (world / left).is_file(), left
+
+
+def test_every_other_form_of_a_command_runs_in_the_folder_that_the_tutorial_left(
+    world: Path, tutorial: list[Command], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)
+    forms, complaints = {command.form for command in tutorial}, []
+    for command in ALL:
+        is_example_of_a_mistake = command.page == "docs/troubles.md"
+        if command.verb is None or command.reason is not None or command.form in forms or is_example_of_a_mistake:
+            continue
+        forms.add(command.form)
+        complaints += [run(command, f"runs/form_{len(forms)}")]
+    assert [complaint for complaint in complaints if complaint is not None] == []
+    assert len(forms) > 20
+
+
+def test_a_mistake_looks_as_it_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = blocks_of(ROOT / "docs/troubles.md", "console")[0].splitlines()
+    faults = {
+        "model": {**RECIPE["model"], "hidden_size": 768, "num_attention_heads": 10},
+        "optimizer": {"type": "adamw", "learning_rate": 1e-4},
+        "training": {**RECIPE["training"], "train_batch_size": True},
+    }
+    write_json(tmp_path, "my_run.json", {**RECIPE, **faults})
+    write_json(tmp_path, "zero2.json", {"zero_optimisation": {"stage": 2}})
+    monkeypatch.chdir(tmp_path)
+    done = run_verb(ROOT / "bert_ds/check_run.py", *shlex.split(shown[0])[3:], env={CALLED_BY: "bert-ds"})
+    assert done.returncode == int(shown[-1])
+    assert done.stderr.splitlines() == shown[1:-2]
