@@ -63,6 +63,7 @@ setup(
         "downstream": ["scikit-learn>=1.4", "scipy>=1.11"],
         "tensorboard": ["tensorboard>=2.16"],
         "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
+        "retrieval": ["bm25s>=0.3,<0.4"],
         "embeddings": ["sentence-transformers>=5.1"],
         "docs": ["properdocs>=1.6.7,<1.7", "properdocs-theme-mkdocs>=1.6.7,<1.7"],
         "dev": [
@@ -85,6 +86,7 @@ setup(
             "onnxscript>=0.5",
             "onnxruntime>=1.22",
             "sentence-transformers>=5.1",
+            "bm25s>=0.3,<0.4",
             "seqeval==1.2.2",
             "accelerate>=1.10",
             "peft>=0.18",

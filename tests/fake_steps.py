@@ -26,7 +26,7 @@ from wait_watch import WaitError, WaitWatch
 
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.configuration.recipe.distillation_config import DistillationConfig
-from bert_ds.configuration.task.task_sections import TaskDistillationConfig
+from bert_ds.configuration.task.task_sections import EmbeddingConfig, TaskDistillationConfig
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.rows.features import Feature
 from bert_ds.downstream.rows.task_batch import pack
@@ -68,7 +68,8 @@ TASKS: dict[str, tuple[dict[str, tuple[str, ...]], dict[str, np.ndarray]]] = {
     "multiple_choice": ({}, {"choice": np.array([1]), "num_choices": np.array([2])}),
     "question_answering": ({}, {"span": np.array([[3, 5]])}),
     "sentence_embedding": ({}, {"cosine": np.ones(1, np.float32)}),
-    "sentence_embedding, contrastive": ({}, {"partner": np.array([0])}),
+    "sentence_embedding, cosent": ({}, {"cosine": np.ones(1, np.float32)}),
+    "sentence_embedding, contrastive": ({}, {"partner": np.array([0]), "texts": np.array([[1, 2]])}),
 }
 """Labels of a kind and the targets of one feature of twelve tokens."""
 OWN_ENCODERS, OWN_FRONTS = OWN_LAYERS, ("classification", "token_classification", "question_answering")
@@ -143,9 +144,13 @@ def replaced(config: Any) -> nn.Module:
     return PretrainingModel(config, objectives=make_objectives(weights, generator=config.generator(0.5)))
 
 
-def task_model(config: Any, kind: str, labels: Any, *, taught: bool = False) -> nn.Module:
+def task_model(config: Any, word: str, labels: Any, *, taught: bool = False) -> nn.Module:
+    kind, _, loss = word.partition(", ")
+    section = EmbeddingConfig(loss=loss or "cosine") if kind == "sentence_embedding" else None
     weights = (0.5, 1.0, 2.0) if kind in ("classification", "token_classification") else None
-    make: Any = partial(make_task_model, KINDS[kind], config, labels, kernels="auto", class_weights=weights)
+    make: Any = partial(
+        make_task_model, KINDS[kind], config, labels, kernels="auto", class_weights=weights, settings=section
+    )
     if not taught:
         return make()
     settings = TaskDistillationConfig(teacher="t")
@@ -175,7 +180,7 @@ def cases() -> dict[str, Case]:
         kind = word.partition(",")[0]
         batch = partial(task_batch, kind, targets)
         for name in OWN_ENCODERS if kind in OWN_FRONTS else ("bert",):
-            make = partial(task_model, one_layer[name].with_dropout(0.1), kind, labels)
+            make = partial(task_model, one_layer[name].with_dropout(0.1), word, labels)
             found[f"task {name}, {word}"] = Case(make, batch, pins=False)
         if kind in ("classification", "regression", "token_classification"):
             make = partial(task_model, one_layer["bert"], kind, labels, taught=True)

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -24,11 +25,13 @@ from tokenizers import Tokenizer
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
 from bert_ds.configuration.task.task_config import load_task
+from bert_ds.configuration.task.task_sections import EmbeddingConfig
 from bert_ds.corpus.tokenizer.wordpiece import TextRules, WordPieceTokenizer
 from bert_ds.downstream.kinds.embedding_head import EmbeddingHead
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.kinds.task_model import HeadInput
 from bert_ds.downstream.tuning.outcome import measure_side
+from bert_ds.downstream.tuning.predictor import Predictor
 from bert_ds.downstream.tuning.task_folder import TaskFacts, make_task_model, read_task_folder, write_task_folder
 from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
 from bert_ds.encoder.hf_onnx import write_onnx
@@ -77,7 +80,8 @@ def test_both_losses_are_those_of_their_papers() -> None:
     found = EmbeddingHead()(stream, {"cosine": torch.tensor([0.2, 0.9])})
     wanted = ((cosines.diagonal() - torch.tensor([0.2, 0.9])) ** 2).sum()
     assert found.loss_sums_L.tolist() == pytest.approx([wanted.item()], rel=1e-5)
-    found = EmbeddingHead()(stream, {"partner": torch.tensor([IGNORE_INDEX, 0])})
+    targets = {"partner": torch.tensor([IGNORE_INDEX, 0]), "texts": torch.arange(4).view(2, 2)}
+    found = EmbeddingHead(EmbeddingConfig(loss="contrastive")).eval()(stream, targets)
     wanted = F.cross_entropy(cosines[1:] / 0.05, torch.tensor([1]))
     assert found.loss_sums_L.tolist() == pytest.approx([wanted.item()], rel=1e-5)
 
@@ -122,6 +126,11 @@ def test_onnxruntime_gives_the_vectors_of_sentence_transformers(fine_tuned: Path
     found_ND = (hidden_NSD * kept_NS1).sum(axis=1) / kept_NS1.sum(axis=1)
     wanted_ND = SentenceTransformer(str(fine_tuned / "hf"), device="cpu").encode(texts)
     assert abs(found_ND - wanted_ND).max() < 1e-5 * abs(wanted_ND).max()
+    pooling = fine_tuned / "onnx/1_Pooling/config.json"
+    assert pooling.read_text() == (fine_tuned / "hf/1_Pooling/config.json").read_text()
+    pooling.write_text('{"pooling_mode": "cls"}')
+    vectors = [answer["vector"] for answer in Predictor(fine_tuned / "onnx")(texts)]
+    assert np.allclose(vectors, hidden_NSD[:, 0], atol=1e-5)
 
 
 def test_the_folder_has_what_text_embeddings_inference_reads(fine_tuned: Path) -> None:

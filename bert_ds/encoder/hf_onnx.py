@@ -34,7 +34,10 @@ from bert_ds.folders.replaced_folders import write_export_manifest
 MAX_RELATIVE_DIFFERENCE = 1e-4
 ONNX_FILE = "model.onnx"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "special_tokens_map.json")
+_COPIED_FILES = (
+    *("tokenizer.json", "vocab.txt", "special_tokens_map.json"),
+    *("1_Pooling/config.json", "config_sentence_transformers.json"),
+)
 _NOT_TRACED: tuple[RoleName, ...] = ("multiple choice",)
 """Its inputs have one more dimension, the number of choices."""
 
@@ -47,7 +50,7 @@ class OnnxCheck(NamedTuple):
 
 
 def write_onnx(folder: Path, output: Path) -> OnnxCheck:
-    """Write model.onnx, config.json and the tokenizer of a Hugging Face folder into an existing folder.
+    """Write model.onnx, config.json, tokenizer and pooling of a Hugging Face folder into an existing folder.
 
     Args:
         folder: with config.json, weights and tokenizer.
@@ -67,8 +70,9 @@ def write_onnx(folder: Path, output: Path) -> OnnxCheck:
     model = load_to_trace(folder)
     _export(model, output / ONNX_FILE)
     check = verify_onnx(model, output / ONNX_FILE, longest=_longest_probe(folder))
-    for name in _TOKENIZER_FILES:
+    for name in _COPIED_FILES:
         if (folder / name).exists():
+            (output / name).parent.mkdir(exist_ok=True)
             copy_member(folder / name, output / name)
     if (folder / "tokenizer_config.json").exists():
         found = read_json(folder / "tokenizer_config.json")

@@ -83,7 +83,7 @@ def _encode(value: Any) -> Tensor:
 
 
 def _decode(text: Tensor) -> Any:
-    return json.loads(bytes(text.tolist()))
+    return json.loads(text.numpy().tobytes())
 
 
 def on_main_rank(action: Callable[[], Value]) -> Value:

@@ -35,7 +35,7 @@ from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, Optimizer
 from bert_ds.configuration.recipe.run_config import CheckpointConfig, TrainingConfig
 from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
 from bert_ds.configuration.task.task_data_config import TaskDataConfig, file_problems
-from bert_ds.configuration.task.task_kinds import ENTITY_METRICS, KIND_FACTS, WORD_METRICS, KindName
+from bert_ds.configuration.task.task_kinds import ENTITY_METRICS, KIND_FACTS, RANKING_METRICS, WORD_METRICS, KindName
 from bert_ds.configuration.task.task_sections import (
     EmbeddingConfig,
     FreezeConfig,
@@ -44,6 +44,7 @@ from bert_ds.configuration.task.task_sections import (
     TaskDistillationConfig,
     TaskEvaluationConfig,
     TaskTrainingConfig,
+    embedding_problems,
 )
 
 TASK_PATHS = ("data.train.*.path", "data.validation.*.path", "data.test.*.path", "distillation.teacher")
@@ -112,10 +113,17 @@ class TaskConfig(Section):
         return self.sentence_embedding or EmbeddingConfig()
 
     @property
+    def own_section(self) -> Section | None:
+        """The section for this kind alone, with its defaults; None where it has none."""
+        return {"question_answering": self.answering, "sentence_embedding": self.embedding}.get(self.kind)
+
+    @property
     def chosen_metric(self) -> str:
-        """The metric, or the first of the kind; tags that mark no entities are measured by accuracy."""
+        """The metric, or the first of the kind that goes with its rows."""
         if self.metric is None and self.kind == "token_classification" and self.data.tag_scheme == "none":
             return "accuracy"
+        if self.metric is None and self.kind == "sentence_embedding" and not self.data.gives("score"):
+            return RANKING_METRICS[0]
         return self.metric or KIND_FACTS[self.kind].metrics[0]
 
 
@@ -219,6 +227,8 @@ def task_problems(task: TaskConfig) -> list[Problem]:
     if data.tag_scheme != "none" and "tags" not in facts.roles:
         problems.append(Problem("data.tag_scheme", f"a {task.kind} task has no tags"))
     problems += _section_problems(task)
+    if task.kind == "sentence_embedding":
+        problems += embedding_problems(task.embedding, data, task.metric)
     return problems + _format_problems(task) + file_problems(data)
 
 

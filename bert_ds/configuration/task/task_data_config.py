@@ -56,7 +56,8 @@ class TaskDataConfig(Section):
     """Sides that are published sets: no row of them is left out, so that the score is comparable. What is part of a
     training row is scored apart from the others as well."""
     fields: dict[Name, Column | tuple[Column, ...]] = {}
-    """What the task needs -> the column that holds it; of several columns, the first that a row has."""
+    """What the task needs -> the column that holds it; of several columns, the first that a row has (of negatives,
+    all)."""
     labels: tuple[Name, ...] = ()
     """All labels in the order of their ids; without them those of the training rows, sorted."""
     rename_labels: dict[Name, Name] = {}
@@ -69,6 +70,10 @@ class TaskDataConfig(Section):
     """Train on this many rows, chosen by a hash of their text; null trains on all."""
     max_validation_rows: PositiveInt | None = None
     """Evaluate on this many rows, chosen like the training rows."""
+
+    def gives(self, role: str) -> bool:
+        """Whether rows have it, of a column or of their file."""
+        return role in self.fields or any(role in file.values for file in (*self.train, *self.validation))
 
 
 def file_problems(data: TaskDataConfig) -> list[Problem]:

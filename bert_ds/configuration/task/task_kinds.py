@@ -62,6 +62,10 @@ ENTITY_METRICS = ("f1", "strict_f1", "conlleval_f1")
 """Of tags that mark entities; f1 is strict_f1."""
 WORD_METRICS = (*_MACRO, "micro_f1")
 """Of tags that stand for themselves."""
+CORRELATIONS = ("spearman", "pearson")
+"""Of pairs with a score."""
+RANKING_METRICS = ("ndcg_10", "mrr", "recall_1", "recall_10", "recall_100")
+"""Of texts that have to find others."""
 
 KIND_FACTS: dict[str, KindFacts] = {
     "classification": KindFacts(
@@ -86,7 +90,10 @@ KIND_FACTS: dict[str, KindFacts] = {
     "multiple_choice": KindFacts(("text", "choices", "label"), ("text_pair", "id"), ("accuracy",)),
     "question_answering": KindFacts((), (), ("f1", "exact_match"), ("squad",), section="question_answering"),
     "sentence_embedding": KindFacts(
-        ("text", "text_pair", "score"), ("id",), ("spearman", "pearson"), section="sentence_embedding"
+        ("text", "text_pair"),
+        ("score", "negatives", "id"),
+        (*CORRELATIONS, *RANKING_METRICS),
+        section="sentence_embedding",
     ),
     "prompted_classification": KindFacts(
         ("text", "label"), ("text_pair", "id"), _CLASSES, is_trained=False, section="prompt", needs_section=True

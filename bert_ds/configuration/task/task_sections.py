@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from bert_ds.configuration.reading.config_problems import Problem
 from bert_ds.configuration.reading.config_section import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -14,6 +15,8 @@ from bert_ds.configuration.reading.config_section import (
     Section,
 )
 from bert_ds.configuration.recipe.precision import PrecisionSetting
+from bert_ds.configuration.task.task_data_config import TaskDataConfig
+from bert_ds.configuration.task.task_kinds import CORRELATIONS
 
 
 class FreezeConfig(Section):
@@ -86,15 +89,30 @@ class QuestionAnsweringConfig(Section):
 
 
 class EmbeddingConfig(Section):
-    """What brings sentence vectors together."""
+    """What brings sentence vectors together: scored pairs, or pairs and triples of texts that belong together.
 
-    loss: Literal["cosine", "contrastive"] = "cosine"
-    """cosine: squared error of the cosine against the score; contrastive: of the sentences of a micro-batch, find the
-    partner (cross-entropy over the cosines)."""
+    Rows with a score are measured by correlations. Without one, text_pair is what text has to find among all of its
+    side, and `negatives` (a column, or several, of texts or lists of texts, as many in every row) are there to be told
+    from it. A text that is its own pair learns from two dropout masks (SimCSE).
+    """
+
+    loss: Literal["cosine", "cosent", "contrastive"] = "cosine"
+    """cosine: squared error of the cosine against the score; cosent: pairs in the order of their scores; contrastive:
+    of all texts of the step, on all ranks, find the partner (cross-entropy over scaled cosines)."""
+    scale: PositiveFloat = 20.0
+    """cosent and contrastive: cosines are multiplied by this."""
     max_score: PositiveFloat = 5.0
     """The score that stands for a cosine of 1; 0 stands for 0."""
     positive_score: PositiveFloat = 4.0
     """contrastive: a pair with at least this score has to be found; the others are there to be told from it."""
+    matryoshka: tuple[PositiveInt, ...] = ()
+    """Sizes that a vector may be cut to later: the loss is the mean of the losses at these and the whole size."""
+    pooling: Literal["mean", "cls"] = "mean"
+    """What of a text's tokens is its vector: the mean of all, or the first one."""
+    query_prompt: Annotated[str, Field(max_length=1000)] = ""
+    """Stands before each text, with a space of its own at the end; in the export sentence-transformers' "query"."""
+    passage_prompt: Annotated[str, Field(max_length=1000)] = ""
+    """Stands before each text_pair and each of the negatives; in the export "document"."""
 
 
 class PromptConfig(Section):
@@ -108,3 +126,18 @@ class PromptConfig(Section):
     """Training rows of each label that stand before the prompt as demonstrations, as far as there is room."""
     calibrate: bool = True
     """Subtract what a label word scores in the prompt of an empty text."""
+
+
+def embedding_problems(settings: EmbeddingConfig, data: TaskDataConfig, metric: str | None) -> list[Problem]:
+    """Return what does not go together in a task of sentence vectors."""
+    problems = []
+    if not data.gives("score") and settings.loss != "contrastive":
+        text = f'is missing, wanted the column of the score: sentence_embedding.loss is "{settings.loss}"'
+        problems.append(Problem("data.fields.score", text))
+    if data.gives("negatives") and (data.gives("score") or settings.loss != "contrastive"):
+        text = 'is for the sentence_embedding.loss "contrastive" over rows without a score'
+        problems.append(Problem("data.fields.negatives", text))
+    if metric is not None and (metric in CORRELATIONS) != data.gives("score"):
+        wanted = "rows with a score" if metric in CORRELATIONS else "rows without a score"
+        problems.append(Problem("metric", f'"{metric}" is of {wanted} (data.fields.score)'))
+    return problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,8 @@ class HeadContext(NamedTuple):
     ops: FusedOps
     class_weights: tuple[float, ...] | None = None
     """Weight of each label in the loss."""
+    settings: Any = None
+    """The section of the task that is for its kind alone, where it has one."""
 
 
 class HfForm(NamedTuple):
@@ -55,8 +58,9 @@ class HfForm(NamedTuple):
     """Below the folder of the model: "." unless one model is several of theirs."""
     pipeline: str = ""
     """Its task in `transformers.pipeline`; "" where there is none."""
-    extra_files: Callable[[EncoderConfig, int], Mapping[str, str]] = lambda config, max_seq_length: {}
-    """What other libraries want in the folder, from the encoder and the task's longest sequence: file name -> text."""
+    extra_files: Callable[[EncoderConfig, int, Any], Mapping[str, str]] = lambda config, max_seq_length, settings: {}
+    """What other libraries want in the folder, from the encoder, the task's longest sequence and the section of its
+    kind: file name -> text."""
 
 
 class Kind(NamedTuple):
@@ -85,6 +89,8 @@ class Kind(NamedTuple):
     """True and predicted label of everything that is labelled, for the confusion matrix."""
     trivial: Callable[[Sequence[Example], Sequence[Example], Labels], list[Any]] | None = None
     """From the training and the validation rows, what a method without a language model makes of each of the latter."""
+    folder_settings: Callable[[Path], Any] = lambda folder: None
+    """From a folder that such a task left, what a head needs of the section of its kind."""
     mend: Callable[[Sequence[Example], TaskConfig, Say], list[Example]] | None = None
     """Puts right what files get wrong, and says how often."""
 

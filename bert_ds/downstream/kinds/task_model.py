@@ -78,6 +78,7 @@ class TaskModel(nn.Module):
         super().__init__()
         self.config = config
         self.terms = head.terms
+        self.whole_step_loss = getattr(head, "whole_step_loss", None)
         family = family_of(config)
         roles = {name: family.roles(config)[name] for name in head.roles}
         self._reads_sequences = any(name in SEQUENCE_ROLES for name in roles)

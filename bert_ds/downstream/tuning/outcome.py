@@ -151,7 +151,8 @@ def best_model(outcome: Outcome, step: int) -> TaskModel:
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint} is gone: it was the best step of the run")
     kind = KINDS[outcome.task.kind]
-    model = make_task_model(kind, outcome.config, outcome.rows.labels, kernels=outcome.task.training.kernels)
+    task, labels = outcome.task, outcome.rows.labels
+    model = make_task_model(kind, outcome.config, labels, kernels=task.training.kernels, settings=task.own_section)
     model.load_state_dict(load_fp32_state_dict(checkpoint))
     return model.eval()
 
@@ -220,6 +221,7 @@ def _export(outcome: Outcome, model: TaskModel, step: int, figures: dict[str, fl
             **{f"validation {name}": f"{value:.4f}" for name, value in figures.items()},
         },
         answering=task.answering.model_dump() if task.kind == "question_answering" else {},
+        settings=task.own_section,
     )
     output = outcome.run_dir / "hf"
     try:

@@ -80,6 +80,7 @@ class _OnnxScorer:
             raise CheckpointError(f"{folder / ONNX_FILE} cannot be loaded: {str(error)[:200]}") from None
         self._inputs = {one.name for one in self._session.get_inputs()}
         self._kind, content = kind, read_json(folder / "config.json")
+        self._settings = KINDS[kind].folder_settings(folder)
         (form,) = KINDS[kind].hf_forms
         self.labels = {} if form.labels_name is None else {form.labels_name: folder_labels(folder, content)}
 
@@ -104,7 +105,8 @@ class _OnnxScorer:
             both = [outputs[name][row, :length] for name in ("start_logits", "end_logits")]
             return {"token_scores": np.stack(both, axis=-1)}
         if self._kind == "sentence_embedding":
-            return {"vectors": outputs["last_hidden_state"][row, :length].mean(axis=0)[None]}
+            read = 1 if self._settings.pooling == "cls" else length
+            return {"vectors": outputs["last_hidden_state"][row, :read].mean(axis=0)[None]}
         if self._kind == "token_classification":
             return {"token_scores": outputs["logits"][row, :length]}
         return {"scores": outputs["logits"][row][None]}

@@ -67,6 +67,7 @@ def build_model(
         make=make,
         activation_checkpointing=activation_checkpointing,
         init_seed=task.seed,
+        settings=task.own_section,
     )
     fresh = start_from(model, tensors) if tensors else ["the whole network"]
     if fresh:

@@ -15,6 +15,7 @@ from bert_ds.downstream.kinds.kind import HeadContext, HfForm, Kind
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.kinds.task_model import TaskModel, role_of
 from bert_ds.downstream.rows.examples import Labels
+from bert_ds.encoder.blocks import mean_rows
 from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.fused_ops import fused_ops
 from bert_ds.encoder.hf_folder import load_hf_folder, read_json, special_ids, write_hf_folder
@@ -43,6 +44,8 @@ class TaskFacts(NamedTuple):
     """Rows of the model card."""
     answering: Mapping[str, Any] = {}
     """Of question answering: how contexts are cut and answers chosen."""
+    settings: Any = None
+    """The section of the task that is for its kind alone, where other files of the folder say it."""
 
 
 def make_task_model(
@@ -55,6 +58,7 @@ def make_task_model(
     make: Callable[..., TaskModel] = TaskModel,
     activation_checkpointing: bool = False,
     init_seed: int = 0,
+    settings: Any = None,
 ) -> TaskModel:
     """Return a new model of a kind, on the CPU.
 
@@ -67,9 +71,10 @@ def make_task_model(
         make: puts encoder and head together.
         activation_checkpointing: recompute each layer in the backward pass.
         init_seed: seed of the weights.
+        settings: the section of the task that is for its kind alone.
     """
     ops = fused_ops(kernels)
-    head = kind.make_head(HeadContext(config, labels, ops, class_weights))
+    head = kind.make_head(HeadContext(config, labels, ops, class_weights, settings))
     return make(config, head, ops=ops, activation_checkpointing=activation_checkpointing, init_seed=init_seed)
 
 
@@ -101,7 +106,7 @@ def write_task_folder(output: Path, model: TaskModel, *, facts: TaskFacts, token
                 model_card=_model_card(form, facts, config=model.config),
                 max_length=facts.max_seq_length,
             )
-            for name, text in form.extra_files(model.config, facts.max_seq_length).items():
+            for name, text in form.extra_files(model.config, facts.max_seq_length, facts.settings).items():
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_text(text, encoding="utf-8")
             checks.append(_verify(folder, form, model))
@@ -127,7 +132,8 @@ def read_task_folder(folder: Path, kind: Kind, *, kernels: str) -> tuple[TaskMod
         if form.labels_name is not None:
             labels[form.labels_name] = folder_labels(folder, content)
         sources.append(source)
-    model = make_task_model(kind, sources[0].config, labels, kernels=kernels)
+    settings = kind.folder_settings(folder)
+    model = make_task_model(kind, sources[0].config, labels, kernels=kernels, settings=settings)
     state: dict[str, Tensor] = {}
     for form, source in zip(kind.hf_forms, sources, strict=True):
         state.update(rows_from_hf(modern_names(source.tensors, source.config), _form_rows(form, model)))
@@ -195,8 +201,9 @@ def _verify(folder: Path, form: HfForm, model: TaskModel) -> ExportCheck:
     if form.role == "question answering":
         wanted = torch.stack([answer.start_logits, answer.end_logits], dim=-1)
     elif form.role == "encoder":
-        kept_NS1 = probe.padded["attention_mask"][..., None]
-        wanted = (answer.last_hidden_state * kept_NS1).sum(dim=1) / kept_NS1.sum(dim=1)
+        wanted = mean_rows(answer.last_hidden_state[mask_NS], probe.packed["cu_seqlens"])
+        if model.head.settings.pooling == "cls":
+            wanted = answer.last_hidden_state[:, 0]
     else:
         wanted = answer.logits
     wanted = wanted[mask_NS] if form.scores.startswith("token_") else wanted.view(found.shape)

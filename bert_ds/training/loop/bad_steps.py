@@ -17,8 +17,7 @@ from deepspeed import DeepSpeedEngine
 
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.whole_files import write_json
-from bert_ds.training.loop.dropout_seeds import drops_of
-from bert_ds.training.loop.step_loss import step_loss
+from bert_ds.training.loop.micro_losses import micro_losses
 
 _NUM_LARGEST = 10
 
@@ -52,20 +51,16 @@ def gradient_report(
     """
     named = [(name, one) for name, one in engine.module.named_parameters() if one.requires_grad]
     terms, reports = engine.module.terms, []
-    for micro_step, batch in enumerate(micro_batches):
-        part = dist.get_rank() * len(micro_batches) + micro_step
-        moved = batch.to(engine.device)
-        drops = drops_of(engine.module, seed, step, part, device=engine.device, example_ids=moved.example_ids)
-        # Through the module: the engine would take the backward of its own output for one of its micro-steps.
-        loss_sums_L, _ = engine.module(**moved.model_inputs(), **drops)
-        loss = step_loss(loss_sums_L, counts, terms=terms)
+    # Through the module: the engine would take the backward of its own output for one of its micro-steps.
+    losses = micro_losses(engine.module, micro_batches, counts=counts, seed=seed, step=step, device=engine.device)
+    for batch, (loss, all_sums) in zip(micro_batches, losses, strict=True):
         gradients = torch.autograd.grad(loss, [one for _, one in named], allow_unused=True)
         norms = {
             name: float(torch.linalg.vector_norm(gradient, dtype=torch.float32))
             for (name, _), gradient in zip(named, gradients, strict=True)
             if gradient is not None
         }
-        sums = [(term.name, total, counts[term.count]) for term, total in zip(terms, loss_sums_L.tolist(), strict=True)]
+        sums = [(term.name, total, counts[term.count]) for term, total in zip(terms, all_sums.tolist(), strict=False)]
         shares = {name: total / count if count else 0.0 for name, total, count in sums}
         reports.append(
             {

@@ -15,9 +15,9 @@ from torch import Tensor
 from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.basics.ranks import DivergedError
 from bert_ds.training.agreement import sum_over_ranks
-from bert_ds.training.loop.dropout_seeds import drops_of
 from bert_ds.training.loop.loss_guard import LossGuard
-from bert_ds.training.loop.step_loss import poison_if_not_finite, step_loss
+from bert_ds.training.loop.micro_losses import micro_losses
+from bert_ds.training.loop.step_loss import poison_if_not_finite
 from bert_ds.training.optimizers.factory import StepGuard
 
 
@@ -99,16 +99,9 @@ def forward_backward(
     if len(micro_batches) != accumulation:
         raise ValueError(f"{len(micro_batches)} micro-batches for a step, wanted {accumulation} (accumulation steps)")
     terms, total = engine.module.terms, None
-    for micro_step, batch in enumerate(micro_batches):
-        moved = batch.to(engine.device)
-        inputs: dict[str, Any] = {"dropout_seed": None, **moved.model_inputs()}
-        if seed is not None:
-            part = dist.get_rank() * accumulation + micro_step
-            ids = moved.example_ids
-            inputs |= drops_of(engine.module, seed, step, part, device=engine.device, example_ids=ids)
-        loss_sums_L, metric_sums_M = engine(**inputs)
-        loss = poison_if_not_finite(step_loss(loss_sums_L, counts, terms=terms))
-        sums = torch.cat([loss_sums_L.detach(), metric_sums_M.detach()]).double()
+    losses = micro_losses(engine, micro_batches, counts=counts, seed=seed, step=step, device=engine.device)
+    for micro_step, (loss, sums) in enumerate(losses):
+        loss = poison_if_not_finite(loss)
         total = sums if total is None else total + sums
         is_last = micro_step == accumulation - 1
         if is_last and judge is not None:
