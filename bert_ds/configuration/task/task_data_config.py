@@ -12,7 +12,11 @@ from bert_ds.configuration.reading.config_section import PositiveInt, Section
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Column = Name | Annotated[int, Field(ge=-64, le=1000)]
 """A column by its name, or by its place, counted from 0, or from the end as -1, -2 and so on."""
-Format = Literal["tsv", "csv", "jsonl", "lines", "xml", "conll", "conllu", "squad", "text"]
+Format = Literal[
+    "tsv", "csv", "jsonl", "lines", "xml", "conll", "conllu", "squad", "paragraphs", "sentences", "titles", "text"
+]
+MINED_FORMATS = ("paragraphs", "sentences", "titles")
+"""Raw text, of which the rows are pairs."""
 
 
 class DataFile(Section):
@@ -22,6 +26,8 @@ class DataFile(Section):
     """Below the data folder of the command line, or else beside the task file."""
     format: Format
     """tsv has no quoting, csv is quoted, lines is one text a line, xml a list of elements, squad SQuAD's JSON.
+    paragraphs, sentences and titles are raw text as build_shards.py takes it: each row is a paragraph or a sentence and
+    the next one, or the title of an extract (<doc title="...">) and its text, in the columns text and text_pair.
     text is for masked_words: a file or folder of text as build_shards.py takes it, or a folder of shards."""
     encoding: Literal["utf-8", "latin-1", "gb18030", "utf-16", "utf-16-le", "utf-16-be"] = "utf-8"
     """latin-1 takes any byte; gb18030 is GBK and GB2312 too; utf-16 begins with a byte order mark."""

@@ -33,6 +33,8 @@ class Document(NamedTuple):
 
     source: str
     text: str
+    title: str = ""
+    """Of extracts, whose tags say it."""
 
 
 class DocumentTexts:
@@ -72,7 +74,7 @@ def read_file(file: InputFile, *, text_field: str = "text") -> Iterator[Document
     for document in documents:
         text = document.text.strip()
         if text:
-            yield Document(document.source, text)
+            yield document._replace(text=text)
 
 
 def _lines(file: InputFile, stream: IO[bytes]) -> Iterator[tuple[int, str]]:
@@ -126,7 +128,7 @@ def _extracts(file: InputFile, number: int, line: str, lines: Iterator[tuple[int
     is_open = True
     for number, line in lines:
         if is_open and line.startswith("</doc>"):
-            yield Document(f"{file.path}, line {first}", _without_title(tag, block))
+            yield Document(f"{file.path}, line {first}", *_text_and_title(tag, block))
             is_open = False
         elif is_open:
             block.append(line)
@@ -139,12 +141,13 @@ def _extracts(file: InputFile, number: int, line: str, lines: Iterator[tuple[int
         raise DataError(f"{file.path}, line {first}: <doc> is never closed by </doc>")
 
 
-def _without_title(tag: str, block: list[str]) -> str:
+def _text_and_title(tag: str, block: list[str]) -> tuple[str, str]:
     """Extracts repeat the title as the first line, which is no prose."""
-    title = _DOC_TITLE.search(tag) if len(tag) <= _LONGEST_TAG else None
-    if title and block and block[0].strip() == html.unescape(title.group(1)).strip():
+    found = _DOC_TITLE.search(tag) if len(tag) <= _LONGEST_TAG else None
+    title = html.unescape(found.group(1)).strip() if found else ""
+    if found and block and block[0].strip() == title:
         block = block[1:]
-    return "\n".join(block)
+    return "\n".join(block), title
 
 
 def _bounded(file: InputFile, first: int, size: int) -> int:

@@ -13,7 +13,8 @@ from xml.etree import ElementTree
 from bert_ds.basics.input_gate import parse_json, read_text, split_lines, time_limit
 from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.reading.config_problems import describe, did_you_mean
-from bert_ds.configuration.task.task_data_config import Column, DataFile
+from bert_ds.configuration.task.task_data_config import MINED_FORMATS, Column, DataFile
+from bert_ds.downstream.rows.neighbours import mined_rows
 from bert_ds.downstream.rows.squad_files import read_squad
 from bert_ds.downstream.rows.tagged_files import read_conll, read_conllu
 
@@ -39,10 +40,16 @@ def read_records(file: DataFile) -> list[Record]:
         DataError: the file is missing, is not in its format or encoding, or holds no row; the message names the line.
     """
     path = Path(file.path)
+    if file.format in MINED_FORMATS:
+        mined = [Record(where, {**values, **file.values}) for where, values in mined_rows(path, file.format)]
+        return _not_empty(path, mined)
     advice = "; --data names the folder that data files are in"
     text = read_text(path, max_bytes=MAX_BYTES, error=DataError, encoding=file.encoding, advice=advice)
     rows = _READERS[file.format](path, text.removeprefix("\ufeff"), file)
-    records = [Record(f"{path}:{line}", {**values, **file.values}) for line, values in rows]
+    return _not_empty(path, [Record(f"{path}:{line}", {**values, **file.values}) for line, values in rows])
+
+
+def _not_empty(path: Path, records: list[Record]) -> list[Record]:
     if not records:
         raise DataError(f"{path} holds no row, wanted at least one")
     return records

@@ -114,6 +114,6 @@ def _shares(
 
 def _of_all_ranks(own: Tensor) -> Tensor:
     """Return the rows of every rank, in rank order; as many on each."""
-    gathered = own.new_empty((dist.get_world_size() * len(own), *own.shape[1:]))
-    dist.all_gather_into_tensor(gathered, own.contiguous())
-    return gathered
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, own)
+    return torch.cat(gathered)
