@@ -8,7 +8,8 @@
 A fine-tuned task takes any folder of its architecture. Prompts, minimal pairs and word similarity take a pre-trained
 folder with its masked-word head, and run on one rank. So does masked_words, of any family that transformers opens: TEXT
 is a file or folder of text, or of shards; the unigram cross-entropy wants the training text, or shards, beside it:
---set 'data.train=[{"path": "TRAIN", "format": "text"}]'. Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint.
+--set 'data.train=[{"path": "TRAIN", "format": "text"}]'. A retrieval takes any folder, pre-trained or of sentence
+vectors, and has BM25 beside it. Exit codes: 0 done, 2 configuration, 3 data, 4 checkpoint.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from bert_ds.downstream.tuning.outcome import (
     write_results,
     write_side,
 )
+from bert_ds.downstream.tuning.retrieval import score_retrieval
 from bert_ds.downstream.tuning.task_folder import read_task_folder, tokenizer_folder
 from bert_ds.downstream.tuning.task_rows import read_task
 from bert_ds.downstream.untrained.masked_words import score_masked_words
@@ -81,9 +83,12 @@ def score_untrained(task: TaskConfig, args: argparse.Namespace, ranks: Ranks) ->
         return report(task, args, {args.side: score_masked_words(args.model, task, print)}, facts={})
     tokenizer = load_tokenizer(args.model)
     check_tokenizer(args.model, **tokenizer.identity)
-    model = load_masked_lm(args.model, kernels=task.training.kernels)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    found = UNTRAINED[task.kind](model, tokenizer, task, print)
+    if task.kind == "retrieval":
+        found = score_retrieval(args.model, tokenizer, task, print)
+    else:
+        model = load_masked_lm(args.model, kernels=task.training.kernels)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        found = UNTRAINED[task.kind](model, tokenizer, task, print)
     if args.output is not None:
         write_predictions(args.output, args.side, found.files)
     report(task, args, {args.side: found.figures, **found.parts}, facts=found.facts)

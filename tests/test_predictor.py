@@ -35,7 +35,7 @@ from bert_ds.downstream.rows.asked_rows import Fault
 from bert_ds.downstream.rows.free_words import joined_words, split_words
 from bert_ds.downstream.tuning.outcome import measure_side
 from bert_ds.downstream.tuning.predictor import ANSWERS, Predictor
-from bert_ds.downstream.tuning.scorers import _TorchScorer
+from bert_ds.downstream.tuning.scorers import TorchScorer
 from bert_ds.downstream.tuning.task_folder import TaskFacts, write_task_folder
 from bert_ds.downstream.tuning.task_rows import read_task
 
@@ -129,7 +129,7 @@ def test_a_pair_is_the_same_in_every_form_and_read_whole(
     alone, *pairs = predict(["the film", ("the film", "great"), {"text": "the film", "text_pair": "great"}])
     assert pairs[0] == pairs[1] != alone
     sizes: list[int] = []
-    monkeypatch.setattr(_TorchScorer, "__call__", partialmethod(counted, _TorchScorer.__call__, sizes))
+    monkeypatch.setattr(TorchScorer, "__call__", partialmethod(counted, TorchScorer.__call__, sizes))
     (tmp_path / "in.txt").write_text("the film\n" * 5)
     run(monkeypatch, "--model", reviews, "--input", tmp_path / "in.txt", "--batch_size", 2)
     assert sizes == [2, 2, 1]

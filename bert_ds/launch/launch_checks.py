@@ -20,6 +20,7 @@ from bert_ds.configuration.reading.config_problems import Problem
 from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig
 from bert_ds.configuration.run_plan import require_files
 from bert_ds.configuration.task.task_config import TaskConfig, load_task, trained_task
+from bert_ds.configuration.task.task_data_config import SIDES
 from bert_ds.configuration.task.task_kinds import KIND_FACTS
 from bert_ds.folders.output_folders import (
     WANTED_RESULTS,
@@ -153,7 +154,7 @@ def _disagreements(task: TaskConfig, ds: DsConfig, model: EncoderConfig | None) 
 
 
 def _missing_files(task: TaskConfig) -> Iterable[Problem]:
-    for side in ("train", "validation", "test"):
+    for side in SIDES:
         for index, file in enumerate(getattr(task.data, side)):
             if not Path(file.path).exists():
                 text = f"{file.path} does not exist; --data names the folder that data files are in"

@@ -34,7 +34,7 @@ from bert_ds.configuration.reading.shipped_files import named_file
 from bert_ds.configuration.recipe.optimizer_config import AdamWConfig, OptimizerConfig
 from bert_ds.configuration.recipe.run_config import CheckpointConfig, TrainingConfig
 from bert_ds.configuration.recipe.schedule_config import ScheduleConfig
-from bert_ds.configuration.task.task_data_config import TaskDataConfig, file_problems
+from bert_ds.configuration.task.task_data_config import SIDES, TaskDataConfig, file_problems, retrieval_problems
 from bert_ds.configuration.task.task_kinds import ENTITY_METRICS, KIND_FACTS, RANKING_METRICS, WORD_METRICS, KindName
 from bert_ds.configuration.task.task_sections import (
     EmbeddingConfig,
@@ -47,7 +47,13 @@ from bert_ds.configuration.task.task_sections import (
     embedding_problems,
 )
 
-TASK_PATHS = ("data.train.*.path", "data.validation.*.path", "data.test.*.path", "distillation.teacher")
+TASK_PATHS = (
+    "data.train.*.path",
+    "data.validation.*.path",
+    "data.test.*.path",
+    "data.corpus.*.path",
+    "distillation.teacher",
+)
 """Settings that name a file; `*` stands for every item of a list."""
 
 DEFAULT_EPOCHS = 3.0
@@ -229,13 +235,17 @@ def task_problems(task: TaskConfig) -> list[Problem]:
     problems += _section_problems(task)
     if task.kind == "sentence_embedding":
         problems += embedding_problems(task.embedding, data, task.metric)
+    if task.kind == "retrieval":
+        problems += retrieval_problems(data)
+    elif data.corpus:
+        problems.append(Problem("data.corpus", f"is for retrieval tasks, the kind is {task.kind}"))
     return problems + _format_problems(task) + file_problems(data)
 
 
 def _format_problems(task: TaskConfig) -> list[Problem]:
     """Return files of running text where rows are wanted, and the reverse."""
     is_text, problems = KIND_FACTS[task.kind].is_text, []
-    for side in ("train", "validation", "test"):
+    for side in SIDES:
         for index, file in enumerate(getattr(task.data, side)):
             if (file.format == "text") != is_text:
                 wanted = '"text"' if is_text else "a format with rows"

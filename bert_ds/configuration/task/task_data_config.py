@@ -15,6 +15,8 @@ Column = Name | Annotated[int, Field(ge=-64, le=1000)]
 Format = Literal[
     "tsv", "csv", "jsonl", "lines", "xml", "conll", "conllu", "squad", "paragraphs", "sentences", "titles", "text"
 ]
+SIDES = ("train", "validation", "test", "corpus")
+"""Settings that list files."""
 MINED_FORMATS = ("paragraphs", "sentences", "titles")
 """Raw text, of which the rows are pairs."""
 
@@ -52,6 +54,9 @@ class TaskDataConfig(Section):
     """Rows to choose the best step by; give these or validation_fraction."""
     test: tuple[DataFile, ...] = ()
     """Rows to predict at the end; they need no labels."""
+    corpus: tuple[DataFile, ...] = ()
+    """retrieval: passages that are searched, in the column of the field passage; passage_id is what relevant of a
+    query names. Without relevant the passage of a query is its text_pair, which is searched too."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Share of the training rows that is held out. They are chosen by a hash of their text among the rows that are part
     of no other row, so the same rows are held out whatever the seed."""
@@ -91,7 +96,7 @@ def file_problems(data: TaskDataConfig) -> list[Problem]:
         "strips_last_character": ("conll",),
     }
     problems = []
-    for side in ("train", "validation", "test"):
+    for side in SIDES:
         for index, file in enumerate(getattr(data, side)):
             for name, formats in owners.items():
                 if getattr(file, name) != DataFile.model_fields[name].default and file.format not in formats:
@@ -99,4 +104,19 @@ def file_problems(data: TaskDataConfig) -> list[Problem]:
                     problems.append(Problem(f"data.{side}.{index}.{name}", text))
             if file.format == "xml" and file.record is None:
                 problems.append(Problem(f"data.{side}.{index}.record", "is missing, wanted the element that is a row"))
+    return problems
+
+
+def retrieval_problems(data: TaskDataConfig) -> list[Problem]:
+    """Return what a retrieval says of its passages that does not go together."""
+    problems, by_id = [], data.gives("relevant")
+    if by_id == data.gives("text_pair"):
+        text = "give exactly one of it, the ids of passages of data.corpus, and text_pair, the passage itself"
+        problems.append(Problem("data.fields.relevant", text))
+    if by_id and not data.corpus:
+        text = "is empty, wanted the passages that data.fields.relevant names"
+        problems.append(Problem("data.corpus", text))
+    for role in ("passage", "passage_id") if by_id else ("passage",):
+        if data.corpus and role not in data.fields:
+            problems.append(Problem(f"data.fields.{role}", "is missing, wanted its column in data.corpus"))
     return problems

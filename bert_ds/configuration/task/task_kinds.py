@@ -20,6 +20,7 @@ KindName = Literal[
     "minimal_pairs",
     "word_similarity",
     "masked_words",
+    "retrieval",
 ]
 
 
@@ -104,5 +105,12 @@ KIND_FACTS: dict[str, KindFacts] = {
     ),
     "masked_words": KindFacts(
         (), (), ("loss_mlm_masked", "nats_per_character"), is_text=True, is_trained=False, needs_train=False
+    ),
+    "retrieval": KindFacts(
+        ("text",),
+        ("text_pair", "relevant", "id", "passage", "passage_id"),
+        RANKING_METRICS,
+        is_trained=False,
+        needs_train=False,
     ),
 }

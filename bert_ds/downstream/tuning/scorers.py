@@ -12,6 +12,7 @@ import torch
 from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.downstream.kinds.table import KINDS
+from bert_ds.downstream.kinds.task_model import TaskModel
 from bert_ds.downstream.rows.examples import Labels
 from bert_ds.downstream.rows.features import Feature
 from bert_ds.downstream.rows.task_batch import pack, scores_of_features
@@ -39,7 +40,8 @@ def make_scorer(folder: Path, kind: str) -> Scorer:
     has_weights = any(folder.glob("**/*.safetensors")) or any(folder.glob("**/pytorch_model*.bin"))
     if (folder / ONNX_FILE).is_file() and not has_weights:
         return _OnnxScorer(folder, kind)
-    return _TorchScorer(folder, kind)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TorchScorer(*read_task_folder(folder, KINDS[kind], kernels="auto"), device=device)
 
 
 def scores_by_length(
@@ -52,11 +54,11 @@ def scores_by_length(
         yield from zip(group, scorer([features[place] for place in group]), strict=True)
 
 
-class _TorchScorer:
-    def __init__(self, folder: Path, kind: str) -> None:
-        model, self.labels = read_task_folder(folder, KINDS[kind], kernels="auto")
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = model.to(self._device)
+class TorchScorer:
+    """Scores of a model of ours, in evaluation mode, on a device."""
+
+    def __init__(self, model: TaskModel, labels: Labels, *, device: str) -> None:
+        self._model, self.labels, self._device = model.to(device), labels, device
 
     @torch.inference_mode()
     def __call__(self, features: Sequence[Feature]) -> list[dict[str, np.ndarray]]:
