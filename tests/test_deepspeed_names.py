@@ -27,6 +27,7 @@ VERBS = [ROOT / "bert_ds/pretrain.py", ROOT / "bert_ds/finetune.py"]
 ENGINES = {
     "stage0": Case(0),
     "stage0_bf16": Case(0, "bf16"),
+    "stage1": Case(1),
     "bf16_optimizer": Case(1, "bf16", top={"data_types": {"grad_accum_dtype": "fp32"}}),
     "stage2_offload": Case(2, "bf16", zero={"offload_optimizer": {"device": "cpu"}}),
     "stage3": Case(3, "bf16"),
@@ -35,6 +36,7 @@ READ = [
     *(("stage0", "engine", name) for name in names.ENGINE),
     *(("stage0", "config", name) for name in names.CONFIG),
     *(("stage0_bf16", "wrapper", name) for name in (*names.WRAPPER, *names.MASTERS)),
+    *(("stage1", "one rank", name) for name in names.ONE_RANK),
     *(("bf16_optimizer", "wrapper", name) for name in names.WRAPPER),
     *(("bf16_optimizer", "parameter", name) for name in names.PARAMETER_FLAT),
     *(("stage2_offload", "wrapper", name) for name in (*names.WRAPPER, *names.OFFLOADED)),
@@ -91,6 +93,8 @@ def refuse(engine: Any, kind: str, name: str) -> str:
                 names.require_names(engine)
         elif kind == "wrapper":
             names.require_names(Without(engine, optimizer=Without(engine.optimizer, name)))
+        elif kind == "one rank":
+            names.require_one_rank_names(Without(engine.optimizer, name))
         elif kind == "config":
             names.require_names(Without(engine, _config=Without(engine._config, name)))
         else:
@@ -164,6 +168,7 @@ def test_every_kind_of_wrapper_is_among_the_engines(answers: Any) -> None:
     assert {label: answers[label] for label in ENGINES} == {
         "stage0": "Lamb",
         "stage0_bf16": "FP16_UnfusedOptimizer",
+        "stage1": "DeepSpeedZeroOptimizer",
         "bf16_optimizer": "BF16_Optimizer",
         "stage2_offload": "DeepSpeedZeroOptimizer",
         "stage3": "DeepSpeedZeroOptimizer_Stage3",
@@ -177,6 +182,7 @@ def test_no_name_is_read_that_is_not_in_the_table(path: Path) -> None:
     marked = set(re.findall(r"\b(_z3_\w+|_dp_\w+|_hp_\w+|ds_(?:id|numel|tensor|shape|status|process_group))\b", code))
     assert read <= set(names.ENGINE)
     assert wrapper <= {*names.WRAPPER, *names.MASTERS, *names.OFFLOADED, *names.ZERO3}
+    assert path.stem != "one_rank" or set(re.findall(r"\bzero\.(\w+)", code)) - {"stage_1_and_2"} == set(names.ONE_RANK)
     assert marked <= {*names.PARAMETER_FLAT, *names.PARAMETER_ZERO3}
 
 

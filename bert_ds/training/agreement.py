@@ -42,8 +42,10 @@ def host_group(timeout: timedelta = COLLECTIVE_TIMEOUT) -> dist.ProcessGroup:
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
     """Return the elementwise sum of a short list of numbers over all ranks, in fp64."""
+    group = host_group()
     total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total, group=host_group())
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(total, group=group)
     return total.tolist()
 
 

@@ -28,6 +28,7 @@ ENGINE = (
     *("zero_optimization", "zero_optimization_stage", "zero_offload_optimizer", "zero_partial_offload"),
     *("zero_compute_grad_norm", "zero_elastic_checkpoint", "zero_round_robin_gradients"),
     *("checkpoint_engine", "_copy_recovery_script", "save_checkpoint", "load_checkpoint", "_config"),
+    "wall_clock_breakdown",
 )
 """Of the engine."""
 
@@ -42,6 +43,15 @@ MASTERS = ("fp32_groups",)
 
 OFFLOADED = ("cpu_offload", "averaged_gradients")
 """Of the wrapper of stages 1 and 2 with the optimizer on the CPU."""
+
+ONE_RANK = (
+    *("dtype", "gradient_accumulation_dtype", "communication_data_type", "master_weights_and_grads_dtype"),
+    *("partition_gradients", "cpu_offload", "zenflow", "has_moe_layers", "overlap_comm", "torch_autocast_gradscaler"),
+    *("gradient_predivide_factor", "round_robin_bit16_padding", "clip_grad", "overflow", "_global_grad_norm"),
+    *("bit16_groups_flat", "single_partition_of_fp32_groups", "params_in_partition", "averaged_gradients"),
+    *("_grad_acc_hooks", "_link_all_hp_params", "_optimizer_step", "reduce_gradients", "step"),
+)
+"""Of the wrapper of stages 1 and 2 of DeepSpeed's own, for `one_rank`."""
 
 ZERO3 = ("fp16_groups", "fp32_partitioned_groups_flat", "swap_optimizer")
 """Of the wrapper of stage 3."""
@@ -75,6 +85,11 @@ def require_names(engine: Any) -> None:
             _require(parameter, names, name)
             if stage == 3:
                 _require(parameter.ds_tensor, PART_ZERO3, f"ds_tensor of {name}")
+
+
+def require_one_rank_names(wrapper: Any) -> None:
+    """Raise ConfigError unless the wrapper of stages 1 and 2 has every name that `one_rank` reads or replaces."""
+    _require(wrapper, ONE_RANK, "the optimizer of ZeRO-1 and 2")
 
 
 def missing_name(what: str, attribute: str) -> str:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.training.checkpoints.checkpoint_engine import VerifiedCheckpointEngine
 from bert_ds.training.deepspeed_names import named_release, require_names
+from bert_ds.training.one_rank import shorten_step
 from bert_ds.training.optimizers.factory import StepGuard, refuse_unsupported_settings, share_replicated_work
 
 with named_release():
@@ -60,6 +61,7 @@ def make_engine(model: nn.Module, optimizer: Optimizer, ds_config: dict[str, Any
     # rank 0 alone, inside a collective.
     engine._copy_recovery_script = lambda save_path: None
     _restore_masters(engine, weights)
+    shorten_step(engine)
     if engine.optimizer is optimizer:
         guard.armed = True
     else:  # DeepSpeed's wrapper drops a step with gradients that are not finite, on all ranks alike
