@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bert_kernels import dropout_mask
 from bert_kernels.dropout_mask import (
     ATTENTION,
     HIDDEN,
@@ -35,6 +36,20 @@ def test_philox_gives_the_known_answers_of_its_authors() -> None:
     assert words_hex(0xFFFFFFFF, -1, 7) == ["5207ddc2", "45165e59", "4d8ee751", "8c52f662"]
     assert words_hex(0, 0, 10) == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
     assert words_hex(0xFFFFFFFF, -1, 10) == ["408f276d", "41c83b0e", "a20bc7c6", "6d5451fd"]
+
+
+@pytest.mark.parametrize("seed", [0, -1, 0x7234567890ABCDEF])
+@pytest.mark.parametrize(("num_rows", "num_calls", "threads"), [(0, 4, 1), (1, 1, 1), (7, 3, 1), (600, 32, 2)])
+def test_numpy_draws_what_torch_draws(
+    num_rows: int, num_calls: int, threads: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    rows, heads = (torch.arange(num_rows) * 0x1234567) % 2**32, torch.arange(num_rows) % 5
+    options = {"dropout_p": 0.1, "seed": torch.tensor([seed]), "site": 2**32 - 5}
+    assert dropout_mask._philox_numpy is not None
+    by_numpy = dropout_mask._bytes_kept(rows, heads, num_calls, **options)
+    monkeypatch.setattr(dropout_mask, "_philox_numpy", None)
+    assert torch.equal(by_numpy, dropout_mask._bytes_kept(rows, heads, num_calls, **options))
 
 
 @pytest.mark.parametrize(

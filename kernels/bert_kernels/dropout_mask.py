@@ -34,7 +34,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NUM_ROUNDS = 7
+from bert_kernels._philox import KEY_STEPS, LOW_32, MULTIPLIERS, NUM_ROUNDS
+
+try:
+    from bert_kernels import _philox_numpy
+except ImportError:  # torch does without numpy
+    _philox_numpy = None  # type: ignore[assignment]
 
 
 class MaskLayout(Enum):
@@ -45,13 +50,6 @@ class MaskLayout(Enum):
 
 
 ATTENTION, HIDDEN = MaskLayout.ATTENTION, MaskLayout.HIDDEN
-
-_MULTIPLIER_A = 0xD2511F53
-_MULTIPLIER_B = 0xCD9E8D57
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_LOW_32 = 0xFFFFFFFF
-# Calls per chunk: few enough for the six int64 work arrays to stay in cache, enough to hide the cost of a torch call.
-_CALLS_PER_CHUNK = 65536
 
 
 def keep_threshold(dropout_p: float) -> int:
@@ -96,17 +94,17 @@ def philox_words(counters: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor, 
     Returns:
         int64 (4, ...).
     """
-    key_0, key_1 = seed & _LOW_32, (seed >> 32) & _LOW_32
+    key_0, key_1 = seed & LOW_32, (seed >> 32) & LOW_32
     c0, c1, c2, c3 = counters
     for step in range(num_rounds):
         # The products wrap to a negative int64; the final mask of a word removes what the sign extension brought.
-        product_a, product_b = c0 * _MULTIPLIER_A, c2 * _MULTIPLIER_B
-        c0 = (product_b >> 32).bitwise_xor_(c1).bitwise_xor_(key_0).bitwise_and_(_LOW_32)
-        c2 = (product_a >> 32).bitwise_xor_(c3).bitwise_xor_(key_1).bitwise_and_(_LOW_32)
+        product_a, product_b = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0 = (product_b >> 32).bitwise_xor_(c1).bitwise_xor_(key_0).bitwise_and_(LOW_32)
+        c2 = (product_a >> 32).bitwise_xor_(c3).bitwise_xor_(key_1).bitwise_and_(LOW_32)
         c1, c3 = product_b, product_a
         if step + 1 < num_rounds:
-            key_0, key_1 = (key_0 + _KEY_STEPS[0]) & _LOW_32, (key_1 + _KEY_STEPS[1]) & _LOW_32
-    return torch.stack((c0, c1 & _LOW_32, c2, c3 & _LOW_32))
+            key_0, key_1 = (key_0 + KEY_STEPS[0]) & LOW_32, (key_1 + KEY_STEPS[1]) & LOW_32
+    return torch.stack((c0, c1 & LOW_32, c2, c3 & LOW_32))
 
 
 def keep_mask_reference(
@@ -165,24 +163,28 @@ def hidden_keep_mask(num_rows: int, num_columns: int, *, dropout_p: float, dropo
 def _bytes_kept(rows: Tensor, heads: Tensor, num_calls: int, dropout_p: float, seed: Tensor, site: int) -> Tensor:
     """Return which bytes of calls 0 .. num_calls - 1 of each row are kept: bool (rows, 16 num_calls)."""
     check_dropout(dropout_p, seed, rows.device)
-    calls = torch.arange(num_calls, device=rows.device)
     threshold = keep_threshold(dropout_p)
-    # A compiled graph serves any number of rows, so nothing may be done so many times as there are.
-    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+    # Tensors without data, as in a graph that is being compiled, are of a class of their own or seen by torch alone.
+    if _philox_numpy is None or rows.device.type != "cpu" or type(rows) is not Tensor or torch.compiler.is_compiling():
+        calls = torch.arange(num_calls, device=rows.device)
         return _bytes_of_calls(calls, rows, heads, seed, site) < threshold
-    kept = torch.empty(len(rows), 16 * num_calls, dtype=torch.bool, device=rows.device)
-    rows_per_chunk = max(1, _CALLS_PER_CHUNK // max(1, num_calls))
-    for start in range(0, len(rows), rows_per_chunk):
-        part = slice(start, start + rows_per_chunk)
-        torch.lt(_bytes_of_calls(calls, rows[part], heads[part], seed, site), threshold, out=kept[part])
-    return kept
+    kept = _philox_numpy.bytes_below(
+        threshold,
+        rows.numpy(),
+        heads.numpy(),
+        num_calls=num_calls,
+        seed=int(seed),
+        site=site,
+        num_threads=torch.get_num_threads(),
+    )
+    return torch.from_numpy(kept)
 
 
 def _bytes_of_calls(calls: Tensor, rows: Tensor, heads: Tensor, seed: Tensor, site: int) -> Tensor:
     """Return the 16 bytes of each of the calls of each row: uint8 (rows, 16 calls)."""
     counters = torch.broadcast_tensors(calls, rows[:, None], heads[:, None], torch.full_like(calls, site))
     # int64 -> int32 keeps the low 32 bits; their four bytes in memory order are the little-endian ones.
-    words = philox_words(counters, seed).to(torch.int32).permute(1, 2, 0).contiguous()
+    words = philox_words(counters, seed).to(torch.int32).permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
     return words.view(torch.uint8).flatten(1)
 
 
