@@ -49,7 +49,7 @@ LONGEST = (
     "test_verbs",
 )
 """Files that begin first, so that two workers end at about the same time; a worker takes whole files."""
-STARTERS = ("run_verb", "run_ranks", "run_forked", "weather", "subprocess", "make_workshop", "must")
+STARTERS = ("run_verb", "run_ranks", "run_forked", "weather", "subprocess", "Desk", "Workshop", "make_workshop", "must")
 """Names by which a test module starts processes."""
 
 

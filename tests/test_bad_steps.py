@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from bert_ds.training.checkpoints.checkpoint_loader import resume, roll_back
 from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.checkpoints.train_state import TrainState
 from bert_ds.training.engine import make_engine
+from bert_ds.training.loop.bad_steps import _finite_first
 from bert_ds.training.loop.loss_guard import LossGuard
 from bert_ds.training.loop.train_loop import MAX_REPORTS, train
 from bert_ds.training.optimizers.factory import make_optimizer
@@ -206,6 +208,11 @@ def test_nothing_spikes_before_the_window_is_full_or_the_guard_is_armed() -> Non
     assert [judge(guard, loss) for loss in (1.0, 2.0, 100.0, 1.0)] == [True] * 4
     armed = LossGuard(3.0, 4, recent=[1.0, 1.1, 0.9, 1.0], device="cpu")
     assert judge(armed, 50.0, armed=False)
+
+
+def test_the_largest_gradients_are_those_that_are_numbers() -> None:
+    norms = {"small": 1.0, "none": math.nan, "large": 5.0}
+    assert [name for name, _ in sorted(norms.items(), key=_finite_first)] == ["large", "small", "none"]
 
 
 def test_a_ripple_of_a_loss_that_hardly_moves_is_no_spike() -> None:

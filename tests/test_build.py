@@ -213,6 +213,10 @@ def test_a_finished_folder_is_reused_without_reading_the_input(tokenizer: Path, 
     first = build_shards(text_input, tokenizer, tmp_path / "s", settings=SETTINGS)
     assert build_shards(text_input, tokenizer, tmp_path / "s", settings=SETTINGS) == first
     assert readings == 1
+    shard = next((tmp_path / "s").glob("train-*.tokens"))
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"train-\d+\.tokens has \d+ bytes, wanted"):
+        build_shards(text_input, tokenizer, tmp_path / "s", settings=SETTINGS)
 
 
 def test_other_settings_other_input_and_another_tokenizer_are_refused(

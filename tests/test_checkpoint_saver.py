@@ -6,6 +6,7 @@ import resource
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from bert_ds.basics.ranks import CheckpointError, Ranks
 from bert_ds.reporting.run_log import read_metrics
 from bert_ds.training.checkpoints import checkpoint_saver
 from bert_ds.training.checkpoints.checkpoint_folder import find_checkpoint, verify_checkpoint
+from bert_ds.training.checkpoints.checkpoint_loader import resume
 from bert_ds.training.checkpoints.checkpoint_saver import CheckpointPolicy, CheckpointSaver
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 from bert_ds.training.checkpoints.train_state import TrainState
@@ -162,6 +164,33 @@ def test_the_first_rank_of_a_machine_needs_room_for_the_model_too(
         memory = SimpleNamespace(available=share * needed / 0.8)
         monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
         assert saver._fits_into_memory() == fits
+
+
+def test_a_checkpoint_is_planned_with_all_that_it_holds_and_wants_room_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join_alone()
+    fp32, bf16 = torch.zeros(1000), torch.zeros(1000, dtype=torch.bfloat16)
+    for stage, weight, of_a_weight in ((0, fp32, 12), (0, bf16, 14), (2, fp32, 16), (2, bf16, 14), (3, bf16, 12)):
+        module = SimpleNamespace(parameters=lambda weight=weight: [weight])
+        engine: Any = SimpleNamespace(module=module, zero_optimization_stage=lambda stage=stage: stage)
+        assert checkpoint_saver.checkpoint_bytes(engine) == 1000 * of_a_weight + (2 << 20)
+    for free, fits in ((1099, False), (1100, True)):
+        monkeypatch.setattr(checkpoint_saver.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with (
+            nullcontext() if fits else pytest.raises(CheckpointError, match="1,099 bytes free, a checkpoint needs 1,1")
+        ):
+            checkpoint_saver._start(tmp_path / "checkpoints", "global_step1", needed_bytes=1000)
+
+
+def test_a_damaged_checkpoint_that_is_passed_over_keeps_its_name(tmp_path: Path) -> None:
+    join_alone()
+    engine, log = tiny_engine(ds_config(0)), tiny_services(tmp_path, 0, 1).log
+    saver = CheckpointSaver(engine, tmp_path, policy=CheckpointPolicy(facts=FACTS), log=log)
+    assert saver.save(TrainState(step=1)) and saver.save(TrainState(step=2))
+    (manifest := tmp_path / "checkpoints/global_step2/manifest.json").write_text("{")
+    state = resume(engine, tmp_path, name=None, facts=FACTS, log=log)
+    assert state is not None and state.step == 1 and manifest.exists()
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -198,11 +198,11 @@ def test_tables_of_examples_may_lie_in_the_run_and_sources_share_the_examples_of
     sources = [Source(folder, folder.name) for folder in folders]
     data = PretrainingData(sources, folders[0] / "tokenizer", settings=settings, cache_dir=tmp_path / "cache")
     assert [call["cache_dirs"] for call in calls["build_examples"]] == [(one, tmp_path / "cache") for one in folders]
-    recipe: Any = Namespace(evaluation=Namespace(num_examples=8, batch_size=4))
+    recipe: Any = Namespace(evaluation=Namespace(num_examples=6, batch_size=4))
     found = {
         name: [batch.num_sequences for batch in some] for name, some in evaluated_batches(recipe, data, Ranks(0, 0, 1))
     }
-    assert found == {"": [4, 4], "a": [4], "b": [4]}
+    assert found == {"": [3, 3], "a": [3], "b": [3]}
     alone = PretrainingData(sources[1:], folders[0] / "tokenizer", settings=settings)
     spread: Any = {"batch_size": 4, "rank": 0, "world_size": 1}
     one, wanted = data.evaluation_batches(4, source="b", **spread), alone.evaluation_batches(4, **spread)

@@ -18,6 +18,7 @@ from bert_ds.basics.ranks import CheckpointError
 from bert_ds.configuration.recipe.run_config import ConfigError
 from bert_ds.encoder.hf_folder import load_hf_folder
 from bert_ds.encoder.hf_mapping import from_hf
+from bert_ds.encoder.hf_verify import probe_sequences
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,12 @@ def test_the_weights_can_be_read_by_whom_the_umask_lets_read(right_export: Path)
     assert len({path.stat().st_mode for path in right_export.iterdir()}) == 1
 
 
+def test_scores_are_compared_on_sequences_of_many_lengths_with_padding() -> None:
+    probe = probe_sequences(CONFIG)
+    assert probe.padded["attention_mask"].sum(1).tolist() == [37, 1, 19, 13]
+    assert probe.packed["cu_seqlens"].tolist() == [0, 37, 38, 57, 70]
+
+
 def test_sharded_safetensors_are_read(right_export: Path, tmp_path: Path) -> None:
     model = transformers.BertForPreTraining.from_pretrained(right_export)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -47,10 +54,14 @@ def test_sharded_safetensors_are_read(right_export: Path, tmp_path: Path) -> Non
     assert set(load_hf_folder(tmp_path).tensors) == set(load_hf_folder(right_export).tensors)
 
 
-def test_a_pytorch_bin_is_read(right_export: Path, tmp_path: Path) -> None:
+def test_a_pytorch_bin_is_read_where_there_is_nothing_safer(right_export: Path, tmp_path: Path) -> None:
     tensors = load_file(right_export / "model.safetensors")
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_bytes((right_export / "config.json").read_bytes())
+    found = load_hf_folder(tmp_path).tensors
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    torch.save({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").write_bytes((right_export / "model.safetensors").read_bytes())
     found = load_hf_folder(tmp_path).tensors
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 

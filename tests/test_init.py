@@ -111,6 +111,15 @@ def model_of(size: tuple[int, int, int]) -> dict[str, Any]:
     return {"type": "modernbert", **shape, "num_attention_heads": size[1] // 64, "max_position_embeddings": 512}
 
 
+def test_evaluations_are_of_the_time_and_a_batch_is_one_of_all_ranks() -> None:
+    def slow(plan: RunPlan) -> Speed:
+        return Speed(0.01, 30.0)
+
+    found = choose(BASE, load_ds_config("zero1"), minutes=5, measure=slow, world_size=3)
+    assert found.num_steps == (300 - 4 * 30) / 0.01
+    assert found.plan.run.training.train_batch_size % 3 == 0
+
+
 def test_batch_length_and_rate_follow_from_the_time() -> None:
     short, long = chosen(5).plan.run, chosen(6000).plan.run
     assert (short.max_seq_length, long.max_seq_length) == (64, 128)
@@ -217,6 +226,8 @@ def test_what_cannot_be_is_one_sentence_and_touches_nothing(tmp_path: Path, corp
     for kind, text, words in cases:
         with pytest.raises(kind, match=text):
             made(tmp_path, corpus, "--gpu", "H100", *words)
+    with pytest.raises(SystemExit):
+        made(tmp_path, corpus, "--gpu", "H100", "--minutes", 0)
     assert not (tmp_path / "my.json").exists()
     with pytest.raises(DataError, match=r"my\.json cannot be written: No such file or directory"):
         made(tmp_path / "nowhere", corpus, "--gpu", "H100")

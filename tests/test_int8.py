@@ -151,6 +151,10 @@ def test_int8_wants_the_task_of_the_folder_and_onnxruntime(
     with pytest.raises(ConfigError, match="does not lie in the run that made it: wanted --task, and --data with it"):
         export_hf_arguments(["--model", str(tiny_export), "--onnx", "--int8"])
     written("regression", tmp_path, tiny_export)
+    (tmp_path / "task_config.json").write_bytes((tmp_path / "task.json").read_bytes())
+    words = ["--model", str(tmp_path / "hf"), "--onnx", "--int8"]
+    named = export_hf_arguments([*words, "--task", str(review_task(tmp_path / "named"))]).task
+    assert (export_hf_arguments(words).task.kind, named.kind) == ("regression", "classification")
     task = load_task(review_task(tmp_path / "other"))
     with pytest.raises(
         ConfigError, match="was fine-tuned for regression, the task tiny is classification: wanted its own"

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from call_watch import Calls
 from config_cases import RECIPE, changed
 from family_cases import EVERY_FAMILY, FORMS, disturbed, of_size, ragged
 from family_runs import STEPS, TOKENIZER, Run, losses, run_folder, train_all, write_inputs
 from ranks_harness import run_ranks
 
+from bert_ds import export_hf
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.recipe.run_config import ConfigError, RunConfig
 from bert_ds.configuration.run_checks import recipe_problems
@@ -23,6 +25,7 @@ from bert_ds.encoder.initial_weights import layers_alone
 from bert_ds.encoder.pretrained import load_masked_lm
 from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.export_hf import export
+from bert_ds.launch.verb_arguments import export_hf_arguments
 from bert_ds.training.checkpoints.fp32_weights import load_fp32_state_dict
 from bert_ds.training.loop.dropout_seeds import passed_over
 
@@ -132,6 +135,25 @@ def test_a_network_of_some_layers_is_exported(trained: tuple[EncoderConfig, Path
         with pytest.raises(ConfigError) as refused:
             export(run_dir, None, tmp_path, shown=tmp_path, layers=layers)
         assert str(refused.value) == f"--layers: found {layers}, wanted numbers from 0 to 2 that rise"
+
+
+def test_the_verb_hands_on_which_layers_of_which_checkpoint_and_wants_a_place_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = Calls(monkeypatch, export_hf, export="said")
+    words = ["--run_dir", str(tmp_path), "--layers", "0", "2"]
+    args = export_hf_arguments([*words, "--checkpoint", "global_step3", "--output", str(tmp_path / "few")])
+    export_hf.written(args, tmp_path, tmp_path / "few", shown=tmp_path / "few")
+    assert [(call["name"], call["layers"]) for call in calls["export"]] == [("global_step3", [0, 2])]
+    with pytest.raises(SystemExit):
+        export_hf_arguments(words)
+
+
+def test_the_card_says_what_steps_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(export_hf, "read_manifest", lambda path: {"state": {"step": 3, "consumed_examples": 9}})
+    recipe = changed(changed(RECIPE, "training.layer_drop", 0.5), "training.stochastic_depth", 0.25)
+    facts = export_hf._facts(RunConfig.model_validate(recipe), tmp_path, tmp_path / "metrics.jsonl")
+    assert (facts["layers left out of a step"], facts["stochastic depth"]) == (0.5, 0.25)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from tiny_training import (
     tiny_services,
 )
 
+from bert_ds.basics.loss_term import LossTerm
 from bert_ds.basics.ranks import DivergedError, Ranks
 from bert_ds.configuration.recipe.optimizer_config import DeepSpeedFusedAdamConfig
 from bert_ds.reporting.run_log import read_metrics
@@ -215,6 +216,10 @@ def test_an_evaluation_leaves_the_model_training_and_a_loss_is_weighed() -> None
     assert (modes, engine.module.training) == ([False], True)
     means = evaluation.named_means(TinyModel.terms, [2.0, 4.0, 1.0, 1.0], counts={"rows": 1.0, "pairs": 2.0})
     assert means["loss"] == 2.0 + 0.5 * 2.0
+    words = LossTerm("mlm", count="words", metric="mlm_correct", of_words=True)
+    sums, counts = [8.0, 3.0, 6.0, 2.0, 2.0, 1.0], {"words": 4.0, "masked": 2.0, "kept": 2.0}
+    told = evaluation._evaluated([words], sums, counts=counts, kinds=["masked", "kept"])
+    assert told["loss_mlm_masked"] == 3.0 and not {"perplexity", "mlm_accuracy"} & set(told)
 
 
 def test_a_micro_batch_is_settled_by_the_smallest_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

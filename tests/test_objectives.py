@@ -9,7 +9,7 @@ import pytest
 import torch
 from config_cases import write_json
 from encoder_cases import packed_inputs, small_config
-from test_recipe_settings import RECIPE
+from recipe_workshop import RECIPE
 from torch import Tensor, nn
 
 from bert_ds.basics.loss_term import LossTerm

@@ -12,8 +12,8 @@ import torch
 from config_cases import RECIPE as PLAIN
 from config_cases import changed
 from family_cases import FORMS
+from recipe_workshop import RECIPE, Workshop, must, plain_workshop
 from test_pretrain_wiring import batch_of, data_of, recipe_of
-from test_recipe_settings import RECIPE, Workshop, must, plain_workshop
 from test_run_plan import problems_of
 
 from bert_ds.encoder.initial_weights import start_at_unigram

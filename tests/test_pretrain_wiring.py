@@ -13,8 +13,9 @@ import pytest
 import torch
 import transformers
 from forked_verbs import run_verb
+from recipe_workshop import RECIPE, ROOT, Workshop, must
 from settings_walk import changed
-from test_recipe_settings import RECIPE, ROOT, ROUGH, Workshop, must
+from test_recipe_settings import ROUGH
 from torch.nn.functional import cross_entropy
 
 from bert_ds.basics.micro_batch import MicroBatch

@@ -185,6 +185,12 @@ def test_the_verb_goes_by_the_seed_of_the_task_and_the_limit(
         assert written[name] == [probe._asdict() | {"selectivity": probe.selectivity} for probe in wanted]
 
 
+def test_random_weights_go_by_the_seed(tiny_export: Path) -> None:
+    config = load_pretrained(tiny_export).config
+    first, other = (make_encoder(config, None, kernels="torch", init_seed=seed) for seed in (3, 4))
+    assert not torch.equal(first.embeddings.word_weight, other.embeddings.word_weight)
+
+
 def test_what_cannot_be_probed_for_is_refused(tiny_export: Path, tmp_path: Path) -> None:
     fields = {"text": "text", "score": "score"}
     write_lines(tmp_path / "train.tsv", ["text\tscore", "we saw it\t1.0", "it saw we\t2.0"])

@@ -20,6 +20,7 @@ import bert_ds.pretrain
 from bert_ds.basics.ranks import Ranks
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.run_plan import RunPlan, make_plan
+from bert_ds.corpus.batches import loader
 from bert_ds.corpus.batches.batch_stages import data_settings
 from bert_ds.corpus.batches.plan_batches import held_out_batches, longest_batches
 from bert_ds.reporting.run_log import read_metrics
@@ -190,6 +191,15 @@ def test_all_layers_that_learn_are_compiled_with_the_kernels_that_they_run_on(mo
     assert [*compiled.call_args.args[0]] == ["a", "b", "c"] and compiled.call_args.kwargs == {"kernels": "triton"}
 
 
+def test_words_that_another_jieba_may_cut_are_other_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jieba", reason="the extra zh is not installed")
+    plan, found = plan_of(folder, "masking.whole_word_mask=true", "masking.word_segmenter=jieba"), set()
+    for number in ("1", "2"):
+        monkeypatch.setattr(loader, "version", lambda name, number=number: number)
+        found.add(bert_ds.pretrain.open_corpus(plan, folder / "runs/jieba", log=Mock()).fingerprint)
+    assert len(found) == 2
+
+
 def test_the_longest_batch_is_cut_as_in_the_stage_that_needs_most(folder: Path) -> None:
     data, plan = Mock(), plan_of(folder, 'stages=[{"until": 0.5, "train_batch_size": 16}]', "training.few_shapes=true")
     longest_batches(plan, data)(3)
@@ -205,6 +215,9 @@ def test_a_run_by_the_clock_has_the_stages_and_the_files_of_its_steps(
     calls = Calls(monkeypatch, bert_ds.pretrain, with_total_steps=by_steps)
     opened = bert_ds.pretrain.open_run(clock, ALONE, args=arguments(run_dir))
     (given,) = calls["with_total_steps"]
+    monkeypatch.setattr(step_budget, "_steps_of_earlier_launch", lambda run_dir: 8)
+    settled = step_budget.with_total_steps(**{**given, "log": Mock()}).run.training
+    assert (settled.total_steps, settled.max_minutes) == (8, None)
     assert len(given["held_out"]()) == len(held_out_batches(clock.run, opened.data, ALONE)) > 2
     assert json.loads(opened.folder.descriptions["run_config.json"])["training"]["total_steps"] == 8
     wanted = bert_ds.pretrain.open_corpus(by_steps, run_dir, log=opened.log).fingerprint

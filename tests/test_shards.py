@@ -198,7 +198,11 @@ def test_a_folder_without_manifest_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"vocab_size": 65}, {"lowercase": False}, {"max_bytes": 9}, {"validation_fraction": 0.3}]
+    "change",
+    [
+        *({"vocab_size": 65}, {"lowercase": False}, {"max_bytes": 9}, {"validation_fraction": 0.3}),
+        {"tokenizer_kind": "bpe"},
+    ],
 )
 def test_an_embedded_corpus_of_other_settings_lies_elsewhere(change: dict[str, Any], tmp_path: Path) -> None:
     config = EmbeddedCorpus(vocab_size=64)

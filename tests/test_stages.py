@@ -15,8 +15,8 @@ import torch
 from config_cases import RECIPE as PLAIN
 from corpus_fixtures import random_documents, write_shards
 from forked_verbs import run_verb
+from recipe_workshop import Workshop, must, plain_workshop
 from test_loader import Sequence, sequences_of
-from test_recipe_settings import Workshop, must, plain_workshop
 from test_run_plan import plan_of, problems_of
 from tiny_training import TinyModel, ds_config, join_alone, step_batches, tiny_loop, tiny_services
 

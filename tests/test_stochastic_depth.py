@@ -17,6 +17,7 @@ from bert_ds.configuration.recipe.run_config import RunConfig
 from bert_ds.configuration.run_checks import recipe_problems
 from bert_ds.encoder import pretraining_model
 from bert_ds.encoder.blocks import kept_branches
+from bert_ds.encoder.objectives.table import make_objectives
 from bert_ds.encoder.pretraining_model import PretrainingModel
 from bert_ds.training.loop.dropout_seeds import drops_of
 
@@ -125,6 +126,13 @@ def test_a_step_draws_by_seed_and_step_alone() -> None:
     assert seed_of(1, 2, 0) == seed_of(1, 2, 3)
     assert len({seed_of(1, 2, 0), seed_of(2, 2, 0), seed_of(1, 3, 0)}) == 3
     assert "branches" not in drops_of(deep(FORMS["bert"], 0.0), 1, 2, 0, device="cpu", example_ids=ids)
+
+
+def test_a_generator_leaves_out_blocks_too() -> None:
+    config = FORMS["electra"]
+    objectives = make_objectives({"masked_words": 1.0, "replaced_tokens": 1.0}, generator=config.generator(0.5))
+    model = PretrainingModel(config, kernels="torch", objectives=objectives, stochastic_depth=0.3)
+    assert [encoder.stochastic_depth for encoder in model.encoders()] == [0.3, 0.3]
 
 
 def test_it_wants_draws_and_is_not_compiled() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from call_watch import Calls
 from config_cases import DEEPSPEED, RECIPE, write_json
 from forked_verbs import run_verb
 from test_job_config import INJECTIONS, JOB
@@ -187,10 +188,12 @@ def test_what_the_checkpoints_of_a_run_hold_already_is_room_for_them(
     monkeypatch.setattr(sys, "argv", list(map(str, ("submit.py", *words))))
     with pytest.raises(ConfigError, match="its checkpoints need"):
         bert_ds.submit.main()
-    checkpoint = tmp_path / "runs/a/checkpoints/global_step10"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "weights.pt").write_bytes(bytes(2000))
-    assert bert_ds.submit.main() == 0
+    for step in (9, 10):
+        checkpoint = tmp_path / f"runs/a/checkpoints/global_step{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "weights.pt").write_bytes(bytes(1000))
+    calls = Calls(monkeypatch, bert_ds.submit, job_rows=Calls.THROUGH)
+    assert bert_ds.submit.main() == 0 and calls["job_rows"][0]["done_steps"] == 10
     assert "after step 10" not in capsys.readouterr().out  # without a speed there is no estimate
 
 

@@ -11,7 +11,7 @@ import unpad_cases as cases
 from torch import nn
 
 from bert_kernels.attention import attention_reference
-from bert_kernels.hf import describe, unpad
+from bert_kernels.hf import describe, layers, unpad
 from bert_kernels.hf.layers import is_plain
 from bert_kernels.hf.operators import SITE, attention_over_tokens, operators_for
 from bert_kernels.hf.packing import pack_bounds
@@ -148,6 +148,37 @@ def test_a_part_with_a_hook_or_another_class_is_called_and_the_numbers_stay() ->
     cases.assert_same_gradients(ours, plain)
     # Two layers, each with two outputs (dense, dropout, LayerNorm), an intermediate dense, and a dropout of attention.
     assert calls == {"key": 2, "dense": 6, "LayerNorm": 4, "dropout": 4}
+
+
+def test_scale_and_epsilon_are_those_of_the_layer() -> None:
+    plain = cases.make_model("BertModel", layer_norm_eps=0.5)
+    for layer in plain.encoder.layer:
+        layer.attention.self.scaling = 0.9
+    ours = unpad(copy.deepcopy(plain), kernels="torch")
+    inputs = cases.make_batch("BertModel").inputs
+    mask = inputs["attention_mask"].bool()
+    torch.testing.assert_close(ours(**inputs)[0][mask], plain(**inputs)[0][mask])
+
+
+def test_both_outputs_of_a_layer_drop_by_masks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = unpad(cases.make_model("BertModel", **DROPOUT), kernels="torch").train()
+    reference, sites = layers._add_and_norm, []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        sites.append(options["site"])
+        return reference(*args, **options)
+
+    monkeypatch.setattr(layers, "_add_and_norm", watched)
+    model(**cases.make_batch("BertModel").inputs)
+    assert sites == [1, 2, 4, 5]
+
+
+@pytest.mark.parametrize("watch", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_module_whose_gradients_are_watched_is_called(watch: str) -> None:
+    module = nn.Linear(2, 2)
+    assert is_plain(module)
+    getattr(module, watch)(lambda *args: None)
+    assert not is_plain(module)
 
 
 def test_plain_parts_are_not_called(monkeypatch: pytest.MonkeyPatch) -> None:

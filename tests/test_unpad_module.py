@@ -6,6 +6,7 @@ import copy
 import inspect
 import io
 import json
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,11 @@ def test_repad_gives_back_the_attention_that_was_set() -> None:
     assert repad(unpad(model)).config._attn_implementation == "eager"
 
 
+def test_repad_gives_a_model_of_an_unpadded_one_s_config_an_attention_of_transformers() -> None:
+    heir = transformers.BertModel(unpad(cases.make_model("BertModel")).config)
+    assert repad(unpad(heir)).config._attn_implementation == "sdpa"
+
+
 def test_a_head_and_a_layer_whose_forward_is_a_person_s_own_are_left_alone() -> None:
     class Head(transformers.BertForMaskedLM):
         def forward(self, **inputs: Any) -> Any:
@@ -93,6 +99,13 @@ def test_rows_of_equal_length_lie_side_by_side_the_longest_first() -> None:
     assert packing.places(torch.tensor([6, 4, 0, 29])).tolist() == [0, -1, 10, -1]
 
 
+def test_only_a_sequence_that_is_longer_than_the_window_reaches_over_a_hole() -> None:
+    keep = torch.tensor([[True, True, False, True], [True, False, False, False]])
+    packing = pack_rows(keep, even_if_full=False)
+    assert packing is not None
+    assert [packing.reaches_over_hole(window) for window in (2, 3)] == [True, False]
+
+
 def is_unpadded(model: Any) -> bool:
     batch = cases.make_batch("BertModel", labels=False)
     hidden = model(**batch.inputs, output_hidden_states=True).hidden_states[-1]
@@ -105,6 +118,7 @@ def test_copies_and_pickles_are_unpadded_and_the_original_lives_on() -> None:
     torch.save(ours, buffer)
     buffer.seek(0)
     copies = [copy.deepcopy(ours), torch.load(buffer, weights_only=False)]
+    copies += [pickle.loads(pickle.dumps(ours, protocol=0))]
     inputs = cases.make_batch("BertForMaskedLM").inputs
     for each in copies:
         assert is_unpadded(each) and each.train()(**inputs).get("logits") is None
