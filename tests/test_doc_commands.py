@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from config_cases import RECIPE, write_json
@@ -23,6 +25,9 @@ from forked_verbs import run_verb
 from verb_help import verb_parsers
 
 from bert_ds.configuration.reading.shipped_files import Kind, named_file
+from bert_ds.configuration.recipe.run_config import load_run_config
+from bert_ds.configuration.task.search_space import load_trials
+from bert_ds.configuration.task.task_config import load_task
 from bert_ds.launch.command_line import CALLED_BY
 from bert_ds.launch.verbs import VERBS
 
@@ -122,3 +127,32 @@ def test_a_mistake_looks_as_it_is_shown(tmp_path: Path, monkeypatch: pytest.Monk
     done = run_verb(ROOT / "bert_ds/check_run.py", *shlex.split(shown[0])[3:], env={CALLED_BY: "bert-ds"})
     assert done.returncode == int(shown[-1])
     assert done.stderr.splitlines() == shown[1:-2]
+
+
+def test_the_files_that_pages_show_are_read(tmp_path: Path) -> None:
+    def shown(page: str) -> list[dict[str, Any]]:
+        return [json.loads(block) for block in blocks_of(ROOT / page, "json")]
+
+    for number, page in enumerate(("docs/finetune.md", "docs/zh/finetune.md")):
+        space = write_json(tmp_path, f"space_{number}.json", shown(page)[-1])
+        assert len(load_trials(space)) == 12
+    assert load_task(write_json(tmp_path, "task.json", shown("docs/finetune.md")[0])).kind == "classification"
+    assert load_task(write_json(tmp_path, "tutorial.json", shown("docs/tutorial.md")[0])).optimizer.lr == 3e-4
+    (longer,) = shown("docs/long_context.md")
+    recipe = json.loads((ROOT / "ds_configs/recipes/modernbert_small.json").read_text(encoding="utf-8"))
+    merged = {**recipe, **longer, "model": {**recipe["model"], **longer["model"]}}
+    assert load_run_config(write_json(tmp_path, "longer.json", merged)).max_seq_length == 8192
+
+
+def test_monitors_write_below_the_run_folder(
+    world: Path, tutorial: list[Command], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)
+    (block,) = (json.loads(block) for block in blocks_of(ROOT / "docs/monitors.md", "json"))
+    zero1 = json.loads((ROOT / "ds_configs/zero1.json").read_text(encoding="utf-8"))
+    words = ["--deepspeed_config", str(write_json(world, "monitored.json", {**zero1, **block}))]
+    command = next(command for command in tutorial if command.verb == "pretrain")
+    done = run_verb(ROOT / "bert_ds/pretrain.py", *small_words(command, "runs/monitored"), *words)
+    assert done.returncode == 0, done.stderr
+    assert list((world / "runs/monitored/monitor/mine").glob("*train_loss.csv"))
+    assert list((world / "runs/monitored/monitor/mine").glob("events.out.tfevents.*"))

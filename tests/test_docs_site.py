@@ -121,7 +121,6 @@ def test_formulas_words_and_limits_come_from_where_they_are_kept(site: Path) -> 
     words, architecture = (text_of(site / name) for name in ("reference/words.html", "documents/architecture.html"))
     assert "a word piece of the tokenizer" in words and "a word piece of the tokenizer" not in architecture
     assert "No pipeline or tensor parallelism" in text_of(site / "reference/limits.html")
-    assert "A test's name is a sentence" in text_of(site / "reference/tests.html")
 
 
 def anchors_of(text: str) -> set[str]:

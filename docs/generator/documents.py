@@ -32,7 +32,6 @@ LISTS = {
 SECTIONS = {
     "reference/words.md": ("ARCHITECTURE.md", "Words"),
     "reference/limits.md": ("ARCHITECTURE.md", "Known limits"),
-    "reference/tests.md": ("CONTRIBUTING.md", "Tests"),
 }
 """Page of the site -> section of such a file that it is, and that the page of the file leaves out."""
 
