@@ -47,6 +47,7 @@ LONGEST = (
     "test_kernel_embedding",
     "test_hang_watchdog",
     "test_verbs",
+    "test_doc_commands",
 )
 """Files that begin first, so that two workers end at about the same time; a worker takes whole files."""
 STARTERS = ("run_verb", "run_ranks", "run_forked", "weather", "subprocess", "Desk", "Workshop", "make_workshop", "must")

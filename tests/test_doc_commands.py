@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from bert_ds.configuration.recipe.run_config import load_run_config
 from bert_ds.configuration.task.search_space import load_trials
 from bert_ds.configuration.task.task_config import load_task
 from bert_ds.launch.command_line import CALLED_BY
+from bert_ds.launch.launcher import LAUNCHER_FLAGS, LAUNCHER_OPTIONS
 from bert_ds.launch.verbs import VERBS
 
 TUTORIAL = ROOT / "docs/tutorial.md"
@@ -43,9 +45,15 @@ def test_every_command_is_of_a_verb_or_listed_and_nothing_is_listed_in_vain() ->
     assert [pattern for pattern in NOT_RUN if not any(re.search(pattern, command.text) for command in ALL)] == []
 
 
-def test_every_verb_of_a_command_reads_its_options_and_every_file_of_ours_is_there() -> None:
-    parsers, targets = verb_parsers(), (ROOT / "Makefile").read_text(encoding="utf-8")
-    wrong = []
+@pytest.fixture(scope="module")
+def parsers() -> dict[str, ArgumentParser]:
+    return verb_parsers()
+
+
+def test_every_verb_of_a_command_reads_its_options_and_every_file_of_ours_is_there(
+    parsers: dict[str, ArgumentParser],
+) -> None:
+    targets, wrong = (ROOT / "Makefile").read_text(encoding="utf-8"), []
     for command in ALL:
         words = [word for word in command.words if word.startswith(("ds_configs/", "slurm/", "bert_ds/"))]
         wrong += [(command, word) for word in words if word != "slurm/site.env" and not (ROOT / word).exists()]
@@ -64,6 +72,26 @@ def test_every_verb_of_a_command_reads_its_options_and_every_file_of_ours_is_the
             if option in NAMED and not name.endswith(".json") and name != "R.json":
                 named_file(name, NAMED[option])
     assert wrong == []
+
+
+FOREIGN = {"--array", "--ntasks-per-node", "--signal", "--nproc_per_node", "--na-prob-file"}
+"""Options of sbatch, torchrun and SQuAD's script that pages name."""
+
+
+USER_PAGES = [*ROOT.glob("README*.md"), *(page for page in PAGES if page.parent.name in ("docs", "zh", "slurm"))]
+
+
+@pytest.mark.parametrize("page", USER_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_option_that_a_sentence_names_is_one_of_a_verb_or_a_launcher(
+    page: Path, parsers: dict[str, ArgumentParser]
+) -> None:
+    known = {word for parser in parsers.values() for word in parser._option_string_actions}
+    known |= {*LAUNCHER_FLAGS, *LAUNCHER_OPTIONS, *FOREIGN}
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    spans = re.findall(r"`([^`\n]+)`", text)
+    assert [span for span in spans if not set(re.findall(r"(?:^|\s)(--[\w-]+)", span)) <= known] == []
+    verbs = [found[1] for span in spans if (found := re.match(r"bert-ds (\w+)", span))]
+    assert set(verbs) <= {*VERBS, "VERB"}
 
 
 @pytest.fixture(scope="module")
