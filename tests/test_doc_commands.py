@@ -78,7 +78,7 @@ FOREIGN = {"--array", "--ntasks-per-node", "--signal", "--nproc_per_node", "--na
 """Options of sbatch, torchrun and SQuAD's script that pages name."""
 
 
-USER_PAGES = [*ROOT.glob("README*.md"), *(page for page in PAGES if page.parent.name in ("docs", "zh", "slurm"))]
+USER_PAGES = [*ROOT.glob("README*.md"), ROOT / "SERVING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("slurm/*.md")]
 
 
 @pytest.mark.parametrize("page", USER_PAGES, ids=lambda page: str(page.relative_to(ROOT)))

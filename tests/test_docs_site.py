@@ -15,6 +15,7 @@ from doc_commands import PAGES
 from documents import with_page_links
 from verb_help import verb_parsers
 
+from bert_ds.configuration.task.task_kinds import KIND_FACTS
 from bert_ds.launch.verbs import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +78,7 @@ def test_every_setting_has_a_row_with_its_default_and_its_meaning(site: Path, pa
     schema = json.loads((ROOT / "ds_configs" / file).read_text(encoding="utf-8"))
     objects: list[dict[str, Any]] = [schema, *schema["$defs"].values()]
     wanted = sorted(name for one in objects for name in one["properties"])
-    rows = rows_of(site / f"reference/{page}.html")
+    rows = [row for row in rows_of(site / f"reference/{page}.html") if len(row) == 4]
     assert sorted(row[0] for row in rows) == wanted and len(wanted) > 100
     described = {
         " ".join(node["description"].replace("`", "").split())
@@ -87,6 +88,13 @@ def test_every_setting_has_a_row_with_its_default_and_its_meaning(site: Path, pa
     }
     assert described <= {row[3] for row in rows}
     assert [row for row in rows if row[1] == "anything"] == []
+
+
+def test_every_kind_of_task_has_a_row(site: Path) -> None:
+    rows = {row[0]: row[1:] for row in rows_of(site / "reference/task.html") if len(row) == 5}
+    assert list(rows) == list(KIND_FACTS)
+    assert rows["multiple_choice"] == ["text, choices, label", "text_pair, id", "accuracy", "finetune"]
+    assert rows["masked_words"] == ["", "", "loss_mlm_masked, nats_per_character", "score"]
 
 
 def test_values_stand_in_words_with_their_bounds(site: Path) -> None:

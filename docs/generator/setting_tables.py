@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bert_ds.configuration.deepspeed_file.ds_support import ALLOWED, SWITCHED_OFF
+from bert_ds.configuration.task.task_kinds import KIND_FACTS
 
 Node = Mapping[str, Any]
 SIMPLE = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false"}
@@ -95,6 +96,16 @@ def with_links(page: str, schema: Path) -> str:
         title = heading(name, node)
         page = page.replace(f"[{{{name}}}]", f"[{title}](#{title.replace(' ', '-')})")
     return page
+
+
+def kinds_table() -> str:
+    """Return the kinds of tasks: what a row has, and what is measured."""
+    rows = ["| kind | a row has | and may have | metrics, the first is the default | run by |", "|---|---|---|---|---|"]
+    for name, facts in KIND_FACTS.items():
+        lists = (facts.fields, facts.optional_fields, facts.metrics)
+        cells = [", ".join(f"`{word}`" for word in words) for words in lists]
+        rows.append(f"| `{name}` | {' | '.join(cells)} | `{'finetune' if facts.is_trained else 'score'}` |")
+    return "\n".join(rows)
 
 
 def deepspeed_page(keys: Path, *, title: str, opening: str) -> str:

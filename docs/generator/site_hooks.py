@@ -13,7 +13,7 @@ from typing import Any
 from documents import ROOT, document_pages, with_page_links
 from optimizer_page import optimizers_page
 from properdocs.structure.files import File, Files
-from setting_tables import deepspeed_page, schema_page, with_links
+from setting_tables import deepspeed_page, kinds_table, schema_page, with_links
 from verb_help import verbs_page
 
 RECIPE, TASK = ROOT / "ds_configs/schema.json", ROOT / "ds_configs/task_schema.json"
@@ -50,7 +50,8 @@ def reference_pages() -> dict[str, str]:
             "`bert_ds/VERB.py`.",
         ),
         "reference/recipe.md": _settings(RECIPE, "Settings of a recipe", "What `--run` reads."),
-        "reference/task.md": _settings(TASK, "Settings of a task", "What `--task` reads."),
+        "reference/task.md": _settings(TASK, "Settings of a task", "What `--task` reads.")
+        + f"\n## Kinds\n\n{kinds_table()}\n",
         "reference/deepspeed_file.md": deepspeed_page(
             DEEPSPEED,
             title="Settings of a DeepSpeed file",
