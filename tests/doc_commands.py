@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 import re
 import shlex
@@ -92,7 +93,7 @@ def blocks_of(page: Path, language: str) -> list[str]:
 
 PLACES = {
     "R.json": "my_run.json",
-    **dict.fromkeys(("DIR", "FOLDER", "ANY", "OWNER/NAME"), "runs/mine/hf"),
+    **dict.fromkeys(("DIR", "FOLDER", "ANY", "OWNER/NAME", "runs/my_retriever/hf"), "runs/mine/hf"),
     "TEXT": "corpus",
     **dict.fromkeys(("cmrc", "laws_zh", "ud_pos"), "sst2"),
     **dict.fromkeys(("runs/sst2/hf", "runs/wnut17/hf", "runs/my_task/seed_1/hf"), "runs/my_task/hf"),
@@ -147,6 +148,7 @@ def write_world(folder: Path, task: str) -> None:
     (folder / "DATA/sst2").mkdir(parents=True)
     signs = [(text, str(int(label == "subjective"))) for text, label in rows]
     _write_rows(folder / "DATA/sst2/train.tsv", ("sentence", "label"), signs, "\t")
+    _write_questions(folder / "DATA/squad2_half_dev/train_like_v1_noxquad.json", [text for text, _ in rows[:8]])
     (folder / "my_task.json").write_text(task, encoding="utf-8")
     (folder / "new.txt").write_text("this story is dull .\nthe film was made in 1931 .\n", encoding="utf-8")
     (folder / "space.json").write_text('{"settings": {"optimizer.lr": [1e-4, 3e-4]}}', encoding="utf-8")
@@ -155,3 +157,15 @@ def write_world(folder: Path, task: str) -> None:
 def _write_rows(path: Path, head: tuple[str, str], rows: list[tuple[str, str]], between: str) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, delimiter=between, lineterminator="\n").writerows([head, *rows])
+
+
+def _write_questions(path: Path, texts: list[str]) -> None:
+    paragraphs = [
+        {
+            "context": text,
+            "qas": [{"id": text, "question": f"who saw {text} ?", "answers": [{"text": text[:3], "answer_start": 0}]}],
+        }
+        for text in texts
+    ]
+    path.parent.mkdir()
+    path.write_text(json.dumps({"data": [{"title": "films", "paragraphs": paragraphs}]}), encoding="utf-8")
