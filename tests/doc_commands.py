@@ -104,7 +104,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     "train_wordpiece": ("--vocab_size", "150"),
     "build_shards": ("--validation_fraction", "0.2"),
     "init": ("--minutes", "0.1"),
-    "pretrain": ("--set", "training.max_minutes=null", "--set", "training.total_steps=4"),
+    "pretrain": ("--set", "training.max_minutes=0.04", "--set", "evaluation.every_steps=100000"),
     "finetune": (*_ONE_EPOCH, "--set", "training.train_batch_size=16"),
     "probe": ("--max_vectors", "200"),
     "submit": ("--set", "training.train_batch_size=64", "--dry_run"),
@@ -129,7 +129,16 @@ def small_words(command: Command, run_dir: str | None = None) -> list[str]:
     return words + list(OVERRIDES.get(command.verb or "", ()))
 
 
-def write_world(folder: Path, task: str) -> None:
+def shape(line: str) -> str:
+    """Return a line that a command prints without its numbers, and the words that hang on them."""
+    return (
+        re.sub(r"[0-9a-f]{64}|\d+(?:[,.:]\d+)*(?:e[+-]?\d+)?", "#", line)
+        .replace("subjective", "objective")
+        .replace("above the model", "below the model")
+    )
+
+
+def write_world(folder: Path, task: str, questions: str) -> None:
     """Write what a reader brings along: text, labelled rows, a task file, texts to be answered, a space to search."""
     chance = random.Random(7)
     subjects, ends = ("the film", "this story", "a play", "the book"), ("and we left early", "from the first scene on")
@@ -150,7 +159,7 @@ def write_world(folder: Path, task: str) -> None:
     _write_rows(folder / "DATA/sst2/train.tsv", ("sentence", "label"), signs, "\t")
     _write_questions(folder / "DATA/squad2_half_dev/train_like_v1_noxquad.json", [text for text, _ in rows[:8]])
     (folder / "my_task.json").write_text(task, encoding="utf-8")
-    (folder / "new.txt").write_text("this story is dull .\nthe film was made in 1931 .\n", encoding="utf-8")
+    (folder / "new.txt").write_text(questions, encoding="utf-8")
     (folder / "space.json").write_text('{"settings": {"optimizer.lr": [1e-4, 3e-4]}}', encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ import re
 import shlex
 from argparse import ArgumentParser
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from doc_commands import (
     Command,
     blocks_of,
     commands_of,
+    shape,
     small_words,
     write_world,
 )
@@ -34,6 +36,8 @@ from bert_ds.launch.launcher import LAUNCHER_FLAGS, LAUNCHER_OPTIONS
 from bert_ds.launch.verbs import VERBS
 
 TUTORIAL = ROOT / "docs/tutorial.md"
+NEW_TEXTS = 4
+"""Number of the tutorial's block that is no output, but the texts to be answered."""
 ALL = [command for page in PAGES for command in commands_of(page)]
 NAMED: dict[str, Kind] = {"--run": "recipe", "--task": "task", "--deepspeed_config": "DeepSpeed file"}
 """Options that take a shipped file by its bare name -> its kind."""
@@ -98,37 +102,47 @@ def test_every_option_that_a_sentence_names_is_one_of_a_verb_or_a_launcher(
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reader's folder, with the task file that the tutorial shows."""
     folder = tmp_path_factory.mktemp("reader")
-    write_world(folder, blocks_of(TUTORIAL, "json")[0])
+    write_world(folder, blocks_of(TUTORIAL, "json")[0], blocks_of(TUTORIAL, "text")[NEW_TEXTS])
     os.symlink(ROOT / "ds_configs", folder / "ds_configs")
     return folder
 
 
-def run(command: Command, run_dir: str | None = None) -> str | None:
-    """Run a command at a tiny size; return what it complains of, None where it does not."""
-    done = run_verb(ROOT / f"bert_ds/{command.verb}.py", *small_words(command, run_dir))
-    return None if done.returncode == 0 else f"{command.page}: {command.text}: {done.stderr[-600:]}"
+def run(command: Command, run_dir: str | None = None) -> CompletedProcess[str]:
+    """Run a command at a tiny size."""
+    return run_verb(ROOT / f"bert_ds/{command.verb}.py", *small_words(command, run_dir))
 
 
 @pytest.fixture(scope="module")
-def tutorial(world: Path) -> list[Command]:
-    """The tutorial's commands, run in order in the reader's folder."""
-    ran = [command for command in commands_of(TUTORIAL) if command.reason is None]
+def tutorial(world: Path) -> dict[Command, str]:
+    """The tutorial's commands, run in order in the reader's folder, and what each printed."""
+    printed = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(world)
-        for command in ran:
-            assert (complaint := run(command)) is None, complaint
-    return ran
+        for command in commands_of(TUTORIAL):
+            if command.reason is None:
+                done = run(command)
+                assert done.returncode == 0, (command.text, done.stderr)
+                printed[command] = done.stdout + done.stderr
+    return printed
 
 
-def test_the_tutorial_leads_from_text_to_answers(world: Path, tutorial: list[Command]) -> None:
+def test_the_tutorial_leads_from_text_to_answers(world: Path, tutorial: dict[Command, str]) -> None:
     verbs = ["train_wordpiece", "build_shards", "init", "check_run", "pretrain", "report", "export_hf"]
     assert [command.verb for command in tutorial] == [*verbs, "check_run", "finetune", "predict"]
     for left in ("runs/mine/DONE", "runs/mine/hf/model.safetensors", "runs/my_task/hf/config.json"):
         assert (world / left).is_file(), left
 
 
+def test_what_the_tutorial_shows_is_what_its_commands_print(tutorial: dict[Command, str]) -> None:
+    blocks = blocks_of(TUTORIAL, "text")
+    del blocks[NEW_TEXTS]
+    shown = {shape(line) for block in blocks for line in block.splitlines()}
+    assert len(shown) > 12
+    assert shown - {shape(line) for text in tutorial.values() for line in text.splitlines()} == set()
+
+
 def test_every_other_form_of_a_command_runs_in_the_folder_that_the_tutorial_left(
-    world: Path, tutorial: list[Command], monkeypatch: pytest.MonkeyPatch
+    world: Path, tutorial: dict[Command, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(world)
     forms, complaints = {command.form for command in tutorial}, []
@@ -137,8 +151,9 @@ def test_every_other_form_of_a_command_runs_in_the_folder_that_the_tutorial_left
         if command.verb is None or command.reason is not None or command.form in forms or is_example_of_a_mistake:
             continue
         forms.add(command.form)
-        complaints += [run(command, f"runs/form_{len(forms)}")]
-    assert [complaint for complaint in complaints if complaint is not None] == []
+        if (done := run(command, f"runs/form_{len(forms)}")).returncode != 0:
+            complaints.append((command, done.stderr[-600:]))
+    assert complaints == []
     assert len(forms) > 20
 
 
@@ -173,7 +188,7 @@ def test_the_files_that_pages_show_are_read(tmp_path: Path) -> None:
 
 
 def test_monitors_write_below_the_run_folder(
-    world: Path, tutorial: list[Command], monkeypatch: pytest.MonkeyPatch
+    world: Path, tutorial: dict[Command, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(world)
     (block,) = (json.loads(block) for block in blocks_of(ROOT / "docs/monitors.md", "json"))
