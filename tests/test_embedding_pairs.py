@@ -7,12 +7,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from downstream_cases import BAD, CONFIG, GOOD, PIECES, write_lines, write_task
+from downstream_cases import BAD, CONFIG, GOOD, PIECES, write_lines, write_task, write_tiny_export
 from forked_verbs import run_verb
 from sentence_transformers import SentenceTransformer
 
@@ -27,6 +28,7 @@ from bert_ds.downstream.kinds.embedding_kind import folder_settings
 from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.scores.ranking import cosine_ranks, ranking_figures
 from bert_ds.downstream.tuning.predictor import Predictor
+from bert_ds.downstream.tuning.task_folder import TaskFacts, make_task_model, write_task_folder
 from bert_ds.downstream.tuning.task_rows import TaskRows, read_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,12 +192,42 @@ def test_a_run_is_measured_with_the_pooling_and_the_prompts_that_sentence_transf
     assert results["trivial"]["recall_10"] == 1.0, "BM25 sees the adjective"
 
 
+def test_a_mean_over_layers_is_that_of_sentence_transformers_and_trains_all_of_them(tmp_path: Path) -> None:
+    write_tiny_export(tmp_path / "export")
+    section = {**CONTRASTIVE, "pooling": "last_layers", "pooled_layers": 2}
+    task = load_task(task_file(tmp_path, [{"q": "it", "p": "we"}], section=section))
+    model = make_task_model(KIND, CONFIG, {}, kernels="torch", init_seed=5, settings=task.own_section)
+    facts = TaskFacts("tiny", "sentence_embedding", {}, TOKENIZER.fingerprint, 24, {}, settings=task.own_section)
+    write_task_folder(tmp_path / "hf", model, facts=facts, tokenizer=tmp_path / "tokenizer")
+    theirs = SentenceTransformer(str(tmp_path / "hf"), device="cpu")
+    texts = ["the film is dull", "we"]
+    found = [answer["vector"] for answer in Predictor(tmp_path / "hf")(texts)]
+    assert np.allclose(found, theirs.encode(texts), atol=1e-5)
+    shutil.copytree(tmp_path / "hf", tmp_path / "onnx", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "onnx/model.onnx").touch()
+    with pytest.raises(ConfigError, match=r"model.onnx gives the last layer, its vectors are of several"):
+        Predictor(tmp_path / "onnx")
+
+
+def test_more_layers_than_there_are_is_refused(tmp_path: Path) -> None:
+    task = load_task(task_file(tmp_path, [{}], section={**CONTRASTIVE, "pooling": "last_layers", "pooled_layers": 9}))
+    ds = load_ds_config(ROOT / "ds_configs/zero0.json")
+    with pytest.raises(
+        ConfigError, match=r"sentence_embedding.pooled_layers: 9 is more than the model's num_hidden_layer"
+    ):
+        checked_split(trained_task(task, CONFIG, num_sequences=8), ds, 1)
+
+
 def test_the_folder_says_how_it_pools_and_is_read_so_again(run_dir: Path, tmp_path: Path) -> None:
     settings = folder_settings(run_dir / "hf")
     assert (settings.pooling, settings.query_prompt, settings.passage_prompt) == ("cls", "we ", "it ")
     theirs = SentenceTransformer(str(run_dir / "hf"), device="cpu").encode(["the film is dull"])[0]
     (answer,) = Predictor(run_dir / "hf")(["the film is dull"])
     assert answer["vector"] == pytest.approx(theirs.tolist(), abs=1e-5)
+    rows = [{"query": "the film"}, {"passage": "the film"}, {"text": "we the film"}, {"query": " "}]
+    query, passage, whole, empty = Predictor(run_dir / "hf")(rows)
+    assert query == whole != passage
+    assert empty["error"] == "text is empty"
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling/config.json").write_text('{"pooling_mode": "mean"}')
     assert folder_settings(tmp_path).pooling == "mean"

@@ -101,7 +101,7 @@ def gradients_of(rank: int, world_size: int, folder: str) -> list[dict[str, Any]
 CASES: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("contrastive", 0.0, {}),
     ("contrastive", 0.2, {"matryoshka": [8, 20], "scale": 7.0, "pooling": "cls"}),
-    ("cosent", 0.0, {"scale": 7.0}),
+    ("cosent", 0.0, {"scale": 7.0, "pooling": "last_layers", "pooled_layers": 2}),
 )
 
 
@@ -115,12 +115,16 @@ def plain(task: Any, dropout: float, num_parts: int) -> tuple[float, dict[str, t
     """Loss and gradients of all rows with one graph, sequence by sequence and row by row."""
     model, settings = model_of(task, dropout), task.embedding
     vectors, texts = [], []
+    kept: list[torch.Tensor] = []
+    model.bert.layer[-2].register_forward_hook(lambda module, inputs, output: kept.append(output))
     for part in range(num_parts):
         split = BatchSplit(len(TRIPLES) // num_parts, 1, num_parts)
         (batch,) = batches_of(task, rank=part, split=split)
         inputs = {name: value for name, value in batch.model_inputs().items() if name != "targets"}
         ids_T, types_T = inputs.pop("input_ids_T"), inputs.pop("token_type_ids_T")
         hidden_TD = model.bert(ids_T, types_T, **inputs, dropout_seed=dropout_seed(7, 1, part, device="cpu"))
+        if settings.pooling == "last_layers":
+            hidden_TD = (kept[-1] + hidden_TD) / 2
         bounds = batch.cu_seqlens.tolist()
         for start, stop in itertools.pairwise(bounds):
             own_TD = hidden_TD[start:stop]

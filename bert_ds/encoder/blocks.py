@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -232,6 +233,25 @@ def mean_rows(hidden_TD: Tensor, cu_seqlens: Tensor) -> Tensor:
     )
     sums_ND = hidden_TD.new_zeros(len(lengths_N), hidden_TD.shape[1], dtype=torch.float32)
     return sums_ND.index_add(0, sequence_T, hidden_TD.float()) / lengths_N[:, None]
+
+
+@contextmanager
+def kept_outputs(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect what each of some modules makes of the tokens while this is entered.
+
+    A layer that adds its last block only where the next one begins gives what is added, and what it is added to.
+    """
+    found: list[Tensor] = []
+
+    def keep(_module: Any, _inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+        found.append(output if isinstance(output, Tensor) else output[0] + output[1])
+
+    hooks = [module.register_forward_hook(keep) for module in modules]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def require_seed(module: nn.Module, dropout_seed: Tensor | None, *, drops: bool) -> None:

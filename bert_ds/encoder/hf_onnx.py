@@ -36,7 +36,7 @@ ONNX_FILE = "model.onnx"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _COPIED_FILES = (
     *("tokenizer.json", "vocab.txt", "special_tokens_map.json"),
-    *("1_Pooling/config.json", "config_sentence_transformers.json"),
+    *("1_Pooling/config.json", "1_WeightedLayerPooling/config.json", "config_sentence_transformers.json"),
 )
 _NOT_TRACED: tuple[RoleName, ...] = ("multiple choice",)
 """Its inputs have one more dimension, the number of choices."""

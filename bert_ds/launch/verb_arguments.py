@@ -114,7 +114,7 @@ def predict_arguments(words: Words = None) -> argparse.Namespace:
     parser.add_argument("--output", default="-", metavar="FILE", help=".jsonl or .csv (default: standard output)")
     parser.add_argument("--input_format", choices=("txt", "jsonl", "csv"), help="where the ending does not say it")
     parser.add_argument("--output_format", choices=("jsonl", "csv"), help="where the ending does not say it")
-    columns = "fields of a row (text, text_pair, question, context, choices, words) by their columns"
+    columns = "fields of a row (text, text_pair, question, context, choices, words, query, passage) by their columns"
     parser.add_argument("--columns", nargs="+", default=[], metavar="FIELD=COLUMN", help=columns)
     parser.add_argument("--batch_size", type=int, default=32, help="rows at a time (default %(default)s)")
     args = parser.parse_args(words)

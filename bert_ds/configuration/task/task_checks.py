@@ -34,6 +34,9 @@ def checked_split(run: TrainedTask, ds: DsConfig, world_size: int, *, knows_step
     if (longest := max(task.embedding.matryoshka, default=0)) > model.hidden_size:
         text = f"{longest} is more than the model's hidden_size {model.hidden_size}"
         in_task.append(Problem("sentence_embedding.matryoshka", text))
+    if task.embedding.pooling == "last_layers" and task.embedding.pooled_layers > model.num_hidden_layers:
+        text = f"{task.embedding.pooled_layers} is more than the model's num_hidden_layers {model.num_hidden_layers}"
+        in_task.append(Problem("sentence_embedding.pooled_layers", text))
     if model.shares_layers and task.freeze.layers:
         text = f"{task.freeze.layers} of this model's layers cannot be frozen alone, they share weights: wanted 0"
         in_task.append(Problem("freeze.layers", text))

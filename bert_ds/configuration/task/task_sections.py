@@ -107,8 +107,10 @@ class EmbeddingConfig(Section):
     """contrastive: a pair with at least this score has to be found; the others are there to be told from it."""
     matryoshka: tuple[PositiveInt, ...] = ()
     """Sizes that a vector may be cut to later: the loss is the mean of the losses at these and the whole size."""
-    pooling: Literal["mean", "cls"] = "mean"
-    """What of a text's tokens is its vector: the mean of all, or the first one."""
+    pooling: Literal["mean", "cls", "last_layers"] = "mean"
+    """What of a text's tokens is its vector: the mean of all, the first one, or the mean of all in several layers."""
+    pooled_layers: PositiveInt = 2
+    """last_layers: how many, the last one among them."""
     query_prompt: Annotated[str, Field(max_length=1000)] = ""
     """Stands before each text, with a space of its own at the end; in the export sentence-transformers' "query"."""
     passage_prompt: Annotated[str, Field(max_length=1000)] = ""

@@ -36,6 +36,7 @@ class EmbeddingHead(nn.Module):
     def __init__(self, settings: EmbeddingConfig = EmbeddingConfig()) -> None:  # noqa: B008 - it is frozen
         super().__init__()
         self.settings = settings
+        self.num_layers_read = settings.pooled_layers if settings.pooling == "last_layers" else 1
         self.whole_step_loss = None if settings.loss == "cosine" else self._loss
 
     def forward(self, stream: HeadInput, targets: Mapping[str, Tensor]) -> HeadOutput:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import save
 from torch import nn
 
 from bert_ds.basics.ranks import DataError
@@ -36,21 +38,30 @@ from bert_ds.downstream.scores.ranking import bm25_ranks, cosine_ranks, ranking_
 from bert_ds.encoder.hf_folder import read_json
 
 _POOLING_FILE, _PROMPTS_FILE = "1_Pooling/config.json", "config_sentence_transformers.json"
-_SETTINGS_FILES = (_POOLING_FILE, _PROMPTS_FILE)
-_POOLING_NAMES = {"mean": "mean_tokens", "cls": "cls_token"}
+_LAYERS_FOLDER = "1_WeightedLayerPooling"
+_LAYERS_FILE = f"{_LAYERS_FOLDER}/config.json"
+_SETTINGS_FILES = (_POOLING_FILE, _PROMPTS_FILE, _LAYERS_FILE)
+_POOLING_NAMES = {"mean": "mean_tokens", "cls": "cls_token", "last_layers": "mean_tokens"}
 _POOLING_MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 
 
-def sentence_transformers_files(config: EncoderConfig, max_seq_length: int, settings: Any) -> dict[str, str]:
-    """Return what makes a Hugging Face folder one of sentence-transformers: file name -> text.
+def sentence_transformers_files(config: EncoderConfig, max_seq_length: int, settings: Any) -> dict[str, str | bytes]:
+    """Return what makes a Hugging Face folder one of sentence-transformers: file name -> content.
 
     These are the names that every release reads; newer ones write other names themselves. The model has no front, so
     transformers is told not to make one up.
     """
     settings = settings or EmbeddingConfig()
+    layers, hidden_layers = settings.pooled_layers, config.num_hidden_layers
+    over_layers = settings.pooling == "last_layers"
+    parts = {
+        "": "Transformer",
+        **({_LAYERS_FOLDER: "WeightedLayerPooling"} if over_layers else {}),
+        "1_Pooling": "Pooling",
+    }
     modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for index, (path, name) in enumerate(parts.items())
     ]
     # text-embeddings-inference wants each mode said.
     modes = {f"pooling_mode_{mode}": mode == _POOLING_NAMES[settings.pooling] for mode in _POOLING_MODES}
@@ -61,11 +72,17 @@ def sentence_transformers_files(config: EncoderConfig, max_seq_length: int, sett
             "max_seq_length": max_seq_length,
             "do_lower_case": False,
             "model_args": dict(role_of(config, "encoder").without_front),
+            **({"config_args": {"output_hidden_states": True}} if over_layers else {}),
         },
         _POOLING_FILE: {"word_embedding_dimension": config.hidden_size, **modes},
         _PROMPTS_FILE: {"similarity_fn_name": "cosine", **({"prompts": prompts} if any(prompts.values()) else {})},
     }
-    return {name: json.dumps(content, indent=2) + "\n" for name, content in contents.items()}
+    weights: dict[str, bytes] = {}
+    if over_layers:
+        facts = {"num_hidden_layers": hidden_layers, "layer_start": hidden_layers + 1 - layers}
+        contents[_LAYERS_FILE] = {"word_embedding_dimension": config.hidden_size, **facts}
+        weights = {f"{_LAYERS_FOLDER}/model.safetensors": save({"layer_weights": torch.ones(layers)})}
+    return {**{name: json.dumps(content, indent=2) + "\n" for name, content in contents.items()}, **weights}
 
 
 def folder_settings(folder: Path) -> EmbeddingConfig:
@@ -74,7 +91,7 @@ def folder_settings(folder: Path) -> EmbeddingConfig:
     Raises:
         ConfigError: it pools otherwise than this project does.
     """
-    told, settings = (read_json(folder / name) if (folder / name).is_file() else {} for name in _SETTINGS_FILES)
+    told, settings, layers = (read_json(folder / name) if (folder / name).is_file() else {} for name in _SETTINGS_FILES)
     named = told.get("pooling_mode") or ()
     modes = {_POOLING_NAMES.get(mode, mode) for mode in ([named] if isinstance(named, str) else named)}
     modes |= {mode for mode in _POOLING_MODES if told.get(f"pooling_mode_{mode}")}
@@ -82,7 +99,8 @@ def folder_settings(folder: Path) -> EmbeddingConfig:
         raise ConfigError(f"{folder / _POOLING_FILE}: pools by {', '.join(sorted(modes))}, wanted one of mean and cls")
     prompts = settings.get("prompts") or {}
     return EmbeddingConfig(
-        pooling="cls" if "cls_token" in modes else "mean",
+        pooling="last_layers" if layers else "cls" if "cls_token" in modes else "mean",
+        pooled_layers=layers["num_hidden_layers"] + 1 - layers["layer_start"] if layers else 1,
         query_prompt=prompts.get("query") or "",
         passage_prompt=prompts.get("document") or "",
     )
@@ -92,8 +110,8 @@ def _make_example(record: Record, index: int, task: TaskConfig, is_optional: boo
     """The target is the score, or, of a pair without one, the text that has to be found."""
     texts = texts_of(record, task, is_optional=is_optional)
     if not task.data.gives("score"):
-        target = texts[1] or None
-        return Example(record.where, id_of(record, index, task), (*texts, *_negatives(record, task)), target)
+        texts += _negatives(record, task, is_optional=is_optional)
+        return Example(record.where, id_of(record, index, task), texts, texts[1] or None)
     score = score_of(record, "score", task, is_optional=is_optional)
     settings = task.embedding
     if score is not None and not 0.0 <= score <= settings.max_score:
@@ -103,14 +121,19 @@ def _make_example(record: Record, index: int, task: TaskConfig, is_optional: boo
     return Example(record.where, id_of(record, index, task), texts, score)
 
 
-def _negatives(record: Record, task: TaskConfig) -> list[str]:
+def _negatives(record: Record, task: TaskConfig, *, is_optional: bool) -> tuple[str, ...]:
     columns = task.data.fields.get("negatives", ())
-    found = [pick(record, column) for column in (columns if isinstance(columns, tuple) else (columns,))]
+    try:
+        found = [pick(record, column) for column in (columns if isinstance(columns, tuple) else (columns,))]
+    except DataError:
+        if is_optional:
+            return ()
+        raise
     texts = [text for one in found for text in (one if isinstance(one, list) else [one])]
     for text in texts:
         if not isinstance(text, str) or not text.strip():
             raise DataError(f"{record.where}: one of the negatives is {describe(text)}, wanted text")
-    return [text.strip() for text in texts]
+    return tuple(text.strip() for text in texts)
 
 
 def _make_features(examples: Sequence[Example], context: FeatureContext) -> list[Feature]:

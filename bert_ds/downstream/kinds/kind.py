@@ -58,9 +58,9 @@ class HfForm(NamedTuple):
     """Below the folder of the model: "." unless one model is several of theirs."""
     pipeline: str = ""
     """Its task in `transformers.pipeline`; "" where there is none."""
-    extra_files: Callable[[EncoderConfig, int, Any], Mapping[str, str]] = lambda config, max_seq_length, settings: {}
+    extra_files: Callable[[EncoderConfig, int, Any], Mapping[str, str | bytes]] = lambda config, length, settings: {}
     """What other libraries want in the folder, from the encoder, the task's longest sequence and the section of its
-    kind: file name -> text."""
+    kind: file name -> content."""
 
 
 class Kind(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bert_ds.basics.loss_term import LossTerm
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.corpus.batches.few_shapes import filled_tokens
-from bert_ds.encoder.blocks import first_tokens
+from bert_ds.encoder.blocks import first_tokens, kept_outputs
 from bert_ds.encoder.families.family import SEQUENCE_ROLES, Role, RoleName
 from bert_ds.encoder.families.table import family_of
 from bert_ds.encoder.fused_ops import FusedOps
@@ -78,6 +78,7 @@ class TaskModel(nn.Module):
         super().__init__()
         self.config = config
         self.terms = head.terms
+        self._num_layers_read = getattr(head, "num_layers_read", 1)
         self.whole_step_loss = getattr(head, "whole_step_loss", None)
         family = family_of(config)
         roles = {name: family.roles(config)[name] for name in head.roles}
@@ -118,15 +119,18 @@ class TaskModel(nn.Module):
         if input_ids_T.device.type == "cpu" and next(self.bert.parameters()).dtype == _FILLED_DTYPE:
             stream = filled_tokens(*stream, longest=max_seqlen)
         ids_T, types_T, positions_T, starts = stream
-        filled_TD = self.bert(
-            ids_T,
-            types_T,
-            position_ids_T=positions_T,
-            cu_seqlens=starts,
-            max_seqlen=max_seqlen,
-            dropout_seed=dropout_seed,
-            read_R=read_R,
-        )
+        with kept_outputs(list(self.bert.layer)[-self._num_layers_read : -1]) as earlier:
+            filled_TD = self.bert(
+                ids_T,
+                types_T,
+                position_ids_T=positions_T,
+                cu_seqlens=starts,
+                max_seqlen=max_seqlen,
+                dropout_seed=dropout_seed,
+                read_R=read_R,
+            )
+        if earlier:
+            filled_TD = torch.stack([*earlier, filled_TD]).float().mean(dim=0)
         hidden_TD = filled_TD[: len(input_ids_T)]
         sequence_ND = None
         if self._reads_sequences:

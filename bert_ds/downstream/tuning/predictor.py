@@ -1,8 +1,9 @@
 """Answers of a fine-tuned folder to texts: what they need lies in the folder, no task file and no labels.
 
 A row is a text, two texts (a pair; a question and its context), or an object with the fields of its kind: `text`,
-`text_pair`, `question`, `context`, `choices`, `words`. Its answer is an object of the fields in ANSWERS; a row that
-cannot be answered has none of them and the reason under `error`.
+`text_pair`, `question`, `context`, `choices`, `words`; for a vector also `query` or `passage`, which get their prompts.
+Its answer is an object of the fields in ANSWERS; a row that cannot be answered has none of them and the reason under
+`error`.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ class Predictor:
         check_tokenizer(own, **self._tokenizer.identity)
         self._scorer = make_scorer(folder, self.kind)
         self._task = _task(own, self.kind)
+        told = self._kind.folder_settings(folder)
+        self._prompts = {} if told is None else {"query": told.query_prompt, "passage": told.passage_prompt}
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -107,7 +110,7 @@ class Predictor:
         try:
             if isinstance(row, Fault):
                 raise DataError(row.text)
-            texts, words = _texts(row, self.kind)
+            texts, words = _texts(self._prompted(row), self.kind)
             example = Example("the row", "0", texts, None)
             context = FeatureContext(self._tokenizer, self._task, self._scorer.labels, lambda text: None)
             if self.kind == "sentence_embedding":
@@ -117,6 +120,14 @@ class Predictor:
         except DataError as error:
             return _Asked(None, (), (), str(error).removeprefix("the row: "))
         return _Asked(example, words, features, "")
+
+    def _prompted(self, row: Any) -> Any:
+        """Return a row with a query or a passage as a text behind its prompt; any other as it is."""
+        given = [name for name in self._prompts if isinstance(row, Mapping) and isinstance(row.get(name), str)]
+        if not given:
+            return row
+        text = row[given[0]]
+        return {"text": self._prompts[given[0]] + text if text.strip() else ""}
 
     def _summary(self, feature: Feature, scores: dict[str, np.ndarray]) -> Any:
         return scores["vectors"][0] if self.kind == "sentence_embedding" else self._kind.summarise(feature, scores)

@@ -72,6 +72,11 @@ class TorchScorer:
 
 class _OnnxScorer:
     def __init__(self, folder: Path, kind: str) -> None:
+        self._settings = KINDS[kind].folder_settings(folder)
+        if kind == "sentence_embedding" and self._settings.pooling == "last_layers":
+            raise ConfigError(
+                f"{folder / ONNX_FILE} gives the last layer, its vectors are of several: wanted the weights"
+            )
         try:
             import onnxruntime
         except ImportError:
@@ -82,7 +87,6 @@ class _OnnxScorer:
             raise CheckpointError(f"{folder / ONNX_FILE} cannot be loaded: {str(error)[:200]}") from None
         self._inputs = {one.name for one in self._session.get_inputs()}
         self._kind, content = kind, read_json(folder / "config.json")
-        self._settings = KINDS[kind].folder_settings(folder)
         (form,) = KINDS[kind].hf_forms
         self.labels = {} if form.labels_name is None else {form.labels_name: folder_labels(folder, content)}
 

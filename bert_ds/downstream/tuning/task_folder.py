@@ -106,9 +106,9 @@ def write_task_folder(output: Path, model: TaskModel, *, facts: TaskFacts, token
                 model_card=_model_card(form, facts, config=model.config),
                 max_length=facts.max_seq_length,
             )
-            for name, text in form.extra_files(model.config, facts.max_seq_length, facts.settings).items():
+            for name, content in form.extra_files(model.config, facts.max_seq_length, facts.settings).items():
                 (folder / name).parent.mkdir(exist_ok=True)
-                (folder / name).write_text(text, encoding="utf-8")
+                (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
             checks.append(_verify(folder, form, model))
             verify_tokenizer(folder, model.config, tokenizer, max_length=facts.max_seq_length)
     return checks
@@ -197,13 +197,15 @@ def _verify(folder: Path, form: HfForm, model: TaskModel) -> ExportCheck:
     if form.role == "multiple choice":
         answer = theirs(**{name: tensor[:, None] for name, tensor in probe.padded.items()})
     else:
-        answer = theirs(**probe.padded)
+        answer = theirs(**probe.padded, output_hidden_states=form.role == "encoder")
     if form.role == "question answering":
         wanted = torch.stack([answer.start_logits, answer.end_logits], dim=-1)
     elif form.role == "encoder":
-        wanted = mean_rows(answer.last_hidden_state[mask_NS], probe.packed["cu_seqlens"])
-        if model.head.settings.pooling == "cls":
-            wanted = answer.last_hidden_state[:, 0]
+        num_layers, hidden_NSD = model.head.num_layers_read, answer.last_hidden_state
+        if num_layers > 1:
+            hidden_NSD = torch.stack(answer.hidden_states[-num_layers:]).mean(dim=0)
+        is_first = model.head.settings.pooling == "cls"
+        wanted = hidden_NSD[:, 0] if is_first else mean_rows(hidden_NSD[mask_NS], probe.packed["cu_seqlens"])
     else:
         wanted = answer.logits
     wanted = wanted[mask_NS] if form.scores.startswith("token_") else wanted.view(found.shape)

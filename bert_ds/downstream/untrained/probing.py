@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bert_ds.configuration.recipe.run_config import IGNORE_INDEX
 from bert_ds.configuration.task.task_kinds import KIND_FACTS
 from bert_ds.downstream.rows.features import Feature
 from bert_ds.downstream.rows.task_batch import pack
 from bert_ds.downstream.scores.metrics import class_figures
+from bert_ds.encoder.blocks import kept_outputs
 
 _TOLERANCE = 1e-3
 _MAX_ITERATIONS = 500
@@ -148,21 +148,12 @@ def _words(feature: Feature, places: np.ndarray) -> list[np.ndarray]:
 
 def _hidden_states(encoder: Any, features: Sequence[Feature]) -> Iterator[tuple[Feature, np.ndarray]]:
     """Yield each feature with what every layer makes of its tokens, fp32 [L + 1, T, D]."""
-    outputs: list[Tensor] = []
-
-    def keep(_module: Any, _inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
-        # A layer that adds its last block only where the next one begins gives what is added, and what it is added to.
-        outputs.append(output if isinstance(output, Tensor) else output[0] + output[1])
-
-    hooks = [module.register_forward_hook(keep) for module in (encoder.embeddings, *encoder.layer)]
     batch = pack([feature._replace(targets={}) for feature in features], counts={})
     stream: dict[str, Any] = batch.to(encoder.embeddings.word_weight.device).model_inputs()
     del stream["targets"]
-    # The last layer's is what heads are given, behind the LayerNorm that may be there.
-    last_TD = encoder(stream.pop("input_ids_T"), stream.pop("token_type_ids_T"), **stream)
-    outputs[-1] = last_TD
-    for hook in hooks:
-        hook.remove()
+    with kept_outputs((encoder.embeddings, *encoder.layer)) as outputs:
+        last_TD = encoder(stream.pop("input_ids_T"), stream.pop("token_type_ids_T"), **stream)
+    outputs[-1] = last_TD  # what heads are given, behind the LayerNorm that may be there
     hidden_LTD = torch.stack(outputs).float().cpu().numpy()
     bounds = batch.cu_seqlens.tolist()
     for place, start, stop in zip(batch.places, bounds, bounds[1:], strict=False):
