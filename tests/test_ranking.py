@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bert_ds.downstream.scores import ranking
-from bert_ds.downstream.scores.ranking import bm25_ranks, cosine_ranks, ranking_figures
+from bert_ds.downstream.scores.ranking import bm25_ranks, cosine_ranks, first_passages, ranking_figures
 
 
 def test_the_figures_are_those_worked_out_by_hand() -> None:
@@ -34,6 +34,13 @@ def test_places_are_counted_exactly_in_blocks_of_any_size(at_once: int, monkeypa
     cosines = [[q @ p / np.linalg.norm(q) / np.linalg.norm(p) for p in passages] for q in queries]
     wanted = [(1 + sorted(row, reverse=True).index(row[3]),) for row in cosines]
     assert cosine_ranks(queries, passages, [[3]] * 9) == wanted
+
+
+def test_the_first_passages_are_those_of_the_best_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranking, "_SCORES_AT_ONCE", 7)
+    passages = np.array([[1, 0], [2, 2], [0, 5], [-1, 0], [3, 0]], dtype=np.float32)
+    queries = np.array([[4, 0], [0, 1], [1, 1]], dtype=np.float32)
+    assert first_passages(queries, passages, 3) == [[0, 4, 1], [2, 1, 0], [1, 0, 2]]
 
 
 def test_bm25_finds_the_passage_with_the_rare_words() -> None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from downstream_cases import GOOD, write_lines, write_task
@@ -16,9 +17,13 @@ from bert_ds.basics.ranks import DataError
 from bert_ds.configuration.reading.config_files import ConfigError
 from bert_ds.configuration.task.task_config import TaskConfig, load_task
 from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
+from bert_ds.downstream.kinds.table import KINDS
 from bert_ds.downstream.rows.features import encode_text, wrap
 from bert_ds.downstream.scores.ranking import ranking_figures
+from bert_ds.downstream.tuning.predictor import Predictor
+from bert_ds.downstream.tuning.reranking import ranks_of, reranked
 from bert_ds.downstream.tuning.retrieval import read_collection, score_retrieval
+from bert_ds.downstream.tuning.task_folder import TaskFacts, make_task_model, write_task_folder
 from bert_ds.encoder.pretrained import load_pretrained, make_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,6 +149,43 @@ def test_a_folder_is_scored_by_its_pooling_and_its_prompts(tmp_path: Path, tiny_
     assert found.parts["bm25"]["recall_1"] == pytest.approx(0.75)
     assert found.facts == {"rows": {"validation": 2, "corpus": 10}}
     assert said[0] == "2 queries, 10 passages"
+
+
+def test_places_behind_the_depth_stay() -> None:
+    assert ranks_of([[4, 7], [1, 0]], [(1, 9), (2,)], [[4, 3], [0]]) == [(1, 9), (2,)]
+    assert ranks_of([[7, 4]], [(1, 3)], [[4, 5]]) == [(2, 3)]
+
+
+def written(folder: Path, kind: str, labels: Any, export: Path) -> Path:
+    """Write a folder of random weights as a fine-tuning of a kind leaves it."""
+    config, fingerprint = load_pretrained(export).config, load_tokenizer(export).fingerprint
+    model = make_task_model(KINDS[kind], config, labels, kernels="torch", init_seed=4)
+    write_task_folder(folder, model, facts=TaskFacts("tiny", kind, labels, fingerprint, 24, {}), tokenizer=export)
+    return folder
+
+
+def test_a_cross_encoder_puts_the_first_passages_into_its_own_order(tmp_path: Path, tiny_export: Path) -> None:
+    reranker = written(tmp_path / "hf", "classification", {"label": ("apart", "together")}, tiny_export)
+    path = task_file(tmp_path, QUERIES, PASSAGES, BY_ID)
+    found = {}
+    for depth in (1, 10):
+        section = {"reranker": str(reranker), "depth": depth}
+        path.write_text(json.dumps({**json.loads(path.read_text()), "retrieval": section}))
+        found[depth] = score_retrieval(tiny_export, load_tokenizer(tiny_export), load_task(path), lambda text: None)
+    assert found[1].parts["reranked"] == found[1].figures
+    predictor, ranks = Predictor(reranker), []
+    for query, places in zip(QUERIES, ([2, 3], [7]), strict=True):
+        answers = predictor([(query["q"], passage["t"]) for passage in PASSAGES])
+        order = np.argsort([-answer["probabilities"]["together"] for answer in answers]).tolist()
+        ranks.append(tuple(sorted(order.index(place) + 1 for place in places)))
+    assert found[10].parts["reranked"] == pytest.approx(ranking_figures(ranks))
+    assert found[10].parts["reranked"] != found[10].figures, "another order was to be tried"
+
+
+def test_a_reranker_of_another_kind_is_refused(tmp_path: Path, tiny_export: Path) -> None:
+    folder = written(tmp_path / "hf", "sentence_embedding", {}, tiny_export)
+    with pytest.raises(ConfigError, match="is of kind sentence_embedding, wanted regression or classification"):
+        reranked(folder, [], [], [], batch_size=1)
 
 
 def test_the_verb_says_the_figures_of_both(tmp_path: Path, tiny_export: Path) -> None:

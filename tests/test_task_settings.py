@@ -69,6 +69,7 @@ REASONS = {
     "data.tag_scheme": "of one kind: test_tag_schemes, test_task_kinds",
     "data.validation.": "is read as a training file is, but for its path",
     "data.corpus.": "of one kind: test_retrieval",
+    "retrieval.": "of one kind: test_retrieval",
     "data.test.": "is read as a training file is, but for its path",
 }
 """Settings, or beginnings of settings, whose change no run here shows, and why."""

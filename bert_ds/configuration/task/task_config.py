@@ -41,6 +41,7 @@ from bert_ds.configuration.task.task_sections import (
     FreezeConfig,
     PromptConfig,
     QuestionAnsweringConfig,
+    RetrievalConfig,
     TaskDistillationConfig,
     TaskEvaluationConfig,
     TaskTrainingConfig,
@@ -53,6 +54,7 @@ TASK_PATHS = (
     "data.test.*.path",
     "data.corpus.*.path",
     "distillation.teacher",
+    "retrieval.reranker",
 )
 """Settings that name a file; `*` stands for every item of a list."""
 
@@ -105,6 +107,8 @@ class TaskConfig(Section):
     """For tasks of this kind; null takes its defaults."""
     sentence_embedding: EmbeddingConfig | None = None
     """For tasks of this kind; null takes its defaults."""
+    retrieval: RetrievalConfig | None = None
+    """For tasks of this kind; null reranks nothing."""
     prompt: PromptConfig | None = None
     """For prompted_classification, which has no default."""
 

@@ -112,5 +112,6 @@ KIND_FACTS: dict[str, KindFacts] = {
         RANKING_METRICS,
         is_trained=False,
         needs_train=False,
+        section="retrieval",
     ),
 }

@@ -117,6 +117,16 @@ class EmbeddingConfig(Section):
     """Stands before each text_pair and each of the negatives; in the export "document"."""
 
 
+class RetrievalConfig(Section):
+    """What is done with the passages that vectors have found first."""
+
+    reranker: Annotated[str, Field(min_length=1)]
+    """Folder of a cross-encoder, which reads a query (text) and a passage (text_pair) together: a regression, or a
+    classification whose last label says that both belong together."""
+    depth: PositiveInt = 100
+    """How many passages of each query it reads; those behind them keep their places."""
+
+
 class PromptConfig(Section):
     """A prompt with a gap, and the words whose likeliness there decides."""
 

@@ -45,8 +45,16 @@ def cosine_ranks(queries_QD: np.ndarray, passages_PD: np.ndarray, wanted: Sequen
         queries_QD, passages_PD: vectors.
         wanted: of each query the indices of the passages that it has to find, at least one.
     """
-    queries, passages = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (queries_QD, passages_PD))
-    return _ranks(lambda first, stop: queries[first:stop] @ passages.T, len(passages), wanted)
+    return _ranks(_cosines(queries_QD, passages_PD), len(passages_PD), wanted)
+
+
+def first_passages(queries_QD: np.ndarray, passages_PD: np.ndarray, depth: int) -> list[list[int]]:
+    """Return the indices of the first passages of each query, in the order of `cosine_ranks`."""
+    block, found = _cosines(queries_QD, passages_PD), list[list[int]]()
+    at_once = max(1, _SCORES_AT_ONCE // len(passages_PD))
+    for first in range(0, len(queries_QD), at_once):
+        found += np.argsort(-block(first, first + at_once), axis=1, kind="stable")[:, :depth].tolist()
+    return found
 
 
 def bm25_ranks(queries: Sequence[str], passages: Sequence[str], wanted: Sequence[Sequence[int]]) -> Ranks:
@@ -74,6 +82,11 @@ def require_bm25() -> None:
     """Raise ConfigError unless bm25s is installed."""
     if importlib.util.find_spec("bm25s") is None:
         raise ConfigError("bm25s not installed: what BM25 finds wants pip install bm25s")
+
+
+def _cosines(queries_QD: np.ndarray, passages_PD: np.ndarray) -> Callable[[int, int], np.ndarray]:
+    queries, passages = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (queries_QD, passages_PD))
+    return lambda first, stop: queries[first:stop] @ passages.T
 
 
 def _ranks(block: Callable[[int, int], np.ndarray], num_passages: int, wanted: Sequence[Sequence[int]]) -> Ranks:

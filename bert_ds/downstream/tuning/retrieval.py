@@ -26,7 +26,8 @@ from bert_ds.downstream.rows.features import FeatureContext
 from bert_ds.downstream.rows.records import Record, pick, read_records
 from bert_ds.downstream.rows.splits import first_by_hash
 from bert_ds.downstream.rows.tables import predictions_text
-from bert_ds.downstream.scores.ranking import bm25_ranks, cosine_ranks, ranking_figures, require_bm25
+from bert_ds.downstream.scores.ranking import bm25_ranks, cosine_ranks, first_passages, ranking_figures, require_bm25
+from bert_ds.downstream.tuning.reranking import ranks_of, reranked
 from bert_ds.downstream.tuning.scorers import TorchScorer, scores_by_length
 from bert_ds.downstream.tuning.task_folder import make_task_model
 from bert_ds.encoder.pretrained import load_pretrained, start_from
@@ -44,7 +45,7 @@ class Collection(NamedTuple):
 
 
 def score_retrieval(folder: Path, tokenizer: TextTokenizer, task: TaskConfig, say: Say) -> Scored:
-    """Return the figures of a folder, pre-trained or of sentence vectors, and as the part "bm25" those of BM25.
+    """Return the figures of a folder, pre-trained or of sentence vectors, and as parts those of BM25 and of a reranker.
 
     Raises:
         ConfigError, CheckpointError: the folder cannot be read, or bm25s is not installed.
@@ -60,9 +61,14 @@ def score_retrieval(folder: Path, tokenizer: TextTokenizer, task: TaskConfig, sa
     of_passages = vectors([settings.passage_prompt + text for text in passages])
     ranks = cosine_ranks(of_queries, of_passages, wanted)
     lines = [(query, ",".join(map(str, places))) for query, places in zip(ids, ranks, strict=True)]
-    beside = ranking_figures(bm25_ranks(queries, passages, wanted))
+    parts = {"bm25": ranking_figures(bm25_ranks(queries, passages, wanted))}
+    if task.retrieval is not None:
+        orders = first_passages(of_queries, of_passages, task.retrieval.depth)
+        reranker, batch_size = Path(task.retrieval.reranker), task.evaluation.batch_size
+        orders = reranked(reranker, queries, passages, orders, batch_size=batch_size)
+        parts["reranked"] = ranking_figures(ranks_of(orders, ranks, wanted))
     facts = {"rows": {"validation": len(queries), "corpus": len(passages)}}
-    return Scored(ranking_figures(ranks), {"predictions.tsv": predictions_text(lines)}, {"bm25": beside}, facts)
+    return Scored(ranking_figures(ranks), {"predictions.tsv": predictions_text(lines)}, parts, facts)
 
 
 def read_collection(task: TaskConfig) -> Collection:
