@@ -66,7 +66,7 @@ def sentence_transformers_files(config: EncoderConfig, max_seq_length: int, sett
     # text-embeddings-inference wants each mode said.
     modes = {f"pooling_mode_{mode}": mode == _POOLING_NAMES[settings.pooling] for mode in _POOLING_MODES}
     prompts = {"query": settings.query_prompt, "document": settings.passage_prompt}
-    contents = {
+    contents: dict[str, Any] = {
         "modules.json": modules,
         "sentence_bert_config.json": {
             "max_seq_length": max_seq_length,
@@ -80,7 +80,7 @@ def sentence_transformers_files(config: EncoderConfig, max_seq_length: int, sett
     weights: dict[str, bytes] = {}
     if over_layers:
         facts = {"num_hidden_layers": hidden_layers, "layer_start": hidden_layers + 1 - layers}
-        contents[_LAYERS_FILE] = {"word_embedding_dimension": config.hidden_size, **facts}
+        contents[_LAYERS_FILE] = {**facts, "word_embedding_dimension": config.hidden_size}
         weights = {f"{_LAYERS_FOLDER}/model.safetensors": save({"layer_weights": torch.ones(layers)})}
     return {**{name: json.dumps(content, indent=2) + "\n" for name, content in contents.items()}, **weights}
 
