@@ -104,7 +104,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     "train_wordpiece": ("--vocab_size", "150"),
     "build_shards": ("--validation_fraction", "0.2"),
     "init": ("--minutes", "0.1"),
-    "pretrain": ("--set", "training.max_minutes=0.04", "--set", "evaluation.every_steps=100000"),
+    "pretrain": ("--set", "training.max_minutes=null", "--set", "training.total_steps=4"),
     "finetune": (*_ONE_EPOCH, "--set", "training.train_batch_size=16"),
     "probe": ("--max_vectors", "200"),
     "submit": ("--set", "training.train_batch_size=64", "--dry_run"),
