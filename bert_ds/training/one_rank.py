@@ -8,6 +8,7 @@ the flat gradient, and the masters are the weights. The rest is done by DeepSpee
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from bert_ds.training.deepspeed_names import named_release, require_one_rank_nam
 
 with named_release():
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+_SQUARED_TOGETHER = 1 << 16
+"""Numbers of a gradient: in fp64 few enough to stay in the cache of a core."""
 
 
 def shorten_step(engine: Any) -> None:
@@ -86,12 +90,13 @@ class _ShortStep:
 
     def _gradient_norm(self) -> Tensor:
         """Return the 2-norm of all gradients, fp32 []; squares are summed in fp64."""
-        gradients = self.zero.averaged_gradients
-        wide = torch.empty(max(one.numel() for group in gradients.values() for one in group), dtype=torch.float64)
         norms = []
-        for group in gradients.values():
-            parts = [torch.linalg.vector_norm(wide[: one.numel()].copy_(one.reshape(-1))) for one in group]
-            norms.append(torch.stack(parts).pow(2.0).sum().float().pow(0.5))
+        for gradients in self.zero.averaged_gradients.values():
+            square = sum_of_squares(gradients)
+            if square is None:
+                parts = [torch.linalg.vector_norm(one.double()) for one in gradients]
+                square = torch.stack(parts).pow(2.0).sum().float()
+            norms.append(square.pow(0.5))
         return torch.linalg.vector_norm(torch.stack(norms))
 
     def _fill(self, flat: Tensor, gradients: list[Tensor], norm: Tensor) -> None:
@@ -103,3 +108,21 @@ class _ShortStep:
         for one in gradients:
             torch.mul(one.reshape(-1), factor, out=flat[begin : begin + one.numel()])
             begin += one.numel()
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return the sum of the squares of fp32 tensors on the CPU, fp32 [], or None where its last bit is in doubt.
+
+    The sum is rounded to fp32 from fp64, in which n additions of squares, in any order, are within n units of 2^-53 of
+    the exact sum (Higham, Accuracy and Stability of Numerical Algorithms, 4.2). Where both ends of twice that, and of
+    what a root of each tensor's sum and its square may add, are rounded to one number, DeepSpeed's order gives it too.
+    """
+    wide = torch.empty(_SQUARED_TOGETHER, dtype=torch.float64)
+    parts = [part for one in tensors for part in one.reshape(-1).split(_SQUARED_TOGETHER)]
+    norms = torch.stack([torch.linalg.vector_norm(wide[: len(part)].copy_(part)) for part in parts])
+    square = norms.pow(2.0).sum()
+    if len(parts) == len(tensors):  # DeepSpeed's order
+        return square.float()
+    doubt = 2.1 * 2.0**-53 * (max(one.numel() for one in tensors) + len(parts) + 8)
+    low, high = (square * (1 - doubt)).float(), (square * (1 + doubt)).float()
+    return low if bool(low == high) else None
