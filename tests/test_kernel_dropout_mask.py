@@ -9,12 +9,14 @@ import triton.language as tl
 from torch import Tensor
 
 from bert_kernels import dropout_mask
+from bert_kernels._drawn_ahead import DrawnAhead
 from bert_kernels.dropout_mask import (
     ATTENTION,
     HIDDEN,
     MaskLayout,
     check_dropout,
     dropout_reference,
+    hidden_keep_mask,
     keep_attention_tile,
     keep_hidden_tile,
     keep_mask_reference,
@@ -39,7 +41,7 @@ def test_philox_gives_the_known_answers_of_its_authors() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, -1, 0x7234567890ABCDEF])
-@pytest.mark.parametrize(("num_rows", "num_calls", "threads"), [(0, 4, 1), (1, 1, 1), (7, 3, 1), (600, 32, 2)])
+@pytest.mark.parametrize(("num_rows", "num_calls", "threads"), [(0, 4, 1), (1, 1, 1), (7, 3, 1), (2100, 32, 2)])
 def test_numpy_draws_what_torch_draws(
     num_rows: int, num_calls: int, threads: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,6 +52,31 @@ def test_numpy_draws_what_torch_draws(
     by_numpy = dropout_mask._bytes_kept(rows, heads, num_calls, **options)
     monkeypatch.setattr(dropout_mask, "_philox_numpy", None)
     assert torch.equal(by_numpy, dropout_mask._bytes_kept(rows, heads, num_calls, **options))
+
+
+def test_small_masks_of_later_seeds_are_drawn_together_and_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_numpy, draws = dropout_mask._philox_numpy, []
+    assert by_numpy is not None
+    draw = by_numpy._draw
+    monkeypatch.setattr(by_numpy, "_draw", lambda *a, **named: (draws.append([*named["sites"]]), draw(*a, **named)))
+    monkeypatch.setattr(by_numpy, "_ahead", DrawnAhead())
+
+    def masks(seed: int, sites: tuple[int, ...]) -> list[Tensor]:
+        options = {"dropout_p": 0.1, "dropout_seed": torch.tensor([seed])}
+        drawn = []
+        for site in sites:
+            drawn.append(hidden_keep_mask(9 + seed, 24, site=site, **options))
+            drawn.append(keep_mask_reference(torch.arange(5), 70, site=site + 100, layout=ATTENTION, **options))
+        return [*drawn, hidden_keep_mask(3, 24, site=9, **options)]
+
+    asked = [(1, (0, 2, 4)), (2, (0, 2, 4)), (3, (0, 4, 5)), (4, (0,))]
+    found = [masks(*one) for one in asked]
+    assert draws[:7] == [[0], [100], [2], [102], [4], [104], [9]]
+    assert draws[7:10] == [[0, 2, 4], [100, 102, 104], [9]]
+    assert draws[10:] == [[0, 2, 4], [100, 102, 104], [5], [105], [9], [0, 4, 5], [100, 104, 105], [9]]
+    monkeypatch.setattr(dropout_mask, "_philox_numpy", None)
+    for one, wanted in zip(asked, found, strict=True):
+        assert all(map(torch.equal, masks(*one), wanted))
 
 
 @pytest.mark.parametrize(

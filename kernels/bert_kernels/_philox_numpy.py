@@ -2,86 +2,127 @@
 
 Of the counter (call, row, head, site) the call is the same in every row, and row, head and site in every call of one.
 So the first round is one of vectors, the second of vectors and one xor of everything. numpy has unsigned 64-bit
-integers: a product is two words, and nothing has to be repaired behind a shift. Letters: R rows, C calls; a pair of
-words is (0, 2), or (3, 1) as a pair of products leaves them.
+integers: a product is two words, and nothing has to be repaired behind a shift. Letters: R rows, C calls, L sites; a
+pair of words is (0, 2), or (3, 1) as a pair of products leaves them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 
+from bert_kernels._drawn_ahead import DrawnAhead
 from bert_kernels._philox import KEY_STEPS, LOW_32, MULTIPLIERS, NUM_ROUNDS
 
-# Calls done together: few enough for the six work arrays to stay in the cache of a core.
+# Calls done together: few enough for the work arrays to stay in the cache of a core.
 _CALLS_PER_CHUNK = 8192
+# Chunks that take longer than threads to start.
+_PARTS_FOR_THREADS = 8
+# Calls of a mask that is small.
+_FEW_CALLS = 16384
 _WORD = np.uint64(32)
 _LOW = np.uint64(LOW_32)
-_MULTIPLIERS_211 = np.array(MULTIPLIERS, dtype=np.uint64)[:, None, None]
+_FIRST, _SECOND = (np.uint64(multiplier) for multiplier in MULTIPLIERS)
+_BOTH_2111 = np.array(MULTIPLIERS, dtype=np.uint64)[:, None, None, None]
+_ahead = DrawnAhead()
 
 
-def bytes_below(
-    threshold: int, rows_R: np.ndarray, heads_R: np.ndarray, *, num_calls: int, seed: int, site: int, num_threads: int
+def bytes_of_calls(
+    rows_R: np.ndarray, heads_R: np.ndarray, num_calls: int, *, seed: int, site: int, num_threads: int
 ) -> np.ndarray:
-    """Return which of the 16 bytes of calls 0 .. num_calls - 1 of each row are below the threshold: bool (R, 16 C)."""
-    below = np.empty((len(rows_R), 16 * num_calls), dtype=bool)
-    keys, rows_per_chunk = _keys(seed), max(1, _CALLS_PER_CHUNK // max(1, num_calls))
+    """Return the 16 bytes of calls 0 .. num_calls - 1 of each row of a head: uint8 (R, C, 16)."""
 
-    def fill(start: int) -> None:
-        part = slice(start, start + rows_per_chunk)
-        words_RC4 = _words(rows_R[part].astype(np.uint64), heads_R[part].astype(np.uint64), num_calls, keys, site)
-        np.less(words_RC4.view(np.uint8).reshape(below[part].shape), np.uint8(threshold), out=below[part])
+    def draw(sites: Sequence[int]) -> np.ndarray:
+        words_LRC22 = np.empty((len(sites), len(rows_R), num_calls, 2, 2), np.uint32)
+        places = rows_R.astype(np.uint64)[:, None], heads_R.astype(np.uint64)[:, None]
+        _draw(words_LRC22.transpose(3, 0, 1, 2, 4), *places, seed=seed, sites=sites, num_threads=num_threads)
+        return words_LRC22.view(np.uint8).reshape(len(sites), len(rows_R), num_calls, 16)
 
-    starts = range(0, len(rows_R), rows_per_chunk)
-    if min(num_threads, len(starts)) < 2:
-        for start in starts:
-            fill(start)
+    if len(rows_R) * num_calls > _FEW_CALLS:
+        return draw([site])[0]
+    return _ahead.take(seed, site, (rows_R.tobytes(), heads_R.tobytes(), num_calls), draw)
+
+
+def hidden_bytes(num_rows: int, num_columns: int, *, seed: int, site: int, num_threads: int) -> np.ndarray:
+    """Return the bytes of layout HIDDEN: uint8 (num_rows, num_columns)."""
+    num_pairs, num_calls = (num_rows + 1) // 2, -(-num_columns // 8)
+
+    def draw(sites: Sequence[int]) -> np.ndarray:
+        # The words of a call lie in two rows: (site, pair, row of the pair, call, word of the row).
+        words_LR2C2 = np.empty((len(sites), num_pairs, 2, num_calls, 2), np.uint32)
+        places = np.arange(num_pairs, dtype=np.uint64)[:, None], np.zeros((num_pairs, 1), np.uint64)
+        _draw(words_LR2C2.transpose(2, 0, 1, 3, 4), *places, seed=seed, sites=sites, num_threads=num_threads)
+        return words_LR2C2.view(np.uint8).reshape(len(sites), 2 * num_pairs, 8 * num_calls)
+
+    if num_pairs * num_calls > _FEW_CALLS:
+        drawn = draw([site])[0]
+    else:
+        drawn = _ahead.take(seed, site, (num_pairs, num_calls), draw)
+    return drawn[:num_rows, :num_columns]
+
+
+def _draw(
+    out_2LRC2: np.ndarray,
+    rows_R1: np.ndarray,
+    heads_R1: np.ndarray,
+    *,
+    seed: int,
+    sites: Sequence[int],
+    num_threads: int,
+) -> None:
+    """Write words (0, 1) and (2, 3) of every call, uint32, in threads where they are many."""
+    sites_L11 = np.array(sites, dtype=np.uint64)[:, None, None]
+    size = max(1, _CALLS_PER_CHUNK // max(1, len(sites) * out_2LRC2.shape[3]))
+    parts = [slice(start, start + size) for start in range(0, len(rows_R1), size)]
+
+    def fill(part: slice) -> None:
+        _fill(out_2LRC2[:, :, part], rows_R1[part], heads_R1[part], sites_L11=sites_L11, seed=seed)
+
+    if num_threads < 2 or len(parts) < _PARTS_FOR_THREADS:
+        for part in parts:
+            fill(part)
     else:  # threads of this call alone: a process that forks takes none along
-        with ThreadPoolExecutor(min(num_threads, len(starts))) as pool:
-            list(pool.map(fill, starts))
-    return below
+        with ThreadPoolExecutor(min(num_threads, len(parts))) as pool:
+            list(pool.map(fill, parts))
 
 
-def _keys(seed: int) -> list[tuple[np.uint64, np.uint64]]:
-    """Return both words of the key of each round."""
+@lru_cache(maxsize=4)
+def _keys(seed: int) -> np.ndarray:
+    """Return both words of the key of each round: uint64 (rounds, 2)."""
     low, high = seed & LOW_32, (seed >> 32) & LOW_32
-    return [
-        (np.uint64((low + step * KEY_STEPS[0]) & LOW_32), np.uint64((high + step * KEY_STEPS[1]) & LOW_32))
-        for step in range(NUM_ROUNDS)
-    ]
+    keys = [(low + step * KEY_STEPS[0], high + step * KEY_STEPS[1]) for step in range(NUM_ROUNDS)]
+    return np.array(keys, dtype=np.uint64) & _LOW
 
 
-def _words(
-    rows_R: np.ndarray, heads_R: np.ndarray, num_calls: int, keys: list[tuple[np.uint64, np.uint64]], site: int
-) -> np.ndarray:
-    """Return the four output words of every call: uint32 (R, C, 4)."""
-    shape = (2, len(rows_R), num_calls)
-    words_2RC, old_2RC, new_2RC = np.empty(shape, np.uint64), np.empty(shape, np.uint64), np.empty(shape, np.uint64)
-    first, second = _MULTIPLIERS_211.flatten()
+def _fill(
+    out_2LRC2: np.ndarray, rows_R1: np.ndarray, heads_R1: np.ndarray, *, sites_L11: np.ndarray, seed: int
+) -> None:
+    """Write words (0, 1) and (2, 3) of every call, uint32."""
+    words, old, new = np.empty((3, *out_2LRC2.shape[:-1]), np.uint64)
+    keys = _keys(seed)
     # Round 1: words 0 and 1 go by the row alone, 2 and 3 by the call alone.
-    of_call_C, of_head_R = np.arange(num_calls, dtype=np.uint64) * first, heads_R * second
-    word_0_R = (of_head_R >> _WORD) ^ rows_R ^ keys[0][0]
-    word_2_C = (of_call_C >> _WORD) ^ np.uint64(site) ^ keys[0][1]
-    word_1_R, word_3_C = of_head_R & _LOW, of_call_C & _LOW
+    of_call, of_head = np.arange(out_2LRC2.shape[3], dtype=np.uint64) * _FIRST, heads_R1 * _SECOND
+    word_0 = (of_head >> _WORD) ^ rows_R1 ^ keys[0, 0]
+    word_2 = (of_call >> _WORD) ^ (sites_L11 ^ keys[0, 1])
+    word_1, word_3 = of_head & _LOW, of_call & _LOW
     # Round 2: so do the products, crosswise, and with them words 1 and 3.
-    of_row_R, of_call_C = word_0_R * first, word_2_C * second
-    np.bitwise_xor((of_call_C >> _WORD) ^ keys[1][0], word_1_R[:, None], out=words_2RC[0])
-    np.bitwise_xor(((of_row_R >> _WORD) ^ keys[1][1])[:, None], word_3_C, out=words_2RC[1])
+    of_row, of_call = word_0 * _FIRST, word_2 * _SECOND
+    np.bitwise_xor((of_call >> _WORD) ^ keys[1, 0], word_1, out=words[0])
+    np.bitwise_xor((of_row >> _WORD) ^ keys[1, 1], word_3, out=words[1])
     # Round 3.
-    np.multiply(words_2RC, _MULTIPLIERS_211, out=old_2RC)
-    np.right_shift(old_2RC, _WORD, out=new_2RC)
-    np.bitwise_xor(new_2RC[1], (of_call_C & _LOW) ^ keys[2][0], out=words_2RC[0])
-    np.bitwise_xor(new_2RC[0], ((of_row_R & _LOW) ^ keys[2][1])[:, None], out=words_2RC[1])
+    np.multiply(words, _BOTH_2111, out=old)
+    np.right_shift(old, _WORD, out=new)
+    np.bitwise_xor(new[1], (of_call & _LOW) ^ keys[2, 0], out=words[0])
+    np.bitwise_xor(new[0], (of_row & _LOW) ^ keys[2, 1], out=words[1])
     for key in keys[3:]:
-        np.multiply(words_2RC, _MULTIPLIERS_211, out=new_2RC)
-        np.right_shift(new_2RC, _WORD, out=words_2RC)
+        np.multiply(words, _BOTH_2111, out=new)
+        np.right_shift(new, _WORD, out=words)
         # The low halves of the products of the round before are its words 3 and 1.
-        np.bitwise_xor(words_2RC, old_2RC, out=old_2RC)
-        np.bitwise_and(old_2RC, _LOW, out=old_2RC)
-        np.bitwise_xor(old_2RC[::-1], np.array(key)[:, None, None], out=words_2RC)
-        old_2RC, new_2RC = new_2RC, old_2RC
-    out_RC22 = np.empty((*shape[1:], 2, 2), np.uint32)
-    out_2RC2 = out_RC22.transpose(2, 0, 1, 3)
-    out_2RC2[..., 0], out_2RC2[..., 1] = words_2RC, old_2RC[::-1]  # the low halves
-    return out_RC22.reshape(*shape[1:], 4)
+        np.bitwise_xor(words, old, out=old)
+        np.bitwise_and(old, _LOW, out=old)
+        np.bitwise_xor(old[::-1], key[:, None, None, None], out=words)
+        old, new = new, old
+    out_2LRC2[..., 0], out_2LRC2[..., 1] = words, old[::-1]  # the low halves

@@ -242,11 +242,11 @@ def _attend(q_NHRK: Tensor, k_NHCK: Tensor, v_NHCK: Tensor, group: _Group, block
 
 
 def _kept(group: _Group, block: _Block, q: Tensor, num_heads: int) -> Tensor | None:
-    """Return which scores are kept, bool (N, H, R, C); None without dropout."""
+    """Return 1 where a score is kept, uint8 (N, H, R, C), by which torch multiplies faster; None without dropout."""
     if (dropout := group.dropout) is None:
         return None
     assert dropout.seed is not None
-    return keep_mask_reference(
+    keep = keep_mask_reference(
         group.offsets_NS[:, None, block.begin : block.end],
         block.last_key,
         dropout_p=dropout.dropout_p,
@@ -254,7 +254,8 @@ def _kept(group: _Group, block: _Block, q: Tensor, num_heads: int) -> Tensor | N
         site=dropout.site,
         heads=torch.arange(num_heads, device=q.device)[:, None],
         layout=ATTENTION,
-    )[..., block.first_key :]
+    )
+    return keep[..., block.first_key :].view(torch.uint8)
 
 
 def _token_grid(
