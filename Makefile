@@ -15,7 +15,7 @@
 # make test-gpu   the kernels on an NVIDIA GPU, among that a thousand runs of equal bits; make sanitize-gpu: the same at
 #                 small sizes under compute-sanitizer
 # make campaign-NAME   a long measurement that records its results: zero-curves, lamb-curves, muon-curves, shards, race,
-#                 context, init, duplicates and cpu-speed (each wants
+#                 context, init, duplicates, cpu-speed and cpu-fine-tuning (each wants
 #                 TEXT=folder of text), lamb, muon, kernels, configs, fuzz, deepspeed (the newest release instead of the
 #                 pinned one), kills, storms, folders, start, checkpoint, damage (wants root, for a small disk in memory), gpu-first (its dry run),
 #                 predict (wants DATA), families, unpad, slurm, modules-of-a-step, downstream (wants DATA=folder of the data sets), hf-trainer (DATA and
@@ -30,7 +30,7 @@ DEEPSPEED_CONFIG := ds_configs/zero2.json
 .PHONY: pretrain test test-fast test-slurm docs check format env env-dev clean bench-gpu gpu-first
 .PHONY: campaign-kills campaign-folders campaign-storms campaign-damage campaign-checkpoint campaign-downstream campaign-deepspeed campaign-hf-trainer
 .PHONY: campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-lamb campaign-muon campaign-kernels campaign-configs campaign-fuzz campaign-slurm
-.PHONY: campaign-predict campaign-latency campaign-unpad campaign-init campaign-duplicates campaign-families campaign-gpu-first campaign-cpu-speed campaign-context campaign-few-shapes campaign-compile campaign-start campaign-modules-of-a-step bench-cpu bench-host bench-unpad test-gpu sanitize-gpu
+.PHONY: campaign-predict campaign-latency campaign-unpad campaign-init campaign-duplicates campaign-families campaign-gpu-first campaign-cpu-speed campaign-cpu-fine-tuning campaign-context campaign-few-shapes campaign-compile campaign-start campaign-modules-of-a-step bench-cpu bench-host bench-unpad test-gpu sanitize-gpu
 
 env:
 	@.ci/make_env.sh
@@ -68,7 +68,7 @@ check: env-dev
 	$(BIN)/lint-imports
 	$(BIN)/python .ci/audit.py
 
-campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-cpu-speed campaign-context campaign-few-shapes campaign-init campaign-duplicates: env-dev
+campaign-zero-curves campaign-lamb-curves campaign-muon-curves campaign-shards campaign-cpu-speed campaign-cpu-fine-tuning campaign-context campaign-few-shapes campaign-init campaign-duplicates: env-dev
 	@[[ -n "$(TEXT)" ]] || { echo "TEXT=folder is missing: the text that the measurement is made on"; exit 2; }
 	$(BIN)/python tests/$(subst -,_,$@).py --text $(TEXT) --work runs/$@
 

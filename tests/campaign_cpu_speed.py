@@ -8,9 +8,8 @@ padding. Theirs is sdpa, once as it comes and once with the scores of masked wor
 and a backward pass with 30% of the words to predict and without dropout, inference the hidden states of all tokens. One
 process, two threads; the contestants take turns on every batch, and what is recorded are medians, with quartiles, of
 the ratio of their seconds on one batch: of the clock, and of the processors, which other processes disturb less. Only
-real tokens count. Fine-tuning is a whole step on two classes in fp32, of 32 sentences or 2 rows of running text: that
-of one rank under ZeRO-1 beside transformers' model with gradients cut to norm 1 and torch's fused AdamW, as Trainer has
-it, with dropout and without. Rows: tests/results/cpu_speed.jsonl; what is there for this kind of machine stays.
+real tokens count. Rows: tests/results/cpu_speed.jsonl; what is there for this kind of machine stays. Whole steps of
+fine-tuning are measured by `campaign_cpu_fine_tuning`.
 """
 
 from __future__ import annotations
@@ -33,31 +32,18 @@ import torch
 import transformers
 from campaign_rows import add_row, commit_of, read_rows
 from family_cases import SPECIAL_IDS
-from tiny_training import ds_config, join_alone
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bert_ds.basics.micro_batch import MicroBatch
 from bert_ds.configuration.families.bert import BertConfig
 from bert_ds.configuration.families.encoder_config import EncoderConfig
 from bert_ds.configuration.families.modernbert import ModernBertConfig
-from bert_ds.configuration.recipe.optimizer_config import AdamWConfig
 from bert_ds.corpus.text.documents import read_documents
 from bert_ds.corpus.text.sentences import split_sentences
 from bert_ds.corpus.tokenizer.tokenizer_folder import load_tokenizer
 from bert_ds.corpus.tokenizer.wordpiece import WordPieceTokenizer
-from bert_ds.downstream.kinds.table import KINDS
-from bert_ds.downstream.rows.features import Feature
-from bert_ds.downstream.rows.task_batch import pack
-from bert_ds.downstream.tuning.task_folder import make_task_model
-from bert_ds.encoder.families.table import weight_patterns
 from bert_ds.encoder.hf_mapping import hf_config, to_hf
-from bert_ds.encoder.pretrained import load_pretrained, start_from
 from bert_ds.encoder.pretraining_model import PretrainingModel
-from bert_ds.training.engine import make_engine
-from bert_ds.training.loop.train_step import agree_on_totals, forward_backward, take_step
-from bert_ds.training.optimizers.factory import make_optimizer
-from bert_ds.training.optimizers.param_groups import TensorFacts
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests/results/cpu_speed.jsonl"
@@ -69,8 +55,6 @@ CONFIGS: dict[tuple[str, str], EncoderConfig] = {
     ("bert", "base"): BertConfig(**_DRY),
     ("modernbert", "base"): ModernBertConfig(),
 }
-TUNED = BertConfig(vocab_size=8192, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)
-TUNED_ROWS = {"sentences": 32, "running text": 2}  # of a batch of fine-tuning
 ROWS_OF_BATCH = {"4 x 256": 32, "base": 8}
 MIXES = {"paragraphs": 512, "sentences": 64, "running text": 128}
 """Name -> most pieces of a sequence."""
@@ -107,19 +91,12 @@ def main() -> None:
         batches = list(made_batches(args.text, args.work, mix=mix, number=number, rows=ROWS_OF_BATCH[size]))
         for row in measured(config, dtype, batches):
             record({"family": family, "size": size, "mix": mix, "dtype": str(dtype), **row})
-    for mix, rows in TUNED_ROWS.items():
-        key = {"family": "bert", "size": "2 x 128", "mix": mix, "dtype": str(torch.float32)}
-        if tuple(key.values()) not in done:
-            batches = list(made_batches(args.text, args.work, mix=mix, number=4 * args.batches, rows=rows))
-            for dropout in (0.0, 0.1):
-                row = tuned(TUNED.with_dropout(dropout), batches, folder=args.work / "tuned")
-                record({**key, "what": "fine-tuning", "dropout": dropout, "rows": rows, **row})
 
 
-def record(row: dict[str, Any]) -> None:
+def record(row: dict[str, Any], results: Path = RESULTS) -> None:
     """Add a row with what it was measured on."""
     machine = {"amx": bool(torch.cpu._is_amx_tile_supported()), "load": os.getloadavg()[0], "torch": torch.__version__}
-    add_row(RESULTS, {**row, **machine, "commit": commit_of(ROOT), "transformers": transformers.__version__})
+    add_row(results, {**row, **machine, "commit": commit_of(ROOT), "transformers": transformers.__version__})
 
 
 def made_batches(text: Path, work: Path, *, mix: str, number: int, rows: int) -> Iterator[Batch]:
@@ -179,16 +156,16 @@ def measured(config: EncoderConfig, dtype: torch.dtype, batches: list[Batch]) ->
 
     def train_ours(batch: Batch) -> Tensor:
         loss = ours(**batch.packed, targets=batch.targets)[0][0] / len(batch.targets["masked_labels"])
-        return _backward(ours, loss)
+        return backward(ours, loss)
 
     def train_theirs(batch: Batch) -> Tensor:
-        return _backward(theirs, theirs(**batch.padded).loss)
+        return backward(theirs, theirs(**batch.padded).loss)
 
     def train_masked_alone(batch: Batch) -> Tensor:
         labels_NS = batch.padded["labels"]
         hidden_PD = hidden(batch)[labels_NS >= 0]
         scores_PV = theirs.cls(hidden_PD) if hasattr(theirs, "cls") else theirs.decoder(theirs.head(hidden_PD))
-        return _backward(theirs, cross_entropy(scores_PV.float(), labels_NS[labels_NS >= 0]))
+        return backward(theirs, cross_entropy(scores_PV.float(), labels_NS[labels_NS >= 0]))
 
     def hidden(batch: Batch) -> Tensor:
         return theirs.base_model(batch.padded["input_ids"], batch.padded["attention_mask"]).last_hidden_state
@@ -206,55 +183,6 @@ def measured(config: EncoderConfig, dtype: torch.dtype, batches: list[Batch]) ->
     ours.eval(), theirs.eval()
     inference = {"ours": infer_ours, "padded": infer_theirs}
     yield {"what": "inference", **compared(inference, batches, is_exact=dtype == torch.float32)}
-
-
-def tuned(config: EncoderConfig, batches: list[Batch], *, folder: Path) -> dict[str, Any]:
-    """Return a row of whole steps of fine-tuning, ours from the weights of theirs."""
-    content = hf_config(config, sentence_pair="none", special_ids=SPECIAL_IDS)
-    theirs = transformers.AutoModelForSequenceClassification.from_config(transformers.AutoConfig.for_model(**content))
-    theirs.save_pretrained(folder)
-    ours = make_task_model(KINDS["classification"], config, {"label": ("0", "1")}, kernels="torch")
-    start_from(ours, load_pretrained(folder).tensors)
-    for name, parameter in theirs.classifier.named_parameters():
-        getattr(ours.head.classifier, name).data.copy_(parameter)
-    join_alone()
-    rows = len(batches[0].padded["input_ids"])
-    adamw = AdamWConfig(type="adamw", lr=1e-4, weight_decay=0.0)
-    facts = TensorFacts(*weight_patterns(config))
-    made = make_optimizer(adamw, ours.named_parameters(), facts=facts, kernels="torch")
-    engine = make_engine(ours, made, {**ds_config(1), "train_batch_size": rows, "train_micro_batch_size_per_gpu": rows})
-    optimizer = torch.optim.AdamW(theirs.parameters(), 1e-4, adamw.betas, adamw.eps, 0.0, fused=True)
-    seed, steps = 1 if config.drops else None, itertools.count(1)
-
-    def step_ours(batch: Batch) -> Tensor:
-        (micro,) = parts = [micro_batch_of(batch)]
-        totals = agree_on_totals(parts, data_wait_s=0.0, stop=False)
-        sums = forward_backward(engine, parts, counts=totals.counts, seed=seed, step=next(steps))
-        take_step(engine)
-        return sums[0] / len(micro.sequences)
-
-    def step_theirs(batch: Batch) -> Tensor:
-        loss = _backward(theirs, theirs(**{**batch.padded, "labels": classes_of(batch)}).loss)
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizer.step()
-        return loss
-
-    return compared({"ours": step_ours, "padded": step_theirs}, batches, is_exact=not config.drops)
-
-
-def classes_of(batch: Batch) -> Tensor:
-    """Return a class for every sequence, int64 [N]."""
-    return batch.padded["input_ids"].sum(1) % 2
-
-
-def micro_batch_of(batch: Batch) -> MicroBatch:
-    """Return the sequences and their classes as fine-tuning packs them."""
-    rows = zip(batch.padded["input_ids"].numpy(), batch.padded["attention_mask"].sum(1).tolist(), strict=True)
-    features = [
-        Feature(number, row[:length], np.zeros(length, np.int8), {"label": np.array([label])})
-        for number, ((row, length), label) in enumerate(zip(rows, classes_of(batch).tolist(), strict=True))
-    ]
-    return pack(features, counts={"label": float(len(features))})
 
 
 def compared(
@@ -290,7 +218,7 @@ def ratios(theirs: list[float], ours: list[float]) -> list[float]:
     return [round(value, 3) for value in statistics.quantiles(found, n=4, method="inclusive")]
 
 
-def _backward(model: torch.nn.Module, loss: Tensor) -> Tensor:
+def backward(model: torch.nn.Module, loss: Tensor) -> Tensor:
     model.zero_grad(set_to_none=True)
     loss.backward()
     return loss.detach()
