@@ -61,3 +61,12 @@ def test_no_sentence_stands_in_two_places() -> None:
                     found.setdefault(sentence, set()).add(str(page.relative_to(ROOT)))
     assert len(found) > 800
     assert {sentence: pages for sentence, pages in found.items() if len(pages) > 1} == {}
+
+
+def test_every_test_that_a_page_names_is_there() -> None:
+    texts = [
+        page.read_text(encoding="utf-8") for page in (*DOCS.rglob("*.md"), *DOCS.rglob("*.py"), ROOT / "SERVING.md")
+    ]
+    names = {name for text in texts for name in re.findall(r"[`\"](test_\w+\*?)[`\"]", text)}
+    assert len(names) > 20
+    assert [name for name in names if not list((ROOT / "tests").glob(f"{name}.py"))] == []

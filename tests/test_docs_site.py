@@ -102,8 +102,12 @@ def test_values_stand_in_words_with_their_bounds(site: Path) -> None:
     assert rows["spike_window"][1:3] == ["integer, at least 8, at most 10,000", "128"]
     assert rows["until"][1:3] == ["number, above 0.0, below 1.0", "wanted"]
     assert rows["output_bias"][1:3] == ['"zeros" or "log_unigram"', '"zeros"']
-    assert rows["optimizer"][1].startswith("section type adamw or section type lamb or ")
+    assert rows["optimizer"][1].startswith("section optimizer, type adamw or section optimizer, type lamb or ")
     assert rows["name"][2] == "wanted"
+    page = (site / "reference/recipe.html").read_text(encoding="utf-8")
+    heads = re.findall(r'<h2 id="([^"]+)">([^<]+)', page)
+    assert ("sequences", "sequences") in heads and ("corpussources", "corpus.sources") in heads
+    assert ("optimizer-type-muon", "optimizer, type muon") in heads and ("model-type-bert", "model, type bert") in heads
 
 
 def test_every_setting_of_a_deepspeed_file_has_a_row_with_what_is_refused(site: Path) -> None:

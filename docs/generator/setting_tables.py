@@ -22,21 +22,30 @@ def schema_page(schema: Path, *, title: str, opening: str) -> str:
     """Return the page of a recipe's or a task's settings."""
     content = json.loads(schema.read_text(encoding="utf-8"))
     sections = [f"# {title}\n\n{opening}", _table(content)]
-    sections += [
-        f"## {heading(name, node)}\n\n{node.get('description', '')}\n\n{_table(node)}" for name, node in _defs(content)
-    ]
-    return "\n\n".join(sections) + "\n"
+    heads = headings(content)
+    for name, head in heads.items():
+        node = content["$defs"][name]
+        sections.append(f"## {head}\n\n{node.get('description', '')}\n\n{_table(node)}")
+    page = "\n\n".join(sections) + "\n"
+    for name, head in heads.items():
+        page = page.replace(f"[{{{name}}}]", f"[{head}](#{re.sub(r'[^a-z_ ]', '', head).replace(' ', '-')})")
+    return page
 
 
-def heading(name: str, node: Node) -> str:
-    """Return the heading of an object: what a person writes as its `type`, else its name in the code."""
-    kind = node["properties"].get("type", {}).get("const")
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name.removesuffix("Config")).lower()
-    return words if kind is None else f"type {kind}"
+def headings(content: Node) -> dict[str, str]:
+    """Return the heading of each object by its name in the code: where a file has it, and which `type` it is."""
+    places: dict[str, str] = {}
 
+    def walk(node: Node, before: str) -> None:
+        for setting, value in node["properties"].items():
+            for name in re.findall(r"#/\$defs/(\w+)", json.dumps(value)):
+                if name not in places:
+                    places[name] = before + setting
+                    walk(content["$defs"][name], f"{before}{setting}.")
 
-def _defs(content: Node) -> Iterator[tuple[str, Node]]:
-    yield from sorted(content["$defs"].items(), key=lambda item: heading(*item))
+    walk(content, "")
+    kinds = {name: content["$defs"][name]["properties"].get("type", {}).get("const") for name in places}
+    return {name: place + (f", type {kinds[name]}" if kinds[name] else "") for name, place in places.items()}
 
 
 def _table(node: Node) -> str:
@@ -87,15 +96,6 @@ def _default(node: Node) -> str:
 
 def _whole(text: str) -> str:
     return " ".join(text.split()).replace("<", "&lt;")
-
-
-def with_links(page: str, schema: Path) -> str:
-    """Return a page whose {Name} of an object leads to its section."""
-    defs = json.loads(schema.read_text(encoding="utf-8"))["$defs"]
-    for name, node in defs.items():
-        title = heading(name, node)
-        page = page.replace(f"[{{{name}}}]", f"[{title}](#{title.replace(' ', '-')})")
-    return page
 
 
 def kinds_table() -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from documents import ROOT, document_pages, with_page_links
 from optimizer_page import optimizers_page
 from properdocs.structure.files import File, Files
-from setting_tables import deepspeed_page, kinds_table, schema_page, with_links
+from setting_tables import deepspeed_page, kinds_table, schema_page
 from verb_help import verbs_page
 
 RECIPE, TASK = ROOT / "ds_configs/schema.json", ROOT / "ds_configs/task_schema.json"
@@ -66,4 +66,4 @@ def reference_pages() -> dict[str, str]:
 
 
 def _settings(schema: Path, title: str, opening: str) -> str:
-    return with_links(schema_page(schema, title=title, opening=f"{opening} {OWN}"), schema)
+    return schema_page(schema, title=title, opening=f"{opening} {OWN}")
