@@ -15,11 +15,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from call_watch import Calls
 from corpus_fixtures import random_documents, write_shards
 from tiny_training import tiny_services
 
 import bert_ds.finetune
 import bert_ds.pretrain
+from bert_ds import train_tokenizer, train_wordpiece
 from bert_ds.basics.ranks import Ranks
 from bert_ds.configuration.deepspeed_file.ds_config import load_pair
 from bert_ds.configuration.recipe import optimizer_config
@@ -27,6 +29,7 @@ from bert_ds.configuration.run_plan import RunPlan, make_plan
 from bert_ds.corpus.batches.loader import PretrainingData
 from bert_ds.corpus.batches.plan_batches import training_batches
 from bert_ds.encoder.pretraining_model import PretrainingModel
+from bert_ds.launch import verb_arguments
 from bert_ds.launch.command_line import add_launch_options
 from bert_ds.training.optimizers import foreign_optimizers
 
@@ -120,6 +123,56 @@ def test_every_option_of_a_launch_is_read_by_the_verb(verb: ModuleType) -> None:
     options = set(vars(parser.parse_args([]))) - {"deepspeed", "local_rank"}
     assert options >= {"resume", "hang_limit", "start_limit", "preflight"}
     assert options <= set(re.findall(r"\bargs\.(\w+)", inspect.getsource(verb)))
+
+
+@pytest.mark.parametrize(
+    ("verb", "trains", "words", "wanted"),
+    [
+        (
+            train_tokenizer,
+            "train_subwords",
+            ["--kind", "unigram", "--marks", "bert"],
+            {"kind": "unigram", "marks": "bert"},
+        ),
+        (train_wordpiece, "train_wordpiece", ["--cased"], {"lowercase": False}),
+        (train_wordpiece, "train_wordpiece", [], {"lowercase": True}),
+    ],
+)
+def test_a_tokenizer_is_trained_as_the_command_line_says(
+    verb: ModuleType, trains: str, words: list[str], wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Mock(files=[Mock(num_bytes=9)], skipped=[])
+    parts = {"find_input_files": found, "DocumentTexts": ["text"], trains: Mock(vocab_size=99, fingerprint="f")}
+    calls = Calls(monkeypatch, verb, **parts)
+    given = ["--input", "a", "b", "--output", "made", "--vocab_size", "99", "--text_field", "body"]
+    monkeypatch.setattr("sys.argv", ["train.py", *given, *words])
+    verb.main()
+    (read,), (trained,) = calls["DocumentTexts"], calls[trains]
+    assert read["text_field"] == "body"
+    assert {"vocab_size": 99, "output": "made", **wanted}.items() <= trained.items()
+
+
+MODEL_WORDS = {
+    "finetune": ["--task", "sst2", "--model"],
+    "score": ["--task", "sst2", "--model"],
+    "probe": ["--task", "ud_pos", "--model"],
+    "predict": ["--model"],
+    "show_masks": ["--model"],
+    "export_hf": ["--onnx", "--model"],
+    "init": ["new.json", "--corpus", "shards", "--like"],
+}
+
+
+@pytest.mark.parametrize("verb", MODEL_WORDS)
+def test_every_verb_that_takes_a_model_takes_one_by_its_name_on_the_hub(
+    verb: str, tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        verb_arguments, "hub_folder", lambda path, option: tiny_export if str(path) == "you/it" else path
+    )
+    args = getattr(verb_arguments, f"{verb}_arguments")([*MODEL_WORDS[verb], "you/it"])
+    assert (args.like if verb == "init" else args.model) == tiny_export
 
 
 class Taken:
