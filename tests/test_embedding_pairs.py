@@ -192,7 +192,7 @@ def test_a_run_is_measured_with_the_pooling_and_the_prompts_that_sentence_transf
     assert results["trivial"]["recall_10"] == 1.0, "BM25 sees the adjective"
 
 
-def test_a_mean_over_layers_is_that_of_sentence_transformers_and_trains_all_of_them(tmp_path: Path) -> None:
+def test_a_mean_over_layers_is_that_of_sentence_transformers(tmp_path: Path) -> None:
     write_tiny_export(tmp_path / "export")
     section = {**CONTRASTIVE, "pooling": "last_layers", "pooled_layers": 2}
     task = load_task(task_file(tmp_path, [{"q": "it", "p": "we"}], section=section))
