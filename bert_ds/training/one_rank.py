@@ -20,8 +20,8 @@ from bert_ds.training.deepspeed_names import named_release, require_one_rank_nam
 with named_release():
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-_SQUARED_TOGETHER = 1 << 16
-"""Numbers of a gradient: in fp64 few enough to stay in the cache of a core."""
+_SQUARED_TOGETHER = 32_000
+"""Numbers of a gradient: in fp64 they stay in the cache of a core, and torch wakes no threads for so few (2^15)."""
 
 
 def shorten_step(engine: Any) -> None:
