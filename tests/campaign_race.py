@@ -212,7 +212,7 @@ def every_steps(entry: Entry) -> int | None:
 
     Their evaluations would take a tenth of their time.
     """
-    rows = [row for row in recorded() if row["batch"] == entry.batch and row["minutes"] < entry.minutes]
+    rows = [row for row in recorded() if row.get("batch") == entry.batch and row["minutes"] < entry.minutes]
     alike = [row for row in rows if row["name"] == entry.name] or [row for row in rows if row["name"] == "ours"]
     if entry.minutes < 10 or not alike:
         return None
