@@ -22,6 +22,7 @@ from bert_ds.configuration.run_choice import (
     Speed,
     choose,
     enough_tokens,
+    modern_model,
     on_card,
     on_cpu,
     useful_tokens,
@@ -125,10 +126,21 @@ def test_batch_length_and_rate_follow_from_the_time() -> None:
     assert (short.max_seq_length, long.max_seq_length) == (64, 128)
     assert short.training.train_batch_size * 64 < long.training.train_batch_size * 128
     assert short.optimizer.lr == 0.004 > long.optimizer.lr
+    assert not short.sequences.whole_sentences and not long.sequences.whole_sentences
     near = (True,) * (short.model.num_hidden_layers - 1) + (False,)
     assert (short.model.has_window, short.model.window, short.model.global_rope_theta) == (near, 4, 1000.0)
     assert (long.model.layer_types, long.model.window, long.model.global_rope_theta) == (None, 64, 160_000.0)
     assert chosen(5).num_steps == pytest.approx(1500, rel=0.5)
+
+
+def test_narrow_matrices_begin_larger() -> None:
+    found = [modern_model(size, 1_000_000)["initializer_range"] for size in SIZES]
+    assert found == [0.071, 0.058, 0.05, 0.041, 0.035, 0.029, 0.029, 0.025]
+
+
+def test_short_sequences_among_long_ones_are_made_of_whole_sentences() -> None:
+    sequences = {"short_seq_prob": 0.1, "cross_documents": False}
+    assert chosen(5, base={**BASE, "sequences": sequences}).plan.run.sequences.whole_sentences
 
 
 def test_a_corpus_that_is_read_again_and_again_teaches_no_larger_model(corpus: Path) -> None:

@@ -45,6 +45,9 @@ NEAR, NEAR_THETA = 8, 1000.0
 base of its rotary frequencies: what a network learns first lies beside a word (`make campaign-race`)."""
 RATE_AT_256, LOWEST_RATE = 4e-3, 5e-4
 """Muon's rate at hidden size 256 (`make campaign-race`) and that of `bert_base_muon`; in proportion to 1 / hidden."""
+RANGE_AT_256, LOWEST_RANGE = 0.05, 0.02
+"""Deviation of the first weights at hidden size 256 (`make campaign-race`) and that of ModernBERT; in proportion to
+1 / sqrt(hidden), which leaves what a matrix gives as large as what it takes."""
 NUM_EVALUATIONS = 4
 USEFUL_EPOCHS = 40
 
@@ -188,6 +191,8 @@ def _recipe(
         "cross_documents": True,
         **base.get("sequences", {}),
     }
+    if sequences["sentence_pair"] == "none" and not sequences["short_seq_prob"]:
+        sequences = {"whole_sentences": False, **sequences}
     of_a_step = min(LARGEST_BATCH, max(SMALLEST_BATCH, 2 ** round(math.log2(max(1, tokens / WANTED_STEPS)))))
     batch = -(-max(1, of_a_step // sequences["max_seq_length"]) // ranks) * ranks
     optimizer = base.get("optimizer") or _muon(model["hidden_size"])
@@ -224,6 +229,7 @@ def modern_model(size: tuple[int, int, int], tokens: int) -> dict[str, Any]:
         "num_attention_heads": hidden // 64,
         "intermediate_size": intermediate,
         "max_position_embeddings": 512,
+        "initializer_range": max(LOWEST_RANGE, round(RANGE_AT_256 * math.sqrt(256 / hidden), 3)),
         **windows,
     }
 
